@@ -1,0 +1,38 @@
+"""Group Relative Policy Optimization (arXiv 2402.03300) under torchrun, on one CPU core or many GPUs.
+
+One step, as data (train.py is this list in code):
+
+    prompts(step) -> generate -> score -> gather -> advantages -> plan -> update -> log
+
+Map
+    config, errors              what the user says, and what we say back
+    data, prompts               rows -> Prompt: text, token ids, the columns that rewards see
+    rollout/                    Prompt -> Completion: engines, sampling, chunks shared over ranks
+    rewards, advantages         Completion -> reward -> advantage, whole groups
+    batching                    rows -> minibatches -> micro-batches, the exchange between ranks
+    logprobs, losses            token log-probs without [B, T, V]; PPO clip, k3, denominators
+    policy, backends/           the trained model; who sums gradients and steps the optimizer
+    guards, checkpoint          what happens when something goes wrong
+    metrics, trackers/, console numbers -> TensorBoard, JSON lines, the terminal
+    evaluate, inference         greedy held-out accuracy; asking a checkpoint
+    distributed, models         ranks and collectives; loading models and tokenizers
+
+Vocabulary
+    step         one turn of the loop            minibatch    rows of one optimizer step
+    group        completions of one prompt       micro-batch  rows of one backward
+    policy       the model being trained         reference    its frozen start (KL only)
+    engine       what samples completions        backend      what sums gradients over ranks
+
+Shapes
+    P prompts a step, G completions a prompt, N = P*G rows (row n = p*G + g), W ranks,
+    B rows of a micro-batch, L tokens of its longest row, T of its longest completion, V vocabulary.
+    Tensors [B, T] are aligned to targets: column t belongs to the t-th completion token.
+
+Where the next one goes
+    loss         losses.py: a function and its entry in TOKEN_LOSSES or ROW_WEIGHTS
+    reward       reward_func.py, or any file as path.py:function
+    engine       rollout/: a class with generate and load_weights (see rollout/__init__.py)
+    backend      backends/: a class with the methods of backends/__init__.py
+    tracker      trackers/: a class and its entry in trackers/__init__.py
+    data format  data.py: load_rows
+"""

@@ -1,0 +1,213 @@
+"""From a step's rows to micro-batches: who trains on what, and the exchange that brings it there.
+
+`make_plan` is computed on every rank from the same lengths and gives the same answer. Micro-batches are
+cut by a token budget, longest rows first, and do not depend on the number of ranks; only their owners do.
+Rows whose gradient is exactly zero are left out of the compute, never out of the denominators.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from grpo.config import Config
+from grpo.distributed import World
+from grpo.losses import row_weights
+from grpo.rollout import cut_chunks, samplers
+from grpo.rollout.sampling import sampling_of
+from grpo.types import Completion, MicroBatch, Prompt, TrainRow
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """The rows of one optimizer step, over all ranks."""
+
+    samples: tuple[int, ...]  # all of them: the denominators count these
+    micro_batches: tuple[tuple[int, ...], ...]  # the rows that carry gradient
+    owners: tuple[int, ...]  # the rank of each micro-batch
+
+    def of_rank(self, rank: int) -> list[tuple[int, ...]]:
+        """The micro-batches of one rank."""
+        return [micro for micro, owner in zip(self.micro_batches, self.owners, strict=True) if owner == rank]
+
+
+def split_evenly(num_items: int, num_parts: int) -> list[range]:
+    """Contiguous parts whose sizes differ by at most one.
+
+    >>> split_evenly(5, 2)
+    [range(0, 2), range(2, 5)]
+    """
+    edges = [num_items * part // num_parts for part in range(num_parts + 1)]
+    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def cut_micro_batches(samples: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[tuple[int, ...]]:
+    """Pack rows, longest first, so that rows times longest row stays within the budget (one row at least).
+
+    >>> cut_micro_batches([0, 1, 2], lengths=[4, 10, 5], max_tokens=10)
+    [(1,), (2, 0)]
+    """
+    micro_batches: list[tuple[int, ...]] = []
+    current: list[int] = []
+    for sample in sorted(samples, key=lambda n: (-lengths[n], n)):
+        if current and (len(current) + 1) * lengths[current[0]] > max_tokens:
+            micro_batches.append(tuple(current))
+            current = []
+        current.append(sample)
+    return [*micro_batches, tuple(current)] if current else micro_batches
+
+
+def assign(costs: Sequence[int], world_size: int) -> list[int]:
+    """Owner of each micro-batch: the dearest first, each to the rank with least to do.
+
+    >>> assign([5, 4, 3], 2)
+    [0, 1, 1]
+    """
+    load = [0] * world_size
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[i] = load.index(min(load))
+        load[owners[i]] += costs[i]
+    return owners
+
+
+def make_plan(
+    cfg: Config, prompts: Sequence[Prompt], lengths: np.ndarray, advantages: np.ndarray, world_size: int
+) -> list[Minibatch]:
+    """Cut a step's rows into minibatches of whole groups, and those into micro-batches with owners.
+
+    lengths, advantages: [N], of all rows. Without KL, a row with advantage 0 carries no gradient.
+    """
+    group = cfg.num_generations
+    total = [len(prompts[n // group].token_ids) + int(length) for n, length in enumerate(lengths)]
+    carries = [
+        bool(length > 0 and (cfg.beta > 0 or gain != 0)) for length, gain in zip(lengths, advantages, strict=True)
+    ]
+    plan = []
+    for groups in split_evenly(len(prompts), cfg.num_minibatches):
+        samples = range(groups.start * group, groups.stop * group)
+        micro_batches = cut_micro_batches([n for n in samples if carries[n]], total, cfg.micro_batch_tokens)
+        costs = [len(micro) * total[micro[0]] for micro in micro_batches]
+        plan.append(Minibatch(tuple(samples), tuple(micro_batches), tuple(assign(costs, world_size))))
+    return plan
+
+
+def trainers_of(plan: Sequence[Minibatch]) -> dict[int, int]:
+    """Row -> the rank that trains on it."""
+    return {
+        sample: owner
+        for minibatch in plan
+        for micro, owner in zip(minibatch.micro_batches, minibatch.owners, strict=True)
+        for sample in micro
+    }
+
+
+def exchange(
+    world: World, completions: Sequence[Completion], lengths: np.ndarray, sampled_by: Sequence[int],
+    trainers: dict[int, int], support_width: int,
+) -> dict[int, Completion]:  # fmt: skip
+    """Bring every row to the rank that trains on it: ids, log-probs and support, each once.
+
+    lengths: [N] completion tokens of each row; sampled_by: the rank that sampled it.
+    """
+    mine = {completion.sample: completion for completion in completions}
+    if world.size == 1:
+        return {sample: mine[sample] for sample in trainers}
+    size = lambda sample: int(lengths[sample]) * (2 + support_width)  # noqa: E731  int32 words of one row
+    outgoing = []
+    for rank in range(world.size):
+        parts = [_pack(mine[n]) for n in sorted(trainers) if trainers[n] == rank and sampled_by[n] == world.rank]
+        outgoing.append(np.concatenate([np.zeros(0, np.int32), *parts]))
+    wanted = [
+        [n for n in sorted(trainers) if trainers[n] == world.rank and sampled_by[n] == rank]
+        for rank in range(world.size)
+    ]
+    incoming = world.exchange(outgoing, [sum(map(size, rows)) for rows in wanted])
+    received: dict[int, Completion] = {}
+    for rows, words in zip(wanted, incoming, strict=True):
+        ends = np.cumsum([size(n) for n in rows])
+        for sample, end in zip(rows, ends, strict=True):
+            received[sample] = _unpack(sample, words[end - size(sample) : end], int(lengths[sample]), support_width)
+    return received
+
+
+def _pack(completion: Completion) -> np.ndarray:
+    parts = [completion.token_ids, completion.sampler_logprobs.view(np.int32)]
+    if completion.support is not None:
+        parts.append(completion.support.ravel())
+    return np.concatenate(parts).astype(np.int32)
+
+
+def _unpack(sample: int, words: np.ndarray, length: int, support_width: int) -> Completion:
+    token_ids, logprobs, support = words[:length], words[length : 2 * length], words[2 * length :]
+    return Completion(
+        sample,
+        token_ids.copy(),
+        logprobs.copy().view(np.float32),
+        finish="",
+        support=support.reshape(length, support_width).copy() if support_width else None,
+    )
+
+
+def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.device) -> MicroBatch:
+    """Pad rows on the right into one micro-batch; the one place where predictions meet their targets.
+
+    Token t of a completion is predicted at position len(prompt) - 1 + t.
+    """
+    num_rows = len(rows)
+    longest = max(len(row.prompt_ids) + len(row.token_ids) - 1 for row in rows)  # the last token predicts nothing
+    width = max(len(row.token_ids) for row in rows)
+    input_ids = np.zeros((num_rows, longest), np.int64)
+    positions, target_ids = np.zeros((num_rows, width), np.int64), np.zeros((num_rows, width), np.int64)
+    logprobs, token_weights = np.zeros((num_rows, width), np.float32), np.zeros((num_rows, width), np.float32)
+    mask = np.zeros((num_rows, width), bool)
+    kept = rows[0].support
+    support = None if kept is None else np.full((num_rows, width, kept.shape[1]), -1, np.int64)
+    for b, row in enumerate(rows):
+        prompt, length = len(row.prompt_ids), len(row.token_ids)
+        input_ids[b, : prompt + length - 1] = [*row.prompt_ids, *row.token_ids[:-1].tolist()]
+        positions[b, :length] = np.arange(prompt - 1, prompt - 1 + length)
+        target_ids[b, :length] = row.token_ids
+        mask[b, :length] = True
+        logprobs[b, :length] = row.sampler_logprobs
+        token_weights[b, :length] = weights[row.sample]
+        if support is not None and row.support is not None:
+            support[b, :length] = row.support
+    to = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+    return MicroBatch(
+        samples=tuple(row.sample for row in rows),
+        input_ids=to(input_ids),
+        positions=to(positions),
+        target_ids=to(target_ids),
+        mask=to(mask),
+        advantages=to(np.array([row.advantage for row in rows], np.float32)),
+        sampler_logprobs=to(logprobs),
+        support=None if support is None else to(support),
+        weights=to(token_weights),
+    )
+
+
+def deliver(
+    world: World, cfg: Config, plan: Sequence[Minibatch], prompts: Sequence[Prompt], completions: Sequence[Completion],
+    lengths: np.ndarray, advantages: np.ndarray,
+) -> list[list[MicroBatch]]:  # fmt: skip
+    """Bring this rank the micro-batches it trains on, minibatch by minibatch, weights already divided.
+
+    lengths, advantages: [N], of all rows.
+    """
+    chunks = cut_chunks(len(prompts), cfg.num_generations, cfg.rollout_chunk_rows)
+    rows = exchange(
+        world, completions, lengths, samplers(chunks, world.size), trainers_of(plan), sampling_of(cfg).support_width
+    )
+    batches = []
+    for minibatch in plan:
+        weights = row_weights(cfg.loss, [int(lengths[n]) for n in minibatch.samples], cfg.max_generate_length)
+        weight_of = dict(zip(minibatch.samples, weights, strict=True))
+        train_rows = lambda micro: [  # noqa: E731
+            TrainRow(n, prompts[n // cfg.num_generations].token_ids, rows[n].token_ids, rows[n].sampler_logprobs,
+                     rows[n].support, float(advantages[n]))
+            for n in micro
+        ]  # fmt: skip
+        batches.append([collate(train_rows(micro), weight_of, world.device) for micro in minibatch.of_rank(world.rank)])
+    return batches

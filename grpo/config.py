@@ -1,0 +1,345 @@
+"""Every setting: defaults < --config file.yaml < --key value.
+
+`Config` is frozen; derived numbers are functions of it, never fields. Under each field: meaning, unit,
+allowed range (this is `--help`, and the table in README.md, which a test compares).
+"""
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import io
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import jsonargparse
+
+from grpo.errors import UserError
+
+PROJECT = Path(__file__).resolve().parent.parent
+DEMO = PROJECT / "configs" / "demo.yaml"
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    # --- what is trained, on what
+    model: str | None = None
+    """Causal language model: a hub name or a local folder."""
+    data: str | None = None
+    """Questions: a .jsonl, .json, .csv or .parquet file, a folder saved by datasets, or a hub name."""
+    data_config: str | None = None
+    """Configuration of a hub dataset, such as main."""
+    data_split: str = "train"
+    """Split to train on; a plain file is all one split."""
+    question_column: str = "question"
+    """Column with the question: text, or a list of messages."""
+    answer_column: str | None = "answer"
+    """Column with the gold answer, shown to rewards as `answer`. null: the task has none."""
+    answer_format: Literal["text", "hash"] = "text"
+    """text: the cell is the gold answer. hash: GSM8K's, the gold answer follows the last ####."""
+    eval_data: str | None = None
+    """Held-out questions, evaluated greedily before and after training; same forms as data."""
+    eval_split: str = "test"
+    """Split of eval_data."""
+    eval_rows: int = 0
+    """Held-out questions to use, from the first on; 0: all."""
+    eval_steps: int = 0
+    """Also evaluate every so many steps; 0: only before and after."""
+
+    # --- how a question is put
+    system_prompt: str | None = None
+    """System message; without a chat template it stands before the question."""
+    prompt_template: str = "{question}"
+    """Text of the user's turn; {name} stands for a column, {question} for the question."""
+    chat_template: Literal["auto", "on", "off"] = "auto"
+    """Render through the tokenizer's chat template; auto: if it has one."""
+
+    # --- rewards
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Name to weight: a function of reward_func.py, or path.py:function."""
+    reward_inputs: Literal["text", "messages"] = "text"
+    """Completions reach rewards as strings, or as message lists as in TRL's conversational mode."""
+    max_reward_failures: float = 0.2
+    """Largest share of a step's reward calls that may fail before the run stops, 0 to 1."""
+
+    # --- batch: P = batch_size * gradient_accumulation_steps prompts a step, over all processes together
+    batch_size: int = 1
+    """Prompts, global, times gradient_accumulation_steps; >= 1."""
+    gradient_accumulation_steps: int = 2
+    """Multiplies batch_size: equal products train identically; >= 1."""
+    num_generations: int = 4
+    """G, completions of each prompt; >= 2."""
+    epoch: int = 3
+    """Passes over the data when max_steps is not given; >= 1."""
+    max_steps: int | None = None
+    """Steps of the run; null: from epoch."""
+    num_minibatches: int = 1
+    """Optimizer steps in one pass over a step's rows; 1 to P."""
+    num_iterations: int = 1
+    """Passes over a step's rows (mu); >= 1."""
+
+    # --- lengths and sampling
+    max_prompt_length: int = 256
+    """Tokens; longer prompts are left out, with a count."""
+    max_generate_length: int = 256
+    """Tokens of a completion, at most."""
+    temperature: float = 1.0
+    """Sampling temperature, > 0; log-probs use it too."""
+    top_p: float = 1.0
+    """Nucleus sampling, in (0, 1]; 1: off."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0: off."""
+    min_p: float = 0.0
+    """Drop tokens below min_p times the likeliest, in [0, 1); 0: off."""
+    max_support: int = 128
+    """Tokens kept at most when top_p, top_k or min_p truncates; part of the distribution, stored per token."""
+
+    # --- the algorithm
+    loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    """grpo: mean over rows of the row's token mean. dapo: global token mean. dr_grpo: sum over a constant length."""
+    clip_eps: float = 0.2
+    """PPO clip below: ratio >= 1 - clip_eps."""
+    clip_eps_high: float | None = None
+    """PPO clip above: ratio <= 1 + clip_eps_high; null: clip_eps."""
+    beta: float = 0.0
+    """KL coefficient against the frozen start; 0 loads no reference."""
+    scale_rewards: Literal["group", "none"] = "group"
+    """Divide by the group's standard deviation, or not; dr_grpo implies none."""
+    advantage_clip: float = 10.0
+    """Largest absolute advantage."""
+    logit_clamp: float = 100.0
+    """Logits are centred on their mid-range and clamped to this, sampling and scoring alike."""
+    max_importance_weight: float = 2.0
+    """Truncation of the weight that corrects a sampler whose log-probs differ from the trainer's."""
+
+    # --- optimizer (AdamW)
+    lr: float = 1e-6
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warmup: hold, or decay to zero at the last step."""
+    warmup_ratio: float = 0.0
+    """Share of the optimizer steps with a rising rate, in [0, 1)."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    adam_beta1: float = 0.9
+    """AdamW's first moment decay."""
+    adam_beta2: float = 0.999
+    """AdamW's second moment decay."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm is clipped to this; > 0."""
+    max_bad_steps: int = 5
+    """Updates skipped in a row (NaN or Inf) before the run stops with code 76."""
+
+    # --- machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a GPU."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward passes; weights and optimizer state are fp32 either way."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, about a third more time."""
+    micro_batch_tokens: int = 4096
+    """Tokens of one backward, padding included: memory and speed only. Smaller shares out better over ranks."""
+    rollout_chunk_rows: int = 64
+    """Completions decoded together: memory and speed only. Smaller shares out better over ranks."""
+    logits_chunk_mb: int = 256
+    """Memory of the widest logits block in the loss, MB per process."""
+    num_threads: int | None = None
+    """CPU threads of each process; null: the machine's cores shared among its processes."""
+    seed: int = 42
+    """Decides data order and every sampled token; >= 0."""
+
+    # --- what is written
+    output_dir: str = "./output"
+    """Checkpoints: output_dir/checkpoint_N."""
+    save_steps: int = 100
+    """Checkpoint every so many steps; the last step always saves. 0: only the last."""
+    save_total_limit: int | None = None
+    """Checkpoints kept, the newest; null: all."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: continue from the newest valid checkpoint if there is one. never: set aside what is there."""
+    runs_dir: str = "./runs"
+    """TensorBoard events, metrics.jsonl, train.log: runs_dir/run_name."""
+    run_name: str | None = None
+    """Folder of the run; null: the config file's name."""
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    """Where metrics go, beside the console, train.log and metrics.jsonl."""
+    log_samples_steps: int = 10
+    """Log a few completions as text every so many steps; 0: never."""
+    inference_questions: list[str] = field(default_factory=list)
+    """Built-in cases of inference.py, kept in the checkpoint; empty: the first held-out (or training) questions."""
+
+
+def prompts_per_step(cfg: Config) -> int:
+    """P."""
+    return cfg.batch_size * cfg.gradient_accumulation_steps
+
+
+def total_steps(cfg: Config, num_rows: int) -> int:
+    """Steps of the whole run over `num_rows` usable questions."""
+    if cfg.max_steps is not None:
+        return cfg.max_steps
+    return math.ceil(cfg.epoch * num_rows / prompts_per_step(cfg))
+
+
+def updates_per_step(cfg: Config) -> int:
+    """Optimizer steps in one step."""
+    return cfg.num_minibatches * cfg.num_iterations
+
+
+def find_path(name: str) -> Path | None:
+    """A path of the user's: as given, else from the project's folder. None: no such file (a hub name?).
+
+    >>> find_path("configs/demo.yaml").name
+    'demo.yaml'
+    """
+    for path in (Path(name).expanduser(), PROJECT / name):
+        if path.exists():
+            return path
+    return None
+
+
+def check(cfg: Config) -> None:
+    """Cross-field checks, before anything loads. Raises UserError naming the setting."""
+    if cfg.model is None:
+        raise UserError("model: none given. Say which: --model <folder or hub name> (nothing at all runs the demo).")
+    if cfg.data is None:
+        raise UserError("data: none given. Say which: --data <file, folder or hub name>.")
+    if not cfg.rewards:
+        raise UserError("rewards: none given. Say which, with weights: --rewards '{\"correctness_reward\": 1.0}'.")
+    if not any(cfg.rewards.values()):
+        raise UserError(f"rewards: every weight is 0, got {cfg.rewards}. Nothing would be learned: weigh at least one.")
+    if not all(math.isfinite(weight) for weight in cfg.rewards.values()):
+        raise UserError(f"rewards: weights must be finite numbers, got {cfg.rewards}.")
+    if cfg.num_generations < 2:
+        raise UserError(
+            f"num_generations: must be >= 2, got {cfg.num_generations}: a group of one has no baseline. Try 8."
+        )
+    for name in ("batch_size", "gradient_accumulation_steps", "epoch", "num_minibatches", "num_iterations",
+                 "max_prompt_length", "max_generate_length", "max_support", "max_bad_steps", "micro_batch_tokens",
+                 "rollout_chunk_rows", "logits_chunk_mb"):  # fmt: skip
+        _require(cfg, name, getattr(cfg, name) >= 1, ">= 1")
+    for name in ("save_steps", "eval_steps", "eval_rows", "log_samples_steps", "top_k", "seed"):
+        _require(cfg, name, getattr(cfg, name) >= 0, ">= 0")
+    for name in ("max_steps",):
+        _require(cfg, name, cfg.max_steps is None or cfg.max_steps >= 0, ">= 0, or null")
+    for name in ("save_total_limit", "num_threads"):
+        _require(cfg, name, getattr(cfg, name) is None or getattr(cfg, name) >= 1, ">= 1, or null")
+    for name in ("lr", "temperature", "max_grad_norm", "logit_clamp", "advantage_clip", "max_importance_weight"):
+        value = getattr(cfg, name)
+        _require(cfg, name, math.isfinite(value) and value > 0, "a finite number > 0")
+    for name in ("beta", "weight_decay", "clip_eps"):
+        value = getattr(cfg, name)
+        _require(cfg, name, math.isfinite(value) and value >= 0, "a finite number >= 0")
+    _require(cfg, "clip_eps_high", cfg.clip_eps_high is None or 0 <= cfg.clip_eps_high < math.inf, ">= 0, or null")
+    _require(cfg, "top_p", 0 < cfg.top_p <= 1, "in (0, 1]")
+    for name in ("min_p", "warmup_ratio", "adam_beta1", "adam_beta2"):
+        _require(cfg, name, 0 <= getattr(cfg, name) < 1, "in [0, 1)")
+    _require(cfg, "max_reward_failures", 0 <= cfg.max_reward_failures <= 1, "in [0, 1]")
+    if cfg.top_k > cfg.max_support:
+        raise UserError(f"top_k: must be at most max_support {cfg.max_support}, got {cfg.top_k}. Raise --max_support.")
+    if cfg.num_minibatches > prompts_per_step(cfg):
+        raise UserError(
+            f"num_minibatches: at most one per prompt of a step, {prompts_per_step(cfg)}, got {cfg.num_minibatches}. "
+            "Raise batch_size or gradient_accumulation_steps."
+        )
+
+
+def _require(cfg: Config, name: str, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"{name}: must be {allowed}, got {getattr(cfg, name)}.")
+
+
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog="train.py",
+        description="GRPO training. Defaults < --config file.yaml < --key value.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with settings, applied before the command line")
+    parser.add_class_arguments(Config, as_group=False)
+    return parser
+
+
+def load_config(argv: list[str]) -> tuple[Config, str | None]:
+    """Read the command line. Returns the config and, when the demo applies, a notice to show first.
+
+    Raises UserError for anything that does not fit; `--help` and `--print_config` exit with 0.
+    """
+    names = {arg.split("=")[0] for arg in argv}
+    notice = None
+    if not names & {"--config", "--model", "--data", "--help", "-h"}:
+        notice = "No --config, --model or --data given: running the demo, configs/demo.yaml."
+        argv = ["--config", str(DEMO), *argv]
+    argv = _config_first(argv)
+    for here, arg in enumerate(argv):
+        if arg == "--config" and here + 1 < len(argv) and not Path(argv[here + 1]).is_file():
+            raise UserError(f"config: no such file {argv[here + 1]!r}. Give a YAML file, such as configs/gsm8k.yaml.")
+    parser = _parser()
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            parsed = parser.parse_args(argv)
+            cfg = parser.instantiate(parsed)
+    except (jsonargparse.ArgumentError, ValueError, TypeError, KeyError) as error:
+        raise UserError(_one_line(error)) from None
+    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Config)}
+    if values["run_name"] is None:
+        files = [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg == "--config"]
+        values["run_name"] = Path(files[-1]).stem if files else "grpo"
+    config = Config(**values)
+    check(config)
+    return config, notice
+
+
+def _config_first(argv: list[str]) -> list[str]:
+    """Move `--config file` before the overrides, so that their order does not matter."""
+    files: list[str] = []
+    rest: list[str] = []
+    args = iter(argv)
+    for arg in args:
+        if arg == "--config":
+            files += [arg, next(args, "")]
+        elif arg.startswith("--config="):
+            files += ["--config", arg.removeprefix("--config=")]
+        else:
+            rest.append(arg)
+    return files + rest
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"config: {text} (see train.py --help)"
+
+
+def field_docs() -> dict[str, str]:
+    """Field name -> the docstring under it.
+
+    >>> field_docs()["lr"]
+    'Peak learning rate.'
+    """
+    body = ast.parse(inspect.getsource(Config)).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for before, after in zip(body, body[1:], strict=False):
+        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            docs[before.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
+    return docs
+
+
+def markdown_table() -> str:
+    """The configuration table of README.md. Written by `python -m grpo.config`."""
+    docs = field_docs()
+    lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    for f in dataclasses.fields(Config):
+        default = getattr(Config(), f.name)
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        lines.append(f"| `{f.name}` | `{shown}` | {docs[f.name]} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown_table() + "\n")

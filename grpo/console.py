@@ -1,0 +1,86 @@
+"""What rank 0 says: one line a step on stdout and in runs/<name>/train.log; on a terminal, a live bar below it."""
+
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from grpo.metrics import PHASES
+
+
+class Console:
+    """Lines and the progress bar of a run; silent on other ranks."""
+
+    def __init__(self, is_main: bool, log: Path | None = None):
+        self.is_main = is_main
+        self.file = log.open("a", encoding="utf-8") if is_main and log is not None else None
+        self.rich = RichConsole(highlight=False, soft_wrap=True)
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+
+    def say(self, line: str) -> None:
+        """Print a line and keep it in train.log."""
+        if not self.is_main:
+            return
+        if self.progress is not None:
+            self.progress.console.print(line, markup=False)
+        else:
+            print(line, flush=True)
+        if self.file is not None:
+            self.file.write(line + "\n")
+            self.file.flush()
+
+    def start(self, total: int, done: int) -> None:
+        """Show the bar, where there is a terminal to show it on."""
+        if self.is_main and self.rich.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                       TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+            self.progress = Progress(*columns, console=self.rich, transient=True)
+            self.task = self.progress.add_task("training", total=total, completed=done)
+            self.progress.start()
+
+    def advance(self, description: str) -> None:
+        """Move the bar by one step."""
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, advance=1, description=description)
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        if self.file is not None:
+            self.file.close()
+
+
+def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
+    """The line of one step."""
+    parts = [
+        f"step: {step}/{total}  grpo_loss: {metrics['loss']:.4f}",
+        f"reward {metrics['reward/mean']:.3f}±{metrics['reward/std']:.3f}",
+        f"length {metrics['completions/length_mean']:.1f}",
+    ]
+    if "kl" in metrics:
+        parts.append(f"kl {metrics['kl']:.5f}")
+    parts.append(f"grad {metrics['grad_norm']:.3f}" if "grad_norm" in metrics else "update skipped")
+    parts.append(f"{metrics['tokens_per_s']:.0f} tok/s")
+    seconds = [f"{phase} {metrics[f'time/{phase}_s']:.2f}" for phase in PHASES if metrics[f"time/{phase}_s"] >= 0.005]
+    return "  ".join(parts) + f"  {metrics['time/step_s']:.2f} s ({', '.join(seconds)})"
+
+
+def warn(line: str) -> None:
+    """A line on stderr, from any rank."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,122 @@
+"""Ranks and collectives: the only module, beside backends/, that touches torch.distributed.
+
+Collectives of one step beside the gradient sum: `sum_rows` (the O(N) table of the rollout),
+`exchange` (each row's payload, once, to the rank that trains on it), and per optimizer step `any_rank`
+(control flags) and `gather_rows` (metrics). Their number and shapes do not depend on the data. No pickle.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from grpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among all. size 1 without torchrun means: no process group at all."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    control: "dist.ProcessGroup | None" = None  # gloo, on CPU: small tables and flags, also beside NCCL
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that prints, logs and writes."""
+        return self.rank == 0
+
+    def sum_rows(self, table: np.ndarray) -> np.ndarray:
+        """Sum float64 tables of one shape over ranks: each rank fills its own rows, zeros elsewhere."""
+        if self.size == 1:
+            return table
+        tensor = torch.from_numpy(np.ascontiguousarray(table, dtype=np.float64))
+        dist.all_reduce(tensor, group=self.control)
+        return tensor.numpy()
+
+    def gather_rows(self, row: np.ndarray) -> np.ndarray:
+        """[K] float64 on each rank -> [W, K] on every rank."""
+        if self.size == 1:
+            return row[None]
+        mine = torch.from_numpy(np.ascontiguousarray(row, dtype=np.float64))
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(rows, mine, group=self.control)
+        return torch.stack(rows).numpy()
+
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag: is it set on any rank? One MAX reduction for all of them."""
+        if self.size == 1:
+            return flags
+        tensor = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return tuple(bool(flag) for flag in tensor.tolist())
+
+    def exchange(self, outgoing: list[np.ndarray], incoming_sizes: list[int]) -> list[np.ndarray]:
+        """Send outgoing[r] (int32) to rank r; return what each rank sent here. One all-to-all."""
+        if self.size == 1:
+            return outgoing
+        send = torch.from_numpy(np.concatenate(outgoing))
+        receive = torch.empty(sum(incoming_sizes), dtype=torch.int32)
+        dist.all_to_all_single(receive, send, incoming_sizes, [len(part) for part in outgoing], group=self.control)
+        return np.split(receive.numpy(), np.cumsum(incoming_sizes)[:-1])
+
+    def barrier(self) -> None:
+        """Wait for every rank. For start-up and checkpoints, never inside a step."""
+        if self.size > 1:
+            dist.monitored_barrier(group=self.control)
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """Resolve auto | cpu | cuda to this process's device. Raises UserError when CUDA is not there."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "device: got cuda, but PyTorch sees no GPU here. Use --device cpu, or auto to take what there is."
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"device: local rank {local_rank} has no GPU of its own, {torch.cuda.device_count()} visible: one process "
+            "per GPU. Lower --nproc_per_node, widen CUDA_VISIBLE_DEVICES, or use --device cpu."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def set_threads(num_threads: int | None, local_size: int) -> None:
+    """Fix the intra-op threads; by default this machine's cores, shared among its ranks.
+
+    torchrun sets OMP_NUM_THREADS=1 only for several processes, so that without this the arithmetic of
+    one process would differ from that of two.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    torch.set_num_threads(num_threads or max(1, cores // local_size))
+
+
+def start(device: str = "cpu", num_threads: int | None = None, timeout_s: float = 600.0) -> World:
+    """Join the ranks that torchrun started, or be the only one.
+
+    Raises UserError for a device that is not there.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    set_threads(num_threads, local_size)
+    torch_device = pick_device(device, local_rank)
+    if size == 1:
+        return World(rank, size, local_rank, local_size, torch_device)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("nccl" if torch_device.type == "cuda" else "gloo", timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return World(rank, size, local_rank, local_size, torch_device, control)
+
+
+def stop(world: World) -> None:
+    """Leave the process group."""
+    if world.size > 1:
+        dist.destroy_process_group()

@@ -1,0 +1,48 @@
+"""Greedy accuracy on held-out questions, shared over ranks, one completion a question.
+
+`eval/accuracy` is the share of questions for which the first reward function of the config gives more than
+0; beside it the mean of every reward function.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from grpo.config import Config
+from grpo.data import Questions
+from grpo.distributed import World
+from grpo.rewards import Reward
+from grpo.rollout import Engine, chunk_owner, cut_chunks, requests_of
+from grpo.rollout.sampling import Sampling
+from grpo.scoring import score
+
+
+def evaluate(
+    engine: Engine, questions: Questions, rewards: Sequence[Reward], tokenizer: PreTrainedTokenizerBase, cfg: Config,
+    world: World, report: Callable[[str], None], temperature: float = 0.0,
+) -> dict[str, float]:  # fmt: skip
+    """Answer every held-out question once and score the answers. Equal on every rank.
+
+    Questions are taken longest first, so that a chunk's prompts are alike in length.
+    """
+    prompts = sorted(questions.items, key=lambda prompt: (-len(prompt.token_ids), prompt.row))
+    sampling = Sampling(temperature=temperature, logit_clamp=cfg.logit_clamp)
+    table = np.zeros((len(prompts), len(rewards) + 1))
+    for i, chunk in enumerate(cut_chunks(len(prompts), 1, cfg.rollout_chunk_rows)):
+        if chunk_owner(i, world.size) != world.rank:
+            continue
+        completions = engine.generate(requests_of(chunk, prompts, 1, step=0), sampling)
+        scored = score(rewards, prompts, completions, 1, tokenizer, cfg.reward_inputs == "messages", report)
+        table[chunk] = np.column_stack([scored.scores, [len(c.token_ids) for c in completions]])
+    table = world.sum_rows(table)
+    first = table[:, 0]
+    metrics = {
+        "eval/accuracy": float((np.nan_to_num(first) > 0).mean()),
+        "eval/length_mean": float(table[:, -1].mean()),
+    }
+    for k, reward in enumerate(rewards):
+        column = table[:, k][~np.isnan(table[:, k])]
+        if len(column):
+            metrics[f"eval/{reward.name.rpartition(':')[2]}"] = float(column.mean())
+    return metrics

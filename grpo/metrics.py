@@ -1,0 +1,66 @@
+"""Metrics of one step: sums with counts, and maxima; never a mean of means.
+
+Every rank tallies the same names whatever it did, so one fixed-shape gather reduces them all.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from grpo.distributed import World
+
+PHASES = ("rollout", "reward", "exchange", "logprobs", "update")
+MEANS = ("clip/low", "clip/high", "clip/importance", "kl", "kl_old", "sampler_gap/mean")
+SUMS = ("loss",)
+MAXIMA = ("ratio_gap", "sampler_gap/max", "time/step_s", *(f"time/{phase}_s" for phase in PHASES))
+
+
+class Tally:
+    """What one rank adds up during a step."""
+
+    def __init__(self) -> None:
+        self.sums = dict.fromkeys(MEANS, 0.0) | dict.fromkeys(SUMS, 0.0)
+        self.counts = dict.fromkeys(MEANS, 0.0)
+        self.maxima = dict.fromkeys(MAXIMA, 0.0)
+        self.began = time.monotonic()
+
+    def mean(self, name: str, total: float, count: float) -> None:
+        """Add a sum over `count` items. A non-finite sum never enters an average."""
+        if math.isfinite(total):
+            self.sums[name] += total
+            self.counts[name] += count
+
+    def add(self, name: str, value: float) -> None:
+        """Add to a sum."""
+        if math.isfinite(value):
+            self.sums[name] += value
+
+    def top(self, name: str, value: float) -> None:
+        """Raise a maximum."""
+        if math.isfinite(value):
+            self.maxima[name] = max(self.maxima[name], value)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase of the step; the slowest rank's seconds are logged."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.maxima[f"time/{name}_s"] += time.monotonic() - start
+
+    def reduce(self, world: World) -> dict[str, float]:
+        """Reduce over ranks: means by their counts, sums, maxima. One gather. Means of nothing are left out."""
+        self.maxima["time/step_s"] = time.monotonic() - self.began
+        row = np.array([*self.sums.values(), *self.counts.values(), *self.maxima.values()], dtype=np.float64)
+        rows = world.gather_rows(row)
+        sums, counts, maxima = np.split(rows, [len(self.sums), len(self.sums) + len(self.counts)], axis=1)
+        total = dict(zip(self.sums, sums.sum(0).tolist(), strict=True))
+        count = dict(zip(self.counts, counts.sum(0).tolist(), strict=True))
+        means = {name: total[name] / count[name] for name in MEANS if count[name]}
+        return (
+            means | {name: total[name] for name in SUMS} | dict(zip(self.maxima, maxima.max(0).tolist(), strict=True))
+        )

@@ -1,0 +1,192 @@
+"""The policy: the model being trained, its optimizer, its frozen reference.
+
+One update: for each of this rank's micro-batches log-probs, loss, backward; then the backend sums
+gradients, all ranks agree that they are finite, the norm is clipped, the optimizer steps.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo.backends import Backend
+from grpo.backends.replicated import Replicated
+from grpo.config import Config, updates_per_step
+from grpo.distributed import World
+from grpo.guards import SkippedUpdate, count_skip
+from grpo.logprobs import Head, token_logprobs
+from grpo.losses import k3, ppo_clip
+from grpo.metrics import Tally
+from grpo.models import arithmetic, load_model
+from grpo.types import Counters, MicroBatch
+
+MAX_TRUSTED_GAP = 1e-4  # largest |sampler - trainer| log-prob for sampler log-probs to serve as old ones
+
+
+def learning_rate(cfg: Config, update: int, total_updates: int) -> float:
+    """Rate of optimizer step `update` (from 0): linear warmup, then constant, linear or cosine to zero.
+
+    >>> learning_rate(Config(lr=1.0, lr_schedule="linear"), 5, 10)
+    0.5
+    """
+    warmup = math.ceil(cfg.warmup_ratio * total_updates)
+    if update < warmup:
+        return cfg.lr * (update + 1) / warmup
+    progress = min(1.0, (update - warmup) / max(1, total_updates - warmup))
+    if cfg.lr_schedule == "linear":
+        return cfg.lr * (1 - progress)
+    if cfg.lr_schedule == "cosine":
+        return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.lr
+
+
+class Policy:
+    """The trained model behind one backend."""
+
+    def __init__(self, cfg: Config, world: World, model: PreTrainedModel, reference: PreTrainedModel | None = None):
+        self.cfg = cfg
+        self.world = world
+        self.model = model
+        self.counters = Counters()
+        self.last_lr = 0.0
+        if cfg.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        self.head = Head(model)
+        self.reference_head = None if reference is None else Head(reference.requires_grad_(False))
+        self.backend: Backend = Replicated(model, cfg, world)
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        """Stream the weights, for engines."""
+        return self.backend.weights()
+
+    def logprobs(self, head: Head, micro: MicroBatch) -> Tensor:
+        """Log-probs [B, T] of the completion tokens, in the run's arithmetic."""
+        cfg = self.cfg
+        with arithmetic(cfg.dtype, self.world.device):
+            return token_logprobs(head, micro, cfg.temperature, cfg.logit_clamp, cfg.logits_chunk_mb)
+
+    @torch.no_grad()
+    def annotate(self, batches: Sequence[Sequence[MicroBatch]]) -> list[list[MicroBatch]]:
+        """Add old and reference log-probs, before the first update of the step.
+
+        Old ones are the sampler's where its gap to our own forward was small; else our own forward's: for a
+        single update those are the bare ones, detached (None); for several, an extra forward.
+        """
+        return [[self._annotate(micro) for micro in minibatch] for minibatch in batches]
+
+    def _annotate(self, micro: MicroBatch) -> MicroBatch:
+        old = None
+        if self.counters.trust_sampler:
+            old = micro.sampler_logprobs
+        elif updates_per_step(self.cfg) > 1:
+            old = self.logprobs(self.head, micro)
+        reference = None if self.reference_head is None else self.logprobs(self.reference_head, micro)
+        return dataclasses.replace(micro, old_logprobs=old, ref_logprobs=reference)
+
+    def loss(self, micro: MicroBatch, tally: Tally, weights_unchanged: bool) -> Tensor:
+        """Weighted loss of a micro-batch, already divided by the global denominator."""
+        cfg = self.cfg
+        logprobs = self.logprobs(self.head, micro)  # [B, T]
+        old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
+        log_ratio = torch.where(micro.mask, logprobs - old, 0.0)
+        high = cfg.clip_eps if cfg.clip_eps_high is None else cfg.clip_eps_high
+        token_loss = ppo_clip(log_ratio, micro.advantages, cfg.clip_eps, high)
+        if not self.counters.trust_sampler:
+            gap = torch.where(micro.mask, old - micro.sampler_logprobs, 0.0)
+            token_loss = token_loss * gap.clamp(-20, 20).exp().clamp(max=cfg.max_importance_weight)
+        if micro.ref_logprobs is not None:
+            divergence = k3(logprobs, torch.where(micro.mask, micro.ref_logprobs, logprobs.detach()))
+            token_loss = token_loss + cfg.beta * divergence
+            _tally_masked(tally, "kl", divergence, micro.mask)
+        assert micro.weights is not None
+        loss = (torch.where(micro.mask, token_loss, 0.0) * micro.weights).sum()
+        self._tally(tally, micro, logprobs.detach(), log_ratio.detach(), high, weights_unchanged)
+        tally.add("loss", float(loss.detach()))
+        return loss
+
+    def _tally(
+        self, tally: Tally, micro: MicroBatch, logprobs: Tensor, log_ratio: Tensor, high: float, weights_unchanged: bool
+    ) -> None:
+        ratio = log_ratio.clamp(-20, 20).exp()
+        gain = micro.advantages[:, None]
+        _tally_masked(tally, "clip/low", ((ratio < 1 - self.cfg.clip_eps) & (gain < 0)).float(), micro.mask)
+        _tally_masked(tally, "clip/high", ((ratio > 1 + high) & (gain > 0)).float(), micro.mask)
+        _tally_masked(tally, "kl_old", ratio - 1 - log_ratio, micro.mask)  # k3 of KL(old || policy)
+        if weights_unchanged:  # sampler and trainer hold the same weights: any gap is arithmetic
+            gap = torch.where(micro.mask, (logprobs - micro.sampler_logprobs), 0.0)
+            _tally_masked(tally, "sampler_gap/mean", gap.abs(), micro.mask)
+            tally.top("sampler_gap/max", float(gap.abs().amax()))
+            tally.top("ratio_gap", float((gap.clamp(-20, 20).exp() - 1).abs().amax()))
+            if not self.counters.trust_sampler:
+                heavy = gap.exp() > self.cfg.max_importance_weight
+                _tally_masked(tally, "clip/importance", heavy.float(), micro.mask)
+
+    def update(
+        self,
+        minibatch: Sequence[MicroBatch],
+        tally: Tally,
+        total_updates: int,
+        weights_unchanged: bool,
+        bad: bool = False,
+    ) -> float:
+        """Take one optimizer step on a minibatch. Returns the gradient norm before clipping.
+
+        Raises SkippedUpdate, on every rank alike, when any rank met a number that is not finite (or `bad`
+        says that one was met before): gradients are dropped, weights and moments stay as they are.
+        """
+        self.model.train()
+        self.backend.zero()
+        for micro in minibatch:
+            loss = self.loss(micro, tally, weights_unchanged)
+            bad = bad or not bool(torch.isfinite(loss.detach()))
+            self.backend.backward(loss)
+        norm = self.backend.reduce()
+        self.model.eval()
+        (bad_anywhere,) = self.world.any_rank(bad or not math.isfinite(norm))
+        if bad_anywhere:
+            self.backend.zero()
+            raise SkippedUpdate(norm, here=bad)
+        self.last_lr = learning_rate(self.cfg, self.counters.updates, total_updates)
+        self.backend.step(self.last_lr, min(1.0, self.cfg.max_grad_norm / (norm + 1e-6)))
+        self.counters.updates += 1
+        return norm
+
+    def train_on(
+        self, batches: Sequence[Sequence[MicroBatch]], tally: Tally, total_updates: int, broken: bool,
+        on_skip: Callable[[int, Sequence[MicroBatch], str], None],
+    ) -> list[float]:  # fmt: skip
+        """Pass `num_iterations` times over a step's minibatches. Returns the norms of the updates that were taken.
+
+        broken: the rollout met logits that were not finite, nothing of this step can be trained on. Skipped
+        updates are counted and shown to `on_skip`. Raises Diverged after too many in a row.
+        """
+        norms = []
+        for iteration in range(self.cfg.num_iterations):
+            for i, minibatch in enumerate(batches):
+                try:
+                    norms.append(self.update(minibatch, tally, total_updates, iteration == i == 0, broken))
+                    self.counters.consecutive_skips = 0
+                except SkippedUpdate as skip:
+                    on_skip(self.counters.step + 1, minibatch, str(skip))
+                    count_skip(self.counters, self.cfg.max_bad_steps)
+        return norms
+
+    def trust(self, metrics: dict[str, float]) -> None:
+        """Decide from this step's measured gap whether the sampler's log-probs serve as the next step's old ones."""
+        if "sampler_gap/mean" in metrics:
+            self.counters.trust_sampler = metrics["sampler_gap/max"] <= MAX_TRUSTED_GAP
+
+
+def _tally_masked(tally: Tally, name: str, values: Tensor, mask: Tensor) -> None:
+    tally.mean(name, float(torch.where(mask, values.detach(), 0.0).sum()), float(mask.sum()))
+
+
+def load_policy(cfg: Config, world: World) -> Policy:
+    """Load the model, and a second, frozen copy as reference when beta > 0. Raises UserError."""
+    assert cfg.model is not None
+    reference = load_model(cfg.model, world.device) if cfg.beta > 0 else None
+    return Policy(cfg, world, load_model(cfg.model, world.device), reference)

@@ -1,0 +1,90 @@
+"""Rollouts: prompts -> completions.
+
+An engine is a class with two methods:
+
+    load_weights(weights)         take the policy's tensors, a stream of (name, tensor), once per rollout
+    generate(requests, sampling)  sample one completion for each request, in their order
+
+`native.py` is ours, on transformers' models; another engine (vLLM) is another file with the same two.
+
+The N = P*G samples of a step are cut into chunks of `rollout_chunk_rows`, whole groups where G fits; the
+cut does not depend on the number of ranks, which take the chunks in turn. So what a chunk samples is the
+same for any number of processes.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from grpo.config import Config
+from grpo.distributed import World
+from grpo.rollout.sampling import Sampling, sampling_of
+from grpo.types import Completion, Prompt
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion wanted."""
+
+    sample: int  # row n of the step
+    slot: int  # step*P + p
+    generation: int  # g
+    prompt_ids: tuple[int, ...]
+
+
+class Engine(Protocol):
+    """What samples completions."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take the policy's current weights."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Sample one completion for each request."""
+
+
+def cut_chunks(num_prompts: int, num_generations: int, chunk_rows: int) -> list[list[int]]:
+    """Cut the samples 0 … P*G-1 into chunks; whole groups where G fits.
+
+    >>> cut_chunks(3, 2, 4)
+    [[0, 1, 2, 3], [4, 5]]
+    >>> cut_chunks(1, 4, 3)
+    [[0, 1, 2], [3]]
+    """
+    rows = chunk_rows - chunk_rows % num_generations if chunk_rows >= num_generations else chunk_rows
+    if rows == chunk_rows and chunk_rows < num_generations:
+        groups = [range(p * num_generations, (p + 1) * num_generations) for p in range(num_prompts)]
+        return [list(group[i : i + rows]) for group in groups for i in range(0, num_generations, rows)]
+    samples = range(num_prompts * num_generations)
+    return [list(samples[i : i + rows]) for i in range(0, len(samples), rows)]
+
+
+def chunk_owner(chunk: int, world_size: int) -> int:
+    """The rank that samples a chunk."""
+    return chunk % world_size
+
+
+def requests_of(chunk: list[int], prompts: Sequence[Prompt], num_generations: int, step: int) -> list[Request]:
+    """The requests behind a chunk's sample ids."""
+    return [
+        Request(
+            n, step * len(prompts) + n // num_generations, n % num_generations, prompts[n // num_generations].token_ids
+        )
+        for n in chunk
+    ]
+
+
+def samplers(chunks: Sequence[Sequence[int]], world_size: int) -> list[int]:
+    """Row n -> the rank that samples it."""
+    owners = {n: chunk_owner(i, world_size) for i, chunk in enumerate(chunks) for n in chunk}
+    return [owners[n] for n in range(len(owners))]
+
+
+def rollout(engine: Engine, prompts: Sequence[Prompt], step: int, cfg: Config, world: World) -> list[Completion]:
+    """Sample this rank's share of a step's completions."""
+    completions: list[Completion] = []
+    for i, chunk in enumerate(cut_chunks(len(prompts), cfg.num_generations, cfg.rollout_chunk_rows)):
+        if chunk_owner(i, world.size) == world.rank:
+            completions += engine.generate(requests_of(chunk, prompts, cfg.num_generations, step), sampling_of(cfg))
+    return completions

@@ -1,0 +1,178 @@
+"""Our own engine, on any transformers causal language model, in the training process.
+
+A group's prompt is computed once and its KV cache repeated; rows that finish leave the batch; every
+completion carries the log-prob of each token and, under truncation, the support it was drawn from. With
+temperature 0 the tokens are those of `transformers.generate`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from grpo.models import arithmetic
+from grpo.rollout import Request
+from grpo.rollout.randomness import uniforms
+from grpo.rollout.sampling import Draw, Sampling, draw
+from grpo.types import Completion
+
+LEAVE_SHARE = 1 / 8  # finished rows leave once they are this share of the batch: leaving copies the cache
+
+
+class NativeEngine:
+    """Samples with the given model, sharing the trainer's weights where they are the same tensors."""
+
+    def __init__(
+        self, model: PreTrainedModel, stop_ids: Iterable[int], max_new_tokens: int, seed: int, dtype: str = "fp32"
+    ):
+        self.model = model
+        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self.dtype = dtype
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy the tensors that are not already ours."""
+        own = dict(self.model.named_parameters())
+        for name, tensor in weights:
+            if own[name].data_ptr() != tensor.data_ptr():
+                own[name].data.copy_(tensor)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_tokens: Callable[[list[tuple[int, int]]], None] | None = None,
+    ) -> list[Completion]:
+        """Sample one completion for each request; `on_tokens` sees (sample, token id) pairs as they come."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with arithmetic(self.dtype, self.model.device):
+                return self._generate(list(requests), sampling, on_tokens)
+        finally:
+            self.model.train(was_training)
+
+    def _prefill(self, requests: list[Request]) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+        """Compute each distinct prompt once: logits [B, V], cache of B rows, mask [B, Lp + new], next position [B]."""
+        distinct = list(dict.fromkeys(request.prompt_ids for request in requests))
+        which = {ids: i for i, ids in enumerate(distinct)}
+        longest = max(map(len, distinct))
+        device = self.model.device
+        input_ids = torch.zeros(len(distinct), longest, dtype=torch.int64)
+        mask = torch.zeros(len(distinct), longest + self.max_new_tokens, dtype=torch.int64)
+        for i, ids in enumerate(distinct):  # padded on the left, so that all rows go on at one column
+            input_ids[i, longest - len(ids) :] = torch.tensor(ids)
+            mask[i, longest - len(ids) :] = 1
+        input_ids, mask = input_ids.to(device), mask.to(device)
+        prompt_mask = mask[:, :longest]
+        positions = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        logits = self.model(
+            input_ids=input_ids,
+            attention_mask=prompt_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        rows = torch.tensor([which[request.prompt_ids] for request in requests], device=device)
+        if len(requests) > 1 or len(distinct) > 1:
+            cache.batch_select_indices(rows)
+        return logits[rows], cache, mask[rows], positions[rows, -1] + 1
+
+    def _generate(
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        on_tokens: Callable[[list[tuple[int, int]]], None] | None,
+    ) -> list[Completion]:
+        logits, cache, mask, position = self._prefill(requests)
+        prompt_width = mask.shape[1] - self.max_new_tokens
+        randoms = uniforms(
+            self.seed,
+            np.array([request.slot for request in requests]),
+            np.array([request.generation for request in requests]),
+            self.max_new_tokens,
+        )
+        device_randoms = torch.from_numpy(randoms).to(logits.device)  # [B, max_new]
+        rows = torch.arange(len(requests), device=logits.device)  # request behind each row still in the batch
+        done = torch.zeros(len(requests), dtype=torch.bool, device=logits.device)
+        record = _Record(len(requests), self.max_new_tokens, sampling, logits.device)
+        for t in range(self.max_new_tokens):
+            drawn = draw(logits, device_randoms[rows, t], sampling)
+            stopped = torch.isin(drawn.token_ids, self.stop_ids)
+            record.add(t, rows, done, drawn, stopped)
+            if on_tokens is not None:
+                alive = (~done).tolist()
+                pairs = zip(rows.tolist(), drawn.token_ids.tolist(), alive, strict=True)
+                on_tokens([(requests[row].sample, token) for row, token, here in pairs if here])
+            done = done | stopped | ~drawn.finite
+            num_done = int(done.sum())
+            if num_done == len(rows) or t + 1 == self.max_new_tokens:
+                break
+            token_ids = drawn.token_ids
+            if num_done >= max(1, LEAVE_SHARE * len(rows)):
+                keep = (~done).nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                rows, done, mask, position = rows[keep], done[keep], mask[keep], position[keep]
+                token_ids = token_ids[keep]
+            logits = self.model(
+                input_ids=token_ids[:, None],
+                attention_mask=mask[:, : prompt_width + t + 1],
+                position_ids=position[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+            position = position + 1
+        return record.completions(requests)
+
+
+class _Record:
+    """What was drawn so far, [B, max_new] on the device; read once at the end."""
+
+    def __init__(self, num_rows: int, max_new: int, sampling: Sampling, device: torch.device):
+        self.token_ids = torch.zeros(num_rows, max_new, dtype=torch.int32, device=device)
+        self.logprobs = torch.zeros(num_rows, max_new, device=device)
+        self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.clamped = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.stopped = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self.broken = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self.supports: list[Tensor] = []  # one [B, K] int32 per token
+
+    def add(self, t: int, rows: Tensor, done: Tensor, drawn: Draw, stopped: Tensor) -> None:
+        """Keep token t of the rows that are not done."""
+        alive = ~done & drawn.finite
+        here = rows[alive]
+        self.token_ids[here, t] = drawn.token_ids[alive].int()
+        self.logprobs[here, t] = drawn.logprobs[alive]
+        self.lengths[here] = t + 1
+        self.clamped[here] += drawn.clamped[alive]
+        self.stopped[here] |= stopped[alive]
+        self.broken[rows[~done & ~drawn.finite]] = True
+        if drawn.support is not None:
+            kept = torch.full((len(self.lengths), drawn.support.shape[1]), -1, dtype=torch.int32, device=rows.device)
+            kept[here] = drawn.support[alive].int()
+            self.supports.append(kept)
+
+    def completions(self, requests: Sequence[Request]) -> list[Completion]:
+        """Cut every row to its length."""
+        token_ids, logprobs = self.token_ids.cpu().numpy(), self.logprobs.cpu().numpy()
+        support = torch.stack(self.supports, 1).cpu().numpy() if self.supports else None  # [B, T, K]
+        lengths, clamped = self.lengths.tolist(), self.clamped.tolist()
+        flags = zip(self.stopped.tolist(), self.broken.tolist(), strict=True)
+        finish = ["error" if broken else "stop" if stopped else "length" for stopped, broken in flags]
+        return [
+            Completion(
+                request.sample,
+                token_ids[i, :length].copy(),
+                logprobs[i, :length].copy(),
+                finish[i],
+                None if support is None else support[i, :length].copy(),
+                clamped[i],
+            )
+            for i, (request, length) in enumerate(zip(requests, lengths, strict=True))
+        ]

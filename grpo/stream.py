@@ -1,0 +1,26 @@
+"""Printing a completion while it is sampled."""
+
+from collections.abc import Callable
+
+from transformers import PreTrainedTokenizerBase
+
+
+class TokenPrinter:
+    """Takes tokens of one completion as the engine draws them, hands on the text they add.
+
+    Text is held back while it ends in half a character (one character can be several tokens).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]):
+        self.tokenizer = tokenizer
+        self.on_text = on_text
+        self.ids: list[int] = []
+        self.shown = ""
+
+    def __call__(self, pairs: list[tuple[int, int]]) -> None:
+        """Take (sample, token id) pairs of one decoding step."""
+        self.ids += [token for _, token in pairs]
+        text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        if not text.endswith("\ufffd") and text.startswith(self.shown):
+            self.on_text(text[len(self.shown) :])
+            self.shown = text

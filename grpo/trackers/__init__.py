@@ -1,0 +1,34 @@
+"""Where metrics go. A tracker sees floats and strings only, on rank 0 only; a new one is a class and an entry here."""
+
+from pathlib import Path
+from typing import Protocol
+
+from grpo.config import Config
+
+
+class Tracker(Protocol):
+    """Takes what a run has to say."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Metrics of a step."""
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """A text, Markdown."""
+
+    def close(self) -> None:
+        """Write out what is pending."""
+
+
+def load_trackers(cfg: Config, folder: Path, first_step: int) -> list[Tracker]:
+    """The trackers of `report_to`, and the JSON lines that are always written.
+
+    first_step: the first step this process will log; what a lost run logged from there on is dropped.
+    """
+    from grpo.trackers.jsonl import JsonLines
+
+    trackers: list[Tracker] = [JsonLines(folder, first_step)]
+    if cfg.report_to == "tensorboard":
+        from grpo.trackers.tensorboard import TensorBoard
+
+        trackers.append(TensorBoard(cfg, folder, first_step))
+    return trackers

@@ -1,0 +1,28 @@
+"""metrics.jsonl: one JSON object a step, for plots and tests."""
+
+import json
+from pathlib import Path
+
+
+class JsonLines:
+    """Appends to runs/<name>/metrics.jsonl; a resumed run first drops the lines it will write again."""
+
+    def __init__(self, folder: Path, first_step: int):
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
+            self.path.write_text("".join(kept), encoding="utf-8")
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write one line."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Texts go to trackers that can show them."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()

@@ -1,0 +1,38 @@
+"""TensorBoard events under runs/<name>; `tensorboard --logdir runs` shows them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from grpo.config import Config
+
+
+class TensorBoard:
+    """Scalars, sampled completions, the config as text and as hyper-parameters."""
+
+    def __init__(self, cfg: Config, folder: Path, first_step: int):
+        self.writer = SummaryWriter(str(folder), purge_step=first_step)
+        settings = dataclasses.asdict(cfg)
+        self.writer.add_text(
+            "config", "```json\n" + json.dumps(settings, indent=2, ensure_ascii=False) + "\n```", first_step
+        )
+        plain = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in settings.items()}
+        for summary in hparams(plain, {"reward/mean": 0.0}):  # in this run's own folder, not one beside it
+            assert self.writer.file_writer is not None
+            self.writer.file_writer.add_summary(summary, first_step)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One point on each curve."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """A text under this name."""
+        self.writer.add_text(name, text, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.writer.close()

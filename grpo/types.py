@@ -1,0 +1,77 @@
+"""The nouns that travel between the parts. Frozen: changing one means making another."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, ready to be asked."""
+
+    row: int  # its index in the data, after filtering
+    text: str  # exactly what the model reads
+    token_ids: tuple[int, ...]
+    columns: dict[str, Any]  # the data row, as rewards see it; `answer` holds the gold answer
+    messages: list[dict[str, str]] | None = None  # the conversation behind `text`, where there is one
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the engine sampled for one row."""
+
+    sample: int  # row n = p*G + g of the step
+    token_ids: np.ndarray  # [C] int32, the EOS included when it was sampled
+    sampler_logprobs: np.ndarray  # [C] float32, log-prob of each token under the sampling distribution
+    finish: str  # "stop" (an EOS was sampled), "length" (cut at the limit), "error" (non-finite logits)
+    support: np.ndarray | None = None  # [C, K] int32, ids that truncation kept at each token, -1 padded
+    clamped: int = 0  # logits that the clamp moved, summed over the tokens
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """One row as the update needs it: a prompt, a completion, its advantage."""
+
+    sample: int
+    prompt_ids: tuple[int, ...]
+    token_ids: np.ndarray  # [C] int32
+    sampler_logprobs: np.ndarray  # [C] float32
+    support: np.ndarray | None  # [C, K] int32
+    advantage: float
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B rows of one backward, padded on the right to their own longest. [B, T] is aligned to targets."""
+
+    samples: tuple[int, ...]  # [B]
+    input_ids: torch.Tensor  # [B, L] int64, prompt + completion, without the last token
+    positions: torch.Tensor  # [B, T] int64, where in L the token is predicted
+    target_ids: torch.Tensor  # [B, T] int64
+    mask: torch.Tensor  # [B, T] bool, True on completion tokens
+    advantages: torch.Tensor  # [B] float32
+    sampler_logprobs: torch.Tensor  # [B, T] float32, 0 outside the mask
+    support: torch.Tensor | None = None  # [B, T, K] int64, -1 padded
+    old_logprobs: torch.Tensor | None = None  # [B, T]; None: the bare ones, detached
+    ref_logprobs: torch.Tensor | None = None  # [B, T]; None: no KL
+    weights: torch.Tensor | None = None  # [B, T] loss weights, divided by the global denominator
+
+    def __post_init__(self) -> None:
+        rows, width = self.target_ids.shape
+        assert self.input_ids.shape[0] == rows == self.advantages.shape[0] == len(self.samples)
+        assert self.mask.shape == self.positions.shape == self.sampler_logprobs.shape == (rows, width)
+        assert self.mask.dtype == torch.bool
+
+
+@dataclass
+class Counters:
+    """What the trainer remembers beside weights and optimizer state; saved in every checkpoint."""
+
+    step: int = 0  # steps finished
+    updates: int = 0  # optimizer steps taken: the clock of the learning-rate schedule
+    skipped_updates: int = 0
+    consecutive_skips: int = 0
+    trust_sampler: bool | None = None  # sampler log-probs serve as old log-probs; None: not measured yet
+    extra: dict[str, float] = field(default_factory=dict)
