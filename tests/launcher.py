@@ -1,0 +1,37 @@
+"""Starting the real scripts, and small jobs on several ranks, the way a user does: torchrun in a subprocess."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+
+
+def environment() -> dict[str, str]:
+    """This environment without another launcher's ranks in it."""
+    ours = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}}
+    return {**ours, **QUIET, "PYTHONPATH": str(PROJECT)}
+
+
+def run_script(script: str, *args: str, nproc: int | None = None, cwd: Path = PROJECT, timeout: float = 300):
+    """Run a script of the project, under torchrun when nproc is given. Returns the finished process."""
+    torchrun = [] if nproc is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    command = [sys.executable, *torchrun, str(PROJECT / script), *args]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def run_ranks(job: str, nproc: int, out: Path, **arguments):
+    """Run `tests/rank_jobs.py:job` on `nproc` ranks; return what each rank saved as JSON, by rank."""
+    out.mkdir(parents=True, exist_ok=True)
+    done = run_script("tests/rank_jobs.py", job, str(out), json.dumps(arguments), nproc=nproc)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return [json.loads((out / f"{job}_{rank}.json").read_text()) for rank in range(nproc)]
+
+
+def metrics_of(runs_dir: Path) -> list[dict[str, float]]:
+    """The JSON lines of the one run under a runs folder."""
+    [file] = runs_dir.glob("*/metrics.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
