@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 
 from grpo.types import MicroBatch
 
+BLOCK_ELEMENTS_PER_MB = 2**20 // 4  # fp32 logits
+
 
 def bounded_logits(logits: Tensor, temperature: float, clamp: float) -> tuple[Tensor, Tensor]:
     """Centre each row on its mid-range, clamp to ±clamp, divide by the temperature. logits [..., V] fp32.
@@ -107,7 +109,7 @@ def _in_blocks(
     head: Head, hidden: Tensor, targets: Tensor, support: Tensor | None, temperature: float, clamp: float, chunk_mb: int
 ) -> Tensor:
     vocab = head.model.get_output_embeddings().weight.shape[0]
-    block = max(1, chunk_mb * 2**20 // (vocab * 4))
+    block = max(1, chunk_mb * BLOCK_ELEMENTS_PER_MB // vocab)  # tokens
     if hidden.shape[0] <= block or not torch.is_grad_enabled():
         parts = [
             _block(

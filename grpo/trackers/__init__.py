@@ -19,16 +19,16 @@ class Tracker(Protocol):
         """Write out what is pending."""
 
 
-def load_trackers(cfg: Config, folder: Path, first_step: int) -> list[Tracker]:
+def load_trackers(cfg: Config, folder: Path, done: int) -> list[Tracker]:
     """The trackers of `report_to`, and the JSON lines that are always written.
 
-    first_step: the first step this process will log; what a lost run logged from there on is dropped.
+    done: steps already done; what a lost run logged beyond them is dropped, it will be logged again.
     """
     from grpo.trackers.jsonl import JsonLines
 
-    trackers: list[Tracker] = [JsonLines(folder, first_step)]
+    trackers: list[Tracker] = [JsonLines(folder, done)]
     if cfg.report_to == "tensorboard":
         from grpo.trackers.tensorboard import TensorBoard
 
-        trackers.append(TensorBoard(cfg, folder, first_step))
+        trackers.append(TensorBoard(cfg, folder, done))
     return trackers

@@ -7,11 +7,11 @@ from pathlib import Path
 class JsonLines:
     """Appends to runs/<name>/metrics.jsonl; a resumed run first drops the lines it will write again."""
 
-    def __init__(self, folder: Path, first_step: int):
+    def __init__(self, folder: Path, done: int):
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
             self.path.write_text("".join(kept), encoding="utf-8")
         self.file = self.path.open("a", encoding="utf-8")
 

@@ -13,16 +13,16 @@ from grpo.config import Config
 class TensorBoard:
     """Scalars, sampled completions, the config as text and as hyper-parameters."""
 
-    def __init__(self, cfg: Config, folder: Path, first_step: int):
-        self.writer = SummaryWriter(str(folder), purge_step=first_step)
+    def __init__(self, cfg: Config, folder: Path, done: int):
+        self.writer = SummaryWriter(str(folder), purge_step=done + 1)
         settings = dataclasses.asdict(cfg)
         self.writer.add_text(
-            "config", "```json\n" + json.dumps(settings, indent=2, ensure_ascii=False) + "\n```", first_step
+            "config", "```json\n" + json.dumps(settings, indent=2, ensure_ascii=False) + "\n```", done
         )
         plain = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in settings.items()}
         for summary in hparams(plain, {"reward/mean": 0.0}):  # in this run's own folder, not one beside it
             assert self.writer.file_writer is not None
-            self.writer.file_writer.add_summary(summary, first_step)
+            self.writer.file_writer.add_summary(summary, done)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One point on each curve."""
