@@ -7,7 +7,7 @@ recomputed in the backward (torch.utils.checkpoint), so that one block is alive 
 fp32. Sampling and scoring share `bounded_logits`: one distribution.
 
 How a model turns hidden states into logits is read from its output embeddings and config, and checked
-against the model's own logits on first use; a head we do not understand falls back to the whole forward.
+against the model's own logits once; a head we do not understand falls back to the whole forward.
 """
 
 import warnings
@@ -50,7 +50,7 @@ class Head:
         self.scale = float(getattr(config, "logit_scale", None) or 1.0)
         if getattr(config, "logits_scaling", None):
             self.scale /= float(config.logits_scaling)
-        self.usable: bool | None = None  # None: not compared with the model's own logits yet
+        self.usable = self._matches_the_model()
 
     def body(self) -> nn.Module:
         """The model without its head."""
@@ -66,24 +66,28 @@ class Head:
         return logits
 
     @torch.no_grad()
-    def check(self, input_ids: Tensor) -> bool:
-        """Compare with the model's own logits on a few tokens, once; a mismatch means the slow way, and a notice."""
-        if self.usable is None:
-            ids = input_ids[:1, :16]
-            own = self.model(input_ids=ids, use_cache=False).logits.float()
-            try:
-                ours = self.logits(self.body()(input_ids=ids, use_cache=False).last_hidden_state).float()
-                scale = own.abs().amax().clamp(min=1.0)
-                self.usable = ours.shape == own.shape and bool((ours - own).abs().amax() <= 1e-2 * scale)
-            except (AttributeError, TypeError, RuntimeError):
-                self.usable = False
-            if not self.usable:
-                warnings.warn(
-                    f"{type(self.model).__name__}: the head could not be applied in blocks, whole logits are used: "
-                    "more memory, same numbers.",
-                    stacklevel=2,
-                )
-        return self.usable
+    def _matches_the_model(self) -> bool:
+        """Compare with the model's own logits on a few tokens; a mismatch means whole logits, and a notice.
+
+        Done once, at construction, on every rank alike: a sharded model's forward is a collective.
+        """
+        ids = torch.arange(8, device=self.model.device)[None]
+        own = self.model(input_ids=ids, use_cache=False).logits.float()
+        if not bool(torch.isfinite(own).all()):
+            return True  # broken weights tell nothing about the head; the guards will meet them
+        try:
+            ours = self.logits(self.body()(input_ids=ids, use_cache=False).last_hidden_state).float()
+            scale = own.abs().amax().clamp(min=1.0)
+            matches = ours.shape == own.shape and bool((ours - own).abs().amax() <= 1e-2 * scale)
+        except (AttributeError, TypeError, RuntimeError):
+            matches = False
+        if not matches:
+            warnings.warn(
+                f"{type(self.model).__name__}: the head could not be applied in blocks, whole logits are used: "
+                "more memory, same numbers.",
+                stacklevel=2,
+            )
+        return matches
 
 
 def token_logprobs(head: Head, micro: MicroBatch, temperature: float, clamp: float, chunk_mb: int) -> Tensor:
@@ -95,7 +99,7 @@ def token_logprobs(head: Head, micro: MicroBatch, temperature: float, clamp: flo
     where = (rows[micro.mask], micro.positions[micro.mask])  # [M], [M]
     targets = micro.target_ids[micro.mask]  # [M]
     support = None if micro.support is None else micro.support[micro.mask]  # [M, K]
-    if head.check(micro.input_ids):
+    if head.usable:
         hidden = head.body()(input_ids=micro.input_ids, use_cache=False).last_hidden_state
         values = _in_blocks(head, hidden[where], targets, support, temperature, clamp, chunk_mb)
     else:

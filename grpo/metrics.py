@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from grpo.distributed import World
 
@@ -42,6 +44,16 @@ class Tally:
         """Raise a maximum."""
         if math.isfinite(value):
             self.maxima[name] = max(self.maxima[name], value)
+
+    def micro_batch(self, loss: Tensor, means: dict[str, Tensor], maxima: dict[str, Tensor], mask: Tensor) -> None:
+        """Add what a micro-batch measured: means [B, T] over the mask, maxima []. One device synchronisation."""
+        totals = [torch.where(mask, values.detach().float(), 0.0).sum() for values in means.values()]
+        numbers = torch.stack([loss, mask.sum().float(), *totals, *maxima.values()]).tolist()
+        self.add("loss", numbers[0])
+        for name, total in zip(means, numbers[2:], strict=False):
+            self.mean(name, total, numbers[1])
+        for name, value in zip(maxima, numbers[2 + len(means) :], strict=True):
+            self.top(name, value)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

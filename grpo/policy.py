@@ -95,35 +95,31 @@ class Policy:
         log_ratio = torch.where(micro.mask, logprobs - old, 0.0)
         high = cfg.clip_eps if cfg.clip_eps_high is None else cfg.clip_eps_high
         token_loss = ppo_clip(log_ratio, micro.advantages, cfg.clip_eps, high)
+        sampler_gap = torch.where(micro.mask, old - micro.sampler_logprobs, 0.0)
         if not self.counters.trust_sampler:
-            gap = torch.where(micro.mask, old - micro.sampler_logprobs, 0.0)
-            token_loss = token_loss * gap.clamp(-20, 20).exp().clamp(max=cfg.max_importance_weight)
+            token_loss = token_loss * sampler_gap.clamp(-20, 20).exp().clamp(max=cfg.max_importance_weight)
+        means = {}
         if micro.ref_logprobs is not None:
-            divergence = k3(logprobs, torch.where(micro.mask, micro.ref_logprobs, logprobs.detach()))
-            token_loss = token_loss + cfg.beta * divergence
-            _tally_masked(tally, "kl", divergence, micro.mask)
+            means["kl"] = k3(logprobs, torch.where(micro.mask, micro.ref_logprobs, logprobs.detach()))
+            token_loss = token_loss + cfg.beta * means["kl"]
         assert micro.weights is not None
         loss = (torch.where(micro.mask, token_loss, 0.0) * micro.weights).sum()
-        self._tally(tally, micro, logprobs.detach(), log_ratio.detach(), high, weights_unchanged)
-        tally.add("loss", float(loss.detach()))
-        return loss
 
-    def _tally(
-        self, tally: Tally, micro: MicroBatch, logprobs: Tensor, log_ratio: Tensor, high: float, weights_unchanged: bool
-    ) -> None:
-        ratio = log_ratio.clamp(-20, 20).exp()
+        ratio = log_ratio.detach().clamp(-20, 20).exp()
         gain = micro.advantages[:, None]
-        _tally_masked(tally, "clip/low", ((ratio < 1 - self.cfg.clip_eps) & (gain < 0)).float(), micro.mask)
-        _tally_masked(tally, "clip/high", ((ratio > 1 + high) & (gain > 0)).float(), micro.mask)
-        _tally_masked(tally, "kl_old", ratio - 1 - log_ratio, micro.mask)  # k3 of KL(old || policy)
+        means["clip/low"] = (ratio < 1 - cfg.clip_eps) & (gain < 0)
+        means["clip/high"] = (ratio > 1 + high) & (gain > 0)
+        means["kl_old"] = ratio - 1 - log_ratio.detach()  # k3 of KL(old || policy)
+        maxima = {}
         if weights_unchanged:  # sampler and trainer hold the same weights: any gap is arithmetic
-            gap = torch.where(micro.mask, (logprobs - micro.sampler_logprobs), 0.0)
-            _tally_masked(tally, "sampler_gap/mean", gap.abs(), micro.mask)
-            tally.top("sampler_gap/max", float(gap.abs().amax()))
-            tally.top("ratio_gap", float((gap.clamp(-20, 20).exp() - 1).abs().amax()))
+            gap = torch.where(micro.mask, logprobs.detach() - micro.sampler_logprobs, 0.0)
+            means["sampler_gap/mean"] = gap.abs()
+            maxima["sampler_gap/max"] = gap.abs().amax()
+            maxima["ratio_gap"] = (gap.clamp(-20, 20).exp() - 1).abs().amax()
             if not self.counters.trust_sampler:
-                heavy = gap.exp() > self.cfg.max_importance_weight
-                _tally_masked(tally, "clip/importance", heavy.float(), micro.mask)
+                means["clip/importance"] = sampler_gap.exp() > cfg.max_importance_weight
+        tally.micro_batch(loss.detach(), means, maxima, micro.mask)
+        return loss
 
     def update(
         self,
@@ -179,10 +175,6 @@ class Policy:
         """Decide from this step's measured gap whether the sampler's log-probs serve as the next step's old ones."""
         if "sampler_gap/mean" in metrics:
             self.counters.trust_sampler = metrics["sampler_gap/max"] <= MAX_TRUSTED_GAP
-
-
-def _tally_masked(tally: Tally, name: str, values: Tensor, mask: Tensor) -> None:
-    tally.mean(name, float(torch.where(mask, values.detach(), 0.0).sum()), float(mask.sum()))
 
 
 def load_policy(cfg: Config, world: World) -> Policy:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from grpo.advantages import group_advantages
 from grpo.batching import deliver, make_plan
 from grpo.config import Config, prompts_per_step, updates_per_step
 from grpo.distributed import World, start, stop
@@ -55,7 +56,9 @@ def make_policy(cfg: Config, world: World, architecture: str = "qwen3") -> Polic
     return Policy(cfg, world, model, reference)
 
 
-def injected_step(cfg: Config, world: World, policy: Policy, step: int, steps: int, seed: int, tally: Tally) -> list[float]:
+def injected_step(
+    cfg: Config, world: World, policy: Policy, step: int, steps: int, seed: int, tally: Tally
+) -> list[float]:
     """One step of training on injected rollouts; each rank holds only what it would have sampled."""
     prompts, completions, advantages = injected(cfg, step, seed)
     owners = samplers(cut_chunks(len(prompts), cfg.num_generations, cfg.rollout_chunk_rows), world.size)
@@ -86,7 +89,9 @@ def injected_updates(world: World, out: Path, name: str, steps: int = 20, seed: 
         if broken == "denominator":  # each row weighs by its micro-batch, not by the whole minibatch
             import grpo.batching as batching
 
-            batching.row_weights = lambda loss, lengths, most: [1.0 / max(1, length) / 7 / (1 + length % 2) for length in lengths]
+            batching.row_weights = lambda loss, lengths, most: [
+                1.0 / max(1, length) / 7 / (1 + length % 2) for length in lengths
+            ]
         norms += injected_step(cfg, world, policy, step, steps, seed, tally)
     weights = {key: value.contiguous().clone() for key, value in policy.weights()}
     if world.is_main:
@@ -125,6 +130,39 @@ def poisoned_update(world: World, out: Path, rank: int, **settings):
     }  # fmt: skip
 
 
+def architecture_steps(world: World, out: Path, architecture: str, steps: int = 2, **settings):
+    """Whole steps, free-running: sample, reward by a rule on the ids, exchange, update."""
+    cfg = config(**settings)
+    policy = make_policy(cfg, world, architecture)
+    start_weights = {name: tensor.clone() for name, tensor in policy.weights()}
+    engine = NativeEngine(policy.model, [0, 9], cfg.max_generate_length, cfg.seed, cfg.dtype)
+    sampled, norms, tally = {}, [], Tally()
+    group = cfg.num_generations
+    for step in range(steps):
+        prompts, _, _ = injected(cfg, step)
+        engine.load_weights(policy.weights())
+        completions = rollout(engine, prompts, step, cfg, world)
+        facts = np.zeros((len(prompts) * group, 2))
+        for c in completions:
+            facts[c.sample] = [len(c.token_ids), float((c.token_ids % 2 == 0).mean())]
+        facts = world.sum_rows(facts)
+        lengths, rewards = facts[:, 0].astype(int), facts[:, 1]
+        advantages = group_advantages(rewards.reshape(-1, group)).ravel()
+        plan = make_plan(cfg, prompts, lengths, advantages, world.size)
+        batches = policy.annotate(deliver(world, cfg, plan, prompts, completions, lengths, advantages))
+        norms += policy.train_on(batches, tally, steps * updates_per_step(cfg), False, on_skip=lambda *_: None)
+        sampled |= {f"{step}.{c.sample}": c.token_ids.tolist() for c in completions}
+        policy.trust(tally.reduce(world))
+    ends = dict(policy.weights())
+    moved = {name: float((ends[name] - start_weights[name]).abs().max()) for name in ends}
+    if world.is_main:
+        save_file(
+            {name: tensor.contiguous().clone() for name, tensor in ends.items()}, out / f"{architecture}.safetensors"
+        )
+    return {"sha256": weights_sha256(policy), "norms": norms, "sampled": sampled, "moved": moved,
+            "dtypes": sorted({str(tensor.dtype) for tensor in ends.values()}), "metrics": tally.reduce(world)}  # fmt: skip
+
+
 def collectives(world: World, out: Path):
     """What each World method gives here."""
     table = np.zeros((world.size, 2))
@@ -140,7 +178,7 @@ def collectives(world: World, out: Path):
 
 
 JOBS: dict[str, Callable] = {
-    job.__name__: job for job in (injected_updates, free_rollout, poisoned_update, collectives)
+    job.__name__: job for job in (injected_updates, free_rollout, poisoned_update, architecture_steps, collectives)
 }
 
 

@@ -89,6 +89,6 @@ def test_head_in_blocks_is_the_models_own(architecture):
     """Soft caps, scales and biases included: no architecture falls back to whole logits."""
     model = tiny_model(architecture)
     head = Head(model)
-    assert head.check(torch.arange(5, 15)[None])
+    assert head.usable
     hidden = head.body()(input_ids=torch.arange(5, 15)[None]).last_hidden_state
     torch.testing.assert_close(head.logits(hidden), model(input_ids=torch.arange(5, 15)[None]).logits)

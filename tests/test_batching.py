@@ -27,7 +27,9 @@ def test_owners_are_balanced(costs, world_size):
 
 
 @given(st.integers(1, 8), st.integers(2, 5), st.integers(1, 4), st.integers(0, 2**16))
-def test_plan_is_the_same_for_any_world_and_leaves_out_only_rows_without_gradient(num_prompts, group, minibatches, seed):
+def test_plan_is_the_same_for_any_world_and_leaves_out_only_rows_without_gradient(
+    num_prompts, group, minibatches, seed
+):
     rng = np.random.default_rng(seed)
     minibatches = min(minibatches, num_prompts)
     prompts = [Prompt(p, "", tuple(range(int(rng.integers(1, 9)))), {}) for p in range(num_prompts)]

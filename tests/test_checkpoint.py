@@ -173,13 +173,17 @@ def test_prepare_output_sweeps_junk_and_sets_old_runs_aside(saved, tmp_path):
     assert checkpoint.verify(tmp_path / "previous" / "checkpoint_7") is None
 
 
-@pytest.mark.parametrize("change, named", [({"lr": 1.0}, "lr: "), ({"seed": 9}, "seed: "), ({"num_generations": 8}, "num_gen")])
+@pytest.mark.parametrize(
+    "change, named", [({"lr": 1.0}, "lr: "), ({"seed": 9}, "seed: "), ({"num_generations": 8}, "num_gen")]
+)
 def test_resume_refuses_what_changes_the_trajectory(saved, change, named):
     folder, _, _, cfg = saved
     state = checkpoint.read_state(folder)
     facts = {"data": "abc"}
     checkpoint.check_same_run(folder, state, cfg, facts)
-    checkpoint.check_same_run(folder, state, dataclasses.replace(cfg, save_steps=1, micro_batch_tokens=7, max_steps=9), facts)
+    checkpoint.check_same_run(
+        folder, state, dataclasses.replace(cfg, save_steps=1, micro_batch_tokens=7, max_steps=9), facts
+    )
     with pytest.raises(UserError, match=named):
         checkpoint.check_same_run(folder, state, dataclasses.replace(cfg, **change), facts)
     with pytest.raises(UserError, match="data has changed"):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.launcher import run_ranks
-from tests.tiny import tiny_model
+from tests.tiny import ARCHITECTURES, tiny_model
 
 UPDATES = [
     {"name": "grpo"},
@@ -44,7 +44,11 @@ def runs(tmp_path_factory):
         by_rank = run_ranks("injected_updates", world_size, out, calls=calls)
         for i, call in enumerate(calls):
             hashes = {rank[i]["sha256"] for rank in by_rank}
-            results[world_size, call["name"]] = (flat(load_file(out / f"{call['name']}.safetensors")), hashes, by_rank[0][i])
+            results[world_size, call["name"]] = (
+                flat(load_file(out / f"{call['name']}.safetensors")),
+                hashes,
+                by_rank[0][i],
+            )
     return results
 
 
@@ -117,3 +121,44 @@ def test_a_nan_on_one_rank_skips_the_update_on_all(tmp_path, rank):
         assert seen["norms"] == [] and seen["skipped"] == 1
         assert seen["in_a_row"] == 0 and seen["later"] != seen["after"], "training did not go on"
     assert ranks[0]["later"] == ranks[1]["later"]
+
+
+@pytest.fixture(scope="module")
+def architectures(tmp_path_factory):
+    """Two free-running steps of every architecture, on 1 and on 2 ranks; bf16 with a tiny rate beside them."""
+    folder = tmp_path_factory.mktemp("architectures")
+    calls = [{"architecture": name, "temperature": 0.8, "top_p": 0.9, "num_iterations": 2} for name in ARCHITECTURES]
+    calls += [
+        {"architecture": "qwen3", "dtype": "bf16", "lr": 1e-6},
+        {"architecture": "llama", "gradient_checkpointing": True},
+        {"architecture": "llama"},
+    ]
+    return {w: run_ranks("architecture_steps", w, folder / str(w), calls=calls) for w in (1, 2)}, folder
+
+
+@pytest.mark.parametrize("i", range(len(ARCHITECTURES)), ids=ARCHITECTURES)
+def test_every_architecture_trains_alike_on_one_and_two_ranks(architectures, i):
+    """Truncated sampling, temperature, two passes: the same tokens, finite norms, and the gap stays small."""
+    runs, _ = architectures
+    one, two = runs[1][0][i], [runs[2][rank][i] for rank in range(2)]
+    assert one["sampled"] == two[0]["sampled"] | two[1]["sampled"]
+    assert two[0]["sha256"] == two[1]["sha256"]
+    assert len(one["norms"]) == 4 and all(0 < norm < 1e4 for norm in one["norms"])
+    np.testing.assert_allclose(one["norms"], two[0]["norms"], rtol=1e-3)
+    assert one["metrics"]["ratio_gap"] <= 1e-5
+    assert one["metrics"]["kl_old"] > 0, "the second pass met the same policy: nothing was updated in between"
+
+
+def test_bf16_moves_fp32_weights_by_tiny_steps(architectures):
+    """lr 1e-6: about two steps of 1e-6. The control: in bf16 such a weight would not move at all."""
+    run = architectures[0][1][0][len(ARCHITECTURES)]
+    assert run["dtypes"] == ["torch.float32"]
+    assert all(1e-6 < moved < 3e-6 for name, moved in run["moved"].items() if "embed" not in name)
+    weight = torch.tensor(0.1, dtype=torch.bfloat16)
+    assert weight + 2e-6 == weight
+    assert run["metrics"]["sampler_gap/max"] > 1e-4, "bf16 arithmetic left no trace"
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(architectures):
+    runs = architectures[0][1][0]
+    np.testing.assert_allclose(runs[-1]["norms"], runs[-2]["norms"], rtol=1e-5)

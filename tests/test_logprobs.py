@@ -96,9 +96,9 @@ def test_a_head_that_is_not_understood_falls_back_with_a_notice():
         return output
 
     model.forward = types.MethodType(odd_forward, model)
-    head = Head(model)
     with pytest.warns(UserWarning, match="whole logits"):
-        ours = token_logprobs(head, micro, 1.0, 100.0, 256)
+        head = Head(model)
+    ours = token_logprobs(head, micro, 1.0, 100.0, 256)
     torch.testing.assert_close(ours, naive(model, micro, 1.0), atol=2e-6, rtol=1e-5)
 
 

@@ -17,7 +17,9 @@ from grpo.scoring import check_failures, score
 from grpo.types import Completion, Prompt
 from tests.tiny import tiny_tokenizer
 
-GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "data" / "reward_golden_001.jsonl").read_text().splitlines()]
+GOLDEN = [
+    json.loads(line) for line in (Path(__file__).parent / "data" / "reward_golden_001.jsonl").read_text().splitlines()
+]
 SHIPPED = ["final_answer_reward", "correctness_reward", "digit_reward", "hard_format_reward", "mark_reward"]
 
 

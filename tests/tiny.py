@@ -11,7 +11,10 @@ from grpo.models import prepare
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "gemma2", "gemma3", "gpt2")
 EOS = "<|endoftext|>"
-CORPUS = ["Mia has 7 pears. She buys 3, eats 2. How many pears does she have now?\n7, buys 3: 10.\n#### 10", "小明有10个苹果"]
+CORPUS = [
+    "Mia has 7 pears. She buys 3, eats 2. How many pears does she have now?\n7, buys 3: 10.\n#### 10",
+    "小明有10个苹果",
+]
 
 
 def tiny_tokenizer(vocab_size: int = 300, pad: bool = True) -> PreTrainedTokenizerFast:

@@ -16,9 +16,7 @@ class TensorBoard:
     def __init__(self, cfg: Config, folder: Path, done: int):
         self.writer = SummaryWriter(str(folder), purge_step=done + 1)
         settings = dataclasses.asdict(cfg)
-        self.writer.add_text(
-            "config", "```json\n" + json.dumps(settings, indent=2, ensure_ascii=False) + "\n```", done
-        )
+        self.writer.add_text("config", "```json\n" + json.dumps(settings, indent=2, ensure_ascii=False) + "\n```", done)
         plain = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in settings.items()}
         for summary in hparams(plain, {"reward/mean": 0.0}):  # in this run's own folder, not one beside it
             assert self.writer.file_writer is not None
