@@ -89,9 +89,7 @@ def injected_updates(world: World, out: Path, name: str, steps: int = 20, seed: 
         if broken == "denominator":  # each row weighs by its micro-batch, not by the whole minibatch
             import grpo.batching as batching
 
-            batching.row_weights = lambda loss, lengths, most: [
-                1.0 / max(1, length) / 7 / (1 + length % 2) for length in lengths
-            ]
+            batching.row_weights = lambda loss, lengths, most: [1 / max(1, c) / 7 / (1 + c % 2) for c in lengths]
         norms += injected_step(cfg, world, policy, step, steps, seed, tally)
     weights = {key: value.contiguous().clone() for key, value in policy.weights()}
     if world.is_main:

@@ -43,10 +43,11 @@ def test_greedy_equals_transformers_generate(architecture):
     lengths = set()
     for completion in ours:
         prompt = torch.tensor([PROMPTS[completion.sample // 2]])
-        theirs = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=stop_ids,
-            pad_token_id=0,
-        )[0, prompt.shape[1] :].tolist()  # fmt: skip
+        generated = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NEW_TOKENS,
+            eos_token_id=stop_ids, pad_token_id=0,
+        )  # fmt: skip
+        theirs = generated[0, prompt.shape[1] :].tolist()
         assert completion.token_ids.tolist() == theirs
         assert completion.finish == ("stop" if theirs[-1] in stop_ids else "length")
         lengths.add(len(theirs))

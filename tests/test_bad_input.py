@@ -56,10 +56,8 @@ def test_config_files(tmp_path, text, said):
 
 def test_defaults_file_and_command_line_in_that_order(tmp_path):
     (tmp_path / "c.yaml").write_text("model: m\ndata: d\nrewards: {mark_reward: 1}\nlr: 1e-6\nbeta: 0.1\n")
-    for argv in (
-        ["--beta", "0.2", "--config", str(tmp_path / "c.yaml")],
-        [f"--config={tmp_path}/c.yaml", "--beta=0.2"],
-    ):
+    file = str(tmp_path / "c.yaml")
+    for argv in (["--beta", "0.2", "--config", file], [f"--config={file}", "--beta=0.2"]):
         cfg, notice = load_config(argv)
         assert (cfg.lr, cfg.beta, cfg.num_generations, cfg.run_name, notice) == (1e-6, 0.2, 4, "c", None)
 
@@ -119,7 +117,7 @@ GOOD = {"question": "2+2?", "answer": "#### 4"}
         (
             [{"question": "long " * 200, "answer": "#### 1"}],
             ["--max_prompt_length", "20"],
-            "longer than max_prompt_length 20",
+            "than max_prompt_length 20",
         ),
         ([GOOD], ["--prompt_template", "{level} {question}"], "has no column 'level'"),
         ([GOOD], ["--rewards", '{"best_reward": 1}'], "has no function 'best_reward'"),

@@ -100,7 +100,10 @@ def test_log_ratio_is_clamped_at_20():
 def test_row_mean_and_token_mean_differ():
     """Per-token losses [1] and [0, 0, 0]: 0.5 by rows, 0.25 by tokens."""
     losses = [[1.0], [0.0, 0.0, 0.0]]
-    total = lambda how: sum(w * sum(row) for w, row in zip(row_weights(how, [1, 3], 8), losses))
+
+    def total(how):
+        return sum(weight * sum(row) for weight, row in zip(row_weights(how, [1, 3], 8), losses))
+
     assert total("grpo") == 0.5
     assert total("dapo") == 0.25
     assert total("dr_grpo") == pytest.approx(1 / 16)

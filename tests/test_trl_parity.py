@@ -12,7 +12,6 @@ wrong denominator, or a KL term left out, is off by more than 1e-2, which each t
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from grpo.advantages import group_advantages
 from grpo.batching import deliver, make_plan
