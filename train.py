@@ -9,6 +9,7 @@ grpo/__init__.py is the map of the parts.
 import sys
 
 from grpo.batching import deliver, make_plan
+from grpo.checkpoint import restore
 from grpo.config import Config, load_config, prompts_per_step, total_steps, updates_per_step
 from grpo.console import warn
 from grpo.data import load_questions
@@ -17,7 +18,7 @@ from grpo.evaluate import evaluate
 from grpo.launch import run_main
 from grpo.metrics import Tally
 from grpo.models import check_lengths, load_tokenizer, stop_token_ids
-from grpo.policy import load_policy
+from grpo.policy import load_policy, load_rollout_model
 from grpo.prompts import keep_questions, make_recipe
 from grpo.rewards import load_rewards
 from grpo.rollout import cut_chunks, rollout
@@ -36,18 +37,18 @@ def train(cfg: Config, world: World) -> None:
     held_out = load_questions(cfg, recipe, tokenizer, held_out=True) if cfg.eval_data else None
     recipe = keep_questions(recipe, (held_out or questions).first_questions(4))
     rewards = load_rewards(cfg.rewards)
-    policy = load_policy(cfg, world)  # the trained model, its optimizer, its reference
+    run.identify(questions, rewards, tokenizer)
+    resumed = run.resume_point()  # a checkpoint folder, or None
+    policy = load_policy(cfg, world, resumed)  # the trained model, its optimizer, its reference
     check_lengths(policy.model, cfg.max_prompt_length, cfg.max_generate_length)
     stop_ids = stop_token_ids(policy.model, tokenizer)
-    engine = NativeEngine(policy.model, stop_ids, cfg.max_generate_length, cfg.seed, cfg.dtype)
+    engine = NativeEngine(load_rollout_model(policy), stop_ids, cfg.max_generate_length, cfg.seed, cfg.dtype)
 
     P, G = prompts_per_step(cfg), cfg.num_generations
     total = total_steps(cfg, len(questions.items))
     as_messages = cfg.reward_inputs == "messages"
-    vocab_size = policy.model.config.get_text_config().vocab_size
     run.describe(questions, total, policy, len(cut_chunks(P, G, cfg.rollout_chunk_rows)))
-    run.identify(questions, rewards, tokenizer)
-    first = run.resume(policy)
+    first = restore(policy, resumed)
 
     def held_out_accuracy(step: int) -> None:
         if held_out is not None:
@@ -72,7 +73,7 @@ def train(cfg: Config, world: World) -> None:
                 table = gather(world, cfg, rewards, scored)  # [N] rewards and lengths, the same on every rank
                 advantages = table.advantages(cfg)  # [N], over whole groups
                 plan = make_plan(cfg, prompts, table.lengths, advantages, world.size)
-                batches = deliver(world, cfg, plan, prompts, completions, table.lengths, advantages)
+                batches = deliver(world, cfg, plan, prompts, completions, table.lengths, advantages, policy.even_block)
 
             with tally.phase("logprobs"):
                 batches = policy.annotate(batches)  # + old and reference log-probs
@@ -82,7 +83,7 @@ def train(cfg: Config, world: World) -> None:
                 norms = policy.train_on(batches, tally, total_updates, table.any_broken, on_skip=run.quarantine)
 
             metrics = run.log_step(
-                step + 1, total, rollout_metrics(table, advantages, vocab_size), tally, norms, policy
+                step + 1, total, rollout_metrics(table, advantages, policy.vocab_size), tally, norms, policy
             )
             run.log_samples(step + 1, scored)
             policy.trust(metrics)

@@ -5,6 +5,8 @@ cut by a token budget, longest rows first, and do not depend on the number of ra
 Rows whose gradient is exactly zero are left out of the compute, never out of the denominators.
 """
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -190,24 +192,40 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
 
 def deliver(
     world: World, cfg: Config, plan: Sequence[Minibatch], prompts: Sequence[Prompt], completions: Sequence[Completion],
-    lengths: np.ndarray, advantages: np.ndarray,
+    lengths: np.ndarray, advantages: np.ndarray, even_block: int = 0,
 ) -> list[list[MicroBatch]]:  # fmt: skip
     """Bring this rank the micro-batches it trains on, minibatch by minibatch, weights already divided.
 
-    lengths, advantages: [N], of all rows.
+    lengths, advantages: [N], of all rows. even_block: 0, or tokens in a block of the head, when every rank must
+    run as many micro-batches and blocks as the busiest one (backends that shard weights).
     """
     chunks = cut_chunks(len(prompts), cfg.num_generations, cfg.rollout_chunk_rows)
-    rows = exchange(
-        world, completions, lengths, samplers(chunks, world.size), trainers_of(plan), sampling_of(cfg).support_width
-    )
+    support = sampling_of(cfg).support_width
+    rows = exchange(world, completions, lengths, samplers(chunks, world.size), trainers_of(plan), support)
     batches = []
     for minibatch in plan:
         weights = row_weights(cfg.loss, [int(lengths[n]) for n in minibatch.samples], cfg.max_generate_length)
         weight_of = dict(zip(minibatch.samples, weights, strict=True))
-        train_rows = lambda micro: [  # noqa: E731
-            TrainRow(n, prompts[n // cfg.num_generations].token_ids, rows[n].token_ids, rows[n].sampler_logprobs,
-                     rows[n].support, float(advantages[n]))
-            for n in micro
-        ]  # fmt: skip
-        batches.append([collate(train_rows(micro), weight_of, world.device) for micro in minibatch.of_rank(world.rank)])
+        mine = []
+        for micro in minibatch.of_rank(world.rank):
+            train_rows = [
+                TrainRow(n, prompts[n // cfg.num_generations].token_ids, rows[n].token_ids, rows[n].sampler_logprobs,
+                         rows[n].support, float(advantages[n]))
+                for n in micro
+            ]  # fmt: skip
+            mine.append(collate(train_rows, weight_of, world.device))
+        if even_block:
+            busiest = max(1, *(minibatch.owners.count(rank) for rank in range(world.size)))
+            mine += [idle(support, world.device)] * (busiest - len(mine))
+            tokens = max((sum(int(lengths[n]) for n in micro) for micro in minibatch.micro_batches), default=1)
+            mine = [dataclasses.replace(micro, head_blocks=math.ceil(tokens / even_block)) for micro in mine]
+        batches.append(mine)
     return batches
+
+
+def idle(support_width: int, device: torch.device) -> MicroBatch:
+    """A micro-batch without a token that counts: the same collectives as a real one, a gradient of zero."""
+    support = np.zeros((1, support_width), np.int32) if support_width else None
+    row = TrainRow(-1, (0,), np.zeros(1, np.int32), np.zeros(1, np.float32), support, 0.0)
+    micro = collate([row], {-1: 0.0}, device)
+    return dataclasses.replace(micro, mask=torch.zeros_like(micro.mask))

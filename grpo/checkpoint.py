@@ -2,7 +2,7 @@
 
     checkpoint_N/
       model.safetensors, config.json, tokenizer files     AutoModelForCausalLM.from_pretrained opens these
-      trainer/optimizer.safetensors                       moments by parameter name, fp32
+      trainer/optimizer-R-of-W.safetensors                moments by parameter name, fp32, one share a rank
       trainer/state.json                                  counters, config, fingerprints, versions
       trainer/recipe.json                                 how prompts are put (grpo/prompts.py)
       MANIFEST.json                                       size and sha256 of every file; written last
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config import Config
@@ -38,7 +39,7 @@ FREE_TO_CHANGE = {  # settings that do not change what is trained; all others mu
     "output_dir", "save_steps", "save_total_limit", "resume", "runs_dir", "run_name", "report_to",
     "log_samples_steps", "eval_data", "eval_split", "eval_rows", "eval_steps", "num_threads", "device",
     "micro_batch_tokens", "rollout_chunk_rows", "logits_chunk_mb", "gradient_checkpointing", "max_bad_steps",
-    "max_reward_failures", "inference_questions",
+    "max_reward_failures", "inference_questions", "backend", "zero_stage", "offload", "deepspeed_config",
 }  # fmt: skip
 
 
@@ -115,30 +116,64 @@ def save(
     output_dir: Path, step: int, policy: Policy, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, cfg: Config,
     facts: dict[str, Any],
 ) -> Path:  # fmt: skip
-    """Write checkpoint_{step} aside and commit it by one rename. Called on the rank that writes.
+    """Write checkpoint_{step} aside, all ranks together, and commit it by one rename on rank 0.
 
-    Raises UserError when the disk refuses; what existed before stays.
+    Rank 0 writes the model, every rank its share of the optimizer state. Raises UserError, on every rank alike,
+    when a disk refuses; what existed before stays.
     """
+    world = policy.world
     final = output_dir / f"checkpoint_{step}"
-    aside = output_dir / f".tmp-checkpoint_{step}-{os.getpid()}"
+    aside = output_dir / f".tmp-checkpoint_{step}"
+    error = ""
     try:
-        (aside / "trainer").mkdir(parents=True)
-        policy.model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        optimizer = {name: tensor.cpu().contiguous() for name, tensor in policy.backend.optimizer_state().items()}
-        save_file(optimizer, aside / "trainer" / "optimizer.safetensors")
-        save_recipe(recipe, aside / "trainer" / "recipe.json")
-        state = {"counters": dataclasses.asdict(policy.counters), "config": dataclasses.asdict(cfg), **facts}
-        (aside / "trainer" / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        _commit(aside, final, step)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        (aside / "trainer").mkdir(parents=True, exist_ok=True)
+    except OSError as refused:
+        error = str(refused)
+    # Streaming the weights is a collective for sharded backends: every rank goes through it, whatever its disk said.
+    weights = {name: tensor.cpu() for name, tensor in policy.weights() if world.is_main}
+    try:
+        save_file(
+            {f"{p.name}|{p.moment}|{p.start}": p.values.cpu().contiguous() for p in policy.backend.moments()},
+            aside / "trainer" / f"optimizer-{world.rank:05d}-of-{world.size:05d}.safetensors",
+        )
+        if world.is_main:
+            _save_model(policy, weights, aside)
+            tokenizer.save_pretrained(aside)
+            save_recipe(recipe, aside / "trainer" / "recipe.json")
+            state = {"counters": dataclasses.asdict(policy.counters), "config": dataclasses.asdict(cfg), **facts}
+            (aside / "trainer" / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as refused:
+        error = error or str(refused)
+    (failed,) = world.any_rank(bool(error))
+    if not failed and world.is_main:
+        try:
+            _commit(aside, final, step)
+            _prune(output_dir, cfg.save_total_limit)
+        except OSError as refused:
+            error = str(refused)
+    (failed,) = world.any_rank(bool(error))
+    if failed:
+        if world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"checkpoint: {final} could not be written: {error}. Earlier checkpoints are untouched; "
-            "free space or choose another --output_dir, then run the same command to resume."
-        ) from None
-    _prune(output_dir, cfg.save_total_limit)
+            f"checkpoint: {final} could not be written: {error or 'see the other ranks'}. Earlier checkpoints are "
+            "untouched; free space or choose another --output_dir, then run the same command to resume."
+        )
     return final
+
+
+def _save_model(policy: Policy, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """save_pretrained from streamed weights: tied and untrained tensors come from the model itself."""
+    whole = {name: weights.get(name, tensor) for name, tensor in policy.model.state_dict().items()}
+    tied = {name: weights[source] for name, source in _tied_names(policy.model).items() if source in weights}
+    policy.model.save_pretrained(folder, state_dict=whole | tied)
+
+
+def _tied_names(model: torch.nn.Module) -> dict[str, str]:
+    """Name of each parameter that is another's alias -> the name it is listed under."""
+    first: dict[int, str] = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
 
 
 def _commit(aside: Path, final: Path, step: int) -> None:
@@ -222,18 +257,46 @@ def check_same_run(folder: Path, state: dict[str, Any], cfg: Config, facts: dict
         )
 
 
-def load_into(policy: Policy, folder: Path, state: dict[str, Any]) -> None:
-    """Put a checkpoint's weights, moments and counters into the policy. Raises UserError."""
-    from transformers import AutoModelForCausalLM
+class SavedMoments:
+    """The optimizer state of a checkpoint, whichever backend and world size wrote it."""
 
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    weights = loaded.state_dict()
-    own = policy.model.state_dict()
-    if set(weights) != set(own) or any(weights[name].shape != own[name].shape for name in own):
-        raise UserError(f"checkpoint: the weights in {folder} do not fit the model. Use --resume never.")
-    policy.model.load_state_dict(weights)
-    policy.backend.load_optimizer_state(load_file(folder / "trainer" / "optimizer.safetensors"))
-    policy.counters = state["counters"]
+    def __init__(self, folder: Path):
+        self.files = [
+            safe_open(path, framework="pt") for path in sorted((folder / "trainer").glob("optimizer-*.safetensors"))
+        ]
+        self.pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
+        for file in self.files:
+            for key in file.keys():  # noqa: SIM118  safe_open is no dict
+                name, moment, start = key.rsplit("|", 2)
+                self.pieces.setdefault((name, moment), []).append((int(start), file, key))
+
+    def read(self, name: str, moment: str, start: int, length: int) -> torch.Tensor:
+        """Elements start … start+length of a flattened moment. Raises UserError when they are not all there."""
+        values = torch.zeros(length)
+        found = 0
+        for first, file, key in self.pieces.get((name, moment), []):
+            piece = file.get_slice(key)
+            low, high = max(start, first), min(start + length, first + piece.get_shape()[0])
+            if low < high:
+                values[low - start : high - start] = piece[low - first : high - first].float()
+                found += high - low
+        if found != length:
+            raise UserError(
+                f"checkpoint: optimizer state of {name} holds {found} of {length} elements: it belongs to another "
+                "model. Use --resume never."
+            )
+        return values
+
+
+def restore(policy: Policy, folder: Path | None) -> int:
+    """Put a checkpoint's moments and counters into a policy built on its weights. Returns the steps done.
+
+    Raises UserError when they do not fit.
+    """
+    if folder is not None:
+        policy.counters = read_state(folder)["counters"]
+        policy.backend.load_moments(SavedMoments(folder).read, policy.counters.updates)
+    return policy.counters.step
 
 
 def tree_sha256(path: Path) -> str:

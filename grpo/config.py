@@ -135,6 +135,16 @@ class Config:
     max_bad_steps: int = 5
     """Updates skipped in a row (NaN or Inf) before the run stops with code 76."""
 
+    # --- processes
+    backend: Literal["single", "ddp", "deepspeed"] = "ddp"
+    """ddp: whole weights on every process, one process included. single: insists on one. deepspeed: ZeRO shards."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """With deepspeed: 1 shards optimizer state, 2 gradients too, 3 weights too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """With deepspeed: optimizer state, or weights too (stage 3), live in CPU memory."""
+    deepspeed_config: str | None = None
+    """A DeepSpeed JSON of your own; auto is filled in, what contradicts these settings is refused."""
+
     # --- machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is a GPU."""
@@ -150,6 +160,8 @@ class Config:
     """Memory of the widest logits block in the loss, MB per process."""
     num_threads: int | None = None
     """CPU threads of each process; null: the machine's cores shared among its processes."""
+    deterministic: bool = False
+    """Bit-identical weights for any number of processes on CPU (ddp): one thread, sums in fixed point; slower."""
     seed: int = 42
     """Decides data order and every sampled token; >= 0."""
 
@@ -242,6 +254,14 @@ def check(cfg: Config) -> None:
     _require(cfg, "max_reward_failures", 0 <= cfg.max_reward_failures <= 1, "in [0, 1]")
     if cfg.top_k > cfg.max_support:
         raise UserError(f"top_k: must be at most max_support {cfg.max_support}, got {cfg.top_k}. Raise --max_support.")
+    if cfg.deterministic and (cfg.backend == "deepspeed" or (cfg.num_threads or 1) != 1):
+        raise UserError("deterministic: it needs --backend ddp or single, and num_threads 1 or null.")
+    if cfg.backend != "deepspeed" and (cfg.offload != "none" or cfg.deepspeed_config is not None):
+        raise UserError("offload, deepspeed_config: they need --backend deepspeed, got ddp.")
+    if cfg.offload != "none" and cfg.zero_stage < (3 if cfg.offload == "all" else 1):
+        raise UserError(
+            f"offload: {cfg.offload} needs zero_stage >= {3 if cfg.offload == 'all' else 1}, got {cfg.zero_stage}."
+        )
     if cfg.num_minibatches > prompts_per_step(cfg):
         raise UserError(
             f"num_minibatches: at most one per prompt of a step, {prompts_per_step(cfg)}, got {cfg.num_minibatches}. "
@@ -302,6 +322,8 @@ def _config_first(argv: list[str]) -> list[str]:
     rest: list[str] = []
     args = iter(argv)
     for arg in args:
+        if arg.startswith("--local_rank=") or arg.startswith("--local-rank="):
+            continue  # the deepspeed launcher says it here; LOCAL_RANK in the environment says the same
         if arg == "--config":
             files += [arg, next(args, "")]
         elif arg.startswith("--config="):

@@ -116,7 +116,7 @@ def start(device: str = "cpu", num_threads: int | None = None, timeout_s: float 
     return World(rank, size, local_rank, local_size, torch_device, control)
 
 
-def stop(world: World) -> None:
+def stop() -> None:
     """Leave the process group."""
-    if world.size > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()

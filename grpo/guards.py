@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from grpo.errors import Diverged
@@ -16,12 +17,7 @@ from grpo.types import Counters, MicroBatch
 
 
 class SkippedUpdate(Exception):
-    """An update that all ranks dropped together."""
-
-    def __init__(self, norm: float, here: bool):
-        super().__init__(f"gradient norm {norm}")
-        self.norm = norm
-        self.here = here  # whether this rank met the number itself
+    """An update that all ranks dropped together; the message says why."""
 
 
 def quarantine(
@@ -33,7 +29,7 @@ def quarantine(
     for i, micro in enumerate(minibatch):
         for f in dataclasses.fields(micro):
             value = getattr(micro, f.name)
-            if value is not None and f.name != "samples":
+            if isinstance(value, torch.Tensor):
                 tensors[f"micro_{i}.{f.name}"] = value.detach().cpu().contiguous()
     save_file(tensors, folder / f"rank_{rank}.safetensors")
     about = {

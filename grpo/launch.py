@@ -26,11 +26,11 @@ def run_main(
         if is_main and notice:
             print(notice, flush=True)
         quiet()
-        world = start(cfg.device, cfg.num_threads)
+        world = start(cfg.device, 1 if cfg.deterministic else cfg.num_threads)
         try:
             job(cfg, world)
         finally:
-            stop(world)
+            stop()
     except UserError as error:
         if is_main:
             warn(f"error: {error}")

@@ -10,6 +10,7 @@ How a model turns hidden states into logits is read from its output embeddings a
 against the model's own logits once; a head we do not understand falls back to the whole forward.
 """
 
+import math
 import warnings
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from grpo.config import Config
+from grpo.models import arithmetic
 from grpo.types import MicroBatch
 
 BLOCK_ELEMENTS_PER_MB = 2**20 // 4  # fp32 logits
@@ -51,6 +54,11 @@ class Head:
         if getattr(config, "logits_scaling", None):
             self.scale /= float(config.logits_scaling)
         self.usable = self._matches_the_model()
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return int(self.model.config.get_text_config().vocab_size)
 
     def body(self) -> nn.Module:
         """The model without its head."""
@@ -90,58 +98,59 @@ class Head:
         return matches
 
 
-def token_logprobs(head: Head, micro: MicroBatch, temperature: float, clamp: float, chunk_mb: int) -> Tensor:
-    """Log-probs [B, T] of the completion tokens under the sampling distribution; 0 outside the mask.
+class Scorer(nn.Module):
+    """The model as the loss needs it: a micro-batch in, log-probs [B, T] of its completion tokens out.
 
-    No attention mask is passed: rows are padded on the right, and no token looks to its right.
+    A module, so that a sharded backend can wrap it and its forward is the root of what the backend sees.
     """
-    rows = torch.arange(micro.input_ids.shape[0], device=micro.input_ids.device)[:, None].expand_as(micro.positions)
-    where = (rows[micro.mask], micro.positions[micro.mask])  # [M], [M]
-    targets = micro.target_ids[micro.mask]  # [M]
-    support = None if micro.support is None else micro.support[micro.mask]  # [M, K]
-    if head.usable:
-        hidden = head.body()(input_ids=micro.input_ids, use_cache=False).last_hidden_state
-        values = _in_blocks(head, hidden[where], targets, support, temperature, clamp, chunk_mb)
-    else:
-        logits = head.model(input_ids=micro.input_ids, use_cache=False).logits[where]
-        values = _pick(logits, targets, support, temperature, clamp)
-    logprobs = torch.zeros(micro.mask.shape, dtype=torch.float32, device=values.device)
-    return logprobs.masked_scatter(micro.mask, values)
 
+    def __init__(self, model: PreTrainedModel, cfg: Config):
+        super().__init__()
+        self.model = model
+        self.head = Head(model)
+        self.cfg = cfg
+        self.block_tokens = max(1, cfg.logits_chunk_mb * BLOCK_ELEMENTS_PER_MB // self.head.vocab_size)
 
-def _in_blocks(
-    head: Head, hidden: Tensor, targets: Tensor, support: Tensor | None, temperature: float, clamp: float, chunk_mb: int
-) -> Tensor:
-    vocab = head.model.get_output_embeddings().weight.shape[0]
-    block = max(1, chunk_mb * BLOCK_ELEMENTS_PER_MB // vocab)  # tokens
-    if hidden.shape[0] <= block or not torch.is_grad_enabled():
-        parts = [
-            _block(
-                head, h, targets[i : i + block], None if support is None else support[i : i + block], temperature, clamp
-            )
-            for i, h in zip(range(0, hidden.shape[0], block), hidden.split(block), strict=True)
-        ]
-    else:
-        parts = [
-            checkpoint(
-                _block, head, h, targets[i : i + block], None if support is None else support[i : i + block],
-                temperature, clamp, use_reentrant=False, preserve_rng_state=False,
-            )
-            for i, h in zip(range(0, hidden.shape[0], block), hidden.split(block), strict=True)
-        ]  # fmt: skip
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+    def forward(self, micro: MicroBatch) -> Tensor:
+        """Log-probs [B, T] under the sampling distribution; 0 outside the mask.
 
+        No attention mask is passed: rows are padded on the right, and no token looks to its right.
+        """
+        rows = torch.arange(micro.input_ids.shape[0], device=micro.input_ids.device)[:, None].expand_as(micro.positions)
+        where = (rows[micro.mask], micro.positions[micro.mask])  # [M], [M]
+        targets = micro.target_ids[micro.mask]  # [M]
+        support = None if micro.support is None else micro.support[micro.mask]  # [M, K]
+        with arithmetic(self.cfg.dtype, micro.input_ids.device):
+            if self.head.usable:
+                hidden = self.head.body()(input_ids=micro.input_ids, use_cache=False).last_hidden_state
+                values = self._in_blocks(hidden[where], targets, support, micro.head_blocks)
+            else:
+                logits = self.model(input_ids=micro.input_ids, use_cache=False).logits[where]
+                values = self._pick(logits, targets, support)
+        logprobs = torch.zeros(micro.mask.shape, dtype=torch.float32, device=values.device)
+        return logprobs.masked_scatter(micro.mask, values)
 
-def _block(
-    head: Head, hidden: Tensor, targets: Tensor, support: Tensor | None, temperature: float, clamp: float
-) -> Tensor:
-    return _pick(head.logits(hidden), targets, support, temperature, clamp)
+    def _in_blocks(self, hidden: Tensor, targets: Tensor, support: Tensor | None, num_blocks: int) -> Tensor:
+        """[M, H] -> [M], at least `num_blocks` blocks (see MicroBatch.head_blocks)."""
+        num_blocks = max(num_blocks, math.ceil(len(targets) / self.block_tokens), 1)
+        recompute = num_blocks > 1 and torch.is_grad_enabled()
+        parts = []
+        for i in range(0, num_blocks * self.block_tokens, self.block_tokens):
+            block = slice(i, i + self.block_tokens)
+            inputs = (hidden[block], targets[block], None if support is None else support[block])
+            if recompute:
+                parts.append(checkpoint(self._block, *inputs, use_reentrant=False, preserve_rng_state=False))
+            else:
+                parts.append(self._block(*inputs))
+        return torch.cat(parts)
 
+    def _block(self, hidden: Tensor, targets: Tensor, support: Tensor | None) -> Tensor:
+        return self._pick(self.head.logits(hidden), targets, support)
 
-def _pick(logits: Tensor, targets: Tensor, support: Tensor | None, temperature: float, clamp: float) -> Tensor:
-    """logits [M, V], targets [M] -> log-probs [M], over the support where there is one."""
-    bounded, _ = bounded_logits(logits.float(), temperature, clamp)
-    chosen = bounded.gather(-1, targets[:, None])[:, 0]
-    if support is not None:
-        bounded = bounded.gather(-1, support.clamp(min=0)).masked_fill(support < 0, -torch.inf)
-    return chosen - torch.logsumexp(bounded, dim=-1)
+    def _pick(self, logits: Tensor, targets: Tensor, support: Tensor | None) -> Tensor:
+        """logits [M, V], targets [M] -> log-probs [M], over the support where there is one."""
+        bounded, _ = bounded_logits(logits.float(), self.cfg.temperature, self.cfg.logit_clamp)
+        chosen = bounded.gather(-1, targets[:, None])[:, 0]
+        if support is not None:
+            bounded = bounded.gather(-1, support.clamp(min=0)).masked_fill(support < 0, -torch.inf)
+        return chosen - torch.logsumexp(bounded, dim=-1)

@@ -7,20 +7,20 @@ gradients, all ranks agree that they are finite, the norm is clipped, the optimi
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.backends import Backend
-from grpo.backends.replicated import Replicated
+from grpo.backends import Backend, load_backend
 from grpo.config import Config, updates_per_step
 from grpo.distributed import World
 from grpo.guards import SkippedUpdate, count_skip
-from grpo.logprobs import Head, token_logprobs
+from grpo.logprobs import Scorer
 from grpo.losses import k3, ppo_clip
 from grpo.metrics import Tally
-from grpo.models import arithmetic, load_model
+from grpo.models import load_model
 from grpo.types import Counters, MicroBatch
 
 MAX_TRUSTED_GAP = 1e-4  # largest |sampler - trainer| log-prob for sampler log-probs to serve as old ones
@@ -55,19 +55,15 @@ class Policy:
         if cfg.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
-        self.head = Head(model)
-        self.reference_head = None if reference is None else Head(reference.requires_grad_(False))
-        self.backend: Backend = Replicated(model, cfg, world)
+        self.reference = None if reference is None else Scorer(reference.requires_grad_(False), cfg)
+        scorer = Scorer(model, cfg)
+        self.vocab_size = scorer.head.vocab_size
+        self.backend: Backend = load_backend(cfg, world, scorer)
+        self.even_block = scorer.block_tokens if self.backend.even_work else 0
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """Stream the weights, for engines."""
+        """Stream the weights, for engines and checkpoints."""
         return self.backend.weights()
-
-    def logprobs(self, head: Head, micro: MicroBatch) -> Tensor:
-        """Log-probs [B, T] of the completion tokens, in the run's arithmetic."""
-        cfg = self.cfg
-        with arithmetic(cfg.dtype, self.world.device):
-            return token_logprobs(head, micro, cfg.temperature, cfg.logit_clamp, cfg.logits_chunk_mb)
 
     @torch.no_grad()
     def annotate(self, batches: Sequence[Sequence[MicroBatch]]) -> list[list[MicroBatch]]:
@@ -83,14 +79,14 @@ class Policy:
         if self.counters.trust_sampler:
             old = micro.sampler_logprobs
         elif updates_per_step(self.cfg) > 1:
-            old = self.logprobs(self.head, micro)
-        reference = None if self.reference_head is None else self.logprobs(self.reference_head, micro)
+            old = self.backend.score(micro)
+        reference = None if self.reference is None else self.reference(micro)
         return dataclasses.replace(micro, old_logprobs=old, ref_logprobs=reference)
 
     def loss(self, micro: MicroBatch, tally: Tally, weights_unchanged: bool) -> Tensor:
         """Weighted loss of a micro-batch, already divided by the global denominator."""
         cfg = self.cfg
-        logprobs = self.logprobs(self.head, micro)  # [B, T]
+        logprobs = self.backend.score(micro)  # [B, T]
         old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
         log_ratio = torch.where(micro.mask, logprobs - old, 0.0)
         high = cfg.clip_eps if cfg.clip_eps_high is None else cfg.clip_eps_high
@@ -131,23 +127,22 @@ class Policy:
     ) -> float:
         """Take one optimizer step on a minibatch. Returns the gradient norm before clipping.
 
-        Raises SkippedUpdate, on every rank alike, when any rank met a number that is not finite (or `bad`
-        says that one was met before): gradients are dropped, weights and moments stay as they are.
+        Raises SkippedUpdate, on every rank alike, when any rank met a number that is not finite: gradients are
+        dropped, weights and moments stay as they are.
         """
-        self.model.train()
-        self.backend.zero()
-        for micro in minibatch:
+        bad = False
+        self.backend.train(True)
+        for i, micro in enumerate(minibatch):
             loss = self.loss(micro, tally, weights_unchanged)
             bad = bad or not bool(torch.isfinite(loss.detach()))
-            self.backend.backward(loss)
-        norm = self.backend.reduce()
-        self.model.eval()
-        (bad_anywhere,) = self.world.any_rank(bad or not math.isfinite(norm))
-        if bad_anywhere:
-            self.backend.zero()
-            raise SkippedUpdate(norm, here=bad)
-        self.last_lr = learning_rate(self.cfg, self.counters.updates, total_updates)
-        self.backend.step(self.last_lr, min(1.0, self.cfg.max_grad_norm / (norm + 1e-6)))
+            # A NaN gradient is how one rank tells all: the sum over ranks, and so the norm, is NaN everywhere.
+            self.backend.backward(loss * math.nan if bad else loss, last=i + 1 == len(minibatch))
+        lr = learning_rate(self.cfg, self.counters.updates, total_updates)
+        norm = self.backend.step(lr, self.cfg.max_grad_norm)
+        self.backend.train(False)
+        if not math.isfinite(norm):
+            raise SkippedUpdate(f"gradient norm {norm}" + (", from this rank's own loss" if bad else ""))
+        self.last_lr = lr
         self.counters.updates += 1
         return norm
 
@@ -164,7 +159,9 @@ class Policy:
         for iteration in range(self.cfg.num_iterations):
             for i, minibatch in enumerate(batches):
                 try:
-                    norms.append(self.update(minibatch, tally, total_updates, iteration == i == 0, broken))
+                    if broken:
+                        raise SkippedUpdate("logits of the rollout were not finite")
+                    norms.append(self.update(minibatch, tally, total_updates, iteration == i == 0))
                     self.counters.consecutive_skips = 0
                 except SkippedUpdate as skip:
                     on_skip(self.counters.step + 1, minibatch, str(skip))
@@ -177,8 +174,16 @@ class Policy:
             self.counters.trust_sampler = metrics["sampler_gap/max"] <= MAX_TRUSTED_GAP
 
 
-def load_policy(cfg: Config, world: World) -> Policy:
-    """Load the model, and a second, frozen copy as reference when beta > 0. Raises UserError."""
+def load_policy(cfg: Config, world: World, checkpoint: Path | None = None) -> Policy:
+    """Load the model, or a checkpoint's; and the frozen start as reference when beta > 0. Raises UserError."""
     assert cfg.model is not None
     reference = load_model(cfg.model, world.device) if cfg.beta > 0 else None
-    return Policy(cfg, world, load_model(cfg.model, world.device), reference)
+    return Policy(cfg, world, load_model(str(checkpoint or cfg.model), world.device), reference)
+
+
+def load_rollout_model(policy: Policy) -> PreTrainedModel:
+    """The module that our own engine samples with: the policy's own, or a whole copy where its weights are sharded."""
+    if policy.cfg.backend != "deepspeed" or policy.cfg.zero_stage < 3:
+        return policy.model
+    assert policy.cfg.model is not None
+    return load_model(policy.cfg.model, policy.world.device).requires_grad_(False)

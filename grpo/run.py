@@ -84,28 +84,23 @@ class Run:
             },
         }
 
-    def resume(self, policy: Policy) -> int:
-        """Continue from the newest valid checkpoint, as `resume` says. Returns the steps already done."""
+    def resume_point(self) -> Path | None:
+        """The checkpoint to continue from, as `resume` says; the same on every rank. Raises UserError."""
         folder = None
         if self.world.is_main and self.cfg.resume != "never":
             folder = checkpoint.newest_valid(self.output_dir, warn)
-        step = int(
-            self.world.sum_rows(
-                np.array([checkpoint.step_of(folder) if folder else -1.0 if self.world.is_main else 0.0])
-            )[0]
-        )
+        chosen = np.array([checkpoint.step_of(folder) if folder else -1.0 if self.world.is_main else 0.0])
+        step = int(self.world.sum_rows(chosen)[0])
         if step < 0:
             if self.cfg.resume == "must":
                 raise UserError(
                     f"resume: must, but {self.output_dir} holds no valid checkpoint. Use --resume auto to start afresh."
                 )
-            return 0
+            return None
         folder = self.output_dir / f"checkpoint_{step}"
-        state = checkpoint.read_state(folder)
-        checkpoint.check_same_run(folder, state, self.cfg, self.facts)
-        checkpoint.load_into(policy, folder, state)
+        checkpoint.check_same_run(folder, checkpoint.read_state(folder), self.cfg, self.facts)
         self.console.say(f"resuming from {folder}")
-        return step
+        return folder
 
     @contextlib.contextmanager
     def logging(self, total: int, done: int) -> Iterator[None]:
@@ -197,10 +192,9 @@ class Run:
         return step == total or (self.cfg.save_steps > 0 and step % self.cfg.save_steps == 0)
 
     def save(self, step: int, policy: Policy, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-        """Write checkpoint_{step} on rank 0."""
-        if self.world.is_main:
-            folder = checkpoint.save(self.output_dir, step, policy, tokenizer, recipe, self.cfg, self.facts)
-            self.console.say(f"saved {folder}")
+        """Write checkpoint_{step}, all ranks together."""
+        folder = checkpoint.save(self.output_dir, step, policy, tokenizer, recipe, self.cfg, self.facts)
+        self.console.say(f"saved {folder}")
 
     def finish(self, first: int, total: int) -> None:
         """The last word."""

@@ -57,6 +57,7 @@ class MicroBatch:
     old_logprobs: torch.Tensor | None = None  # [B, T]; None: the bare ones, detached
     ref_logprobs: torch.Tensor | None = None  # [B, T]; None: no KL
     weights: torch.Tensor | None = None  # [B, T] loss weights, divided by the global denominator
+    head_blocks: int = 1  # blocks of the head to run at least; backends that shard weights need ranks to agree
 
     def __post_init__(self) -> None:
         rows, width = self.target_ids.shape

@@ -23,12 +23,13 @@ def run_script(script: str, *args: str, nproc: int | None = None, cwd: Path = PR
     return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
-def run_ranks(job: str, nproc: int, out: Path, **arguments):
-    """Run `tests/rank_jobs.py:job` on `nproc` ranks; return what each rank saved as JSON, by rank."""
+def run_ranks(jobs: list[tuple[str, dict]], nproc: int, out: Path, timeout: float = 300) -> list[list]:
+    """Run jobs of `tests/rank_jobs.py` on `nproc` ranks in one launch. Returns results[rank][job]."""
     out.mkdir(parents=True, exist_ok=True)
-    done = run_script("tests/rank_jobs.py", job, str(out), json.dumps(arguments), nproc=nproc)
+    (out / "jobs.json").write_text(json.dumps(jobs))
+    done = run_script("tests/rank_jobs.py", str(out), nproc=nproc, timeout=timeout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return [json.loads((out / f"{job}_{rank}.json").read_text()) for rank in range(nproc)]
+    return [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(nproc)]
 
 
 def metrics_of(runs_dir: Path) -> list[dict[str, float]]:

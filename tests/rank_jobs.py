@@ -1,4 +1,4 @@
-"""Jobs that tests run on several ranks: `torchrun ... tests/rank_jobs.py JOB OUT JSON`. Each rank saves JSON."""
+"""Jobs that tests run on several ranks: `torchrun ... tests/rank_jobs.py FOLDER`. Each rank saves JSON."""
 
 import hashlib
 import json
@@ -16,10 +16,12 @@ from grpo.config import Config, prompts_per_step, updates_per_step
 from grpo.distributed import World, start, stop
 from grpo.metrics import Tally
 from grpo.policy import Policy
+from grpo.rewards import Reward
 from grpo.rollout import cut_chunks, rollout, samplers
 from grpo.rollout.native import NativeEngine
+from grpo.scoring import gather, score
 from grpo.types import Completion, Prompt
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 VOCAB = 300
 
@@ -65,8 +67,14 @@ def injected_step(
     mine = [completion for completion in completions if owners[completion.sample] == world.rank]
     lengths = np.array([len(completion.token_ids) for completion in completions])
     plan = make_plan(cfg, prompts, lengths, advantages, world.size)
-    batches = policy.annotate(deliver(world, cfg, plan, prompts, mine, lengths, advantages))
+    batches = deliver(world, cfg, plan, prompts, mine, lengths, advantages, policy.even_block)
+    batches = policy.annotate(batches)
     return policy.train_on(batches, tally, steps * updates_per_step(cfg), False, on_skip=lambda *_: None)
+
+
+def moments_of(policy: Policy) -> dict[str, float]:
+    """A number for each piece of this rank's optimizer state."""
+    return {f"{p.name}|{p.moment}|{p.start}": p.values.double().sum().item() for p in policy.backend.moments()}
 
 
 def weights_sha256(policy: Policy) -> str:
@@ -85,7 +93,7 @@ def injected_updates(world: World, out: Path, name: str, steps: int = 20, seed: 
     norms = []
     for step in range(steps):
         if broken == "moments" and step == steps // 2:
-            policy.backend.optimizer.state.clear()  # type: ignore[attr-defined]
+            policy.backend.load_moments(lambda name, moment, start, length: torch.zeros(length), 1)
         if broken == "denominator":  # each row weighs by its micro-batch, not by the whole minibatch
             import grpo.batching as batching
 
@@ -98,11 +106,12 @@ def injected_updates(world: World, out: Path, name: str, steps: int = 20, seed: 
 
 
 def free_rollout(world: World, out: Path, **settings):
-    """Sample one step with equal weights; every rank reports its own rows."""
+    """Sample one step with equal weights, streamed from the backend into an engine; each rank reports its rows."""
     cfg = config(**settings)
-    model = tiny_model("qwen3", VOCAB, spread=2.0)
+    policy = make_policy(cfg, world)
     prompts, _, _ = injected(cfg, 0)
-    engine = NativeEngine(model, [0, 9], cfg.max_generate_length, seed=cfg.seed)
+    engine = NativeEngine(tiny_model("qwen3", VOCAB, seed=5), [0, 9], cfg.max_generate_length, seed=cfg.seed)
+    engine.load_weights(policy.weights())
     completions = rollout(engine, prompts, 3, cfg, world)
     return {str(c.sample): [c.token_ids.tolist(), c.sampler_logprobs.tolist(), c.finish] for c in completions}
 
@@ -113,12 +122,12 @@ def poisoned_update(world: World, out: Path, rank: int, **settings):
     policy = make_policy(cfg, world)
     injected_step(cfg, world, policy, 0, 3, 0, Tally())
     before = weights_sha256(policy)
-    moments = {k: v.double().sum().item() for k, v in policy.backend.optimizer_state().items()}
+    moments = moments_of(policy)
     true_loss = policy.loss
     if world.rank == rank:
         policy.loss = lambda *args: true_loss(*args) * float("nan")  # type: ignore[method-assign]
     norms = injected_step(cfg, world, policy, 1, 3, 0, Tally())
-    same = moments == {k: v.double().sum().item() for k, v in policy.backend.optimizer_state().items()}
+    same = moments == moments_of(policy)
     policy.loss = true_loss  # type: ignore[method-assign]
     after = weights_sha256(policy)
     injected_step(cfg, world, policy, 2, 3, 0, Tally())
@@ -147,7 +156,8 @@ def architecture_steps(world: World, out: Path, architecture: str, steps: int = 
         lengths, rewards = facts[:, 0].astype(int), facts[:, 1]
         advantages = group_advantages(rewards.reshape(-1, group)).ravel()
         plan = make_plan(cfg, prompts, lengths, advantages, world.size)
-        batches = policy.annotate(deliver(world, cfg, plan, prompts, completions, lengths, advantages))
+        batches = deliver(world, cfg, plan, prompts, completions, lengths, advantages, policy.even_block)
+        batches = policy.annotate(batches)
         norms += policy.train_on(batches, tally, steps * updates_per_step(cfg), False, on_skip=lambda *_: None)
         sampled |= {f"{step}.{c.sample}": c.token_ids.tolist() for c in completions}
         policy.trust(tally.reduce(world))
@@ -158,7 +168,8 @@ def architecture_steps(world: World, out: Path, architecture: str, steps: int = 
             {name: tensor.contiguous().clone() for name, tensor in ends.items()}, out / f"{architecture}.safetensors"
         )
     return {"sha256": weights_sha256(policy), "norms": norms, "sampled": sampled, "moved": moved,
-            "dtypes": sorted({str(tensor.dtype) for tensor in ends.values()}), "metrics": tally.reduce(world)}  # fmt: skip
+            "dtypes": sorted({str(tensor.dtype) for tensor in ends.values()}),
+            "metrics": tally.reduce(world)}  # fmt: skip
 
 
 def collectives(world: World, out: Path):
@@ -175,21 +186,60 @@ def collectives(world: World, out: Path):
     }
 
 
+COLLECTIVES = ("all_reduce", "all_gather", "all_to_all_single", "broadcast", "barrier", "reduce", "gather", "scatter",
+               "all_gather_object", "gather_object", "broadcast_object_list", "monitored_barrier")  # fmt: skip
+
+
+def counted_step(world: World, out: Path, seed: int = 0, **settings):
+    """One whole step (sample, score table, exchange, update, metrics); the collectives it took, by caller's file."""
+    cfg = config(**settings)
+    policy = make_policy(cfg, world)
+    prompts, _, _ = injected(cfg, 0, seed)
+    engine = NativeEngine(policy.model, [0, 9], cfg.max_generate_length, cfg.seed)
+    counts: dict[str, int] = {}
+    originals = {name: getattr(torch.distributed, name) for name in COLLECTIVES}
+
+    def counting(name):
+        def wrapped(*args, **kwargs):
+            caller = Path(sys._getframe(1).f_code.co_filename).stem
+            counts[f"{caller}.{name}"] = counts.get(f"{caller}.{name}", 0) + 1
+            return originals[name](*args, **kwargs)
+
+        return wrapped
+
+    for name in COLLECTIVES:
+        setattr(torch.distributed, name, counting(name))
+    tally = Tally()
+    completions = rollout(engine, prompts, 0, cfg, world)
+    reward = Reward("even", 1.0, lambda completion_ids, **_: [sum(i % 2 for i in ids) / 9 for ids in completion_ids])
+    scored = score([reward], prompts, completions, cfg.num_generations, tiny_tokenizer(), False, print)
+    table = gather(world, cfg, [reward], scored)
+    advantages = table.advantages(cfg)
+    plan = make_plan(cfg, prompts, table.lengths, advantages, world.size)
+    batches = deliver(world, cfg, plan, prompts, completions, table.lengths, advantages, policy.even_block)
+    policy.train_on(policy.annotate(batches), tally, 1, table.any_broken, on_skip=lambda *_: None)
+    tally.reduce(world)
+    for name in COLLECTIVES:
+        setattr(torch.distributed, name, originals[name])
+    return counts
+
+
 JOBS: dict[str, Callable] = {
-    job.__name__: job for job in (injected_updates, free_rollout, poisoned_update, architecture_steps, collectives)
+    job.__name__: job
+    for job in (injected_updates, free_rollout, poisoned_update, architecture_steps, collectives, counted_step)
 }
 
 
 def main() -> None:
-    """Run a job, or several of them in one launch: {"calls": [{...}, ...]}."""
-    job, out, arguments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    """Run the jobs of a JSON file, [[job, {arguments}], ...], in one launch; save the results by rank."""
+    out = Path(sys.argv[1])
     world = start("cpu", num_threads=1)
-    calls = arguments.get("calls", [arguments])
-    results = [JOBS[job](world, out, **call) for call in calls]
-    (out / f"{job}_{world.rank}.json").write_text(json.dumps(results if "calls" in arguments else results[0]))
-    stop(world)
+    results = [JOBS[job](world, out, **arguments) for job, arguments in json.loads((out / "jobs.json").read_text())]
+    (out / f"rank_{world.rank}.json").write_text(json.dumps(results))
+    stop()
 
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # DeepSpeed allocates gigabytes it never reads
     main()

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from grpo.batching import collate
-from grpo.logprobs import Head, token_logprobs
+from grpo.config import Config
+from grpo.logprobs import Head, Scorer
 from grpo.rollout import Request
 from grpo.rollout.native import NativeEngine
 from grpo.rollout.sampling import Sampling
@@ -67,8 +68,8 @@ def test_ratio_is_one_on_policy(architecture, sampling):
     assert len({tuple(c.token_ids.tolist()) for c in completions}) > 6, "sampling is degenerate"
     micro = collate(rows_of(completions), dict.fromkeys(range(12), 1.0), torch.device("cpu"))
     with torch.no_grad():
-        logprobs = token_logprobs(Head(model), micro, sampling.temperature, sampling.logit_clamp, 256)
-        control = token_logprobs(Head(model), micro, sampling.temperature * 1.1, sampling.logit_clamp, 256)
+        logprobs = Scorer(model, Config(temperature=sampling.temperature))(micro)
+        control = Scorer(model, Config(temperature=sampling.temperature * 1.1))(micro)
     ratio = ((logprobs - micro.sampler_logprobs).exp() - 1).abs()
     assert float(ratio.max()) <= 1e-5
     assert float(((control - micro.sampler_logprobs).exp() - 1).abs().max()) > 1e-3

@@ -65,7 +65,8 @@ def test_defaults_file_and_command_line_in_that_order(tmp_path):
 def test_documented_defaults():
     """What users of this family of trainers know."""
     known = dict(lr=1e-6, epoch=3, save_steps=100, num_generations=4, max_prompt_length=256, max_generate_length=256,
-                 beta=0.0, clip_eps=0.2, gradient_accumulation_steps=2, batch_size=1, output_dir="./output")  # fmt: skip
+                 beta=0.0, clip_eps=0.2, gradient_accumulation_steps=2, batch_size=1,
+                 output_dir="./output")  # fmt: skip
     assert {key: getattr(Config(), key) for key in known} == known
 
 
@@ -142,7 +143,8 @@ def test_data_rewards_and_models(model, tmp_path, rows, extra, said, capfd):
     file = tmp_path / "rows.jsonl"
     if rows is not None:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = ["--model", model, "--data", str(file), "--answer_format", "hash", "--rewards", '{"final_answer_reward": 1}',
+    settings = ["--model", model, "--data", str(file), "--answer_format", "hash",
+                "--rewards", '{"final_answer_reward": 1}',
                 "--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"), "--max_steps", "1",
                 "--max_prompt_length", "100", "--max_generate_length", "8"]  # fmt: skip
     code = run_main(train.train, load_config, [*settings, *extra])

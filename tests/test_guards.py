@@ -46,7 +46,7 @@ def test_a_poisoned_weight_is_met_by_a_skip_and_a_count(poison):
         next(policy.model.parameters())[3, 0] = poison
     norms = injected_step(cfg, ALONE, policy, 0, 1, 0, Tally())
     assert norms == [] and policy.counters.skipped_updates == 1 and policy.counters.updates == 0
-    assert policy.backend.optimizer_state() == {}
+    assert list(policy.backend.moments()) == []
 
 
 def test_k_in_a_row_stop_the_run_and_a_good_one_resets_the_count():

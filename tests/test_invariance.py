@@ -1,9 +1,12 @@
-"""The number of processes changes the speed and nothing else.
+"""The number of processes and the backend change the speed and nothing else.
 
 (a) equal weights give equal tokens; (b) 20 updates on injected rollouts end within 1e-3 of the distance
-travelled, while broken controls end above 1e-2. P·G = 15 rows divide by no W here, groups straddle ranks,
-one completion is empty, a third of the advantages is zero.
+travelled, while broken controls end above 1e-2; (c) deterministic mode, free-running, is bit-identical.
+P·G = 15 rows divide by no W here, groups straddle ranks, one completion is empty, a quarter of the advantages
+is zero. All jobs of one W share a launch.
 """
+
+import functools
 
 import numpy as np
 import pytest
@@ -13,43 +16,87 @@ from safetensors.torch import load_file
 from tests.launcher import run_ranks
 from tests.tiny import ARCHITECTURES, tiny_model
 
-UPDATES = [
-    {"name": "grpo"},
-    {"name": "dapo", "loss": "dapo"},
-    {"name": "dr_grpo_kl", "loss": "dr_grpo", "beta": 0.04},
-    {"name": "two passes", "num_iterations": 2, "num_minibatches": 2, "steps": 5},
-    {"name": "accumulated", "batch_size": 1, "gradient_accumulation_steps": 5},
-    {"name": "micro", "micro_batch_tokens": 1},
-    {"name": "chunks", "rollout_chunk_rows": 2},
-]
-BROKEN = [
-    {"name": "broken denominator", "broken": "denominator"},
-    {"name": "broken moments", "broken": "moments"},
-    {"name": "broken seed", "seed": 1},
-]
+WORLDS = [1, 2, 3, pytest.param(4, marks=pytest.mark.full)]
+MORE_THAN_ONE = WORLDS[1:]
+ZERO = {f"zero{stage}": {"backend": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)}
+BACKENDS = {"ddp": {}, **ZERO}
+VARIANTS = {
+    "dapo": {"loss": "dapo"},
+    "dr_grpo with KL": {"loss": "dr_grpo", "beta": 0.04},
+    "two passes": {"num_iterations": 2, "num_minibatches": 2, "steps": 5},
+    "accumulated": {"batch_size": 1, "gradient_accumulation_steps": 5},
+    "micro": {"micro_batch_tokens": 1},
+    "chunks": {"rollout_chunk_rows": 2},
+    "deterministic": {"deterministic": True},
+    "zero3 two passes": {**ZERO["zero3"], "num_iterations": 2, "num_minibatches": 2, "steps": 5},
+    "zero3 dr_grpo with KL": {**ZERO["zero3"], "loss": "dr_grpo", "beta": 0.04},
+    "zero3 offloaded": {**ZERO["zero3"], "offload": "all"},
+}
+BROKEN = {
+    "denominator": {"broken": "denominator"},
+    "seed": {"seed": 1},
+    **{f"moments {name}": {"broken": "moments", **how} for name, how in BACKENDS.items()},
+}
+UPDATES = BACKENDS | VARIANTS
+ROLLOUTS = {**BACKENDS, "top_p": {"top_p": 0.8, "temperature": 0.9}, "another seed": {"seed": 43}}
+STEPS = {name: {"architecture": name, "temperature": 0.8, "top_p": 0.9, "num_iterations": 2} for name in ARCHITECTURES}
+STEPS |= {
+    "bf16": {"architecture": "qwen3", "dtype": "bf16", "lr": 1e-6},
+    "checkpointing": {"architecture": "llama", "gradient_checkpointing": True},
+    "plain": {"architecture": "llama"},
+}
+FREE = {"architecture": "qwen3", "deterministic": True, "steps": 5, "beta": 0.02}
+COUNTED = {
+    "plain": {},
+    "other data": {"seed": 3},
+    "accumulated": {"gradient_accumulation_steps": 4, "batch_size": 2},
+    "many micro-batches": {"micro_batch_tokens": 1, "rollout_chunk_rows": 1},
+    "zero3": ZERO["zero3"],
+}
+
+
+def jobs_of(world_size: int) -> dict[tuple[str, str], tuple[str, dict]]:
+    """All jobs of one launch, by (kind, name)."""
+    jobs = {("update", name): ("injected_updates", {"name": f"update {name}", **how}) for name, how in UPDATES.items()}
+    jobs |= {("rollout", name): ("free_rollout", how) for name, how in ROLLOUTS.items()}
+    jobs["free", "deterministic"] = ("architecture_steps", FREE)
+    if world_size <= 2:
+        jobs |= {("step", name): ("architecture_steps", how) for name, how in STEPS.items()}
+    if world_size == 2:
+        jobs |= {
+            ("broken", name): ("injected_updates", {"name": f"broken {n}", **how})
+            for n, (name, how) in enumerate(BROKEN.items())
+        }
+        for backend, how in {**BACKENDS, "deterministic": {"deterministic": True}}.items():
+            for rank in (0, 1):
+                jobs["poison", f"{backend}, rank {rank}"] = ("poisoned_update", {"rank": rank, **how})
+        jobs |= {("count", name): ("counted_step", how) for name, how in COUNTED.items()}
+    if world_size == 3:
+        jobs["world", "methods"] = ("collectives", {})
+    return jobs
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    """results(W)[kind, name]: what each rank reported, and the final weights where a job saves them."""
+    folder = tmp_path_factory.mktemp("invariance")
+
+    @functools.cache
+    def of_world(world_size: int):
+        out = folder / str(world_size)
+        jobs = jobs_of(world_size)
+        by_rank = run_ranks(list(jobs.values()), world_size, out, timeout=500)
+        found = {}
+        for i, (key, (_, how)) in enumerate(jobs.items()):
+            file = out / f"{how.get('name')}.safetensors"
+            found[key] = ([rank[i] for rank in by_rank], flat(load_file(file)) if file.exists() else None)
+        return found
+
+    return of_world
 
 
 def flat(weights):
     return torch.cat([weights[name].flatten().double() for name in sorted(weights)])
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Every update run on 1, 2 and 3 ranks, one launch each; controls on 2."""
-    folder = tmp_path_factory.mktemp("invariance")
-    results = {}
-    for world_size in (1, 2, 3):
-        calls = UPDATES + (BROKEN if world_size == 2 else [])
-        out = folder / str(world_size)
-        by_rank = run_ranks("injected_updates", world_size, out, calls=calls)
-        for i, call in enumerate(calls):
-            hashes = {rank[i]["sha256"] for rank in by_rank}
-            results[world_size, call["name"]] = (
-                flat(load_file(out / f"{call['name']}.safetensors")),
-                hashes,
-                by_rank[0][i],
-            )
-    return results
 
 
 START = flat({name: p.detach() for name, p in tiny_model("qwen3", 300, spread=2.0).named_parameters()})
@@ -60,87 +107,96 @@ def distance(a, b):
     return float((a - b).norm() / (a - START).norm())
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("name", [call["name"] for call in UPDATES])
-def test_updates_do_not_depend_on_the_number_of_ranks(runs, name, world_size):
-    assert distance(runs[1, name][0], runs[world_size, name][0]) < 1e-3
+# --- (a) tokens
 
 
-def test_every_rank_ends_with_the_same_weights(runs):
-    assert all(len(hashes) == 1 for _, hashes, _ in runs.values())
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("name", [*BACKENDS, "top_p"])
+def test_equal_weights_give_equal_tokens(results, name, world_size):
+    reference = results(1)["rollout", name if name == "top_p" else "ddp"][0][0]
+    merged = {k: v for rank in results(world_size)["rollout", name][0] for k, v in rank.items()}
+    assert len(reference) == len(merged) == 15
+    for sample, (ids, logprobs, finish) in reference.items():
+        assert (ids, finish) == (merged[sample][0], merged[sample][2])
+        np.testing.assert_allclose(logprobs, merged[sample][1], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["accumulated", "micro", "chunks"])
-def test_batching_changes_memory_and_speed_only(runs, name):
-    assert distance(runs[1, "grpo"][0], runs[2, name][0]) < 1e-3
+def test_another_seed_gives_other_tokens(results):
+    assert results(1)["rollout", "ddp"][0] != results(1)["rollout", "another seed"][0]
 
 
-@pytest.mark.parametrize("name", [call["name"] for call in BROKEN])
-def test_controls_are_caught(runs, name):
-    assert distance(runs[1, "grpo"][0], runs[2, name][0]) > 1e-2
+# --- (b) updates
 
 
-def test_metrics_do_not_depend_on_the_number_of_ranks(runs):
-    for name in ("grpo", "dr_grpo_kl"):
-        one, three = runs[1, name][2]["metrics"], runs[3, name][2]["metrics"]
-        for key in one:
-            if not key.startswith("time/"):
-                assert three[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_updates_depend_on_neither_backend_nor_number_of_ranks(results, backend, world_size):
+    assert distance(results(1)["update", "ddp"][1], results(world_size)["update", backend][1]) < 1e-3
 
 
-def test_equal_weights_give_equal_tokens(tmp_path):
-    """With and without truncation; another seed, the control, gives other tokens."""
-    calls = [{}, {"top_p": 0.8, "temperature": 0.9}, {"seed": 43}]
-    by_world = {}
-    for world_size in (1, 2, 3):
-        ranks = run_ranks("free_rollout", world_size, tmp_path / str(world_size), calls=calls)
-        by_world[world_size] = [{k: v for rank in ranks for k, v in rank[i].items()} for i in range(len(calls))]
-    for i in range(len(calls)):
-        assert len(by_world[1][i]) == 15
-        for world_size in (2, 3):
-            for sample, (ids, logprobs, finish) in by_world[1][i].items():
-                other_ids, other_logprobs, other_finish = by_world[world_size][i][sample]
-                assert (ids, finish) == (other_ids, other_finish)
-                np.testing.assert_allclose(logprobs, other_logprobs, atol=1e-5)
-    assert by_world[1][0] != by_world[1][2]
+@pytest.mark.parametrize("world_size", MORE_THAN_ONE)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_do_not_depend_on_the_number_of_ranks(results, name, world_size):
+    alone = results(1)["update", name.removeprefix("zero3 ") if name.removeprefix("zero3 ") in VARIANTS else "ddp"][1]
+    if name in ("dapo", "dr_grpo with KL", "two passes"):
+        assert distance(results(1)["update", "ddp"][1], alone) > 1e-2, "the variant has no effect"
+    assert distance(alone, results(world_size)["update", name][1]) < 1e-3
 
 
-def test_collectives(tmp_path):
-    for rank, seen in enumerate(run_ranks("collectives", 3, tmp_path)):
-        assert seen["sum"] == [[0.5, -1.0], [1.5, 1.0], [2.5, 1.0]]
-        assert seen["gather"] == [[0.0, 7.0], [1.0, 7.0], [2.0, 7.0]]
-        assert seen["any"] == [True, False]
-        assert seen["incoming"] == [[100 * source + i for i in range(source + rank)] for source in range(3)]
+@pytest.mark.parametrize("name", ["accumulated", "micro", "chunks", "deterministic"])
+def test_batching_changes_memory_and_speed_only(results, name):
+    assert distance(results(1)["update", "ddp"][1], results(2)["update", name][1]) < 1e-3
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_nan_on_one_rank_skips_the_update_on_all(tmp_path, rank):
-    ranks = run_ranks("poisoned_update", 2, tmp_path, rank=rank)
-    for seen in ranks:
-        assert seen["before"] == seen["after"] and seen["moments_same"], "a skipped update left traces"
-        assert seen["norms"] == [] and seen["skipped"] == 1
-        assert seen["in_a_row"] == 0 and seen["later"] != seen["after"], "training did not go on"
-    assert ranks[0]["later"] == ranks[1]["later"]
+@pytest.mark.parametrize("name", BROKEN)
+def test_controls_are_caught(results, name):
+    assert distance(results(1)["update", "ddp"][1], results(2)["broken", name][1]) > 1e-2
 
 
-@pytest.fixture(scope="module")
-def architectures(tmp_path_factory):
-    """Two free-running steps of every architecture, on 1 and on 2 ranks; bf16 with a tiny rate beside them."""
-    folder = tmp_path_factory.mktemp("architectures")
-    calls = [{"architecture": name, "temperature": 0.8, "top_p": 0.9, "num_iterations": 2} for name in ARCHITECTURES]
-    calls += [
-        {"architecture": "qwen3", "dtype": "bf16", "lr": 1e-6},
-        {"architecture": "llama", "gradient_checkpointing": True},
-        {"architecture": "llama"},
-    ]
-    return {w: run_ranks("architecture_steps", w, folder / str(w), calls=calls) for w in (1, 2)}, folder
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_every_rank_ends_with_the_same_weights(results, world_size):
+    for key, (ranks, _) in results(world_size).items():
+        if key[0] == "update":
+            assert len({rank["sha256"] for rank in ranks}) == 1, key
 
 
-@pytest.mark.parametrize("i", range(len(ARCHITECTURES)), ids=ARCHITECTURES)
-def test_every_architecture_trains_alike_on_one_and_two_ranks(architectures, i):
+@pytest.mark.parametrize("world_size", MORE_THAN_ONE)
+@pytest.mark.parametrize("name", ["ddp", "dr_grpo with KL", "zero3 dr_grpo with KL"])
+def test_metrics_do_not_depend_on_the_number_of_ranks(results, name, world_size):
+    one = results(1)["update", name.removeprefix("zero3 ")][0][0]["metrics"]
+    several = results(world_size)["update", name][0][0]["metrics"]
+    keys = {key for key in one if not key.startswith("time/")}
+    assert {key: several[key] for key in keys} == pytest.approx({key: one[key] for key in keys}, rel=1e-3, abs=1e-5)
+
+
+# --- (c) bits
+
+
+@pytest.mark.parametrize("world_size", MORE_THAN_ONE)
+def test_deterministic_mode_is_bit_identical(results, world_size):
+    """Free-running: sampling, rewards, KL and updates for five steps. Control: the sums of another mode differ."""
+    one, several = results(1)["free", "deterministic"][0], results(world_size)["free", "deterministic"][0]
+    assert {rank["sha256"] for rank in several} == {one[0]["sha256"]}
+    assert one[0]["sampled"] == {k: v for rank in several for k, v in rank["sampled"].items()}
+    assert all(norm > 0 for norm in one[0]["norms"]) and len(one[0]["norms"]) == 5
+
+
+@pytest.mark.parametrize("world_size", MORE_THAN_ONE)
+def test_deterministic_updates_are_bit_identical_and_plain_ones_are_not(results, world_size):
+    def sha256(name, size):
+        return results(size)["update", name][0][0]["sha256"]
+
+    assert sha256("deterministic", 1) == sha256("deterministic", world_size)
+    assert sha256("ddp", 1) != sha256("ddp", world_size), "nothing to fix: the test shows nothing"
+
+
+# --- whole steps
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_trains_alike_on_one_and_two_ranks(results, name):
     """Truncated sampling, temperature, two passes: the same tokens, finite norms, and the gap stays small."""
-    runs, _ = architectures
-    one, two = runs[1][0][i], [runs[2][rank][i] for rank in range(2)]
+    one, two = results(1)["step", name][0][0], results(2)["step", name][0]
     assert one["sampled"] == two[0]["sampled"] | two[1]["sampled"]
     assert two[0]["sha256"] == two[1]["sha256"]
     assert len(one["norms"]) == 4 and all(0 < norm < 1e4 for norm in one["norms"])
@@ -149,9 +205,9 @@ def test_every_architecture_trains_alike_on_one_and_two_ranks(architectures, i):
     assert one["metrics"]["kl_old"] > 0, "the second pass met the same policy: nothing was updated in between"
 
 
-def test_bf16_moves_fp32_weights_by_tiny_steps(architectures):
+def test_bf16_moves_fp32_weights_by_tiny_steps(results):
     """lr 1e-6: about two steps of 1e-6. The control: in bf16 such a weight would not move at all."""
-    run = architectures[0][1][0][len(ARCHITECTURES)]
+    run = results(1)["step", "bf16"][0][0]
     assert run["dtypes"] == ["torch.float32"]
     assert all(1e-6 < moved < 3e-6 for name, moved in run["moved"].items() if "embed" not in name)
     weight = torch.tensor(0.1, dtype=torch.bfloat16)
@@ -159,6 +215,41 @@ def test_bf16_moves_fp32_weights_by_tiny_steps(architectures):
     assert run["metrics"]["sampler_gap/max"] > 1e-4, "bf16 arithmetic left no trace"
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(architectures):
-    runs = architectures[0][1][0]
-    np.testing.assert_allclose(runs[-1]["norms"], runs[-2]["norms"], rtol=1e-5)
+def test_gradient_checkpointing_changes_nothing_but_memory(results):
+    run = results(1)
+    np.testing.assert_allclose(
+        run["step", "checkpointing"][0][0]["norms"], run["step", "plain"][0][0]["norms"], rtol=1e-5
+    )
+
+
+# --- guards and collectives
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("backend", [*BACKENDS, "deterministic"])
+def test_a_nan_on_one_rank_skips_the_update_on_all(results, backend, rank):
+    ranks = results(2)["poison", f"{backend}, rank {rank}"][0]
+    for seen in ranks:
+        assert seen["before"] == seen["after"] and seen["moments_same"], "a skipped update left traces"
+        assert seen["norms"] == [] and seen["skipped"] == 1
+        assert seen["in_a_row"] == 0 and seen["later"] != seen["after"], "training did not go on"
+    assert ranks[0]["later"] == ranks[1]["later"]
+
+
+def test_collectives(results):
+    for rank, seen in enumerate(results(3)["world", "methods"][0]):
+        assert seen["sum"] == [[0.5, -1.0], [1.5, 1.0], [2.5, 1.0]]
+        assert seen["gather"] == [[0.0, 7.0], [1.0, 7.0], [2.0, 7.0]]
+        assert seen["any"] == [True, False]
+        assert seen["incoming"] == [[100 * source + i for i in range(source + rank)] for source in range(3)]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_few_and_fixed_collectives(results, name):
+    """Three a step beside the gradients': the table, the exchange, the metrics. No pickle."""
+    for counts in results(2)["count", name][0]:
+        ours = {key: count for key, count in counts.items() if key.startswith("distributed.")}
+        assert ours == {"distributed.all_reduce": 1, "distributed.all_to_all_single": 1, "distributed.all_gather": 1}
+        assert not any("object" in key for key in counts)
+        if name != "zero3":
+            assert counts["replicated.all_reduce"] == 1, "one bucket of gradients for so small a model"

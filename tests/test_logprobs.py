@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from grpo.batching import collate
-from grpo.logprobs import Head, token_logprobs
+from grpo.config import Config
+from grpo.logprobs import Scorer
 from grpo.types import TrainRow
 from tests.tiny import tiny_model
 
@@ -60,14 +61,13 @@ def test_blocks_equal_naive_in_value_and_gradient(architecture, support, monkeyp
         (values * weights).sum().backward()
         return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
-    head = Head(model)
     expected = naive(model, micro, 0.8)
     wanted = gradient(expected)
-    ours = token_logprobs(head, micro, 0.8, 100.0, chunk_mb=1)
+    ours = Scorer(model, Config(temperature=0.8, logits_chunk_mb=1))(micro)
     torch.testing.assert_close(ours, expected, atol=2e-6, rtol=1e-5)
     got = gradient(ours)
     assert float((got - wanted).norm() / wanted.norm()) <= 1e-6
-    off = gradient(token_logprobs(head, micro, 0.9, 100.0, chunk_mb=1))
+    off = gradient(Scorer(model, Config(temperature=0.9, logits_chunk_mb=1))(micro))
     assert float((off - wanted).norm() / wanted.norm()) > 1e-2
 
 
@@ -76,11 +76,11 @@ def test_padding_changes_nothing():
     model, micro = tiny_model("qwen3"), micro_batch()
     torch.set_grad_enabled(False)
     try:
-        clean = token_logprobs(Head(model), micro, 1.0, 100.0, 256)
+        clean = Scorer(model, Config())(micro)
         garbage = micro.input_ids.clone()
         for b in range(len(micro.samples)):
             garbage[b, int(micro.positions[b].max()) + 1 :] = 123
-        dirty = token_logprobs(Head(model), dataclasses.replace(micro, input_ids=garbage), 1.0, 100.0, 256)
+        dirty = Scorer(model, Config())(dataclasses.replace(micro, input_ids=garbage))
     finally:
         torch.set_grad_enabled(True)
     assert torch.equal(clean, dirty)
@@ -97,8 +97,8 @@ def test_a_head_that_is_not_understood_falls_back_with_a_notice():
 
     model.forward = types.MethodType(odd_forward, model)
     with pytest.warns(UserWarning, match="whole logits"):
-        head = Head(model)
-    ours = token_logprobs(head, micro, 1.0, 100.0, 256)
+        scorer = Scorer(model, Config())
+    ours = scorer(micro)
     torch.testing.assert_close(ours, naive(model, micro, 1.0), atol=2e-6, rtol=1e-5)
 
 
@@ -107,7 +107,7 @@ def test_clamped_logits_score_as_they_sample():
     model, micro = tiny_model("qwen3"), micro_batch()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1e4)
-    logprobs = token_logprobs(Head(model), micro, 1.0, 100.0, 256)
+    logprobs = Scorer(model, Config())(micro)
     logprobs.sum().backward()
     assert float(logprobs.detach().min()) >= -200 - np.log(VOCAB) - 1e-3
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)

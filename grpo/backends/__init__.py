@@ -1,38 +1,79 @@
 """Backends: who sums gradients over ranks, and who steps the optimizer.
 
 The gradient contract, one sentence, tested on every backend: the loss passed to `backward` is already
-divided by the global denominator, and `reduce` leaves on every rank the *sum* over ranks.
+divided by the global denominator, and the optimizer steps on the *sum* of gradients over ranks.
 
-`replicated` keeps whole weights on every rank: a single process, or data parallel. Another backend is
-another file with the same methods.
+`replicated` keeps whole weights on every rank: a single process, or data parallel. `zero` hands them to
+DeepSpeed's ZeRO. Another backend is another file with the same methods, and a line in `load_backend`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from grpo.config import Config
+from grpo.distributed import World
+from grpo.errors import UserError
+from grpo.logprobs import Scorer
+from grpo.types import MicroBatch
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous part of one parameter's flattened optimizer moment, held by this rank."""
+
+    name: str  # of the parameter
+    moment: str  # one of MOMENTS
+    start: int  # first element
+    values: Tensor  # [n]
+
+
+ReadMoment = Callable[[str, str, int, int], Tensor]  # name, moment, start, length -> [length]
 
 
 class Backend(Protocol):
     """What the policy needs of a backend."""
 
-    def zero(self) -> None:
-        """Forget gradients."""
+    even_work: bool
+    """Whether every rank must run equally many micro-batches and head blocks, because each is a collective."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's gradient."""
+    def score(self, micro: MicroBatch) -> Tensor:
+        """Log-probs [B, T] by the trained model."""
 
-    def reduce(self) -> float:
-        """Sum gradients over ranks and return their global norm, equal on every rank."""
+    def train(self, mode: bool) -> None:
+        """Switch between training and evaluation."""
 
-    def step(self, lr: float, scale: float) -> None:
-        """Scale the gradients (clipping) and take one optimizer step at this learning rate."""
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add this micro-batch's gradient; `last` of its minibatch."""
+
+    def step(self, lr: float, max_norm: float) -> float:
+        """Sum gradients over ranks, clip, step. Returns the norm before clipping, equal on every rank.
+
+        A norm that is not finite means that weights and moments are unchanged, on every rank.
+        """
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """Stream the current weights, whole tensors."""
+        """Stream the current weights, whole tensors. Every rank must iterate to the end."""
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Optimizer state by parameter name, full precision."""
+    def moments(self) -> Iterable[Piece]:
+        """This rank's share of the optimizer state; the ranks' shares together are the whole."""
 
-    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `optimizer_state` gave."""
+    def load_moments(self, read: ReadMoment, updates: int) -> None:
+        """Take this rank's share from a reader of the whole, after `updates` optimizer steps."""
+
+
+def load_backend(cfg: Config, world: World, scorer: Scorer) -> Backend:
+    """The backend that the config asks for."""
+    if cfg.backend == "single" and world.size > 1:
+        raise UserError(f"backend: single is for one process, got {world.size}. Use ddp or deepspeed.")
+    if cfg.backend == "deepspeed":
+        from grpo.backends.zero import Zero
+
+        return Zero(scorer, cfg, world)
+    from grpo.backends.replicated import Replicated
+
+    return Replicated(scorer, cfg, world)

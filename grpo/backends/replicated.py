@@ -5,15 +5,19 @@ used: it averages where our contract sums, expects the forward to go through its
 and head apart), and hangs when a rank has no micro-batch.
 """
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from grpo.backends import MOMENTS, Piece, ReadMoment
 from grpo.config import Config
 from grpo.distributed import World
-from grpo.errors import UserError
+from grpo.logprobs import Scorer
+from grpo.types import MicroBatch
 
 BUCKET_ELEMENTS = 2**23  # 32 MB of fp32
 
@@ -21,80 +25,137 @@ BUCKET_ELEMENTS = 2**23  # 32 MB of fp32
 class Replicated:
     """AdamW on whole fp32 weights."""
 
-    def __init__(self, model: nn.Module, cfg: Config, world: World):
+    even_work = False
+
+    def __init__(self, scorer: Scorer, cfg: Config, world: World):
+        self.scorer = scorer
         self.world = world
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for p in self.parameters.values() if p.ndim >= 2]
-        others = [p for p in self.parameters.values() if p.ndim < 2]  # norms and biases do not decay
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=cfg.lr,
-            betas=(cfg.adam_beta1, cfg.adam_beta2),
-        )
+        self.parameters = trainable(scorer)
+        self.fixed = FixedPointSum(list(self.parameters.values())) if cfg.deterministic else None
+        self.optimizer = torch.optim.AdamW(decay_groups(self.parameters, cfg.weight_decay), **adam_settings(cfg))
 
-    def zero(self) -> None:
-        """Forget gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def score(self, micro: MicroBatch) -> Tensor:
+        """Log-probs [B, T]."""
+        return self.scorer(micro)
 
-    def backward(self, loss: Tensor) -> None:
+    def train(self, mode: bool) -> None:
+        """Switch between training and evaluation."""
+        self.scorer.train(mode)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
         """Add this micro-batch's gradient."""
         loss.backward()
+        if self.fixed is not None:
+            self.fixed.take()
 
-    def reduce(self) -> float:
-        """Sum gradients over ranks and return their global norm."""
+    def step(self, lr: float, max_norm: float) -> float:
+        """Sum, clip, step; without a finite norm, only forget the gradients."""
         gradients = []
         for parameter in self.parameters.values():
             if parameter.grad is None:  # a rank without micro-batches adds zeros
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-        if self.world.size > 1:
-            for bucket in _buckets(gradients):
-                flat = torch.cat([gradient.view(-1) for gradient in bucket])
-                dist.all_reduce(flat)
-                for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                    gradient.copy_(part.view_as(gradient))
-        return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
+        if self.fixed is not None:
+            self.fixed.give(self.world.size)
+        elif self.world.size > 1:
+            self._sum_over_ranks(gradients)
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
+        if math.isfinite(norm):
+            if norm > max_norm:
+                torch._foreach_mul_(gradients, max_norm / norm)
+            set_rate(self.optimizer, lr)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
-    def step(self, lr: float, scale: float) -> None:
-        """Scale the gradients and step."""
-        for parameter in self.parameters.values():
-            if scale != 1.0 and parameter.grad is not None:
-                parameter.grad.mul_(scale)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+    def _sum_over_ranks(self, gradients: list[Tensor]) -> None:
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.view(-1) for gradient in bucket])
+            dist.all_reduce(flat)
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """Stream the current weights."""
         for name, parameter in self.parameters.items():
             yield name, parameter.detach()
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Moments by parameter name; empty before the first update."""
-        return {
-            f"{name}.{key}": value.detach()
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
+    def moments(self) -> Iterable[Piece]:
+        """Every W-th parameter's moments: all ranks hold the same, each gives a share."""
+        for i, (name, parameter) in enumerate(self.parameters.items()):
+            state = self.optimizer.state.get(parameter, {})
+            if i % self.world.size == self.world.rank and state:
+                for moment in MOMENTS:
+                    yield Piece(name, moment, 0, state[moment].detach().flatten())
 
-    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Put moments back. Raises UserError when names or shapes do not fit."""
-        expected = {f"{name}.{key}" for name in self.parameters for key in ("step", "exp_avg", "exp_avg_sq")}
-        if state and set(state) != expected:
-            odd = sorted(set(state) ^ expected)[:3]
-            raise UserError(
-                f"checkpoint: optimizer state does not fit the model, first differences {odd}. Use --resume never."
-            )
-        for name, parameter in self.parameters.items() if state else ():
-            moments = {key: state[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            if moments["exp_avg"].shape != parameter.shape:
-                raise UserError(f"checkpoint: optimizer state of {name} has shape {tuple(moments['exp_avg'].shape)}, "
-                                f"the model's is {tuple(parameter.shape)}. Use --resume never.")  # fmt: skip
-            self.optimizer.state[parameter] = {
-                "step": moments["step"].cpu().clone(),
-                "exp_avg": moments["exp_avg"].to(parameter).clone(),
-                "exp_avg_sq": moments["exp_avg_sq"].to(parameter).clone(),
-            }
+    def load_moments(self, read: ReadMoment, updates: int) -> None:
+        """Put moments back."""
+        for name, parameter in self.parameters.items() if updates else ():
+            state = {m: read(name, m, 0, parameter.numel()).view_as(parameter).to(parameter.device) for m in MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(updates)), **state}
+
+
+class FixedPointSum:
+    """Gradients summed as integers: such sums are associative, so neither order nor the number of ranks matters.
+
+    A micro-batch's gradient is rounded to multiples of 2^-48 and added in int64. What is not finite or not
+    below 2^7 in size poisons the whole sum with NaN, which the norm then shows on every rank.
+    """
+
+    SCALE = 2.0**48
+    LIMIT = 2.0**7  # 2^63 / 2^48 / 2^7: 256 such terms fit before the integers overflow
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters = parameters
+        self.sums = [torch.zeros(p.numel(), dtype=torch.int64, device=p.device) for p in parameters]
+        self.poison = torch.zeros(1, dtype=torch.int64, device=parameters[0].device)
+
+    def take(self) -> None:
+        """Move this micro-batch's gradients into the sum."""
+        for parameter, total in zip(self.parameters, self.sums, strict=True):
+            if parameter.grad is not None:
+                values = parameter.grad.view(-1).double()
+                good = values.abs() < self.LIMIT  # False for NaN
+                self.poison += (~good).any()
+                total += (torch.where(good, values, 0.0) * self.SCALE).round().long()
+                parameter.grad = None
+
+    def give(self, world_size: int) -> None:
+        """Sum over ranks, put the result into the gradients, start anew."""
+        if world_size > 1:
+            for total in [*self.sums, self.poison]:
+                dist.all_reduce(total)
+        poisoned = bool(self.poison.any())
+        for parameter, total in zip(self.parameters, self.sums, strict=True):
+            gradient = (total.double() / self.SCALE).float().view_as(parameter)
+            assert parameter.grad is not None
+            parameter.grad.copy_(gradient * torch.nan if poisoned else gradient)
+            total.zero_()
+        self.poison.zero_()
+
+
+def trainable(scorer: Scorer) -> dict[str, nn.Parameter]:
+    """The model's trainable parameters by the names its checkpoints use."""
+    return {name: p for name, p in scorer.model.named_parameters() if p.requires_grad}
+
+
+def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: matrices decay, norms and biases do not."""
+    matrices = [p for p in parameters.values() if p.ndim >= 2]
+    others = [p for p in parameters.values() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def adam_settings(cfg: Config) -> dict[str, Any]:
+    """AdamW's keyword arguments."""
+    return {"lr": cfg.lr, "betas": (cfg.adam_beta1, cfg.adam_beta2)}
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
