@@ -16,7 +16,6 @@ from grpo.data import load_questions
 from grpo.distributed import World
 from grpo.evaluate import evaluate
 from grpo.launch import run_main
-from grpo.metrics import Tally
 from grpo.models import check_lengths, load_tokenizer, stop_token_ids
 from grpo.policy import load_policy, load_rollout_model
 from grpo.prompts import keep_questions, make_recipe
@@ -24,7 +23,7 @@ from grpo.rewards import load_rewards
 from grpo.rollout import cut_chunks, rollout
 from grpo.rollout.native import NativeEngine
 from grpo.run import Run
-from grpo.scoring import gather, rollout_metrics, score
+from grpo.scoring import advantages_of, gather, rollout_metrics, score
 
 
 def train(cfg: Config, world: World) -> None:
@@ -36,8 +35,8 @@ def train(cfg: Config, world: World) -> None:
     questions = load_questions(cfg, recipe, tokenizer)
     held_out = load_questions(cfg, recipe, tokenizer, held_out=True) if cfg.eval_data else None
     recipe = keep_questions(recipe, (held_out or questions).first_questions(4))
-    rewards = load_rewards(cfg.rewards)
-    run.identify(questions, rewards, tokenizer)
+    rewards = load_rewards(cfg)
+    run.identify(questions, rewards, tokenizer)  # and make sure that all ranks mean the same run
     resumed = run.resume_point()  # a checkpoint folder, or None
     policy = load_policy(cfg, world, resumed)  # the trained model, its optimizer, its reference
     check_lengths(policy.model, cfg.max_prompt_length, cfg.max_generate_length)
@@ -59,7 +58,7 @@ def train(cfg: Config, world: World) -> None:
         if first == 0:
             held_out_accuracy(0)
         for step in range(first, total):
-            tally = Tally()
+            tally = run.tally(step + 1)
 
             with tally.phase("rollout"):
                 prompts = questions.prompts(step, P)
@@ -71,9 +70,9 @@ def train(cfg: Config, world: World) -> None:
 
             with tally.phase("exchange"):
                 table = gather(world, cfg, rewards, scored)  # [N] rewards and lengths, the same on every rank
-                advantages = table.advantages(cfg)  # [N], over whole groups
+                advantages = advantages_of(table, cfg)  # [N], over whole groups
                 plan = make_plan(cfg, prompts, table.lengths, advantages, world.size)
-                batches = deliver(world, cfg, plan, prompts, completions, table.lengths, advantages, policy.even_block)
+                batches = deliver(world, cfg, plan, prompts, completions, table, advantages, policy.even_block)
 
             with tally.phase("logprobs"):
                 batches = policy.annotate(batches)  # + old and reference log-probs

@@ -16,9 +16,8 @@ import torch
 from grpo.config import Config
 from grpo.distributed import World
 from grpo.losses import row_weights
-from grpo.rollout import cut_chunks, samplers
 from grpo.rollout.sampling import sampling_of
-from grpo.types import Completion, MicroBatch, Prompt, TrainRow
+from grpo.types import Completion, MicroBatch, Prompt, Table, TrainRow
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def trainers_of(plan: Sequence[Minibatch]) -> dict[int, int]:
 
 
 def exchange(
-    world: World, completions: Sequence[Completion], lengths: np.ndarray, sampled_by: Sequence[int],
+    world: World, completions: Sequence[Completion], lengths: np.ndarray, sampled_by: np.ndarray,
     trainers: dict[int, int], support_width: int,
 ) -> dict[int, Completion]:  # fmt: skip
     """Bring every row to the rank that trains on it: ids, log-probs and support, each once.
@@ -192,16 +191,16 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
 
 def deliver(
     world: World, cfg: Config, plan: Sequence[Minibatch], prompts: Sequence[Prompt], completions: Sequence[Completion],
-    lengths: np.ndarray, advantages: np.ndarray, even_block: int = 0,
+    table: Table, advantages: np.ndarray, even_block: int = 0,
 ) -> list[list[MicroBatch]]:  # fmt: skip
     """Bring this rank the micro-batches it trains on, minibatch by minibatch, weights already divided.
 
-    lengths, advantages: [N], of all rows. even_block: 0, or tokens in a block of the head, when every rank must
-    run as many micro-batches and blocks as the busiest one (backends that shard weights).
+    advantages: [N], of all rows. even_block: 0, or tokens in a block of the head, when every rank must run as many
+    micro-batches and blocks as the busiest one (backends that shard weights).
     """
-    chunks = cut_chunks(len(prompts), cfg.num_generations, cfg.rollout_chunk_rows)
+    lengths = table.lengths
     support = sampling_of(cfg).support_width
-    rows = exchange(world, completions, lengths, samplers(chunks, world.size), trainers_of(plan), support)
+    rows = exchange(world, completions, lengths, table.sampled_by, trainers_of(plan), support)
     batches = []
     for minibatch in plan:
         weights = row_weights(cfg.loss, [int(lengths[n]) for n in minibatch.samples], cfg.max_generate_length)

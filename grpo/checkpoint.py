@@ -209,13 +209,20 @@ def _prune(output_dir: Path, limit: int | None) -> None:
         shutil.rmtree(trash, ignore_errors=True)
 
 
-def prepare_output(output_dir: Path, resume: str) -> None:
-    """Make the folder, prove that it can be written, sweep what dead runs left. Raises UserError."""
+def make_output(output_dir: Path) -> None:
+    """Make the folder and prove that it can be written. Raises UserError."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         probe = output_dir / f".probe-{os.getpid()}"
         probe.write_bytes(b"x")
         probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir: {output_dir} cannot be written: {error}. Choose another --output_dir.") from None
+
+
+def prepare_output(output_dir: Path, resume: str) -> None:
+    """Sweep what dead runs left; with resume never, set their checkpoints aside. Raises UserError."""
+    try:
         for junk in [*output_dir.glob(".tmp-checkpoint_*"), *output_dir.glob(".trash-*")]:
             shutil.rmtree(junk, ignore_errors=True)
         if resume == "never" and checkpoints(output_dir):

@@ -5,8 +5,10 @@ Collectives of one step beside the gradient sum: `sum_rows` (the O(N) table of t
 (control flags) and `gather_rows` (metrics). Their number and shapes do not depend on the data. No pickle.
 """
 
+import itertools
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
@@ -26,6 +28,7 @@ class World:
     local_size: int
     device: torch.device
     control: "dist.ProcessGroup | None" = None  # gloo, on CPU: small tables and flags, also beside NCCL
+    deals: Iterator[int] = field(default_factory=itertools.count)  # numbers the calls of `deal`, alike on every rank
 
     @property
     def is_main(self) -> bool:
@@ -65,6 +68,21 @@ class World:
         receive = torch.empty(sum(incoming_sizes), dtype=torch.int32)
         dist.all_to_all_single(receive, send, incoming_sizes, [len(part) for part in outgoing], group=self.control)
         return np.split(receive.numpy(), np.cumsum(incoming_sizes)[:-1])
+
+    def deal(self, count: int) -> Iterator[int]:
+        """Share 0 … count-1 out over ranks, each to whichever asks next. Every rank must call it.
+
+        No collective: ranks ask a counter in the rendezvous store, so that a rank with short work takes more.
+        """
+        if self.size == 1:
+            yield from range(count)
+            return
+        store = dist.distributed_c10d._get_default_store()
+        deal = next(self.deals)
+        if self.is_main and deal >= 2:  # every rank is past it: a collective lies between two deals
+            store.delete_key(f"grpo/deal {deal - 2}")
+        while (item := store.add(f"grpo/deal {deal}", 1) - 1) < count:
+            yield item
 
     def barrier(self) -> None:
         """Wait for every rank. For start-up and checkpoints, never inside a step."""

@@ -13,7 +13,7 @@ from grpo.config import Config
 from grpo.data import Questions
 from grpo.distributed import World
 from grpo.rewards import Reward
-from grpo.rollout import Engine, chunk_owner, cut_chunks, requests_of
+from grpo.rollout import Engine, cut_chunks, requests_of
 from grpo.rollout.sampling import Sampling
 from grpo.scoring import score
 
@@ -29,9 +29,8 @@ def evaluate(
     prompts = sorted(questions.items, key=lambda prompt: (-len(prompt.token_ids), prompt.row))
     sampling = Sampling(temperature=temperature, logit_clamp=cfg.logit_clamp)
     table = np.zeros((len(prompts), len(rewards) + 1))
-    for i, chunk in enumerate(cut_chunks(len(prompts), 1, cfg.rollout_chunk_rows)):
-        if chunk_owner(i, world.size) != world.rank:
-            continue
+    chunks = cut_chunks(len(prompts), 1, cfg.rollout_chunk_rows)
+    for chunk in (chunks[i] for i in world.deal(len(chunks))):
         completions = engine.generate(requests_of(chunk, prompts, 1, step=0), sampling)
         scored = score(rewards, prompts, completions, 1, tokenizer, cfg.reward_inputs == "messages", report)
         table[chunk] = np.column_stack([scored.scores, [len(c.token_ids) for c in completions]])

@@ -8,6 +8,7 @@ from grpo.config import Config
 from grpo.console import warn
 from grpo.distributed import World, start, stop
 from grpo.errors import UserError
+from grpo.liveness import die_with_parent
 from grpo.models import quiet
 from grpo.run import write_exit
 
@@ -22,6 +23,7 @@ def run_main(
     is_main = int(os.environ.get("RANK", 0)) == 0
     cfg = None
     try:
+        die_with_parent()
         cfg, notice = load_config(argv)
         if is_main and notice:
             print(notice, flush=True)

@@ -5,7 +5,7 @@ Every rank tallies the same names whatever it did, so one fixed-shape gather red
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,13 +17,20 @@ from grpo.distributed import World
 PHASES = ("rollout", "reward", "exchange", "logprobs", "update")
 MEANS = ("clip/low", "clip/high", "clip/importance", "kl", "kl_old", "sampler_gap/mean")
 SUMS = ("loss",)
-MAXIMA = ("ratio_gap", "sampler_gap/max", "time/step_s", *(f"time/{phase}_s" for phase in PHASES))
+MAXIMA = (
+    "ratio_gap",
+    "sampler_gap/max",
+    "time/step_s",
+    "time/micro_batches_s",
+    *(f"time/{phase}_s" for phase in PHASES),
+)
 
 
 class Tally:
     """What one rank adds up during a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
+        self.on_phase = on_phase
         self.sums = dict.fromkeys(MEANS, 0.0) | dict.fromkeys(SUMS, 0.0)
         self.counts = dict.fromkeys(MEANS, 0.0)
         self.maxima = dict.fromkeys(MAXIMA, 0.0)
@@ -58,6 +65,8 @@ class Tally:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase of the step; the slowest rank's seconds are logged."""
+        if self.on_phase is not None and name in PHASES:
+            self.on_phase(name)
         start = time.monotonic()
         try:
             yield
@@ -73,6 +82,9 @@ class Tally:
         total = dict(zip(self.sums, sums.sum(0).tolist(), strict=True))
         count = dict(zip(self.counts, counts.sum(0).tolist(), strict=True))
         means = {name: total[name] / count[name] for name in MEANS if count[name]}
-        return (
-            means | {name: total[name] for name in SUMS} | dict(zip(self.maxima, maxima.max(0).tolist(), strict=True))
-        )
+        slowest = dict(zip(self.maxima, maxima.max(0).tolist(), strict=True))
+        average = dict(zip(self.maxima, maxima.mean(0).tolist(), strict=True))
+        for work in ("rollout", "micro_batches"):  # done apart; what follows waits for the slowest rank
+            name = f"time/{work}_s"
+            means[f"idle/{work}"] = 1 - average[name] / slowest[name] if slowest[name] > 0 else 0.0
+        return means | {name: total[name] for name in SUMS} | slowest

@@ -132,11 +132,12 @@ class Policy:
         """
         bad = False
         self.backend.train(True)
-        for i, micro in enumerate(minibatch):
-            loss = self.loss(micro, tally, weights_unchanged)
-            bad = bad or not bool(torch.isfinite(loss.detach()))
-            # A NaN gradient is how one rank tells all: the sum over ranks, and so the norm, is NaN everywhere.
-            self.backend.backward(loss * math.nan if bad else loss, last=i + 1 == len(minibatch))
+        with tally.phase("micro_batches"):
+            for i, micro in enumerate(minibatch):
+                loss = self.loss(micro, tally, weights_unchanged)
+                bad = bad or not bool(torch.isfinite(loss.detach()))
+                # A NaN gradient is how one rank tells all: the sum over ranks, and so the norm, is NaN everywhere.
+                self.backend.backward(loss * math.nan if bad else loss, last=i + 1 == len(minibatch))
         lr = learning_rate(self.cfg, self.counters.updates, total_updates)
         norm = self.backend.step(lr, self.cfg.max_grad_norm)
         self.backend.train(False)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo.config import PROJECT, find_path
+from grpo.config import PROJECT, Config, find_path
 from grpo.errors import UserError
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -75,9 +75,16 @@ class Failure:
         return f"reward {self.name} failed: {self.reason}; completion: {text[:200]!r}"
 
 
-def load_rewards(weights: dict[str, float]) -> list[Reward]:
+def load_rewards(cfg: Config) -> list[Reward]:
     """Find every function by name: in reward_func.py, or `path.py:function`. Raises UserError."""
-    return [Reward(name, weight, _find(name)) for name, weight in weights.items()]
+    rewards = [Reward(name, weight, _find(name)) for name, weight in cfg.rewards.items()]
+    seeing = [reward.name for reward in rewards if reward.sees_group]
+    if seeing and cfg.rollout_chunk_rows < cfg.num_generations:
+        raise UserError(
+            f"rollout_chunk_rows: {seeing[0]} sees whole groups of {cfg.num_generations}, so a chunk must hold one, got "
+            f"{cfg.rollout_chunk_rows}. Raise it to {cfg.num_generations} at least."
+        )
+    return rewards
 
 
 def _find(name: str) -> RewardFunction:

@@ -24,6 +24,7 @@ from grpo.console import Console, step_line, warn
 from grpo.data import Questions, length_summary
 from grpo.distributed import World
 from grpo.errors import UserError
+from grpo.liveness import Heartbeat, OutputLock, check_ranks_agree
 from grpo.metrics import Tally
 from grpo.policy import Policy
 from grpo.prompts import Recipe
@@ -47,8 +48,11 @@ class Run:
         self.facts: dict[str, Any] = {}
         self.trackers: list[Tracker] = []
         if world.is_main:
+            checkpoint.make_output(self.output_dir)
+            self.lock = OutputLock(self.output_dir, warn)  # before anything there is touched
             checkpoint.prepare_output(self.output_dir, cfg.resume)
             self._make_folder()
+        self.heartbeat = Heartbeat(self.output_dir, world)
         self.console = Console(world.is_main, self.folder / "train.log")
 
     def _make_folder(self) -> None:
@@ -83,6 +87,7 @@ class Run:
                 "transformers": transformers.__version__,
             },
         }
+        check_ranks_agree(self.world, self.cfg, self.facts)
 
     def resume_point(self) -> Path | None:
         """The checkpoint to continue from, as `resume` says; the same on every rank. Raises UserError."""
@@ -111,6 +116,11 @@ class Run:
             self.console.start(total, done)
             try:
                 yield
+            except UserError:
+                raise
+            except Exception as error:
+                self._report(error)
+                raise
             finally:
                 for tracker in self.trackers:
                     tracker.close()
@@ -129,6 +139,17 @@ class Run:
                 f"note: {num_chunks} rollout chunks for {self.world.size} processes leave some idle: "
                 "lower --rollout_chunk_rows"
             )
+
+    def _report(self, error: Exception) -> None:
+        """One line that names rank, phase and step, before the traceback; and which rank went first, if one did."""
+        first = " ".join(str(error).split())[:200]
+        for line in self.heartbeat.gone():
+            warn(f"error: {line}")
+        warn(f"error: {self.heartbeat.where()}: {type(error).__name__}: {first}")
+
+    def tally(self, step: int) -> Tally:
+        """The metrics of step `step` (counted from 1); its phases show in this rank's heartbeat."""
+        return Tally(on_phase=lambda phase: self.heartbeat(step, phase))
 
     def log_step(
         self,

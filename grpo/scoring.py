@@ -15,41 +15,9 @@ from grpo.config import Config, prompts_per_step
 from grpo.distributed import World
 from grpo.errors import UserError
 from grpo.rewards import Failure, Reward, Sample, call, combine
-from grpo.types import Completion, Prompt
+from grpo.types import FACTS, Completion, Prompt, Table
 
-FACTS = ("length", "stopped", "broken", "clamped", "logprob_sum", "failures")
 REPORTED_FAILURES = 3  # a step
-
-
-@dataclass(frozen=True)
-class Table:
-    """One row per completion of the step; column k of `scores` belongs to the k-th reward function."""
-
-    names: list[str]
-    scores: np.ndarray  # [N, K] float64, NaN where a function does not apply
-    rewards: np.ndarray  # [N] weighted sums, NaN where none applies
-    facts: dict[str, np.ndarray]  # [N] each, see FACTS
-    num_generations: int
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """[N] tokens of each completion."""
-        return self.facts["length"].astype(np.int64)
-
-    @property
-    def grouped(self) -> np.ndarray:
-        """[P, G] rewards."""
-        return self.rewards.reshape(-1, self.num_generations)
-
-    @property
-    def any_broken(self) -> bool:
-        """Whether any row met logits that were not finite: its step must not be trained on."""
-        return bool(self.facts["broken"].any())
-
-    def advantages(self, cfg: Config) -> np.ndarray:
-        """[N] advantages; 0 for rows without a reward."""
-        scale = cfg.scale_rewards == "group" and cfg.loss != "dr_grpo"
-        return group_advantages(self.grouped, scale, cfg.advantage_clip).ravel()
 
 
 @dataclass(frozen=True)
@@ -107,6 +75,7 @@ def gather(world: World, cfg: Config, rewards: Sequence[Reward], scored: Scored)
         facts = (
             len(completion.token_ids), completion.finish == "stop", completion.finish == "error", completion.clamped,
             float(completion.sampler_logprobs.sum(dtype=np.float64)), scored.failed[i],
+            world.rank,
         )  # fmt: skip
         table[completion.sample] = [*scored.scores[i], *map(float, facts)]
     table = world.sum_rows(table)
@@ -124,6 +93,12 @@ def check_failures(cfg: Config, failures: float, calls: int, names: Sequence[str
             f"rewards: {failures:.0f} of {calls} calls of {', '.join(names)} failed in one step, allowed is a "
             f"share of {cfg.max_reward_failures} (max_reward_failures). The first ones are above: mend the function."
         )
+
+
+def advantages_of(table: Table, cfg: Config) -> np.ndarray:
+    """[N] advantages over whole groups; 0 for rows without a reward."""
+    scale = cfg.scale_rewards == "group" and cfg.loss != "dr_grpo"
+    return group_advantages(table.grouped, scale, cfg.advantage_clip).ravel()
 
 
 def rollout_metrics(table: Table, advantages: np.ndarray, vocab_size: int) -> dict[str, float]:

@@ -30,6 +30,40 @@ class Completion:
     clamped: int = 0  # logits that the clamp moved, summed over the tokens
 
 
+FACTS = ("length", "stopped", "broken", "clamped", "logprob_sum", "failures", "rank")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One row per completion of the step; column k of `scores` belongs to the k-th reward function."""
+
+    names: list[str]
+    scores: np.ndarray  # [N, K] float64, NaN where a function does not apply
+    rewards: np.ndarray  # [N] weighted sums, NaN where none applies
+    facts: dict[str, np.ndarray]  # [N] each, see FACTS
+    num_generations: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[N] tokens of each completion."""
+        return self.facts["length"].astype(np.int64)
+
+    @property
+    def sampled_by(self) -> np.ndarray:
+        """[N] the rank that sampled each row."""
+        return self.facts["rank"].astype(np.int64)
+
+    @property
+    def grouped(self) -> np.ndarray:
+        """[P, G] rewards."""
+        return self.rewards.reshape(-1, self.num_generations)
+
+    @property
+    def any_broken(self) -> bool:
+        """Whether any row met logits that were not finite: its step must not be trained on."""
+        return bool(self.facts["broken"].any())
+
+
 @dataclass(frozen=True)
 class TrainRow:
     """One row as the update needs it: a prompt, a completion, its advantage."""

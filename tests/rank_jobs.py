@@ -17,10 +17,10 @@ from grpo.distributed import World, start, stop
 from grpo.metrics import Tally
 from grpo.policy import Policy
 from grpo.rewards import Reward
-from grpo.rollout import cut_chunks, rollout, samplers
+from grpo.rollout import rollout
 from grpo.rollout.native import NativeEngine
-from grpo.scoring import gather, score
-from grpo.types import Completion, Prompt
+from grpo.scoring import advantages_of, gather, score
+from grpo.types import FACTS, Completion, Prompt, Table
 from tests.tiny import tiny_model, tiny_tokenizer
 
 VOCAB = 300
@@ -51,6 +51,12 @@ def injected(cfg: Config, step: int, seed: int = 0) -> tuple[list[Prompt], list[
     return prompts, completions, rng.choice([-1.0, 0.0, 0.5, 1.5], len(completions))
 
 
+def table_of(cfg: Config, lengths: np.ndarray, sampled_by: np.ndarray) -> Table:
+    """A table that knows lengths and samplers, and no scores."""
+    facts = {name: np.zeros(len(lengths)) for name in FACTS} | {"length": lengths, "rank": sampled_by}
+    return Table([], np.zeros((len(lengths), 0)), np.zeros(len(lengths)), facts, cfg.num_generations)
+
+
 def make_policy(cfg: Config, world: World, architecture: str = "qwen3") -> Policy:
     """A tiny random policy, its reference (when beta > 0) another one."""
     reference = tiny_model(architecture, VOCAB, seed=1, spread=2.0) if cfg.beta > 0 else None
@@ -63,11 +69,11 @@ def injected_step(
 ) -> list[float]:
     """One step of training on injected rollouts; each rank holds only what it would have sampled."""
     prompts, completions, advantages = injected(cfg, step, seed)
-    owners = samplers(cut_chunks(len(prompts), cfg.num_generations, cfg.rollout_chunk_rows), world.size)
-    mine = [completion for completion in completions if owners[completion.sample] == world.rank]
+    mine = [completion for completion in completions if completion.sample % world.size == world.rank]
     lengths = np.array([len(completion.token_ids) for completion in completions])
+    table = table_of(cfg, lengths, np.arange(len(completions)) % world.size)
     plan = make_plan(cfg, prompts, lengths, advantages, world.size)
-    batches = deliver(world, cfg, plan, prompts, mine, lengths, advantages, policy.even_block)
+    batches = deliver(world, cfg, plan, prompts, mine, table, advantages, policy.even_block)
     batches = policy.annotate(batches)
     return policy.train_on(batches, tally, steps * updates_per_step(cfg), False, on_skip=lambda *_: None)
 
@@ -149,14 +155,15 @@ def architecture_steps(world: World, out: Path, architecture: str, steps: int = 
         prompts, _, _ = injected(cfg, step)
         engine.load_weights(policy.weights())
         completions = rollout(engine, prompts, step, cfg, world)
-        facts = np.zeros((len(prompts) * group, 2))
+        facts = np.zeros((len(prompts) * group, 3))
         for c in completions:
-            facts[c.sample] = [len(c.token_ids), float((c.token_ids % 2 == 0).mean())]
+            facts[c.sample] = [len(c.token_ids), float((c.token_ids % 2 == 0).mean()), world.rank]
         facts = world.sum_rows(facts)
         lengths, rewards = facts[:, 0].astype(int), facts[:, 1]
+        table = table_of(cfg, lengths, facts[:, 2])
         advantages = group_advantages(rewards.reshape(-1, group)).ravel()
         plan = make_plan(cfg, prompts, lengths, advantages, world.size)
-        batches = deliver(world, cfg, plan, prompts, completions, lengths, advantages, policy.even_block)
+        batches = deliver(world, cfg, plan, prompts, completions, table, advantages, policy.even_block)
         batches = policy.annotate(batches)
         norms += policy.train_on(batches, tally, steps * updates_per_step(cfg), False, on_skip=lambda *_: None)
         sampled |= {f"{step}.{c.sample}": c.token_ids.tolist() for c in completions}
@@ -195,7 +202,8 @@ def counted_step(world: World, out: Path, seed: int = 0, **settings):
     cfg = config(**settings)
     policy = make_policy(cfg, world)
     prompts, _, _ = injected(cfg, 0, seed)
-    engine = NativeEngine(policy.model, [0, 9], cfg.max_generate_length, cfg.seed)
+    engine = NativeEngine(tiny_model("qwen3", VOCAB), [0, 9], cfg.max_generate_length, cfg.seed)
+    engine.load_weights(policy.weights())
     counts: dict[str, int] = {}
     originals = {name: getattr(torch.distributed, name) for name in COLLECTIVES}
 
@@ -214,9 +222,9 @@ def counted_step(world: World, out: Path, seed: int = 0, **settings):
     reward = Reward("even", 1.0, lambda completion_ids, **_: [sum(i % 2 for i in ids) / 9 for ids in completion_ids])
     scored = score([reward], prompts, completions, cfg.num_generations, tiny_tokenizer(), False, print)
     table = gather(world, cfg, [reward], scored)
-    advantages = table.advantages(cfg)
+    advantages = advantages_of(table, cfg)
     plan = make_plan(cfg, prompts, table.lengths, advantages, world.size)
-    batches = deliver(world, cfg, plan, prompts, completions, table.lengths, advantages, policy.even_block)
+    batches = deliver(world, cfg, plan, prompts, completions, table, advantages, policy.even_block)
     policy.train_on(policy.annotate(batches), tally, 1, table.any_broken, on_skip=lambda *_: None)
     tally.reduce(world)
     for name in COLLECTIVES:
@@ -234,7 +242,9 @@ def main() -> None:
     """Run the jobs of a JSON file, [[job, {arguments}], ...], in one launch; save the results by rank."""
     out = Path(sys.argv[1])
     world = start("cpu", num_threads=1)
-    results = [JOBS[job](world, out, **arguments) for job, arguments in json.loads((out / "jobs.json").read_text())]
+    results = []
+    for job, arguments in json.loads((out / "jobs.json").read_text()):
+        results.append(JOBS[job](world, out, **arguments))
     (out / f"rank_{world.rank}.json").write_text(json.dumps(results))
     stop()
 

@@ -80,7 +80,7 @@ def test_every_config_file_loads_and_uses_shipped_rewards(file):
     from grpo.rewards import load_rewards
 
     cfg, _ = load_config(["--config", str(DEMO.parent / file)])
-    assert load_rewards(cfg.rewards)
+    assert load_rewards(cfg)
 
 
 def test_every_setting_is_documented_and_read():

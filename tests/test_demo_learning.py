@@ -84,13 +84,15 @@ def train(folder, *settings):
     return before, after, [row for row in metrics if "reward/mean" in row]
 
 
-def test_half_the_demo_already_learns(tmp_path):
-    # Chance cannot pass: accuracy would have to rise by 50 points of 256 questions; on shuffled rewards (below) it
-    # stays within 5.
-    before, after, steps = train(tmp_path, "--max_steps", "30", "--lr", "1e-4", "--seed", "1")
+def test_forty_steps_of_the_demo_teach_it(tmp_path):
+    # Chance cannot pass: shuffled rewards moved greedy accuracy by at most 5 points in 60 steps (below, and
+    # benchmarks/RESULTS.md for the drift behind that), and a rise of 50 takes about four times their drift.
+    before, after, steps = train(tmp_path, "--max_steps", "40", "--seed", "1")
     assert before["eval/accuracy"] <= 0.5
     assert after["eval/accuracy"] >= before["eval/accuracy"] + 0.5
-    assert steps[-1]["completions/length_mean"] >= 1.5 * steps[0]["completions/length_mean"]
+    assert after["eval/length_mean"] >= 3 * before["eval/length_mean"]
+    first, last = ([step["reward/mean"] for step in part] for part in (steps[:10], steps[-10:]))
+    assert sum(last) / 10 >= sum(first) / 10 + 0.2
 
 
 @pytest.mark.full

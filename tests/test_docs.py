@@ -24,8 +24,8 @@ from grpo.metrics import MAXIMA, MEANS, SUMS, Tally
 from grpo.prompts import make_recipe
 from grpo.rewards import Reward, Sample, call, load_rewards
 from grpo.run import Run
-from grpo.scoring import FACTS, Table, rollout_metrics
-from grpo.types import Completion, Counters, Prompt
+from grpo.scoring import rollout_metrics
+from grpo.types import FACTS, Completion, Counters, Prompt, Table
 from tests.launcher import PROJECT
 from tests.tiny import tiny_tokenizer
 
@@ -114,7 +114,7 @@ def logged_keys(tmp_path) -> set[str]:
     assert {*MEANS, *SUMS, *MAXIMA} <= keys
 
     source = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
-    literal = r"[\"']((?:reward|advantage|completions|clip|sampler_gap|guards|time|eval)/[a-z_/]+)[\"']"
+    literal = r"[\"']((?:reward|advantage|completions|clip|sampler_gap|guards|time|idle|eval)/[a-z_/]+)[\"']"
     return keys | set(re.findall(literal, source))
 
 
@@ -245,7 +245,7 @@ def test_the_examples_work(tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer()
     questions = load_questions(cfg, make_recipe(cfg, tokenizer), tokenizer)
     assert len(questions.items) == 3
-    rewards = {reward.name.rpartition(":")[2]: reward for reward in load_rewards(cfg.rewards)}
+    rewards = {reward.name.rpartition(":")[2]: reward for reward in load_rewards(cfg)}
     assert rewards["variety_reward"].sees_group and not rewards["shows_work_reward"].sees_group
 
     def scores(name, *pairs):
@@ -263,7 +263,7 @@ def test_the_examples_work(tmp_path, monkeypatch):
 
 # --- style
 
-LINES = {"grpo/config.py": 380}  # a setting takes two lines there
+LINES = {"grpo/config.py": 400}  # a setting takes two lines there
 MAX_LINES, MAX_FUNCTION = 300, 70
 MAY_USE_COLLECTIVES = ("grpo/distributed.py", "grpo/backends/", "grpo/launch.py")
 

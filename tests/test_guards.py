@@ -14,8 +14,8 @@ from grpo.metrics import Tally
 from grpo.rollout import Request
 from grpo.rollout.native import NativeEngine
 from grpo.rollout.sampling import Sampling
-from grpo.scoring import FACTS, Table, rollout_metrics
-from grpo.types import Counters
+from grpo.scoring import rollout_metrics
+from grpo.types import FACTS, Counters, Table
 from tests.launcher import metrics_of, run_script
 from tests.rank_jobs import config, injected_step, make_policy
 from tests.tiny import save_tiny, tiny_model

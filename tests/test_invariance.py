@@ -85,7 +85,7 @@ def results(tmp_path_factory):
     def of_world(world_size: int):
         out = folder / str(world_size)
         jobs = jobs_of(world_size)
-        by_rank = run_ranks(list(jobs.values()), world_size, out, timeout=500)
+        by_rank = run_ranks(list(jobs.values()), world_size, out, timeout=240)
         found = {}
         for i, (key, (_, how)) in enumerate(jobs.items()):
             file = out / f"{how.get('name')}.safetensors"
@@ -165,7 +165,7 @@ def test_every_rank_ends_with_the_same_weights(results, world_size):
 def test_metrics_do_not_depend_on_the_number_of_ranks(results, name, world_size):
     one = results(1)["update", name.removeprefix("zero3 ")][0][0]["metrics"]
     several = results(world_size)["update", name][0][0]["metrics"]
-    keys = {key for key in one if not key.startswith("time/")}
+    keys = {key for key in one if not key.startswith(("time/", "idle/"))}
     assert {key: several[key] for key in keys} == pytest.approx({key: one[key] for key in keys}, rel=1e-3, abs=1e-5)
 
 

@@ -142,7 +142,7 @@ def test_too_many_failures_stop_the_run():
 def test_loading_by_name_and_by_file(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def short_reward(completions, **columns):\n    return [len(c) for c in completions]\n")
-    [ours, theirs] = load_rewards({"mark_reward": 0.5, f"{file}:short_reward": 2.0})
+    [ours, theirs] = load_rewards(Config(rewards={"mark_reward": 0.5, f"{file}:short_reward": 2.0}))
     assert ours.function is reward_func.mark_reward and ours.weight == 0.5
     assert call(theirs, [sample("abc")])[0] == [3.0]
 
@@ -156,4 +156,14 @@ def test_loading_by_name_and_by_file(tmp_path):
 )
 def test_unknown_rewards_are_refused(name, said):
     with pytest.raises(UserError, match=said):
-        load_rewards({name: 1.0})
+        load_rewards(Config(rewards={name: 1.0}))
+
+
+def test_group_rewards_need_whole_groups_in_a_chunk(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def spread_reward(completions, **columns):\n    return [0] * len(completions)\n\n\n"
+                    "spread_reward.sees_group = True\n")  # fmt: skip
+    names = {f"{file}:spread_reward": 1.0}
+    assert load_rewards(Config(rewards=names, num_generations=8, rollout_chunk_rows=8))[0].sees_group
+    with pytest.raises(UserError, match="sees whole groups of 8"):
+        load_rewards(Config(rewards=names, num_generations=8, rollout_chunk_rows=7))

@@ -21,6 +21,7 @@ from grpo.metrics import Tally
 from grpo.models import load_model, load_tokenizer
 from grpo.policy import Policy
 from grpo.types import Completion, Prompt
+from tests.rank_jobs import table_of
 from tests.tiny import save_tiny
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (optional: pip install trl==1.16.0)")
@@ -122,20 +123,23 @@ def our_movement(base, loss, beta, num_updates=1):
     model, before = start_model(base)
     policy = Policy(cfg, world, model, load_model(str(base), world.device) if beta else None)
     lengths = np.array([len(c.token_ids) for c in completions])
+    table = table_of(cfg, lengths, np.zeros(len(lengths)))
     advantages = group_advantages(rewards.reshape(-1, G), False, cfg.advantage_clip).ravel()
     plan = make_plan(cfg, prompts, lengths, advantages, world.size)
     assert len(plan[0].micro_batches) > 1
-    [minibatch] = policy.annotate(deliver(world, cfg, plan, prompts, completions, lengths, advantages))
+    [minibatch] = policy.annotate(deliver(world, cfg, plan, prompts, completions, table, advantages))
     policy.counters.trust_sampler = True  # no correction for the sampler: its log-probs are made up
+    parameters = list(model.parameters())
     for _ in range(updates_per_step(cfg)):
         tally = Tally()
-        policy.backend.zero()
+        summed = [torch.zeros_like(parameter) for parameter in parameters]
         for micro in minibatch:
-            policy.backend.backward(policy.loss(micro, tally, weights_unchanged=False))
-        policy.backend.reduce()
+            gradients = torch.autograd.grad(policy.loss(micro, tally, weights_unchanged=False), parameters)
+            for total, gradient in zip(summed, gradients, strict=True):
+                total.add_(gradient)
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.sub_(LR * parameter.grad)
+            for parameter, gradient in zip(parameters, summed, strict=True):
+                parameter.sub_(LR * gradient)
     shares = tally.reduce(world)
     return movement(model, before), shares["clip/low"] + shares["clip/high"]
 

@@ -8,8 +8,8 @@ An engine is a class with two methods:
 `native.py` is ours, on transformers' models; another engine (vLLM) is another file with the same two.
 
 The N = P*G samples of a step are cut into chunks of `rollout_chunk_rows`, whole groups where G fits; the
-cut does not depend on the number of ranks, which take the chunks in turn. So what a chunk samples is the
-same for any number of processes.
+cut does not depend on the number of ranks. Ranks take the next chunk whenever they are free, so that they
+finish together; what a chunk samples does not depend on who takes it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -60,11 +60,6 @@ def cut_chunks(num_prompts: int, num_generations: int, chunk_rows: int) -> list[
     return [list(samples[i : i + rows]) for i in range(0, len(samples), rows)]
 
 
-def chunk_owner(chunk: int, world_size: int) -> int:
-    """The rank that samples a chunk."""
-    return chunk % world_size
-
-
 def requests_of(chunk: list[int], prompts: Sequence[Prompt], num_generations: int, step: int) -> list[Request]:
     """The requests behind a chunk's sample ids."""
     return [
@@ -75,16 +70,10 @@ def requests_of(chunk: list[int], prompts: Sequence[Prompt], num_generations: in
     ]
 
 
-def samplers(chunks: Sequence[Sequence[int]], world_size: int) -> list[int]:
-    """Row n -> the rank that samples it."""
-    owners = {n: chunk_owner(i, world_size) for i, chunk in enumerate(chunks) for n in chunk}
-    return [owners[n] for n in range(len(owners))]
-
-
 def rollout(engine: Engine, prompts: Sequence[Prompt], step: int, cfg: Config, world: World) -> list[Completion]:
-    """Sample this rank's share of a step's completions."""
+    """Sample this rank's share of a step's completions: chunk after chunk, until none is left."""
+    chunks = cut_chunks(len(prompts), cfg.num_generations, cfg.rollout_chunk_rows)
     completions: list[Completion] = []
-    for i, chunk in enumerate(cut_chunks(len(prompts), cfg.num_generations, cfg.rollout_chunk_rows)):
-        if chunk_owner(i, world.size) == world.rank:
-            completions += engine.generate(requests_of(chunk, prompts, cfg.num_generations, step), sampling_of(cfg))
+    for i in world.deal(len(chunks)):
+        completions += engine.generate(requests_of(chunks[i], prompts, cfg.num_generations, step), sampling_of(cfg))
     return completions
