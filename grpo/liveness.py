@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import IO
 import numpy as np
 
 from grpo.config import Config
+from grpo.console import warn
 from grpo.distributed import World
 from grpo.errors import UserError
 
@@ -84,6 +86,27 @@ def _running(pid: int) -> bool:
         return False
     except OSError:
         return True
+
+
+def report_on_sigterm(heartbeat: Heartbeat) -> None:
+    """When the launcher ends this rank because another one died, say which, even from inside a collective.
+
+    Python's own handlers wait for the main thread, which may hang in a collective for ever; the wake-up pipe
+    does not.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while signal.SIGTERM not in os.read(reading, 16):
+            pass
+        for line in heartbeat.gone(wait_s=0.5):
+            warn(f"error: {line}")
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class OutputLock:

@@ -81,7 +81,7 @@ def load_rewards(cfg: Config) -> list[Reward]:
     seeing = [reward.name for reward in rewards if reward.sees_group]
     if seeing and cfg.rollout_chunk_rows < cfg.num_generations:
         raise UserError(
-            f"rollout_chunk_rows: {seeing[0]} sees whole groups of {cfg.num_generations}, so a chunk must hold one, got "
+            f"rollout_chunk_rows: {seeing[0]} sees whole groups of {cfg.num_generations}, a chunk must hold one, got "
             f"{cfg.rollout_chunk_rows}. Raise it to {cfg.num_generations} at least."
         )
     return rewards

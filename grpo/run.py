@@ -24,7 +24,7 @@ from grpo.console import Console, step_line, warn
 from grpo.data import Questions, length_summary
 from grpo.distributed import World
 from grpo.errors import UserError
-from grpo.liveness import Heartbeat, OutputLock, check_ranks_agree
+from grpo.liveness import Heartbeat, OutputLock, check_ranks_agree, report_on_sigterm
 from grpo.metrics import Tally
 from grpo.policy import Policy
 from grpo.prompts import Recipe
@@ -53,6 +53,8 @@ class Run:
             checkpoint.prepare_output(self.output_dir, cfg.resume)
             self._make_folder()
         self.heartbeat = Heartbeat(self.output_dir, world)
+        if world.size > 1:
+            report_on_sigterm(self.heartbeat)
         self.console = Console(world.is_main, self.folder / "train.log")
 
     def _make_folder(self) -> None:

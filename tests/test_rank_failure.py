@@ -120,8 +120,8 @@ def test_ranks_that_mean_different_runs_are_refused(tmp_path):
     settings = ("--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"), *FAST)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, str(tmp_path / "start.py"), *settings], cwd=PROJECT, env=environment(), capture_output=True, text=True,
-        timeout=120,
+        [*command, str(tmp_path / "start.py"), *settings],
+        cwd=PROJECT, env=environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode != 0 and "ranks disagree about lr: rank 1 differs from rank 0" in done.stderr
     assert json.loads((tmp_path / "output" / "exit.json").read_text())["code"] == 2
