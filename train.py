@@ -9,7 +9,6 @@ grpo/__init__.py is the map of the parts.
 import sys
 
 from grpo.batching import deliver, make_plan
-from grpo.checkpoint import restore
 from grpo.config import Config, load_config, prompts_per_step, total_steps, updates_per_step
 from grpo.console import warn
 from grpo.data import load_questions
@@ -19,6 +18,7 @@ from grpo.launch import run_main
 from grpo.models import check_lengths, load_tokenizer, stop_token_ids
 from grpo.policy import load_policy, load_rollout_model
 from grpo.prompts import keep_questions, make_recipe
+from grpo.resume import restore
 from grpo.rewards import load_rewards
 from grpo.rollout import cut_chunks, rollout
 from grpo.rollout.native import NativeEngine

@@ -5,14 +5,15 @@ One step, as data (train.py is this list in code):
     prompts(step) -> generate -> score -> gather -> advantages -> plan -> update -> log
 
 Map
-    config, errors              what the user says, and what we say back
+    config, config_checks       what the user says, and what we say back
     data, prompts               rows -> Prompt: text, token ids, the columns that rewards see
     rollout/                    Prompt -> Completion: engines, sampling, chunks shared over ranks
     rewards, advantages         Completion -> reward -> advantage, whole groups
     batching                    rows -> minibatches -> micro-batches, the exchange between ranks
     logprobs, losses            token log-probs without [B, T, V]; PPO clip, k3, denominators
     policy, backends/           the trained model; who sums gradients and steps the optimizer
-    guards, checkpoint          what happens when something goes wrong
+    guards, checkpoint, resume  what happens when something goes wrong, and afterwards
+    liveness                    ranks that die, hang or disagree
     metrics, trackers/, console numbers -> TensorBoard, JSON lines, the terminal
     evaluate, inference         greedy held-out accuracy; asking a checkpoint
     distributed, models         ranks and collectives; loading models and tokenizers

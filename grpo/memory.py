@@ -233,7 +233,12 @@ def _state_rows(cfg: Config, shape: Shape, ranks: int, on_gpu: bool, again: bool
 
 def estimate(cfg: Config, model_config: PreTrainedConfig, world_size: int) -> Estimate:
     """Memory of each process and bytes it sends in a step, for a config on `world_size` processes."""
-    shape, work, on_gpu = shape_of(model_config), work_of(cfg, world_size), cfg.device != "cpu"
+    return estimate_shape(cfg, shape_of(model_config), world_size)
+
+
+def estimate_shape(cfg: Config, shape: Shape, world_size: int) -> Estimate:
+    """The same for a model that is counted already."""
+    work, on_gpu = work_of(cfg, world_size), cfg.device != "cpu"
     sampling = sampling_of(cfg)
     whole, completion, width = 4 * shape.parameters, cfg.max_generate_length, sampling.support_width
     stage = cfg.zero_stage if cfg.backend == "deepspeed" else 0

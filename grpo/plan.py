@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from grpo.config import Config, load_config
 from grpo.console import warn
 from grpo.errors import UserError
-from grpo.memory import PHASES, estimate
+from grpo.memory import PHASES, Shape, estimate, estimate_shape
 from grpo.models import quiet, resolve
 
 GB = 10**9
@@ -45,9 +45,9 @@ def changed(cfg: Config, name: str, value: Any) -> Config | None:
     return dataclasses.replace(cfg, **{name: value}) if (value and not now if value is True else value < now) else None
 
 
-def advise(cfg: Config, model_config: PreTrainedConfig, ranks: int, limit: float) -> list[tuple[str, Any]]:
+def advise(cfg: Config, shape: Shape, ranks: int, limit: float) -> list[tuple[str, Any]]:
     """Settings and values that make the run fit: one if one is enough, else several in turn; [] if none do."""
-    peak = lambda candidate: estimate(candidate, model_config, ranks).peak()  # noqa: E731
+    peak = lambda candidate: estimate_shape(candidate, shape, ranks).peak()  # noqa: E731
     tries = [(name, value) for name, values in REMEDIES for value in values]
     for name, value in tries:
         candidate = changed(cfg, name, value)
@@ -86,7 +86,7 @@ def report(cfg: Config, model_config: PreTrainedConfig, gpus: int, memory_gb: fl
     lines.append(f"DOES NOT FIT: {peak / GB:.1f} GB needed ({found.worst}), {memory_gb:g} GB there.")
     lines += [f"  {row.name} alone: {row.bytes / GB:.1f} GB, more than one {unit} has." for row in found.rows
               if row.bytes > limit]  # fmt: skip
-    remedy = advise(cfg, model_config, gpus, limit)
+    remedy = advise(cfg, found.shape, gpus, limit)
     if remedy:
         backend = " --backend deepspeed" if cfg.backend != "deepspeed" and "zero_stage" in dict(remedy) else ""
         lines.append("  It fits with" + backend + "".join(f" --{k} {str(v).lower()}" for k, v in remedy))

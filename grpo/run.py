@@ -28,6 +28,7 @@ from grpo.liveness import Heartbeat, OutputLock, check_ranks_agree, report_on_si
 from grpo.metrics import Tally
 from grpo.policy import Policy
 from grpo.prompts import Recipe
+from grpo.resume import check_same_run, read_state
 from grpo.rewards import Reward, completion_text
 from grpo.scoring import Scored
 from grpo.trackers import Tracker, load_trackers
@@ -105,7 +106,7 @@ class Run:
                 )
             return None
         folder = self.output_dir / f"checkpoint_{step}"
-        checkpoint.check_same_run(folder, checkpoint.read_state(folder), self.cfg, self.facts)
+        check_same_run(folder, read_state(folder), self.cfg, self.facts)
         self.console.say(f"resuming from {folder}")
         return folder
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo import checkpoint
+from grpo import checkpoint, resume
 from grpo.config import Config
 from grpo.distributed import World
 from grpo.errors import UserError
@@ -57,7 +57,7 @@ def test_everything_comes_back(saved):
     folder, policy, recipe, cfg = saved
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     other = Policy(cfg, ALONE, model)
-    assert checkpoint.restore(other, folder) == policy.counters.step
+    assert resume.restore(other, folder) == policy.counters.step
     for (name, ours), (_, theirs) in zip(policy.weights(), other.weights()):
         assert torch.equal(ours, theirs), name
     ours, theirs = list(policy.backend.moments()), list(other.backend.moments())
@@ -177,18 +177,18 @@ def test_prepare_output_sweeps_junk_and_sets_old_runs_aside(saved, tmp_path):
 )
 def test_resume_refuses_what_changes_the_trajectory(saved, change, named):
     folder, _, _, cfg = saved
-    state = checkpoint.read_state(folder)
+    state = resume.read_state(folder)
     facts = {"data": "abc"}
-    checkpoint.check_same_run(folder, state, cfg, facts)
-    checkpoint.check_same_run(
+    resume.check_same_run(folder, state, cfg, facts)
+    resume.check_same_run(
         folder, state, dataclasses.replace(cfg, save_steps=1, micro_batch_tokens=7, max_steps=9), facts
     )
     with pytest.raises(UserError, match=named):
-        checkpoint.check_same_run(folder, state, dataclasses.replace(cfg, **change), facts)
+        resume.check_same_run(folder, state, dataclasses.replace(cfg, **change), facts)
     with pytest.raises(UserError, match="data has changed"):
-        checkpoint.check_same_run(folder, state, cfg, {"data": "other"})
+        resume.check_same_run(folder, state, cfg, {"data": "other"})
 
 
 def test_optimizer_state_of_another_model_is_refused(saved):
     with pytest.raises(UserError, match=r"optimizer state of .* belongs to another model"):
-        checkpoint.restore(new_policy(saved[3], "llama"), saved[0])
+        resume.restore(new_policy(saved[3], "llama"), saved[0])
