@@ -8,15 +8,18 @@ Map
     config, config_checks       what the user says, and what we say back
     data, prompts               rows -> Prompt: text, token ids, the columns that rewards see
     rollout/                    Prompt -> Completion: engines, sampling, chunks shared over ranks
-    rewards, advantages         Completion -> reward -> advantage, whole groups
+    rewards, scoring            Completion -> scores -> the table that every rank sees
+    advantages                  rewards of whole groups -> advantages
     batching                    rows -> minibatches -> micro-batches, the exchange between ranks
     logprobs, losses            token log-probs without [B, T, V]; PPO clip, k3, denominators
     policy, backends/           the trained model; who sums gradients and steps the optimizer
     guards, checkpoint, resume  what happens when something goes wrong, and afterwards
     liveness                    ranks that die, hang or disagree
+    run, launch                 folders, logs, exit codes of a run
     metrics, trackers/, console numbers -> TensorBoard, JSON lines, the terminal
-    evaluate, inference         greedy held-out accuracy; asking a checkpoint
-    distributed, models         ranks and collectives; loading models and tokenizers
+    evaluate, stream            greedy held-out accuracy; printing an answer as it is made
+    distributed, models, types  ranks and collectives; loading models; the nouns that travel
+    plan, memory                what a run will need, before it starts
 
 Vocabulary
     step         one turn of the loop            minibatch    rows of one optimizer step
@@ -30,10 +33,10 @@ Shapes
     Tensors [B, T] are aligned to targets: column t belongs to the t-th completion token.
 
 Where the next one goes
-    loss         losses.py: a function and its entry in TOKEN_LOSSES or ROW_WEIGHTS
+    loss         losses.py: its entry in ROW_WEIGHTS, and its name in config.py
     reward       reward_func.py, or any file as path.py:function
     engine       rollout/: a class with generate and load_weights (see rollout/__init__.py)
     backend      backends/: a class with the methods of backends/__init__.py
-    tracker      trackers/: a class and its entry in trackers/__init__.py
+    tracker      trackers/: a class, its entry in trackers/__init__.py, its name in config.py
     data format  data.py: load_rows
 """

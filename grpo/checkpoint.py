@@ -179,12 +179,13 @@ def _commit(aside: Path, final: Path, step: int) -> None:
     for path in (manifest, aside / "trainer", aside):
         _sync(path)
     if final.exists():  # a damaged one of the same step: keep it, out of the way
-        os.rename(final, _unused(final.with_name(f"damaged-{final.name}")))
+        os.rename(final, unused(final.with_name(f"damaged-{final.name}")))
     os.rename(aside, final)  # the commit
     _sync(final.parent)
 
 
-def _unused(path: Path) -> Path:
+def unused(path: Path) -> Path:
+    """This path, or the first of path-2, path-3, … that nothing stands at."""
     taken, number = path, 1
     while taken.exists():
         number += 1
@@ -219,7 +220,7 @@ def prepare_output(output_dir: Path, resume: str) -> None:
         for junk in [*output_dir.glob(".tmp-checkpoint_*"), *output_dir.glob(".trash-*")]:
             shutil.rmtree(junk, ignore_errors=True)
         if resume == "never" and checkpoints(output_dir):
-            previous = _unused(output_dir / "previous")
+            previous = unused(output_dir / "previous")
             previous.mkdir()
             for folder in checkpoints(output_dir):
                 os.rename(folder, previous / folder.name)

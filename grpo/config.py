@@ -56,8 +56,8 @@ class Config:
     """System message; without a chat template it stands before the question."""
     prompt_template: str = "{question}"
     """Text of the user's turn; {name} stands for a column, {question} for the question."""
-    chat_template: Literal["auto", "on", "off"] = "auto"
-    """Render through the tokenizer's chat template; auto: if it has one."""
+    chat_template: bool | None = None
+    """Render through the tokenizer's chat template; null: if it has one."""
 
     # --- rewards
     rewards: dict[str, float] = field(default_factory=dict)
@@ -238,8 +238,13 @@ def load_config(argv: list[str]) -> tuple[Config, str | None]:
         argv = ["--config", str(DEMO), *argv]
     argv = _config_first(argv)
     for here, arg in enumerate(argv):
-        if arg == "--config" and here + 1 < len(argv) and not Path(argv[here + 1]).is_file():
-            raise UserError(f"config: no such file {argv[here + 1]!r}. Give a YAML file, such as configs/gsm8k.yaml.")
+        if arg == "--config":
+            file = find_path(argv[here + 1])
+            if file is None or not file.is_file():
+                raise UserError(
+                    f"config: no such file {argv[here + 1]!r}. Give a YAML file, such as configs/gsm8k.yaml."
+                )
+            argv[here + 1] = str(file)
     from grpo.config_checks import check
 
     parser = _parser()

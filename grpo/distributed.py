@@ -1,8 +1,9 @@
 """Ranks and collectives: the only module, beside backends/, that touches torch.distributed.
 
-Collectives of one step beside the gradient sum: `sum_rows` (the O(N) table of the rollout),
-`exchange` (each row's payload, once, to the rank that trains on it), and per optimizer step `any_rank`
-(control flags) and `gather_rows` (metrics). Their number and shapes do not depend on the data. No pickle.
+Three collectives a step beside the gradients': `sum_rows` (the O(N) table of the rollout), `exchange` (each
+row's payload, once, to the rank that trains on it) and `gather_rows` (metrics). Their number depends neither on
+the data nor on gradient accumulation; `any_rank` is for checkpoints. Work is dealt out through a counter in the
+rendezvous store. No pickle.
 """
 
 import itertools

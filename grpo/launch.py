@@ -10,7 +10,7 @@ from grpo.distributed import World, start, stop
 from grpo.errors import UserError
 from grpo.liveness import die_with_parent
 from grpo.models import quiet
-from grpo.run import write_exit
+from grpo.run import forget_exit, write_exit
 
 
 def run_main(
@@ -20,13 +20,17 @@ def run_main(
 
     What the user can mend ends in one line, from rank 0, and a code of its own (grpo/errors.py).
     """
-    is_main = int(os.environ.get("RANK", 0)) == 0
+    rank = int(os.environ.get("RANK", 0))
+    is_main = rank == 0
     cfg = None
+    world = None
     try:
         die_with_parent()
         cfg, notice = load_config(argv)
-        if is_main and notice:
-            print(notice, flush=True)
+        if is_main:
+            forget_exit(Path(cfg.output_dir))
+            if notice:
+                print(notice, flush=True)
         quiet()
         world = start(cfg.device, 1 if cfg.deterministic else cfg.num_threads)
         try:
@@ -37,6 +41,8 @@ def run_main(
         if is_main:
             warn(f"error: {error}")
             write_exit(Path(cfg.output_dir if cfg else "output"), error.code, str(error))
+        elif cfg is not None and world is None:  # joining failed: each rank has reasons of its own
+            warn(f"error: rank {rank}: {error}")
         return error.code
     if is_main:
         write_exit(Path(cfg.output_dir), 0, "done")

@@ -223,7 +223,8 @@ def _state_rows(cfg: Config, shape: Shape, ranks: int, on_gpu: bool, again: bool
     if stage == 0 and ranks > 1:
         yield Row("gradient bucket", 4 * max(BUCKET_ELEMENTS, shape.largest), ("optimizer",))
     if stage >= 1:
-        yield Row("gradient bucket", 4 * min(shape.parameters, ZERO_BUCKET), ("update",))
+        held = REST if stage == 3 else ("update",)  # stage 3 allocates it once, for good
+        yield Row("gradient bucket", 4 * min(shape.parameters, ZERO_BUCKET), held)
     if stage == 3 and ranks > 1:
         yield Row("gathered weights", 4 * min(shape.parameters, ZERO_LIVE), ("update",), "DeepSpeed's live limit")
     if not off_state:

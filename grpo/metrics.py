@@ -35,6 +35,7 @@ class Tally:
         self.counts = dict.fromkeys(MEANS, 0.0)
         self.maxima = dict.fromkeys(MAXIMA, 0.0)
         self.began = time.monotonic()
+        self.updates = 0
 
     def mean(self, name: str, total: float, count: float) -> None:
         """Add a sum over `count` items. A non-finite sum never enters an average."""
@@ -87,4 +88,5 @@ class Tally:
         for work in ("rollout", "micro_batches"):  # done apart; what follows waits for the slowest rank
             name = f"time/{work}_s"
             means[f"idle/{work}"] = 1 - average[name] / slowest[name] if slowest[name] > 0 else 0.0
-        return means | {name: total[name] for name in SUMS} | slowest
+        updates = max(1.0, self.updates)  # the same on every rank
+        return means | {name: total[name] / updates for name in SUMS} | slowest

@@ -6,6 +6,7 @@ Only the model's config is read. GB are 10^9 bytes. grpo/memory.py holds the for
 """
 
 import dataclasses
+import logging
 import math
 import sys
 from typing import Any
@@ -125,6 +126,7 @@ def main(argv: list[str]) -> int:
         if cfg.backend == "single" and gpus > 1:
             raise UserError(f"backend: single is for one process, got --gpus {gpus}. Use ddp or deepspeed.")
         quiet()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries: the error says enough
         assert cfg.model is not None
         try:
             model_config = AutoConfig.from_pretrained(resolve(cfg.model), trust_remote_code=False)

@@ -58,6 +58,7 @@ class Policy:
         self.reference = None if reference is None else Scorer(reference.requires_grad_(False), cfg)
         scorer = Scorer(model, cfg)
         self.vocab_size = scorer.head.vocab_size
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())  # before any sharding
         self.backend: Backend = load_backend(cfg, world, scorer)
         self.even_block = scorer.block_tokens if self.backend.even_work else 0
 
@@ -132,6 +133,7 @@ class Policy:
         """
         bad = False
         self.backend.train(True)
+        tally.updates += 1
         with tally.phase("micro_batches"):
             for i, micro in enumerate(minibatch):
                 loss = self.loss(micro, tally, weights_unchanged)

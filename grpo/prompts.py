@@ -33,14 +33,14 @@ class Recipe:
 def make_recipe(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Recipe:
     """Settle the recipe of a run. Raises UserError when a chat template is asked for and missing."""
     has_template = bool(getattr(tokenizer, "chat_template", None))
-    if cfg.chat_template == "on" and not has_template:
+    if cfg.chat_template and not has_template:
         raise UserError(
-            f"chat_template: on, but the tokenizer of {cfg.model!r} has none. Use auto or off, with --prompt_template."
+            f"chat_template: true, but the tokenizer of {cfg.model!r} has none. Use null or false, and prompt_template."
         )
     return Recipe(
         system_prompt=cfg.system_prompt,
         prompt_template=cfg.prompt_template,
-        chat=has_template and cfg.chat_template != "off",
+        chat=has_template and cfg.chat_template is not False,
         max_prompt_length=cfg.max_prompt_length,
         max_generate_length=cfg.max_generate_length,
         logit_clamp=cfg.logit_clamp,
@@ -80,7 +80,7 @@ def render(recipe: Recipe, messages: list[dict[str, str]], tokenizer: PreTrained
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except (TemplateError, ValueError, TypeError) as error:
         raise UserError(
-            f"chat_template: the tokenizer's template refused the prompt: {error}. Try --chat_template off."
+            f"chat_template: the tokenizer's template refused the prompt: {error}. Try --chat_template false."
         ) from None
 
 

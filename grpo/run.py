@@ -64,7 +64,7 @@ class Run:
             if not checkpoint.checkpoints(self.output_dir):  # a fresh run: keep the curves of the one before
                 old = [path for path in self.folder.iterdir() if path.is_file()]
                 if old:
-                    previous = checkpoint._unused(self.folder.with_name(f"{self.folder.name}-previous"))
+                    previous = checkpoint.unused(self.folder.with_name(f"{self.folder.name}-previous"))
                     previous.mkdir()
                     for path in old:
                         path.rename(previous / path.name)
@@ -131,9 +131,8 @@ class Run:
     def describe(self, questions: Questions, total: int, policy: Policy, num_chunks: int) -> None:
         """Say what is about to happen."""
         cfg, say = self.cfg, self.console.say
-        size = sum(parameter.numel() for parameter in policy.model.parameters())
         where = f"{self.world.size} x {self.world.device.type} ({torch.get_num_threads()} threads each)"
-        say(f"model {cfg.model}: {size / 1e6:.1f}M parameters, {cfg.dtype}, on {where}")
+        say(f"model {cfg.model}: {policy.num_parameters / 1e6:.1f}M parameters, {cfg.dtype}, on {where}")
         say(f"data {cfg.data}: {length_summary(questions)}")
         say(f"{total} steps of {prompts_per_step(cfg)} prompts x {cfg.num_generations} completions; "
             f"curves: tensorboard --logdir {cfg.runs_dir}")  # fmt: skip
@@ -238,6 +237,12 @@ class Run:
         folder = self.output_dir / "anomalies" / f"step_{step}"
         guards.quarantine(folder, self.world.rank, minibatch, weights, reason, dataclasses.asdict(self.cfg))
         self.console.say(f"step {step}: update skipped on all ranks ({reason}); kept in {folder}")
+
+
+def forget_exit(output_dir: Path) -> None:
+    """Drop an earlier run's exit.json, so that a run that crashes does not end with its code."""
+    with contextlib.suppress(OSError):
+        (output_dir / "exit.json").unlink()
 
 
 def write_exit(output_dir: Path, code: int, reason: str) -> None:

@@ -125,7 +125,7 @@ GOOD = {"question": "2+2?", "answer": "#### 4"}
         ([GOOD], ["--rewards", '{"gone.py:f": 1}'], "no such file 'gone.py'"),
         ([GOOD], ["--device", "cuda"], "PyTorch sees no GPU"),
         ([GOOD], ["--max_generate_length", "300"], "the model's 256 positions"),
-        ([GOOD], ["--chat_template", "on"], "has none"),
+        ([GOOD], ["--chat_template", "true"], "has none"),
         ([GOOD], ["--model", "./no/such/model"], "no such folder './no/such/model'"),
         ([GOOD], ["--model", "tests"], "holds no config.json"),
         ([GOOD], ["--resume", "must"], "holds no valid checkpoint"),

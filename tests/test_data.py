@@ -86,8 +86,8 @@ def test_chat_template_is_used_when_there_is_one():
     recipe = make_recipe(Config(system_prompt='it\'s "so"'), tokenizer)
     text = render(recipe, build(recipe, "2+2?", {}), tokenizer)
     assert text == '<system>it\'s "so"</system><user>2+2?</user><assistant>'
-    assert not make_recipe(Config(chat_template="off"), tokenizer).chat
-    plain = make_recipe(Config(chat_template="off", system_prompt="Think."), tokenizer)
+    assert not make_recipe(Config(chat_template=False), tokenizer).chat
+    plain = make_recipe(Config(chat_template=False, system_prompt="Think."), tokenizer)
     assert render(plain, build(plain, "2+2?", {}), tokenizer) == "Think.\n2+2?"
 
 

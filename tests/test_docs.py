@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from grpo import errors
-from grpo.checkpoint import FREE_TO_CHANGE
 from grpo.config import Config, load_config, markdown_table
 from grpo.data import Questions, load_questions
 from grpo.distributed import World
 from grpo.evaluate import evaluate
 from grpo.metrics import MAXIMA, MEANS, SUMS, Tally
 from grpo.prompts import make_recipe
+from grpo.resume import FREE_TO_CHANGE
 from grpo.rewards import Reward, Sample, call, load_rewards
 from grpo.run import Run
 from grpo.scoring import rollout_metrics
@@ -174,7 +174,7 @@ def test_files_and_functions_named_in_prose_exist(name):
     examples = set(re.findall(r"^.*?`(my_\w+\.\w+)`:$", README, re.M)) | {"path.py"}
     for path in set(re.findall(r"(?<![\w./])((?:[\w.]+/)*\w+\.(?:py|sh|yaml))\b", text)) - examples:
         assert (PROJECT / path).is_file() or "NAME" in path or path.startswith("my_"), path
-    for named, path in re.findall(r"`([\w.]+)(?:\([^`]*\))?` in (grpo/[\w/]+\.py)", text):
+    for named, path in re.findall(r"`([\w.]+)(?:\([^`]*\))?` in `?(grpo/[\w/]+\.py)", text):
         for part in named.split("."):
             assert re.search(rf"\b{part}\b", (PROJECT / path).read_text(encoding="utf-8")), (named, path)
 
@@ -196,13 +196,16 @@ OF_SCRIPTS = flags_in(*(PROJECT / "launch").glob("*.sh"), *(PROJECT / "benchmark
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_flag_exists(name):
-    text = (PROJECT / name).read_text(encoding="utf-8")
+    """On a line that starts a program, its own flags; elsewhere, anybody's."""
+    text = (PROJECT / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    planner = OF_TRAIN | flags_in(PROJECT / "grpo" / "plan.py")
+    everybody = planner | OF_INFERENCE | OF_OTHERS | OF_SCRIPTS
+    owners = {"inference.py": OF_INFERENCE, "grpo.plan": planner, "train.py": OF_TRAIN, "single_node.sh": OF_TRAIN}
     for line in text.splitlines():
         flags = {flag.split(".")[0] for flag in re.findall(r"(?<![\w-])--([a-zA-Z][\w.]*)", line)}
-        known = OF_TRAIN | OF_INFERENCE | OF_OTHERS | OF_SCRIPTS
+        known = everybody
         if re.match(r"(python|torchrun|bash) ", line):
-            script = next((s for s in ("inference.py", "train.py", "single_node.sh") if s in line), None)
-            known = {"inference.py": OF_INFERENCE, None: OF_SCRIPTS}.get(script, OF_TRAIN) | OF_OTHERS
+            known = next((own for program, own in owners.items() if program in line), OF_SCRIPTS) | OF_OTHERS
         assert flags <= known, (line, flags - known)
 
 
@@ -263,7 +266,7 @@ def test_the_examples_work(tmp_path, monkeypatch):
 
 # --- style
 
-LINES = {"grpo/config.py": 400}  # a setting takes two lines there
+LINES = {"grpo/config.py": 340}  # a setting takes two lines there
 MAX_LINES, MAX_FUNCTION = 300, 70
 MAY_USE_COLLECTIVES = ("grpo/distributed.py", "grpo/backends/", "grpo/launch.py")
 

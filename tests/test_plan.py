@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from grpo.config import Config
-from grpo.errors import UserError
 from grpo.memory import (
     PHASES,
     activation_bytes,
@@ -55,14 +55,14 @@ def test_parameters_are_those_of_the_built_model(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_activations_are_what_autograd_keeps(architecture, dtype):
     """The bytes of one more layer, as saved for the backward, bf16 copies of weights left out."""
-    rows, tokens = 4, 64
+    rows, tokens = 2, 48
 
     def saved(layers: int) -> int:
         config = tiny_config(architecture)
         config.num_hidden_layers = layers
         if hasattr(config, "layer_types"):
             config.layer_types = ["full_attention"] * layers
-        model = prepare(type(tiny_model(architecture))(config)).train()
+        model = prepare(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).train()
         shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape)[::-1] for p in model.parameters()}
         kept: dict[int, torch.Tensor] = {}
 
@@ -153,7 +153,7 @@ def test_zero_3_moves_weights_with_every_micro_batch():
 ], ids=["ddp", "zero", "long"])  # fmt: skip
 def test_advice_makes_it_fit_or_there_is_none(cfg, share):
     limit = share * estimate(cfg, large_config(), 8).peak()
-    remedy = advise(cfg, large_config(), 8, limit)
+    remedy = advise(cfg, shape_of(large_config()), 8, limit)
     if share >= 0.7:
         assert remedy
     if remedy:
@@ -181,7 +181,7 @@ def test_the_command_reads_the_config_alone(folder, capsys):
     assert sorted(f.name for f in folder.iterdir()) == ["config.json"]
     assert main(arguments(folder, "--gpus", "8", "--gpu_memory=80")) == 0
     said = capsys.readouterr().out
-    assert "FITS" in said and "0.31" in said.splitlines()[0] and "all-reduce" in said
+    assert "FITS" in said and "0.305 billion" in said.splitlines()[0] and "all-reduce" in said
 
 
 def test_the_command_says_what_does_not_fit_and_what_would(folder, capsys):
@@ -209,7 +209,3 @@ def test_a_config_that_is_no_language_model_is_one_line(folder, capsys):
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
     assert main(arguments(folder)) == 2
     assert "model" in capsys.readouterr().err
-    with pytest.raises(UserError):
-        from transformers import ViTConfig
-
-        shape_of(ViTConfig())

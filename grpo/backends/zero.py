@@ -12,6 +12,7 @@ named pieces.
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -112,6 +113,7 @@ def _import(world: World) -> Any:
             f"backend: deepspeed could not be imported ({error}). pip install deepspeed, or use ddp."
         ) from None
     deepspeed.utils.logger.setLevel("ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # its calls, not the user's
     for op in deepspeed.ops.__compatible_ops__:
         if "shm" in op:  # would be compiled at start and serves inference alone
             deepspeed.ops.__compatible_ops__[op] = False
