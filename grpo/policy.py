@@ -189,4 +189,5 @@ def load_rollout_model(policy: Policy) -> PreTrainedModel:
     if policy.cfg.backend != "deepspeed" or policy.cfg.zero_stage < 3:
         return policy.model
     assert policy.cfg.model is not None
-    return load_model(policy.cfg.model, policy.world.device).requires_grad_(False)
+    # requires_grad stays on, though no gradient is ever taken: autocast keeps its bf16 casts of such weights only.
+    return load_model(policy.cfg.model, policy.world.device)
