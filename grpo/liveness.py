@@ -4,6 +4,7 @@ Each rank keeps one small file, output_dir/.ranks/rank_R.json, with its process,
 dies, the others' collectives fail; they look there and say which rank is gone and what it was doing.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import fcntl
@@ -27,6 +28,7 @@ from grpo.distributed import World
 from grpo.errors import UserError
 
 LOCK_WAIT_S = 60.0
+FOLDER_WAIT_S = 30.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -138,6 +140,35 @@ class OutputLock:
             return True
         except BlockingIOError:
             return False
+
+
+def check_folder_shared(world: World, output_dir: Path, wait_s: float = FOLDER_WAIT_S) -> None:
+    """Have every rank find a file that rank 0 writes. Raises UserError, on every rank, naming one that does not.
+
+    Looks for a while: a network file system may show a new file late. Listing the folders makes it ask again.
+    """
+    if world.size == 1:
+        return
+    token = int.from_bytes(os.urandom(6), "big") if world.is_main else 0
+    if world.is_main:
+        (output_dir / f".shared-{token}").touch()
+    token = int(world.sum_rows(np.array([token], dtype=np.float64))[0])
+    file = output_dir / f".shared-{token}"
+    deadline = time.monotonic() + wait_s
+    while not (found := file.exists()) and time.monotonic() < deadline:
+        for folder in (output_dir.parent, output_dir):
+            with contextlib.suppress(OSError):
+                os.listdir(folder)
+        time.sleep(0.5)
+    seen = world.gather_rows(np.array([found], dtype=np.float64))[:, 0]
+    if world.is_main:
+        file.unlink(missing_ok=True)
+    blind = np.flatnonzero(seen == 0).tolist()
+    if blind:
+        raise UserError(
+            f"output_dir: rank {blind[0]} does not see what rank 0 writes to {output_dir}, still after {wait_s:.0f} s. "
+            "All nodes need the same folder: choose an --output_dir on a disk that they share."
+        )
 
 
 def check_ranks_agree(world: World, cfg: Config, facts: Mapping[str, object]) -> None:

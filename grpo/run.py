@@ -24,7 +24,7 @@ from grpo.console import Console, step_line, warn
 from grpo.data import Questions, length_summary
 from grpo.distributed import World
 from grpo.errors import UserError
-from grpo.liveness import Heartbeat, OutputLock, check_ranks_agree, report_on_sigterm
+from grpo.liveness import Heartbeat, OutputLock, check_folder_shared, check_ranks_agree, report_on_sigterm
 from grpo.metrics import Tally
 from grpo.policy import Policy
 from grpo.prompts import Recipe
@@ -56,6 +56,7 @@ class Run:
         self.heartbeat = Heartbeat(self.output_dir, world)
         if world.size > 1:
             report_on_sigterm(self.heartbeat)
+        check_folder_shared(world, self.output_dir)
         self.console = Console(world.is_main, self.folder / "train.log")
 
     def _make_folder(self) -> None:
