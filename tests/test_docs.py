@@ -190,7 +190,7 @@ def flags_in(*paths: Path) -> set[str]:
 OF_TRAIN = {*vars(Config()), "config", "print_config", "help"}
 OF_INFERENCE = set(re.findall(r'"--(\w+)"', (PROJECT / "inference.py").read_text(encoding="utf-8")))
 # torchrun's, tensorboard's, sbatch's
-OF_OTHERS = {"standalone", "nproc_per_node", "logdir", "nodes"}
+OF_OTHERS = {"standalone", "nproc_per_node", "logdir", "nodes", "requeue", "signal"}
 OF_SCRIPTS = flags_in(*(PROJECT / "launch").glob("*.sh"), *(PROJECT / "benchmarks").glob("*.py"),
                       *(PROJECT / "demo").glob("*.py"))  # fmt: skip
 
