@@ -86,7 +86,7 @@ def test_the_tokenizer_gives_any_text_back(text):
 def train(folder, *settings):
     """Run the demo on two ranks; return the held-out metrics before and after, and those of the steps."""
     done = run_script("train.py", "--output_dir", str(folder / "output"), "--runs_dir", str(folder / "runs"), *settings,
-                      nproc=2)  # fmt: skip
+                      nproc=2, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     metrics = metrics_of(folder / "runs")
     before, after = (row for row in metrics if "eval/accuracy" in row)
