@@ -116,7 +116,7 @@ def test_resuming_continues_the_run(two_ranks, tmp_path):
         same = {key for key in a if not key.startswith(("time/", "idle/")) and key != "tokens_per_s"}
         assert {key: a[key] for key in same} == {key: b[key] for key in same}
     done = run_script("train.py", *settings, "--lr", "1e-5")
-    assert done.returncode == 2 and "lr: 0.0001 there, 1e-05 now" in done.stderr
+    assert done.returncode == 2 and "lr: 5e-05 there, 1e-05 now" in done.stderr
 
 
 def test_inference_answers_one_question(two_ranks):
