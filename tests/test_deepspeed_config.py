@@ -64,9 +64,7 @@ def test_the_deepspeed_launchers_local_rank_is_accepted():
 
 
 def test_a_run_crosses_backends_and_world_sizes(tmp_path):
-    """Two ZeRO-3 ranks, then one plain process: the same steps as an uninterrupted single run, to rounding.
-
-    """
+    """Two ZeRO-3 ranks, then one plain process: the same steps as an uninterrupted single run, to rounding."""
     common = ("--eval_data", "null", "--max_steps", "4", "--save_steps", "2", "--batch_size", "4")
 
     def run(name, *extra, nproc=None):
