@@ -28,6 +28,7 @@ CHANGES = {
     **{verb: -1 for verb in ("eats", "sells", "loses", "drops", "gives", "uses")},
 }
 MAX_TOTAL = 20  # totals stay within 0 … 20, so that each single step is easy
+MIN_EVENTS, MAX_EVENTS = 4, 6
 TRAIN_ROWS, TEST_ROWS = 2000, 256
 
 
@@ -49,7 +50,7 @@ def make_problem(rng: random.Random) -> dict[str, str]:
     steps = [str(total)]
     start = total
     verbs = rng.sample(sorted(CHANGES), len(CHANGES))
-    num_events = rng.randint(4, 6)
+    num_events = rng.randint(MIN_EVENTS, MAX_EVENTS)
     for verb in verbs:  # each verb once, so that a step of the answer names its event
         amount = rng.randint(1, 9)
         if not 0 <= total + CHANGES[verb] * amount <= MAX_TOTAL:
@@ -59,6 +60,8 @@ def make_problem(rng: random.Random) -> dict[str, str]:
         steps.append(f"{verb} {amount}: {total}")
         if len(events) == num_events:
             break
+    if len(events) < MIN_EVENTS:  # the totals left no room: draw again
+        return make_problem(rng)
     told = ", ".join(events[:-1]) + " and " + events[-1]
     question = f"{name} has {start} {item}. {NAMES[name]} {told}. How many {item} does {NAMES[name].lower()} have now?"
     return {"question": question, "answer": ", ".join(steps) + f".\n#### {total}"}
