@@ -9,7 +9,8 @@ grpo/__init__.py is the map of the parts.
 import sys
 
 from grpo.batching import deliver, make_plan
-from grpo.config import Config, load_config, prompts_per_step, total_steps, updates_per_step
+from grpo.command_line import load_config
+from grpo.config import Config, prompts_per_step, total_steps, updates_per_step
 from grpo.console import warn
 from grpo.data import load_questions
 from grpo.distributed import World

@@ -22,7 +22,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from grpo.config import load_config  # noqa: E402
+from grpo.command_line import load_config  # noqa: E402
 from grpo.data import load_questions  # noqa: E402
 from grpo.distributed import start  # noqa: E402
 from grpo.evaluate import evaluate  # noqa: E402

@@ -154,7 +154,7 @@ def measure_training(case: dict, folder: Path, phases: bool) -> None:
 
         grpo.metrics.Tally.phase = watched  # type: ignore[method-assign, assignment]
     import train
-    from grpo.config import load_config
+    from grpo.command_line import load_config
     from grpo.launch import run_main
 
     code = run_main(train.train, load_config, arguments(case, folder))
@@ -185,7 +185,7 @@ def print_estimate(case: dict, folder: Path) -> None:
     """The plan's peak, with and without the row that the control leaves out; and every row."""
     from transformers import AutoConfig
 
-    from grpo.config import load_config
+    from grpo.command_line import load_config
     from grpo.plan import PHASES, estimate
 
     cfg, _ = load_config(arguments(case, folder))

@@ -5,7 +5,8 @@ One step, as data (train.py is this list in code):
     prompts(step) -> generate -> score -> gather -> advantages -> plan -> update -> log
 
 Map
-    config, config_checks       what the user says, and what we say back
+    config, config_checks,
+    command_line                what the user says, and what we say back
     data, prompts               rows -> Prompt: text, token ids, the columns that rewards see
     rollout/                    Prompt -> Completion: engines, sampling, chunks shared over ranks
     rewards, scoring            Completion -> scores -> the table that every rank sees

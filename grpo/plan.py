@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from grpo.config import Config, load_config
+from grpo.command_line import load_config
+from grpo.config import Config
 from grpo.console import warn
 from grpo.errors import UserError
 from grpo.memory import PHASES, Shape, estimate, estimate_shape

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from grpo.config import DEMO, Config, field_docs, load_config
+from grpo.command_line import load_config
+from grpo.config import DEMO, Config, field_docs
 from grpo.errors import UserError
 from tests.launcher import PROJECT, run_script
 from tests.tiny import save_tiny

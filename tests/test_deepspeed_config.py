@@ -5,7 +5,8 @@ import json
 import pytest
 
 from grpo.backends.zero import deepspeed_config
-from grpo.config import Config, load_config
+from grpo.command_line import load_config
+from grpo.config import Config
 from grpo.errors import UserError
 from tests.launcher import metrics_of, run_script
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from grpo import errors
-from grpo.config import Config, load_config, markdown_table
+from grpo.command_line import load_config
+from grpo.config import Config, markdown_table
 from grpo.data import Questions, load_questions
 from grpo.distributed import World
 from grpo.evaluate import evaluate

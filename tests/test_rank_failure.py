@@ -113,7 +113,7 @@ def test_ranks_that_mean_different_runs_are_refused(tmp_path):
     (tmp_path / "start.py").write_text(
         "import os, sys\n"
         f"sys.path.insert(0, {str(PROJECT)!r})\n"
-        "import train\nfrom grpo.config import load_config\nfrom grpo.launch import run_main\n"
+        "import train\nfrom grpo.command_line import load_config\nfrom grpo.launch import run_main\n"
         "extra = ['--lr', '0.5'] if os.environ['RANK'] == '1' else []\n"
         "sys.exit(run_main(train.train, load_config, sys.argv[1:] + extra))\n"
     )
