@@ -20,7 +20,7 @@ from grpo.checkpoint import newest_valid, verify
 from grpo.console import warn
 from grpo.distributed import pick_device
 from grpo.errors import UserError
-from grpo.models import check_lengths, load_model, load_tokenizer, quiet, stop_token_ids
+from grpo.models import check_lengths, check_vocabulary, load_model, load_tokenizer, quiet, stop_token_ids
 from grpo.prompts import Recipe, build, encode, load_recipe, render
 from grpo.rollout import Request
 from grpo.rollout.native import NativeEngine
@@ -49,6 +49,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"temperature: must be a finite number >= 0, got {args.temperature}. 0 is greedy.")
     if not 0 < args.top_p <= 1:
         raise UserError(f"top_p: must be in (0, 1], got {args.top_p}.")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"seed: must be 0 to {2**63 - 1}, got {args.seed}.")
     if args.stream and args.json:
         raise UserError("stream, json: choose one.")
     return args
@@ -57,7 +59,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def choose(args: argparse.Namespace) -> Path:
     """The checkpoint to ask. Raises UserError when there is none."""
     if args.checkpoint is not None:
-        if not (args.checkpoint / "config.json").is_file():
+        try:
+            found = (args.checkpoint / "config.json").is_file()
+        except (OSError, ValueError) as error:  # a path too long, or none at all
+            raise UserError(f"checkpoint: not a path: {error}. Give a folder such as output/checkpoint_20.") from None
+        if not found:
             raise UserError(f"checkpoint: no model in {args.checkpoint}. Give a folder such as output/checkpoint_20.")
         problem = verify(args.checkpoint)
         if problem is not None:
@@ -81,36 +87,44 @@ class Asker:
         model = load_model(str(folder), pick_device(args.device, 0))
         max_new_tokens = args.max_new_tokens or self.recipe.max_generate_length
         check_lengths(model, self.recipe.max_prompt_length, max_new_tokens)
+        check_vocabulary(model, self.tokenizer)
         self.engine = NativeEngine(model, stop_token_ids(model, self.tokenizer), max_new_tokens, args.seed)
         self.sampling = Sampling(args.temperature, top_p=args.top_p, logit_clamp=self.recipe.logit_clamp)
 
-    def ask(self, question: str, on_text: Callable[[str], None] | None = None) -> dict[str, str]:
-        """Answer one question. Raises UserError for one that is empty or too long."""
+    def put(self, question: str) -> tuple[int, ...]:
+        """The question as token ids. Raises UserError for one that is empty, too long, or no text."""
         if not question.strip():
             raise UserError("question: it is empty. Ask something.")
         text = render(self.recipe, build(self.recipe, question, {}), self.tokenizer)
         ids = tuple(encode(self.recipe, text, self.tokenizer))
+        if not ids:
+            raise UserError("question: the tokenizer makes no token of it. Ask something else.")
         if len(ids) > self.recipe.max_prompt_length:
             raise UserError(f"question: {len(ids)} tokens, the checkpoint was trained for at most "
                             f"{self.recipe.max_prompt_length} (max_prompt_length). Shorten it.")  # fmt: skip
+        return ids
+
+    def ask(self, question: str, ids: tuple[int, ...], on_text: Callable[[str], None] | None = None) -> dict[str, str]:
+        """Answer one question, given as text and as what `put` made of it."""
         printer = None if on_text is None else TokenPrinter(self.tokenizer, on_text)
-        [completion] = self.engine.generate([Request(0, 0, 0, ids)], self.sampling, printer)
+        [completion] = self.engine.generate([Request(0, 0, 0, ids)], self.sampling, on_tokens=printer)
         answer = self.tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
         return {"question": question, "answer": str(answer), "finish": completion.finish}
 
 
 def show(asker: Asker, question: str, args: argparse.Namespace) -> None:
-    """Ask and print."""
+    """Ask and print. A question that is refused is not printed: it may be no text at all."""
+    ids = asker.put(question)
     if args.json:
-        print(json.dumps(asker.ask(question), ensure_ascii=False), flush=True)
+        print(json.dumps(asker.ask(question, ids), ensure_ascii=False), flush=True)
         return
     print(f"❓ 问题: {question}", flush=True)
     if args.stream:
         print("💡 回答: ", end="", flush=True)
-        asker.ask(question, on_text=lambda text: print(text, end="", flush=True))
+        asker.ask(question, ids, on_text=lambda text: print(text, end="", flush=True))
         print(flush=True)
     else:
-        print(f"💡 回答: {asker.ask(question)['answer']}", flush=True)
+        print(f"💡 回答: {asker.ask(question, ids)['answer']}", flush=True)
 
 
 def main(argv: list[str]) -> int:

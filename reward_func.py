@@ -14,7 +14,9 @@ Then in the YAML, or on the command line:
 It is called with one completion at a time, in lists of length 1. To see a whole group at once (all
 completions of one prompt, in sample order), mark it: `short_reward.sees_group = True`.
 `answer` is the gold answer, `prompts` the prompt's text; every other column comes under its own name.
-Completions are text that a model wrote: never evaluate or execute them.
+Functions run in worker processes with a time limit; what they print is thrown away (--reward_workers 0 calls them in
+the trainer, to debug). Completions are text that a model wrote: never evaluate or execute them, unless the function is
+marked `runs_code = True`; README.md says what that protects against, and what not.
 """
 
 import re

@@ -7,24 +7,30 @@ grpo/__init__.py is the map of the parts.
 """
 
 import sys
+from contextlib import closing
+from functools import partial
+
+from grpo.command_line import load_config, refuse_bad_settings
+
+if __name__ == "__main__":
+    refuse_bad_settings(sys.argv[1:])  # before the seconds that the imports below take
 
 from grpo.batching import deliver, make_plan
-from grpo.command_line import load_config
 from grpo.config import Config, prompts_per_step, total_steps, updates_per_step
 from grpo.console import warn
 from grpo.data import load_questions
 from grpo.distributed import World
 from grpo.evaluate import evaluate
 from grpo.launch import run_main
-from grpo.models import check_lengths, load_tokenizer, stop_token_ids
+from grpo.models import check_lengths, check_vocabulary, load_tokenizer, stop_token_ids
 from grpo.policy import load_policy, load_rollout_model
 from grpo.prompts import keep_questions, make_recipe
 from grpo.resume import restore
-from grpo.rewards import load_rewards
+from grpo.rewards.pool import open_rewards
 from grpo.rollout import cut_chunks, rollout
 from grpo.rollout.native import NativeEngine
 from grpo.run import Run
-from grpo.scoring import advantages_of, gather, rollout_metrics, score
+from grpo.scoring import advantages_of, gather, score
 
 
 def train(cfg: Config, world: World) -> None:
@@ -36,41 +42,48 @@ def train(cfg: Config, world: World) -> None:
     questions = load_questions(cfg, recipe, tokenizer)
     held_out = load_questions(cfg, recipe, tokenizer, held_out=True) if cfg.eval_data else None
     recipe = keep_questions(recipe, (held_out or questions).first_questions(4))
-    rewards = load_rewards(cfg)
-    run.identify(questions, rewards, tokenizer)  # and make sure that all ranks mean the same run
+    rewards = open_rewards(cfg, warn if world.is_main else lambda _: None)  # in workers of their own
+    run.identify(questions, rewards.rewards, tokenizer)  # and make sure that all ranks mean the same run
     resumed = run.resume_point()  # a checkpoint folder, or None
     policy = load_policy(cfg, world, resumed)  # the trained model, its optimizer, its reference
     check_lengths(policy.model, cfg.max_prompt_length, cfg.max_generate_length)
+    check_vocabulary(policy.model, tokenizer)
     stop_ids = stop_token_ids(policy.model, tokenizer)
     engine = NativeEngine(load_rollout_model(policy), stop_ids, cfg.max_generate_length, cfg.seed, cfg.dtype)
 
     P, G = prompts_per_step(cfg), cfg.num_generations
-    total = total_steps(cfg, len(questions.items))
-    as_messages = cfg.reward_inputs == "messages"
-    run.describe(questions, total, policy, len(cut_chunks(P, G, cfg.rollout_chunk_rows)))
+    total, as_messages = total_steps(cfg, len(questions.items)), cfg.reward_inputs == "messages"
     first = restore(policy, resumed)
+    run.journal.describe(questions, total, policy, len(cut_chunks(P, G, cfg.rollout_chunk_rows)))
 
-    def held_out_accuracy(step: int) -> None:
-        if held_out is not None:
-            engine.load_weights(policy.weights())
-            run.log_eval(step, evaluate(engine, held_out, rewards, tokenizer, cfg, world, warn))
+    def evaluate_if_due(step: int) -> None:
+        due = step in (0, total) or (cfg.eval_steps and step % cfg.eval_steps == 0)
+        if held_out is None or not due or (step == first and run.journal.evaluated(step)):
+            return
+        run.heartbeat(step, "eval")
+        engine.load_weights(policy.weights())
+        metrics = evaluate(engine, held_out, rewards, tokenizer, cfg, world, warn, pulse=run.pulse)
+        if metrics is None:
+            run.preempt()
+        run.journal.log_eval(step, metrics)
 
-    with run.logging(total, first):
-        if first == 0:
-            held_out_accuracy(0)
+    with closing(rewards), run.training(total, first, policy, tokenizer, recipe):
         for step in range(first, total):
+            evaluate_if_due(step)
             tally = run.tally(step + 1)
 
             with tally.phase("rollout"):
                 prompts = questions.prompts(step, P)
                 engine.load_weights(policy.weights())
-                completions = rollout(engine, prompts, step, cfg, world)  # this rank's share of the N
+                completions = rollout(engine, prompts, step, cfg, world, run.pulse)  # this rank's share of the N
 
             with tally.phase("reward"):
-                scored = score(rewards, prompts, completions, G, tokenizer, as_messages, warn)
+                scored = score(rewards, prompts, completions, G, tokenizer, as_messages, warn, run.pulse)
 
             with tally.phase("exchange"):
-                table = gather(world, cfg, rewards, scored)  # [N] rewards and lengths, the same on every rank
+                notices = run.notices(policy, step)  # of this rank: asked to stop, memory that failed
+                table = gather(world, cfg, rewards.rewards, scored, notices)  # [N], the same on every rank
+                run.heed(table)  # leaves from here when there is reason to
                 advantages = advantages_of(table, cfg)  # [N], over whole groups
                 plan = make_plan(cfg, prompts, table.lengths, advantages, world.size)
                 batches = deliver(world, cfg, plan, prompts, completions, table, advantages, policy.even_block)
@@ -79,21 +92,16 @@ def train(cfg: Config, world: World) -> None:
                 batches = policy.annotate(batches)  # + old and reference log-probs
 
             with tally.phase("update"):
-                total_updates = total * updates_per_step(cfg)
-                norms = policy.train_on(batches, tally, total_updates, table.any_broken, on_skip=run.quarantine)
+                on_skip = partial(run.quarantine, (prompts, completions))
+                norms = policy.train_on(batches, tally, total * updates_per_step(cfg), table.any_broken, on_skip)
 
-            metrics = run.log_step(
-                step + 1, total, rollout_metrics(table, advantages, policy.vocab_size), tally, norms, policy
-            )
-            run.log_samples(step + 1, scored)
+            metrics = run.journal.log_step(step + 1, total, table, advantages, tally, norms, policy, engine)
+            run.journal.log_samples(step + 1, scored)
             policy.trust(metrics)
             policy.counters.step = step + 1
-            if cfg.eval_steps and (step + 1) % cfg.eval_steps == 0 and step + 1 < total:
-                held_out_accuracy(step + 1)
             if run.due(step + 1, total):
-                run.save(step + 1, policy, tokenizer, recipe)
-        if first < total:
-            held_out_accuracy(total)
+                run.save()
+        evaluate_if_due(total)
     run.finish(first, total)
 
 

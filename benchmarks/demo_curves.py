@@ -29,7 +29,7 @@ from grpo.evaluate import evaluate  # noqa: E402
 from grpo.metrics import PHASES  # noqa: E402
 from grpo.models import load_model, load_tokenizer, quiet, stop_token_ids  # noqa: E402
 from grpo.prompts import make_recipe  # noqa: E402
-from grpo.rewards import load_rewards  # noqa: E402
+from grpo.rewards.pool import open_rewards  # noqa: E402
 from grpo.rollout.native import NativeEngine  # noqa: E402
 
 SHUFFLED = {"benchmarks/shuffled_reward.py:shuffled_final_answer_reward": 1.0}
@@ -82,7 +82,7 @@ def sampled_accuracy(seed: int, extra: list[str]) -> float:
     model = load_model(cfg.model, start().device)
     questions = load_questions(cfg, make_recipe(cfg, tokenizer), tokenizer, held_out=True)
     engine = NativeEngine(model, stop_token_ids(model, tokenizer), cfg.max_generate_length, cfg.seed, cfg.dtype)
-    metrics = evaluate(engine, questions, load_rewards(cfg), tokenizer, cfg, start(), print, temperature=1.0)
+    metrics = evaluate(engine, questions, open_rewards(cfg, print), tokenizer, cfg, start(), print, temperature=1.0)
     return metrics["eval/accuracy"]
 
 

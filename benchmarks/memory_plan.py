@@ -121,8 +121,8 @@ def arguments(case: dict, folder: Path) -> list[str]:
     settings = {
         "model": folder, "data": folder / "questions.jsonl", "rewards": json.dumps({f"{folder}/reward.py:noise": 1.0}),
         "output_dir": folder / "output", "runs_dir": folder / "runs", "device": "cpu", "chat_template": "off",
-        "max_steps": 2, "save_steps": 0, "resume": "never", "gradient_accumulation_steps": 1, "num_threads": 1,
-        "max_prompt_length": case["prompt"], **case["settings"],
+        "max_steps": 2, "save_steps": 0, "save_in_background": False, "resume": "never", "num_threads": 1,
+        "gradient_accumulation_steps": 1, "max_prompt_length": case["prompt"], **case["settings"],
     }  # fmt: skip
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
 

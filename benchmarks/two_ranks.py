@@ -1,9 +1,11 @@
 """Two ranks against one, and dealt chunks against fixed ones, on a workload that is skewed on purpose.
 
-    python benchmarks/two_ranks.py [--pairs 5]
+    python benchmarks/two_ranks.py [--pairs 5] [--only speed_up]
 
 speed-up   the demo with one thread a process: seconds of one process over seconds of two, for the rollout and for
-           the micro-batches of the update. Runs alternate; medians, lowest and highest in brackets.
+           the micro-batches of the update. Runs alternate; medians, lowest and highest in brackets. The control is
+           the machine's own ceiling: two single-process runs at once, which share nothing but the machine, against
+           one alone. That is the speed-up of two ranks that never wait for each other.
 balance    questions alternate between working the problem out (some 40 tokens) and being asked for the number alone
            (3 tokens), in file order, so that fixed turns give one rank all the long ones. Idle share: how much of
            the ranks' rollout time goes into waiting. The control deals chunks in fixed turns.
@@ -16,9 +18,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
+PHASES = ("rollout", "micro_batches", "step")
 PATCHES = """
 import os
 import numpy as np
@@ -48,21 +52,34 @@ def shown(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
 
 
+def seconds(nproc: int) -> dict[str, float]:
+    """Train on the demo's first steps; seconds of each phase, and the share of it that ranks waited for each other."""
+    with tempfile.TemporaryDirectory() as name:
+        steps = run(Path(name), nproc, "--max_steps", "12", "--rollout_chunk_rows", "8", "--batch_size", "16")
+    found = {phase: sum(row[f"time/{phase}_s"] for row in steps) for phase in PHASES}
+    waits = {phase: sum(row[f"idle/{phase}"] * row[f"time/{phase}_s"] for row in steps) for phase in PHASES[:2]}
+    return found | {f"waiting in {phase}": waits[phase] / found[phase] for phase in waits}
+
+
 def speed_up(pairs: int) -> None:
-    """One process and two in turn, on the demo's first steps."""
-    ratios: dict[str, list[float]] = {"rollout": [], "micro_batches": []}
+    """One process, two, and two apart at once, in turn."""
+    ratios: dict[str, dict[str, list[float]]] = {"two ranks": {}, "two runs at once": {}}
+    waiting: dict[str, list[float]] = {}
     for _ in range(pairs):
-        rows = []
-        for nproc in (1, 2):
-            with tempfile.TemporaryDirectory() as name:
-                rows.append(
-                    run(Path(name), nproc, "--max_steps", "12", "--rollout_chunk_rows", "8", "--batch_size", "16")
-                )
-        for phase, values in ratios.items():
-            one, two = (sum(row[f"time/{phase}_s"] for row in steps) for steps in rows)
-            values.append(one / two)
-    for phase, values in ratios.items():
-        print(f"speed-up of two ranks, {phase}: {shown(values)}", flush=True)
+        alone, two = seconds(1), seconds(2)
+        with ThreadPoolExecutor(2) as pool:
+            apart = list(pool.map(seconds, (1, 1)))
+        for phase in PHASES:
+            ratios["two ranks"].setdefault(phase, []).append(alone[phase] / two[phase])
+            slowest = max(run[phase] for run in apart)
+            ratios["two runs at once"].setdefault(phase, []).append(2 * alone[phase] / slowest)
+        for phase in PHASES[:2]:
+            waiting.setdefault(phase, []).append(two[f"waiting in {phase}"])
+    for kind, phases in ratios.items():
+        for phase, values in phases.items():
+            print(f"speed-up of {kind}, {phase}: {shown(values)}", flush=True)
+    for phase, values in waiting.items():
+        print(f"share of the two ranks' time spent waiting, {phase}: {shown(values)}", flush=True)
 
 
 def balance(pairs: int) -> None:
@@ -93,6 +110,9 @@ def balance(pairs: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--only", choices=["balance", "speed_up"])
     args = parser.parse_args()
-    balance(args.pairs)
-    speed_up(args.pairs)
+    if args.only != "speed_up":
+        balance(args.pairs)
+    if args.only != "balance":
+        speed_up(args.pairs)

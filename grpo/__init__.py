@@ -8,16 +8,21 @@ Map
     config, config_checks,
     command_line                what the user says, and what we say back
     data, prompts               rows -> Prompt: text, token ids, the columns that rewards see
+    data_checks, templates,
+    untrusted                   what others wrote: files looked at, chat templates rendered under limits
     rollout/                    Prompt -> Completion: engines, sampling, chunks shared over ranks
-    rewards, scoring            Completion -> scores -> the table that every rank sees
+    rewards/, scoring           Completion -> scores -> the table that every rank sees
     advantages                  rewards of whole groups -> advantages
     batching                    rows -> minibatches -> micro-batches, the exchange between ranks
     logprobs, losses            token log-probs without [B, T, V]; PPO clip, k3, denominators
     policy, backends/           the trained model; who sums gradients and steps the optimizer
-    guards, checkpoint, resume  what happens when something goes wrong, and afterwards
-    liveness                    ranks that die, hang or disagree
-    run, launch                 folders, logs, exit codes of a run
+    guards, replay              numbers that are not finite: skip together, keep the evidence, look again
+    integrity, out_of_memory    bits that flip; memory that runs out
+    checkpoint, saving, resume  written whole or not at all, in the background; and continuing exactly
+    startup, liveness, stopping ranks that disagree, die or hang; being asked to stop
+    run, journal, launch        folders, what a run says, exit codes
     metrics, trackers/, console numbers -> TensorBoard, JSON lines, the terminal
+    fingerprints                what identifies a run
     evaluate, stream            greedy held-out accuracy; printing an answer as it is made
     distributed, models, types  ranks and collectives; loading models; the nouns that travel
     plan, memory                what a run will need, before it starts

@@ -13,26 +13,31 @@ pickle is written or read.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from grpo.config import Config
+from grpo.distributed import World
 from grpo.errors import UserError
 from grpo.policy import Policy
-from grpo.prompts import Recipe, save_recipe
+from grpo.prompts import Recipe, recipe_text
+from grpo.untrusted import content_problem, location_problem, read_manifest
 
-NAME = re.compile(r"checkpoint_(\d+)")
+NAME = re.compile(r"checkpoint_([0-9]{1,12})")
 MANIFEST = "MANIFEST.json"
 
 
@@ -48,7 +53,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk confirm what was written to a file or a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -57,25 +63,26 @@ def _sync(path: Path) -> None:
 
 
 def verify(folder: Path) -> str | None:
-    """Why a folder is no valid checkpoint, naming the file; None when it is one."""
+    """Why a folder is no valid checkpoint, naming the file; None when it is one.
+
+    Nothing but the manifest is parsed before every file has its size and its hash.
+    """
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
+        listed = read_manifest(folder / MANIFEST)
     except OSError:
         return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
-    for name, (size, sha256) in expected.items():
+    except ValueError as error:
+        return f"{MANIFEST} is damaged: {error}"
+    for name, (size, sha256) in listed.items():
         path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink() or path.parent.is_symlink():
-            return f"{name} points elsewhere"
-        if not path.is_file():
-            return f"{name} is missing"
+        problem = location_problem(folder, name)
+        if problem is not None:
+            return problem
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, the manifest says {size}"
         if _sha256(path) != sha256:
             return f"{name} does not match its sha256"
-    return None
+    return content_problem(folder, set(listed))
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -105,61 +112,110 @@ def newest_valid(output_dir: Path, notice: Callable[[str], None]) -> Path | None
     return None
 
 
-def save(
-    output_dir: Path, step: int, policy: Policy, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, cfg: Config,
-    facts: dict[str, Any],
-) -> Path:  # fmt: skip
+@dataclass(frozen=True)
+class Snapshot:
+    """A moment of training, copied: training may go on while it is written."""
+
+    step: int
+    model: PreTrainedModel  # its class and config; the weights are below
+    weights: dict[str, torch.Tensor]  # rank 0: the whole state dict on CPU; other ranks: nothing
+    moments: dict[str, torch.Tensor]  # this rank's share of the optimizer state, on CPU
+    files: dict[str, bytes]  # rank 0: what else belongs into the folder, by path
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole checkpoint, over all ranks: moments are twice the weights. Known to rank 0."""
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values())
+        return weights * (3 if self.moments else 1)
+
+
+def take(
+    step: int, policy: Policy, tokenizer_files: dict[str, bytes], recipe: Recipe, cfg: Config, facts: dict[str, Any]
+) -> Snapshot:
+    """Copy what checkpoint_{step} needs. Every rank must call it: streaming sharded weights is a collective."""
+    is_main = policy.world.is_main
+    streamed = {name: tensor.to("cpu", copy=True) for name, tensor in policy.weights() if is_main}
+    moments = {f"{p.name}|{p.moment}|{p.start}": p.values.to("cpu", copy=True) for p in policy.backend.moments()}
+    if not is_main:
+        return Snapshot(step, policy.model, {}, moments, {})
+    state = {"counters": dataclasses.asdict(policy.counters), "config": dataclasses.asdict(cfg), **facts}
+    files = {
+        "trainer/state.json": (json.dumps(state, indent=2) + "\n").encode(),
+        "trainer/recipe.json": recipe_text(recipe).encode(),
+    }
+    return Snapshot(step, policy.model, _whole(policy.model, streamed), moments, tokenizer_files | files)
+
+
+def write(
+    snapshot: Snapshot, output_dir: Path, world: World, limit: int | None, note: Callable[[str], None]
+) -> str | None:
     """Write checkpoint_{step} aside, all ranks together, and commit it by one rename on rank 0.
 
-    Rank 0 writes the model, every rank its share of the optimizer state. Raises UserError, on every rank alike,
-    when a disk refuses; what existed before stays.
+    Rank 0 writes the model, every rank its share of the optimizer state. Returns None, or on every rank alike
+    that it failed, and why (as far as this rank knows); what existed before stays. May run in a thread of its own:
+    its collectives have their own group. `note` hears how far it is.
     """
-    world = policy.world
-    final = output_dir / f"checkpoint_{step}"
-    aside = output_dir / f".tmp-checkpoint_{step}"
+    final = output_dir / f"checkpoint_{snapshot.step}"
+    aside = output_dir / f".tmp-checkpoint_{snapshot.step}"
     error = ""
     try:
-        (aside / "trainer").mkdir(parents=True, exist_ok=True)
-    except OSError as refused:
-        error = str(refused)
-    # Streaming the weights is a collective for sharded backends: every rank goes through it, whatever its disk said.
-    weights = {name: tensor.cpu() for name, tensor in policy.weights() if world.is_main}
-    try:
-        save_file(
-            {f"{p.name}|{p.moment}|{p.start}": p.values.cpu().contiguous() for p in policy.backend.moments()},
-            aside / "trainer" / f"optimizer-{world.rank:05d}-of-{world.size:05d}.safetensors",
-        )
+        note("write")
         if world.is_main:
-            _save_model(policy, weights, aside)
-            tokenizer.save_pretrained(aside)
-            save_recipe(recipe, aside / "trainer" / "recipe.json")
-            state = {"counters": dataclasses.asdict(policy.counters), "config": dataclasses.asdict(cfg), **facts}
-            (aside / "trainer" / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            _check_space(snapshot, output_dir)
+        (aside / "trainer").mkdir(parents=True, exist_ok=True)
+        share = aside / "trainer" / _share(world.rank, world.size)
+        save_file({name: values.contiguous() for name, values in snapshot.moments.items()}, share)
+        sync(share)  # by the rank that wrote it: on a network disk nobody else can
+        if world.is_main:
+            snapshot.model.save_pretrained(aside, state_dict=snapshot.weights)
+            for name, content in snapshot.files.items():
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                (aside / name).write_bytes(content)
+        note("written")
     except (OSError, SafetensorError) as refused:
-        error = error or str(refused)
-    (failed,) = world.any_rank(bool(error))
+        error = str(refused)
+    (failed,) = world.any_rank(bool(error), background=True)
     if not failed and world.is_main:
         try:
-            _commit(aside, final, step)
-            _prune(output_dir, cfg.save_total_limit)
+            _await_shares(aside, world.size)
+            _commit(aside, final, snapshot.step, note)
+            note("prune")
+            _prune(output_dir, limit, final)
         except OSError as refused:
             error = str(refused)
-    (failed,) = world.any_rank(bool(error))
-    if failed:
-        if world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(
-            f"checkpoint: {final} could not be written: {error or 'see the other ranks'}. Earlier checkpoints are "
-            "untouched; free space or choose another --output_dir, then run the same command to resume."
-        )
-    return final
+    (failed,) = world.any_rank(bool(error), background=True)
+    if not failed:
+        return None
+    if world.is_main:
+        shutil.rmtree(aside, ignore_errors=True)
+    return error or "another rank could not write"
 
 
-def _save_model(policy: Policy, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """save_pretrained from streamed weights: tied and untrained tensors come from the model itself."""
-    whole = {name: weights.get(name, tensor) for name, tensor in policy.model.state_dict().items()}
-    tied = {name: weights[source] for name, source in _tied_names(policy.model).items() if source in weights}
-    policy.model.save_pretrained(folder, state_dict=whole | tied)
+def _check_space(snapshot: Snapshot, output_dir: Path) -> None:
+    free = shutil.disk_usage(output_dir).free
+    if free < snapshot.num_bytes:
+        raise OSError(errno.ENOSPC, f"{snapshot.num_bytes / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
+
+
+def _share(rank: int, world_size: int) -> str:
+    return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def _await_shares(aside: Path, world_size: int, wait_s: float = 30.0) -> None:
+    """A network disk may show rank 0 the other ranks' files a little late."""
+    deadline = time.monotonic() + wait_s
+    wanted = {_share(rank, world_size) for rank in range(world_size)}
+    while missing := wanted - {path.name for path in (aside / "trainer").iterdir()}:
+        if time.monotonic() > deadline:
+            raise OSError(errno.ENOENT, f"{sorted(missing)[0]} did not appear within {wait_s:.0f} s")
+        time.sleep(0.2)
+
+
+def _whole(model: PreTrainedModel, streamed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's state dict from streamed weights: tied tensors by all their names, buffers from the model itself."""
+    tied = {name: streamed[source] for name, source in _tied_names(model).items() if source in streamed}
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in streamed and name not in tied}
+    return streamed | tied | {name: tensor.to("cpu", copy=True) for name, tensor in own.items()}
 
 
 def _tied_names(model: torch.nn.Module) -> dict[str, str]:
@@ -169,19 +225,22 @@ def _tied_names(model: torch.nn.Module) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
 
 
-def _commit(aside: Path, final: Path, step: int) -> None:
+def _commit(aside: Path, final: Path, step: int, note: Callable[[str], None]) -> None:
+    note("manifest")
     files = {}
     for path in _files(aside):
-        _sync(path)
+        sync(path)
         files[path.relative_to(aside).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     manifest = aside / MANIFEST
     manifest.write_text(json.dumps({"format": 1, "step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
     for path in (manifest, aside / "trainer", aside):
-        _sync(path)
+        sync(path)
+    note("rename")
     if final.exists():  # a damaged one of the same step: keep it, out of the way
         os.rename(final, unused(final.with_name(f"damaged-{final.name}")))
     os.rename(aside, final)  # the commit
-    _sync(final.parent)
+    sync(final.parent)
+    note("committed")
 
 
 def unused(path: Path) -> Path:
@@ -193,14 +252,18 @@ def unused(path: Path) -> Path:
     return taken
 
 
-def _prune(output_dir: Path, limit: int | None) -> None:
+def _prune(output_dir: Path, limit: int | None, newest: Path) -> None:
+    """Keep the `limit` newest valid checkpoints, of which `newest` has just been written."""
     if limit is None:
         return
-    valid = [folder for folder in checkpoints(output_dir) if verify(folder) is None]
-    for folder in valid[limit:]:
-        trash = folder.with_name(f".trash-{folder.name}-{os.getpid()}")
-        os.rename(folder, trash)  # one step, so that no reader meets half of it
-        shutil.rmtree(trash, ignore_errors=True)
+    num_valid = 0
+    for folder in checkpoints(output_dir):
+        if num_valid >= limit:
+            trash = folder.with_name(f".trash-{folder.name}-{os.getpid()}")
+            os.rename(folder, trash)  # one step, so that no reader meets half of it
+            shutil.rmtree(trash, ignore_errors=True)
+        elif folder == newest or verify(folder) is None:
+            num_valid += 1
 
 
 def make_output(output_dir: Path) -> None:

@@ -2,14 +2,24 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
+import os
+import re
+import sys
+import typing
 from pathlib import Path
 
 import jsonargparse
+import yaml
 
 from grpo.config import DEMO, Config, find_path
-from grpo.config_checks import check
+from grpo.config_checks import check, field_names, in_words
 from grpo.errors import UserError
+
+MAX_YAML_BYTES = 2**18
+MAX_YAML_DEPTH = 4
+MANY_DIGITS = re.compile(r"[-+]?[\d_]{20,}")
 
 
 def _parser() -> jsonargparse.ArgumentParser:
@@ -17,6 +27,7 @@ def _parser() -> jsonargparse.ArgumentParser:
         prog="train.py",
         description="GRPO training. Defaults < --config file.yaml < --key value.",
         exit_on_error=False,
+        allow_abbrev=False,  # --mod is a slip, not --model
     )
     parser.add_argument("--config", action="config", help="YAML file with settings, applied before the command line")
     parser.add_class_arguments(Config, as_group=False)
@@ -39,8 +50,9 @@ def load_config(argv: list[str]) -> tuple[Config, str | None]:
             file = find_path(argv[here + 1])
             if file is None or not file.is_file():
                 raise UserError(
-                    f"config: no such file {argv[here + 1]!r}. Give a YAML file, such as configs/gsm8k.yaml."
+                    f"config: no such file {argv[here + 1][:200]!r}. Give a YAML file, such as configs/gsm8k.yaml."
                 )
+            _check_yaml(file)
             argv[here + 1] = str(file)
     parser = _parser()
     stderr = io.StringIO()
@@ -48,8 +60,8 @@ def load_config(argv: list[str]) -> tuple[Config, str | None]:
         with contextlib.redirect_stderr(stderr):
             parsed = parser.parse_args(argv)
             cfg = parser.instantiate(parsed)
-    except (jsonargparse.ArgumentError, ValueError, TypeError, KeyError) as error:
-        raise UserError(_one_line(error)) from None
+    except (jsonargparse.ArgumentError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise UserError(_one_line(error, f"config: {_too_long(argv)}")) from None
     values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Config)}
     if values["run_name"] is None:
         files = [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg == "--config"]
@@ -57,6 +69,78 @@ def load_config(argv: list[str]) -> tuple[Config, str | None]:
     config = Config(**values)
     check(config)
     return config, notice
+
+
+def refuse_bad_settings(argv: list[str]) -> None:
+    """End the process with one line when the settings are wrong, before the seconds that importing torch takes.
+
+    Under a launcher that is left to `run_main`: there one rank speaks for all, and exit.json tells the launcher.
+    """
+    if "RANK" in os.environ:
+        return
+    try:
+        load_config(argv)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.code)
+
+
+def _check_yaml(file: Path) -> None:
+    """Refuse what a YAML reader would let pass or choke on: keys given twice, references, tags, depth.
+
+    Only the stream of events is read: nothing is built, whatever the file says. Raises UserError.
+    """
+    try:
+        if file.stat().st_size > MAX_YAML_BYTES:
+            raise UserError(f"config: {file} has more than {MAX_YAML_BYTES} bytes. Give a YAML file of settings.")
+        levels: list[_Level] = []
+        for event in yaml.parse(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
+            problem = _yaml_problem(event, levels)
+            if problem is not None:
+                raise UserError(f"config: {file}, line {event.start_mark.line + 1}: {problem}")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(_one_line(error, f"config: {file}: ")) from None
+
+
+@dataclasses.dataclass
+class _Level:
+    """A mapping or a sequence that is open."""
+
+    keys: set[str] | None  # of a mapping
+    key_follows: bool = True
+
+
+def _yaml_problem(event: yaml.Event, levels: list[_Level]) -> str | None:
+    if isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+        levels.pop()
+    if isinstance(event, yaml.AliasEvent):
+        return "references (*name) are not read. Write the value out."
+    if not isinstance(event, yaml.NodeEvent):
+        return None
+    if getattr(event, "tag", None) is not None:
+        return f"tags are not read, got {str(event.tag)[:60]!r}. Write the plain value."
+    top = levels[-1] if levels else None
+    if top is None and (isinstance(event, yaml.SequenceStartEvent) or getattr(event, "value", None)):
+        return "expected settings, one `name: value` a line."
+    if top is not None and top.keys is not None:
+        top.key_follows = not top.key_follows
+        if not top.key_follows:  # this was the key
+            key = event.value if isinstance(event, yaml.ScalarEvent) else None
+            if key is None or key in top.keys:
+                return "a key must be a name." if key is None else f"{key[:60]!r} is set twice. Keep one of them."
+            top.keys.add(key)
+            if len(levels) == 1 and key.split(".")[0] not in field_names():
+                near = difflib.get_close_matches(key, field_names(), 1)
+                return (
+                    f"unknown setting {key[:60]!r}{f'; did you mean {near[0]}?' if near else ' (see train.py --help)'}"
+                )
+    if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+        if len(levels) >= MAX_YAML_DEPTH:
+            return "nested too deeply for any setting."
+        levels.append(_Level(set() if isinstance(event, yaml.MappingStartEvent) else None))
+    elif isinstance(event, yaml.ScalarEvent) and event.implicit[0] and MANY_DIGITS.fullmatch(event.value):
+        return f"a number of {len(event.value)} digits fits no setting, got {event.value[:20]}…"
+    return None
 
 
 def _config_first(argv: list[str]) -> list[str]:
@@ -76,6 +160,18 @@ def _config_first(argv: list[str]) -> list[str]:
     return files + rest
 
 
-def _one_line(error: Exception) -> str:
+def _too_long(argv: list[str]) -> str:
+    """Name the setting whose number no type can hold: the error of the conversion does not."""
+    for before, arg in zip(["", *argv], argv):
+        name, _, value = arg.rpartition("=")
+        if MANY_DIGITS.fullmatch(value):
+            return f"{name or before}: at most 19 digits: "
+    return ""
+
+
+def _one_line(error: Exception, start: str = "config: ") -> str:
     text = " ".join(str(error).split())
-    return f"config: {text} (see train.py --help)"
+    found = re.search(r'Parser key "(\w+)', text)
+    kind = typing.get_type_hints(Config).get(found[1]) if found else None
+    allowed = f"; {found[1]} must be {in_words(kind)}" if found and kind else ""
+    return f"{start}{text if len(text) <= 400 else text[:400] + ' …'}{allowed} (see train.py --help)"

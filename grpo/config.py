@@ -59,7 +59,13 @@ class Config:
     reward_inputs: Literal["text", "messages"] = "text"
     """Completions reach rewards as strings, or as message lists as in TRL's conversational mode."""
     max_reward_failures: float = 0.2
-    """Largest share of a step's reward calls that may fail before the run stops, 0 to 1."""
+    """Largest share of a step's completions on which one function may fail before the run stops, 0 to 1."""
+    reward_workers: int = 2
+    """Processes of each rank that call reward functions; 0: the rank itself, without time limit, for debugging."""
+    reward_timeout_s: float = 10.0
+    """Seconds a reward function has for one completion, > 0; a group has as many times more."""
+    reward_memory_mb: int = 2048
+    """Memory of a reward worker beyond what it needs idle, MB; >= 64."""
 
     # --- batch: P = batch_size * gradient_accumulation_steps prompts a step, over all processes together
     batch_size: int = 1
@@ -159,6 +165,14 @@ class Config:
     seed: int = 42
     """Decides data order and every sampled token; >= 0."""
 
+    # --- what may happen to a run
+    check_weights_steps: int = 1
+    """Look for flipped bits in weights and optimizer state before the update of every so many steps; 0: never."""
+    stall_timeout_s: float = 600.0
+    """Seconds without progress on any rank before the run ends with code 74, naming the rank; >= 1."""
+    preempt_grace_s: float = 25.0
+    """Seconds that SIGTERM leaves for saving. torchrun kills after 30."""
+
     # --- what is written
     output_dir: str = "./output"
     """Checkpoints: output_dir/checkpoint_N."""
@@ -166,6 +180,8 @@ class Config:
     """Checkpoint every so many steps; the last step always saves. 0: only the last."""
     save_total_limit: int | None = None
     """Checkpoints kept, the newest; null: all."""
+    save_in_background: bool = True
+    """Write checkpoints while training goes on; costs a copy of weights and optimizer state in CPU memory."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: continue from the newest valid checkpoint if there is one. never: set aside what is there."""
     runs_dir: str = "./runs"
@@ -203,9 +219,13 @@ def find_path(name: str) -> Path | None:
     >>> find_path("configs/demo.yaml").name
     'demo.yaml'
     """
-    for path in (Path(name).expanduser(), PROJECT / name):
-        if path.exists():
-            return path
+    for base in (Path(), PROJECT):
+        try:
+            path = base / Path(name).expanduser()
+            if path.exists():
+                return path
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL, no such home: no path at all
+            continue
     return None
 
 

@@ -1,13 +1,25 @@
 """Checks of the settings that need no data and no model: ranges, and what contradicts what."""
 
+import dataclasses
 import math
+import types
+import typing
+from pathlib import PurePath
+from typing import Any, Literal, Union
 
 from grpo.config import Config, prompts_per_step
 from grpo.errors import UserError
 
+MAX_WHOLE = 2**31  # sizes and counts stay below; only the seed may be larger
+MAY_BE_EMPTY = ("system_prompt", "prompt_template")
+
 
 def check(cfg: Config) -> None:
     """Cross-field checks, before anything loads. Raises UserError naming the setting."""
+    for name, kind in typing.get_type_hints(Config).items():
+        _check_kind(name, getattr(cfg, name), kind)
+    if cfg.run_name is not None and (PurePath(cfg.run_name).is_absolute() or ".." in PurePath(cfg.run_name).parts):
+        raise UserError(f"run_name: must be a name below runs_dir, got {cfg.run_name!r}. Choose --runs_dir instead.")
     if cfg.model is None:
         raise UserError("model: none given. Say which: --model <folder or hub name> (nothing at all runs the demo).")
     if cfg.data is None:
@@ -26,19 +38,23 @@ def check(cfg: Config) -> None:
                  "max_prompt_length", "max_generate_length", "max_support", "max_bad_steps", "micro_batch_tokens",
                  "rollout_chunk_rows", "logits_chunk_mb"):  # fmt: skip
         _require(cfg, name, getattr(cfg, name) >= 1, ">= 1")
-    for name in ("save_steps", "eval_steps", "eval_rows", "log_samples_steps", "top_k", "seed"):
+    for name in ("save_steps", "eval_steps", "eval_rows", "log_samples_steps", "check_weights_steps", "top_k", "seed",
+                 "reward_workers"):  # fmt: skip
         _require(cfg, name, getattr(cfg, name) >= 0, ">= 0")
     for name in ("max_steps",):
         _require(cfg, name, cfg.max_steps is None or cfg.max_steps >= 0, ">= 0, or null")
     for name in ("save_total_limit", "num_threads"):
         _require(cfg, name, getattr(cfg, name) is None or getattr(cfg, name) >= 1, ">= 1, or null")
-    for name in ("lr", "temperature", "max_grad_norm", "logit_clamp", "advantage_clip", "max_importance_weight"):
+    for name in ("lr", "temperature", "max_grad_norm", "logit_clamp", "advantage_clip", "max_importance_weight",
+                 "reward_timeout_s"):  # fmt: skip
         value = getattr(cfg, name)
         _require(cfg, name, math.isfinite(value) and value > 0, "a finite number > 0")
-    for name in ("beta", "weight_decay", "clip_eps"):
+    _require(cfg, "stall_timeout_s", 1 <= cfg.stall_timeout_s < math.inf, "a finite number of seconds >= 1")
+    for name in ("beta", "weight_decay", "clip_eps", "preempt_grace_s"):
         value = getattr(cfg, name)
         _require(cfg, name, math.isfinite(value) and value >= 0, "a finite number >= 0")
     _require(cfg, "clip_eps_high", cfg.clip_eps_high is None or 0 <= cfg.clip_eps_high < math.inf, ">= 0, or null")
+    _require(cfg, "reward_memory_mb", cfg.reward_memory_mb >= 64, ">= 64")
     _require(cfg, "top_p", 0 < cfg.top_p <= 1, "in (0, 1]")
     for name in ("min_p", "warmup_ratio", "adam_beta1", "adam_beta2"):
         _require(cfg, name, 0 <= getattr(cfg, name) < 1, "in [0, 1)")
@@ -58,6 +74,56 @@ def check(cfg: Config) -> None:
             f"num_minibatches: at most one per prompt of a step, {prompts_per_step(cfg)}, got {cfg.num_minibatches}. "
             "Raise batch_size or gradient_accumulation_steps."
         )
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    """Refuse a value of another type than the field's, or one that no field can use."""
+    if not _fits(value, kind):
+        raise UserError(f"{name}: must be {in_words(kind)}, got {str(value)[:60]!r}.")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    limit = 2**63 if name == "seed" else MAX_WHOLE
+    if whole and not -limit < value < limit:
+        raise UserError(f"{name}: must be less than {limit}, got {str(value)[:30] if abs(value) < 10**40 else 'more'}.")
+    for text in [value] if isinstance(value, str) else [*value] if isinstance(value, (list, dict)) else []:
+        if not text.strip() and name not in MAY_BE_EMPTY:
+            raise UserError(f"{name}: must not be empty. Say null to leave it out, where that is allowed.")
+        if "\0" in text or (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)):
+            raise UserError(f"{name}: must be text in UTF-8 without NUL, got {ascii(text)[:60]}.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if kind is float:
+        return type(value) is float or (type(value) is int and abs(value) < 2**63)
+    return type(value) is kind
+
+
+def in_words(kind: Any) -> str:
+    """What a field takes, in words.
+
+    >>> in_words(int | None), in_words(Literal["a", "b"])
+    ('a whole number or null', 'one of a, b')
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(in_words(one) for one in inner)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return words.get(kind) or ("a list of texts" if origin is list else "a mapping from names to numbers")
+
+
+def field_names() -> list[str]:
+    """Every setting."""
+    return [field.name for field in dataclasses.fields(Config)]
 
 
 def _require(cfg: Config, name: str, holds: bool, allowed: str) -> None:

@@ -36,9 +36,13 @@ class Console:
             self.progress.console.print(line, markup=False)
         else:
             print(line, flush=True)
-        if self.file is not None:
-            self.file.write(line + "\n")
-            self.file.flush()
+        try:
+            if self.file is not None:
+                self.file.write(line + "\n")
+                self.file.flush()
+        except OSError as error:  # a full disk: a log is not worth a run
+            warn(f"warning: train.log cannot be written ({error}); it is left out from now on")
+            self.file = None
 
     def start(self, total: int, done: int) -> None:
         """Show the bar, where there is a terminal to show it on."""

@@ -4,8 +4,11 @@
 P prompts. There is no sampler state; resuming seeks.
 """
 
+import dataclasses
+import glob
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,39 +19,68 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config import Config, find_path
+from grpo.data_checks import check_file, check_saved_folder
 from grpo.errors import UserError
 from grpo.prompts import Recipe, build, encode, render
 from grpo.rollout.randomness import permutation
+from grpo.templates import end_renderers
 from grpo.types import Prompt
 
 FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_rows(name: str, split: str, config: str | None = None) -> datasets.Dataset:
-    """Open a file, a saved folder or a hub dataset. Raises UserError."""
+    """Open a file, a saved folder or a hub dataset. Raises UserError.
+
+    Local files are checked before `datasets` reads them, and nothing in them is run: `datasets` knows no loading
+    scripts any more, and a folder is only ever opened as one that `save_to_disk` wrote.
+    """
     path = find_path(name)
     try:
         if path is None:
             if name.startswith((".", "/", "~")) or Path(name).suffix in FILE_READERS:
                 raise UserError(f"data: no such file {name!r}. Give a file, a folder saved by datasets, or a hub name.")
-            return datasets.load_dataset(name, config, split=split)
+            return _plain(datasets.load_dataset(name, config, split=split))
         if path.is_dir():
+            check_saved_folder(path)
             loaded = datasets.load_from_disk(str(path))
             if isinstance(loaded, datasets.DatasetDict):
                 if split not in loaded:
                     raise UserError(f"data: {name} has no split {split!r}, only {sorted(loaded)}. Use --data_split.")
                 loaded = loaded[split]
-            return loaded
+            return _plain(loaded)
         reader = FILE_READERS.get(path.suffix.lower())
         if reader is None:
             raise UserError(f"data: {name}: unknown file type {path.suffix!r}, allowed are {', '.join(FILE_READERS)}.")
-        if path.stat().st_size == 0:
-            raise UserError(f"data: {name} is empty. Give a file with at least one question.")
-        return datasets.load_dataset(reader, data_files=str(path), split="train")
+        check_file(path, reader)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pandas, about columns of mixed types
+            return _plain(datasets.load_dataset(reader, data_files=glob.escape(str(path)), split="train"))
     except UserError:
         raise
     except Exception as error:  # datasets raises a dozen kinds: the border between their errors and ours
-        raise UserError(f"data: {name!r} could not be read: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(
+            f"data: {name!r} could not be read: {' '.join(str(error).split())[:300] or type(error).__name__}"
+        ) from None
+
+
+def _plain(rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows as plain values: no format of the folder's choice, nothing decoded that would open other files."""
+    rows.data.validate(full=True)  # offsets and UTF-8, before anything follows them
+    rows = rows.with_format(None)
+    for column, feature in rows.features.items():
+        raw = _undecoded(feature)
+        if raw != feature:
+            rows = rows.cast_column(column, raw)
+    return rows
+
+
+def _undecoded(feature: Any) -> Any:
+    if isinstance(feature, dict):
+        return {key: _undecoded(inner) for key, inner in feature.items()}
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
+    return dataclasses.replace(feature, decode=False) if getattr(feature, "decode", False) is True else feature
 
 
 def hash_answer(text: str) -> str | None:
@@ -67,7 +99,8 @@ def gold_answers(cells: Sequence[Any], answer_format: str, source: str, column: 
     """Gold answers of a column as text. Raises UserError naming the first row without one."""
     golds = []
     for row, cell in enumerate(cells):
-        gold = None if cell is None else hash_answer(str(cell)) if answer_format == "hash" else str(cell)
+        odd = isinstance(cell, (dict, list, bytes)) or (isinstance(cell, float) and not math.isfinite(cell))
+        gold = None if cell is None or odd else hash_answer(str(cell)) if answer_format == "hash" else str(cell)
         if not gold or not gold.strip():
             wanted = "text with '#### answer'" if answer_format == "hash" else "a gold answer"
             raise UserError(
@@ -123,10 +156,10 @@ def load_questions(
             )
     columns = _columns_in_template(cfg, rows, name)
     if cfg.answer_column is not None:
-        columns["answer"] = gold_answers(rows[cfg.answer_column], cfg.answer_format, name, cfg.answer_column)
+        columns["answer"] = gold_answers(columns[cfg.answer_column], cfg.answer_format, name, cfg.answer_column)
     items: list[Prompt] = []
     num_dropped = 0
-    for row, question in enumerate(rows[cfg.question_column]):
+    for row, question in enumerate(_cells(rows, cfg.question_column, name)):
         here = {key: values[row] for key, values in columns.items()} | {"question": question}
         prompt = _make_prompt(
             len(items), question, here, recipe, tokenizer, f"{name}, row {row + 1}", cfg.question_column
@@ -140,6 +173,7 @@ def load_questions(
             f"data: every prompt of {name} ({num_dropped}) is longer than max_prompt_length {cfg.max_prompt_length}. "
             "Raise it, or shorten system_prompt."
         )
+    end_renderers()  # the run does not ask again: do not keep an idle process, about 100 MB, for each rank
     return Questions(items, num_dropped, cfg.seed)
 
 
@@ -147,7 +181,17 @@ def _columns_in_template(cfg: Config, rows: datasets.Dataset, name: str) -> dict
     for used in re.findall(r"\{(\w+)\}", cfg.prompt_template):
         if used != "question" and used not in rows.column_names:
             raise UserError(f"prompt_template: {name} has no column {used!r}, only {rows.column_names}.")
-    return {column: rows[column] for column in rows.column_names}
+    return {column: _cells(rows, column, name) for column in rows.column_names}
+
+
+def _cells(rows: datasets.Dataset, column: str, name: str) -> list[Any]:
+    """A column as Python values. Raises UserError."""
+    try:
+        return list(rows[column])
+    except Exception as error:  # a feature of datasets met bytes that it cannot decode
+        raise UserError(
+            f"data: {name}, column {column!r} could not be read: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def _make_prompt(
@@ -155,15 +199,18 @@ def _make_prompt(
     source: str, column: str,
 ) -> Prompt:  # fmt: skip
     is_messages = isinstance(question, list) and all(
-        isinstance(m, dict) and {"role", "content"} <= set(m) for m in question
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in question
     )
     if not (is_messages and question) and not (isinstance(question, str) and question.strip()):
         raise UserError(
             f"data: {source}, column {column!r}: expected a question, got {str(question)[:60]!r}. Mend or drop the row."
         )
     messages = build(recipe, question, columns)
-    text = render(recipe, messages, tokenizer)
-    ids = encode(recipe, text, tokenizer)
+    try:
+        text = render(recipe, messages, tokenizer)
+        ids = encode(recipe, text, tokenizer)
+    except UserError as error:
+        raise UserError(f"{error} (data: {source})") from None
     if not ids:
         raise UserError(f"data: {source}, column {column!r}: the tokenizer makes no token of {text[:60]!r}.")
     return Prompt(index, text, tuple(ids), columns, messages if recipe.chat or is_messages else None)

@@ -9,6 +9,7 @@ rendezvous store. No pickle.
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -17,6 +18,21 @@ import torch
 import torch.distributed as dist
 
 from grpo.errors import UserError
+
+
+class Waits:
+    """The collective that this rank's main thread is inside of; "": none. For the watchdog: who waits for whom."""
+
+    inside = ""
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Note that a collective is entered, and left."""
+        self.inside = name
+        try:
+            yield
+        finally:
+            self.inside = ""
 
 
 @dataclass(frozen=True)
@@ -29,7 +45,9 @@ class World:
     local_size: int
     device: torch.device
     control: "dist.ProcessGroup | None" = None  # gloo, on CPU: small tables and flags, also beside NCCL
+    background: "dist.ProcessGroup | None" = None  # gloo, for the thread that saves while training goes on
     deals: Iterator[int] = field(default_factory=itertools.count)  # numbers the calls of `deal`, alike on every rank
+    waits: Waits = field(default_factory=Waits)
 
     @property
     def is_main(self) -> bool:
@@ -41,7 +59,8 @@ class World:
         if self.size == 1:
             return table
         tensor = torch.from_numpy(np.ascontiguousarray(table, dtype=np.float64))
-        dist.all_reduce(tensor, group=self.control)
+        with self.waits("sum_rows"):
+            dist.all_reduce(tensor, group=self.control)
         return tensor.numpy()
 
     def gather_rows(self, row: np.ndarray) -> np.ndarray:
@@ -50,15 +69,16 @@ class World:
             return row[None]
         mine = torch.from_numpy(np.ascontiguousarray(row, dtype=np.float64))
         rows = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(rows, mine, group=self.control)
+        with self.waits("gather_rows"):
+            dist.all_gather(rows, mine, group=self.control)
         return torch.stack(rows).numpy()
 
-    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag: is it set on any rank? One MAX reduction for all of them."""
+    def any_rank(self, *flags: bool, background: bool = False) -> tuple[bool, ...]:
+        """For each flag: is it set on any rank? One MAX reduction for all of them; in a thread's own group, or ours."""
         if self.size == 1:
             return flags
         tensor = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.background if background else self.control)
         return tuple(bool(flag) for flag in tensor.tolist())
 
     def exchange(self, outgoing: list[np.ndarray], incoming_sizes: list[int]) -> list[np.ndarray]:
@@ -67,7 +87,9 @@ class World:
             return outgoing
         send = torch.from_numpy(np.concatenate(outgoing))
         receive = torch.empty(sum(incoming_sizes), dtype=torch.int32)
-        dist.all_to_all_single(receive, send, incoming_sizes, [len(part) for part in outgoing], group=self.control)
+        sizes = [len(part) for part in outgoing]
+        with self.waits("exchange"):
+            dist.all_to_all_single(receive, send, incoming_sizes, sizes, group=self.control)
         return np.split(receive.numpy(), np.cumsum(incoming_sizes)[:-1])
 
     def deal(self, count: int) -> Iterator[int]:
@@ -131,8 +153,8 @@ def start(device: str = "cpu", num_threads: int | None = None, timeout_s: float 
         return World(rank, size, local_rank, local_size, torch_device)
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("nccl" if torch_device.type == "cuda" else "gloo", timeout=timeout)
-    control = dist.new_group(backend="gloo", timeout=timeout)
-    return World(rank, size, local_rank, local_size, torch_device, control)
+    control, background = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    return World(rank, size, local_rank, local_size, torch_device, control, background)
 
 
 def stop() -> None:

@@ -4,7 +4,7 @@
 0; beside it the mean of every reward function.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -12,35 +12,41 @@ from transformers import PreTrainedTokenizerBase
 from grpo.config import Config
 from grpo.data import Questions
 from grpo.distributed import World
-from grpo.rewards import Reward
+from grpo.rewards.pool import Rewards
 from grpo.rollout import Engine, cut_chunks, requests_of
 from grpo.rollout.sampling import Sampling
 from grpo.scoring import score
+from grpo.types import Pulse
 
 
 def evaluate(
-    engine: Engine, questions: Questions, rewards: Sequence[Reward], tokenizer: PreTrainedTokenizerBase, cfg: Config,
-    world: World, report: Callable[[str], None], temperature: float = 0.0,
-) -> dict[str, float]:  # fmt: skip
-    """Answer every held-out question once and score the answers. Equal on every rank.
+    engine: Engine, questions: Questions, rewards: Rewards, tokenizer: PreTrainedTokenizerBase, cfg: Config,
+    world: World, report: Callable[[str], None], temperature: float = 0.0, pulse: Pulse = lambda: False,
+) -> dict[str, float] | None:  # fmt: skip
+    """Answer every held-out question once and score the answers. Equal on every rank; None: asked to stop.
 
     Questions are taken longest first, so that a chunk's prompts are alike in length.
     """
     prompts = sorted(questions.items, key=lambda prompt: (-len(prompt.token_ids), prompt.row))
     sampling = Sampling(temperature=temperature, logit_clamp=cfg.logit_clamp)
-    table = np.zeros((len(prompts), len(rewards) + 1))
+    table = np.zeros((len(prompts) + 1, len(rewards.rewards) + 1))  # the last line: asked to stop
     chunks = cut_chunks(len(prompts), 1, cfg.rollout_chunk_rows)
     for chunk in (chunks[i] for i in world.deal(len(chunks))):
-        completions = engine.generate(requests_of(chunk, prompts, 1, step=0), sampling)
-        scored = score(rewards, prompts, completions, 1, tokenizer, cfg.reward_inputs == "messages", report)
+        completions = engine.generate(requests_of(chunk, prompts, 1, step=0), sampling, pulse)
+        scored = score(rewards, prompts, completions, 1, tokenizer, cfg.reward_inputs == "messages", report, pulse)
+        if pulse():  # then the answers, or their scores, may be incomplete
+            table[-1] = 1
+            break
         table[chunk] = np.column_stack([scored.scores, [len(c.token_ids) for c in completions]])
-    table = world.sum_rows(table)
+    table, stop = np.split(world.sum_rows(table), [-1])
+    if stop.any():
+        return None
     first = table[:, 0]
     metrics = {
         "eval/accuracy": float((np.nan_to_num(first) > 0).mean()),
         "eval/length_mean": float(table[:, -1].mean()),
     }
-    for k, reward in enumerate(rewards):
+    for k, reward in enumerate(rewards.rewards):
         column = table[:, k][~np.isnan(table[:, k])]
         if len(column):
             metrics[f"eval/{reward.name.rpartition(':')[2]}"] = float(column.mean())

@@ -1,44 +1,90 @@
 """What happens when a number is not finite: skip on all ranks, count, keep the evidence, stop after K.
 
-A skipped update moves the data cursor and the step, never the optimizer or the schedule. The minibatch is
-written to output_dir/anomalies/step_N, one file a rank, with the name of the weights it met.
+A skipped update moves the data cursor and the step, never the optimizer or the schedule. What it met is kept in
+output_dir/anomalies/step_N, a file a rank, with a copy of the weights; `python -m grpo.replay` runs it again.
 """
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from grpo.errors import Diverged
 from grpo.types import Counters, MicroBatch
+
+KEPT_WEIGHTS = 2  # skipped updates whose weights stay on disk, the newest
 
 
 class SkippedUpdate(Exception):
     """An update that all ranks dropped together; the message says why."""
 
+    def __init__(self, reason: str, losses: Sequence[float]):
+        super().__init__(reason)
+        self.losses = list(losses)  # of this rank's micro-batches; empty: the rollout was broken already
 
-def quarantine(
-    folder: Path, rank: int, minibatch: Sequence[MicroBatch], weights: str, reason: str, config: dict[str, object]
-) -> None:
-    """Write this rank's micro-batches of a skipped update, and what weights they met."""
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What one rank keeps of a skipped update, beside the tensors of its micro-batches."""
+
+    reason: str
+    rank: int
+    weights: str  # file of the weights it met, seen from the anomaly's folder
+    losses: list[str]  # of the micro-batches, as text: NaN is no JSON
+    iteration: int  # which pass over the step's rows, from 0
+    trust_sampler: bool | None  # see Counters
+    samples: list[list[int]]  # rows of the step in each micro-batch
+    config: dict[str, Any]
+
+
+def quarantine(folder: Path, evidence: Evidence, minibatch: Sequence[MicroBatch]) -> None:
+    """Write this rank's micro-batches of a skipped update and what is known about it. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for i, micro in enumerate(minibatch):
         for f in dataclasses.fields(micro):
             value = getattr(micro, f.name)
-            if isinstance(value, torch.Tensor):
-                tensors[f"micro_{i}.{f.name}"] = value.detach().cpu().contiguous()
-    save_file(tensors, folder / f"rank_{rank}.safetensors")
-    about = {
-        "reason": reason,
-        "weights": weights,
-        "samples": [list(micro.samples) for micro in minibatch],
-        "config": config,
-    }
-    (folder / f"rank_{rank}.json").write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            if isinstance(value, Tensor):
+                copy = value.detach().cpu().contiguous().clone()  # old log-probs may be the sampler's own tensor
+                tensors[f"micro_{i}.{f.name}"] = copy
+    save_file(tensors, folder / f"rank_{evidence.rank}.safetensors")
+    text = json.dumps(dataclasses.asdict(evidence), ensure_ascii=False, indent=2)
+    (folder / f"rank_{evidence.rank}.json").write_text(text + "\n", encoding="utf-8")
+
+
+class KeptWeights:
+    """Copies of weights that a skipped update met: one for as long as they stay the same, the newest few."""
+
+    def __init__(self, anomalies: Path, rank: int):
+        self.anomalies = anomalies
+        self.name = f"weights_rank_{rank}.safetensors"
+        self.updates = -1  # optimizer steps behind the copy
+        self.folder = Path()
+
+    def keep(self, folder: Path, weights: Iterable[tuple[str, Tensor]], updates: int, write: bool, whole: bool) -> str:
+        """Copy the weights after `updates` optimizer steps, unless that was done. Returns the file, seen from `folder`.
+
+        Where weights are not whole on every rank, streaming them is a collective: all ranks decide alike, by
+        `updates`. Those with `write` copy. Raises OSError.
+        """
+        if updates != self.updates or (whole and write and not (self.folder / self.name).exists()):
+            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights if write}
+            self.updates, self.folder = updates, folder
+            if write:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(tensors, folder / self.name)
+                self._drop_old()
+        name = self.name if write else "weights_rank_0.safetensors"
+        return f"../{self.folder.name}/{name}"
+
+    def _drop_old(self) -> None:
+        steps = sorted(self.anomalies.glob(f"step_*/{self.name}"), key=lambda path: path.stat().st_mtime)
+        for path in steps[:-KEPT_WEIGHTS]:
+            path.unlink()
 
 
 def count_skip(counters: Counters, limit: int) -> None:

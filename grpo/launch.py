@@ -7,10 +7,10 @@ from pathlib import Path
 from grpo.config import Config
 from grpo.console import warn
 from grpo.distributed import World, start, stop
-from grpo.errors import UserError
+from grpo.errors import Preempted, UserError
 from grpo.liveness import die_with_parent
 from grpo.models import quiet
-from grpo.run import forget_exit, write_exit
+from grpo.stopping import forget_exit, write_exit
 
 
 def run_main(
@@ -38,8 +38,10 @@ def run_main(
         finally:
             stop()
     except UserError as error:
-        if is_main:
-            warn(f"error: {error}")
+        if error.on_one_rank or is_main:
+            rank_named = f"rank {rank}: " if error.on_one_rank else ""
+            kind = "stopped" if isinstance(error, Preempted) else "error"
+            warn(f"{kind}: {rank_named}{error}")
             write_exit(Path(cfg.output_dir if cfg else "output"), error.code, str(error))
         elif cfg is not None and world is None:  # joining failed: each rank has reasons of its own
             warn(f"error: rank {rank}: {error}")

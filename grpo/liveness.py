@@ -1,14 +1,13 @@
-"""Who is alive, and where: heartbeats, the lock on an output folder, death with the parent, ranks that agree.
+"""Who is alive, and where: heartbeats, and a watchdog that names the rank that hangs.
 
-Each rank keeps one small file, output_dir/.ranks/rank_R.json, with its process, step and phase. When a rank
-dies, the others' collectives fail; they look there and say which rank is gone and what it was doing.
+Each rank keeps one small file, output_dir/.ranks/rank_R.json, with its process, step, phase and a count that grows
+with every piece of work. When a rank dies, the others' collectives fail; they look there and say which rank is gone
+and what it was doing. When no rank's count moves for `stall_timeout_s`, every rank that still runs prints its stacks,
+names the rank that is furthest behind, and ends with code 74.
 """
 
-import contextlib
 import ctypes
-import dataclasses
-import fcntl
-import hashlib
+import faulthandler
 import json
 import os
 import signal
@@ -16,20 +15,18 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import Any
 
-import numpy as np
-
-from grpo.config import Config
 from grpo.console import warn
 from grpo.distributed import World
-from grpo.errors import UserError
+from grpo.errors import EXIT_STALLED
 
-LOCK_WAIT_S = 60.0
-FOLDER_WAIT_S = 30.0
 PR_SET_PDEATHSIG = 1
+ORDER = ("start", "eval", "rollout", "reward", "exchange", "logprobs", "update", "reduce", "log", "save")
+ENDED = "ended"
+SHOW_STACKS = signal.SIGUSR1  # works even where a rank hangs outside Python
 
 
 def die_with_parent() -> None:
@@ -45,141 +42,167 @@ class Heartbeat:
         self.world = world
         self.folder = output_dir / ".ranks"
         self.step, self.phase = 0, "start"
+        self.saved = ""  # how far the save in the background is
+        self.stalled = False  # the watchdog is about to end this process
+        self.count = 0
+        self.lock = threading.Lock()
+        if not world.is_main:
+            return
+        for left in self.folder.glob("rank_*.json"):  # an earlier run's: its ranks are not ours
+            left.unlink(missing_ok=True)
 
     def __call__(self, step: int, phase: str) -> None:
-        """Note where this rank is. A folder that cannot be written costs the note, not the run."""
+        """Note where this rank is."""
         self.step, self.phase = step, phase
-        beat = {"pid": os.getpid(), "host": socket.gethostname(), "step": step, "phase": phase}
+        self.beat()
+        self.publish()
+
+    def beat(self) -> None:
+        """Note a piece of work done: a token, a micro-batch, a score."""
+        self.count += 1
+
+    def saving(self, step: int, phase: str) -> None:
+        """Note how far a save is, from the thread that saves."""
+        self.saved = f"{phase} of checkpoint_{step}"
+        self.beat()
+
+    def publish(self) -> None:
+        """Write the file. A folder that cannot be written costs the note, not the run."""
+        beat = {
+            "pid": os.getpid(), "host": socket.gethostname(), "step": self.step, "phase": self.phase,
+            "saving": self.saved, "count": self.count, "waits": self.world.waits.inside,
+        }  # fmt: skip
         try:
-            self.folder.mkdir(exist_ok=True)
-            (self.folder / f"rank_{self.world.rank}.json").write_text(json.dumps(beat), encoding="utf-8")
+            with self.lock:
+                self.folder.mkdir(exist_ok=True)
+                (self.folder / f"rank_{self.world.rank}.json").write_text(json.dumps(beat), encoding="utf-8")
         except OSError:
             return
+
+    def leave(self) -> None:
+        """This rank ends in good order: the others need not miss it."""
+        self.phase = ENDED
+        self.publish()
 
     def where(self) -> str:
         """This rank's place, for messages."""
         return f"rank {self.world.rank}, phase {self.phase}, step {self.step}"
 
+    def read(self, rank: int) -> dict[str, Any] | None:
+        """What a rank published last; None when that cannot be read (now)."""
+        try:
+            beat = json.loads((self.folder / f"rank_{rank}.json").read_text(encoding="utf-8"))
+            return {"rank": rank, **beat} if {"pid", "host", "step", "phase", "count"} <= set(beat) else None
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def everyone(self) -> list[dict[str, Any]]:
+        """What all ranks published last, as far as it can be read."""
+        return [beat for rank in range(self.world.size) if (beat := self.read(rank)) is not None]
+
     def gone(self, wait_s: float = 2.0) -> list[str]:
         """Ranks of this host whose process has ended, with their last place. Waits a little for the kernel."""
         deadline = time.monotonic() + wait_s
         while True:
-            found = [line for rank in range(self.world.size) if (line := self._ended(rank))]
+            found = [
+                f"rank {beat['rank']} is gone, last in phase {beat['phase']}, step {beat['step']}"
+                for beat in self.everyone()
+                if beat["host"] == socket.gethostname()
+                and beat["phase"] != ENDED
+                and state_of(int(beat["pid"])) in ("gone", "Z")
+            ]
             if found or time.monotonic() > deadline:
                 return found
             time.sleep(0.1)
 
-    def _ended(self, rank: int) -> str | None:
-        try:
-            beat = json.loads((self.folder / f"rank_{rank}.json").read_text(encoding="utf-8"))
-            if beat["host"] != socket.gethostname() or _running(int(beat["pid"])):
-                return None
-            return f"rank {rank} is gone, last in phase {beat['phase']}, step {beat['step']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
 
-
-def _running(pid: int) -> bool:
-    """Whether a process of this host runs; one that is dead and not collected yet (a zombie) does not."""
+def state_of(pid: int) -> str:
+    """A process of this host: "gone", or the kernel's letter for its state (Z: dead and not collected, T: stopped)."""
     try:
         os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except ProcessLookupError:
-        return False
+        return "gone"
     except OSError:
-        return True
+        return "?"
 
 
-def report_on_sigterm(heartbeat: Heartbeat) -> None:
-    """When the launcher ends this rank because another one died, say which, even from inside a collective.
+def rouse(pid: int) -> None:
+    """A process of this host that did not end with the others: stopped, or hanging outside Python."""
+    state = state_of(pid)
+    if state == "T":
+        os.kill(pid, signal.SIGKILL)  # hears nothing else, and would hold the launcher up
+    elif state not in ("gone", "Z", "?"):
+        os.kill(pid, SHOW_STACKS)
 
-    Python's own handlers wait for the main thread, which may hang in a collective for ever; the wake-up pipe
-    does not.
+
+class Watchdog(threading.Thread):
+    """Watches the counts of all ranks; when none moves for `timeout_s`, says who hangs and ends this process.
+
+    Time is counted in ticks of its own, not by the clock, so that a machine that slept is not taken for a stall.
     """
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
 
-    def watch() -> None:
-        while signal.SIGTERM not in os.read(reading, 16):
-            pass
-        for line in heartbeat.gone(wait_s=0.5):
-            warn(f"error: {line}")
-        os._exit(128 + signal.SIGTERM)
+    def __init__(self, heartbeat: Heartbeat, timeout_s: float, on_stall: Callable[[str], None]):
+        super().__init__(name="watchdog", daemon=True)
+        self.heartbeat = heartbeat
+        self.timeout_s = timeout_s
+        self.tick_s = min(2.0, timeout_s / 10)
+        self.on_stall = on_stall
+        self.done = threading.Event()
+        if hasattr(faulthandler, "register"):
+            faulthandler.register(SHOW_STACKS, all_threads=True)
 
-    threading.Thread(target=watch, daemon=True).start()
+    def run(self) -> None:
+        """Publish this rank's count, look at everyone's."""
+        seen: list[Any] = []
+        still_s = 0.0
+        while not self.done.wait(self.tick_s):
+            self.heartbeat.publish()
+            now = [(beat["rank"], beat["step"], beat["phase"], beat["count"]) for beat in self.heartbeat.everyone()]
+            still_s = still_s + self.tick_s if now == seen else 0.0
+            seen = now
+            if still_s >= self.timeout_s:
+                self._stall()
 
+    def _stall(self) -> None:
+        self.heartbeat.stalled = True
+        beats = self.heartbeat.everyone()
+        line = stall_line(beats, self.timeout_s)
+        warn(line + "\n" + f"stacks of {self.heartbeat.where()}:")
+        faulthandler.dump_traceback(all_threads=True)
+        self.on_stall(line)
+        time.sleep(2 * self.tick_s)  # the other ranks come to the same end by themselves
+        for beat in beats:
+            if beat["rank"] != self.heartbeat.world.rank and beat["host"] == socket.gethostname():
+                rouse(int(beat["pid"]))
+        os._exit(EXIT_STALLED)
 
-class OutputLock:
-    """One writer per output folder. The kernel lets go of the lock when its holder dies, however it dies."""
-
-    def __init__(self, output_dir: Path, notice: Callable[[str], None], wait_s: float = LOCK_WAIT_S):
-        """Wait for a predecessor that is still ending. Raises UserError when it does not end in time."""
-        self.file: IO[str] = (output_dir / ".lock").open("a+", encoding="utf-8")
-        deadline = time.monotonic() + wait_s
-        told = False
-        while not self._taken():
-            if not told:
-                self.file.seek(0)
-                notice(f"{output_dir} is in use by process {self.file.read().strip() or '?'}: waiting for it to end")
-                told = True
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"output_dir: {output_dir} is in use by another run, still after {wait_s:.0f} s. "
-                    "Stop that run, or choose another --output_dir."
-                )
-            time.sleep(0.2)
-        self.file.truncate(0)
-        self.file.write(f"{os.getpid()}\n")
-        self.file.flush()
-
-    def _taken(self) -> bool:
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            return False
+    def stop(self) -> None:
+        """No more watching: the run ends."""
+        self.done.set()
 
 
-def check_folder_shared(world: World, output_dir: Path, wait_s: float = FOLDER_WAIT_S) -> None:
-    """Have every rank find a file that rank 0 writes. Raises UserError, on every rank, naming one that does not.
+def stall_line(beats: list[dict[str, Any]], timeout_s: float) -> str:
+    """Name the rank that is stopped, else the one furthest behind, and where the others wait.
 
-    Looks for a while: a network file system may show a new file late. Listing the folders makes it ask again.
+    >>> beats = [{"rank": 0, "step": 37, "phase": "exchange", "host": "a", "pid": 0, "waits": "sum_rows"}]
+    >>> beats += [{"rank": 1, "step": 37, "phase": "reward", "host": "a", "pid": 0, "waits": ""}]
+    >>> stall_line(beats, 60.0)
+    'STALL rank=1 phase=reward step=37 no progress for 60 s; rank 0 waits in exchange, step 37'
     """
-    if world.size == 1:
-        return
-    token = int.from_bytes(os.urandom(6), "big") if world.is_main else 0
-    if world.is_main:
-        (output_dir / f".shared-{token}").touch()
-    token = int(world.sum_rows(np.array([token], dtype=np.float64))[0])
-    file = output_dir / f".shared-{token}"
-    deadline = time.monotonic() + wait_s
-    while not (found := file.exists()) and time.monotonic() < deadline:
-        for folder in (output_dir.parent, output_dir):
-            with contextlib.suppress(OSError):
-                os.listdir(folder)
-        time.sleep(0.5)
-    seen = world.gather_rows(np.array([found], dtype=np.float64))[:, 0]
-    if world.is_main:
-        file.unlink(missing_ok=True)
-    blind = np.flatnonzero(seen == 0).tolist()
-    if blind:
-        raise UserError(
-            f"output_dir: rank {blind[0]} does not see what rank 0 writes to {output_dir}, still after {wait_s:.0f} s. "
-            "All nodes need the same folder: choose an --output_dir on a disk that they share."
-        )
+    if not beats:
+        return f"STALL no heartbeat can be read, no progress for {timeout_s:.0f} s"
 
+    def behind(beat: dict[str, Any]) -> tuple[bool, int, int, bool]:
+        stopped = beat["host"] == socket.gethostname() and state_of(int(beat["pid"])) in ("T", "Z", "gone")
+        place = ORDER.index(beat["phase"]) if beat["phase"] in ORDER else len(ORDER)
+        return not stopped, int(beat["step"]), place, bool(beat.get("waits"))
 
-def check_ranks_agree(world: World, cfg: Config, facts: Mapping[str, object]) -> None:
-    """Compare settings and fingerprints over ranks. Raises UserError, on every rank, naming field and rank."""
-    values = {**dataclasses.asdict(cfg), **facts}
-    row = [int.from_bytes(hashlib.sha256(repr(v).encode()).digest()[:6], "big") for v in values.values()]
-    rows = world.gather_rows(np.array(row, dtype=np.float64))
-    for column, name in enumerate(values):
-        odd = [rank for rank in range(world.size) if rows[rank, column] != rows[0, column]]
-        if odd:
-            raise UserError(
-                f"ranks disagree about {name}: rank {odd[0]} differs from rank 0. Start every process with the same "
-                "settings, files and versions."
-            )
+    first = min(beats, key=behind)
+    stalled = [beat for beat in beats if behind(beat) == behind(first)]
+    waiting = [beat for beat in beats if behind(beat) != behind(first)]
+    ranks = ",".join(str(beat["rank"]) for beat in stalled)
+    line = f"STALL rank={ranks} phase={first['phase']} step={first['step']} no progress for {timeout_s:.0f} s"
+    if first.get("saving"):
+        line += f" (saving: {first['saving']})"
+    return line + "".join(f"; rank {b['rank']} waits in {b['phase']}, step {b['step']}" for b in waiting)

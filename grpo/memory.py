@@ -264,8 +264,11 @@ def estimate_shape(cfg: Config, shape: Shape, world_size: int) -> Estimate:
         Row("logits block", logits, ("update",)),
         Row("rows to train on", record, ("update", "optimizer"), "ids, log-probs, support"),
     ]  # fmt: skip
+    copy = whole + 8 * math.ceil(shape.parameters / world_size)  # rank 0's weights, every rank's share of the moments
+    if cfg.save_in_background and not on_gpu:
+        rows.append(Row("checkpoint being written", copy, REST, "a copy, while training goes on"))
     payload = work.rank_rows * completion * 4 * (2 + width)
-    host = whole + payload + (_offloaded(cfg, shape, world_size) if on_gpu else 0)
+    host = whole + payload + copy + (_offloaded(cfg, shape, world_size) if on_gpu else 0)
     return Estimate(shape, tuple(rows), tuple(_moved(cfg, shape, work, world_size, payload)), host)
 
 
@@ -285,7 +288,8 @@ def _moved(cfg: Config, shape: Shape, work: Work, ranks: int, payload: int) -> I
     if stage in (1, 2):
         yield Row("weights, all-gather", updates * one_way(whole, ranks), (), f"{updates} x")
     if stage == 3:
-        yield Row("weights, forward and backward", 2 * backwards * one_way(whole, ranks), (), f"{2 * backwards} x")
+        gathers = backwards * (1 if shape.parameters <= ZERO_LIVE else 2)  # within the limit they stay for the backward
+        yield Row("weights, forward and backward", gathers * one_way(whole, ranks), (), f"{gathers} x")
         yield Row("gradients, reduce-scatter", backwards * one_way(whole, ranks), (), f"{backwards} x")
         yield Row("weights, for the rollout", one_way(whole, ranks), (), "once")
     yield Row("exchange of rows", one_way(payload, ranks), (), "gloo, CPU memory")

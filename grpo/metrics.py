@@ -17,11 +17,14 @@ from grpo.distributed import World
 PHASES = ("rollout", "reward", "exchange", "logprobs", "update")
 MEANS = ("clip/low", "clip/high", "clip/importance", "kl", "kl_old", "sampler_gap/mean")
 SUMS = ("loss",)
+COUNTS = ("guards/oom_rollout", "guards/oom_update")
+REPORTED = {phase: phase for phase in PHASES} | {"micro_batches": "update", "reduce": "reduce"}  # in heartbeats
 MAXIMA = (
     "ratio_gap",
     "sampler_gap/max",
     "time/step_s",
     "time/micro_batches_s",
+    "time/reduce_s",
     *(f"time/{phase}_s" for phase in PHASES),
 )
 
@@ -31,7 +34,7 @@ class Tally:
 
     def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
         self.on_phase = on_phase
-        self.sums = dict.fromkeys(MEANS, 0.0) | dict.fromkeys(SUMS, 0.0)
+        self.sums = dict.fromkeys((*MEANS, *SUMS, *COUNTS), 0.0)
         self.counts = dict.fromkeys(MEANS, 0.0)
         self.maxima = dict.fromkeys(MAXIMA, 0.0)
         self.began = time.monotonic()
@@ -66,16 +69,27 @@ class Tally:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase of the step; the slowest rank's seconds are logged."""
-        if self.on_phase is not None and name in PHASES:
-            self.on_phase(name)
+        if self.on_phase is not None and name in REPORTED:
+            self.on_phase(REPORTED[name])
         start = time.monotonic()
         try:
             yield
         finally:
             self.maxima[f"time/{name}_s"] += time.monotonic() - start
 
+    def mark(self) -> tuple[dict[str, float], ...]:
+        """Where the sums stand, for `rewind`."""
+        return self.sums.copy(), self.counts.copy(), self.maxima.copy()
+
+    def rewind(self, mark: tuple[dict[str, float], ...]) -> None:
+        """Forget what was added since `mark`, times excepted: it will be added again."""
+        times = {name: value for name, value in self.maxima.items() if name.startswith("time/")}
+        self.sums, self.counts, self.maxima = mark[0].copy(), mark[1].copy(), mark[2] | times
+
     def reduce(self, world: World) -> dict[str, float]:
         """Reduce over ranks: means by their counts, sums, maxima. One gather. Means of nothing are left out."""
+        if self.on_phase is not None:
+            self.on_phase("log")
         self.maxima["time/step_s"] = time.monotonic() - self.began
         row = np.array([*self.sums.values(), *self.counts.values(), *self.maxima.values()], dtype=np.float64)
         rows = world.gather_rows(row)
@@ -89,4 +103,5 @@ class Tally:
             name = f"time/{work}_s"
             means[f"idle/{work}"] = 1 - average[name] / slowest[name] if slowest[name] > 0 else 0.0
         updates = max(1.0, self.updates)  # the same on every rank
-        return means | {name: total[name] / updates for name in SUMS} | slowest
+        counted = {name: total[name] for name in COUNTS}
+        return means | {name: total[name] / updates for name in SUMS} | counted | slowest

@@ -3,9 +3,11 @@
 Folders and hub repositories are untrusted: safetensors only, no code of theirs is run.
 """
 
-import json
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from grpo.config import find_path
 from grpo.errors import UserError
+from grpo.untrusted import model_problem, weights_problem
 
 
 def quiet() -> None:
@@ -22,6 +25,7 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs errors that it also raises
 
 
 def resolve(name: str) -> str:
@@ -33,44 +37,61 @@ def resolve(name: str) -> str:
                 f"model: no such folder {name!r}. Give a model folder, or a hub name like Qwen/Qwen2.5-0.5B."
             )
         return name
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").exists():
         raise UserError(f"model: {name!r} holds no config.json. Give a folder written by save_pretrained.")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"model: {name}/config.json is not JSON ({error}). Fetch the model again.") from None
-    if "auto_map" in config:
-        raise UserError(
-            f"model: {name!r} wants to run code of its own (auto_map), which is never done. Use another model."
-        )
+    problem = model_problem(path)
+    if problem is not None:
+        raise UserError(f"model: {name!r} is not opened: {problem}. Use another model, or fetch it again.")
     return str(path)
+
+
+@contextmanager
+def _border(what: str, advice: str) -> Iterator[None]:
+    """Turn whatever a library raises on a strange folder into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # transformers, tokenizers and safetensors raise a dozen kinds
+        raise UserError(f"model: {what}: {_first_line(error)} {advice}".strip()) from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # how tokenizers' Rust fails; it is no Exception
+            raise
+        raise UserError(f"model: {what}: {_first_line(error)} {advice}".strip()) from None
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or hub name. Raises UserError."""
-    try:
+    with _border(f"no tokenizer could be loaded from {name!r}", ""):
         return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model: no tokenizer could be loaded from {name!r}: {_first_line(error)}") from None
 
 
 def load_model(name: str, device: torch.device) -> PreTrainedModel:
     """Load a causal language model in fp32 with dropout off. Raises UserError.
 
-    Dropout is off for good, so that sampling, scoring and training compute one and the same function.
+    Dropout is off for good, so that sampling, scoring and training compute one and the same function. Weights that
+    the files lack are refused: transformers would draw them at random.
     """
     folder = resolve(name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    if Path(folder).is_dir():
+        problem = weights_problem(Path(folder))
+        if problem is not None:
+            raise UserError(f"model: {name!r} could not be loaded: {problem}. Give a folder with safetensors weights.")
+    with _border(
+        f"{name!r} could not be loaded", "Give a folder with safetensors weights, or a hub name that can be reached."
+    ):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"model: {name!r} could not be loaded: {_first_line(error)} "
-            "Give a folder with safetensors weights, or a hub name that can be reached."
-        ) from None
+    model, found = loaded
+    for kind in ("missing_keys", "mismatched_keys"):
+        if found.get(kind):
+            raise UserError(
+                f"model: {name!r} could not be loaded: {len(found[kind])} weights do not fit its config.json, "
+                f"such as {sorted(map(str, found[kind]))[0][:100]}. Give a complete model folder."
+            )
     prepare(model)
-    return model.to(device)  # type: ignore[arg-type]
+    return model.to(device)
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
@@ -86,12 +107,39 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """All ids that end a completion: the generation config's, the model config's and the tokenizer's."""
+    """All ids that end a completion: the generation config's, the model config's and the tokenizer's.
+
+    Raises UserError for an id that is no token of the model.
+    """
+    limit = vocabulary_size(model)
     ids: set[int] = set()
     for source in (model.generation_config, model.config, tokenizer):
         value = getattr(source, "eos_token_id", None)
-        ids.update(value if isinstance(value, Iterable) else [] if value is None else [value])
-    return frozenset(int(i) for i in ids)
+        for here in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+            if type(here) is not int or not 0 <= here < limit:
+                raise UserError(
+                    f"model: eos_token_id must be tokens of the model, 0 to {limit - 1}, got {str(here)[:60]!r}. "
+                    "Mend generation_config.json, config.json or the tokenizer."
+                )
+            ids.add(here)
+    return frozenset(ids)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Tokens that the model has embeddings for, also where its weights are sharded."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with tokens that the model has no embedding for. Raises UserError."""
+    limit = vocabulary_size(model)
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if not 0 <= i < limit}
+    if beyond:
+        token = min(beyond, key=lambda token: beyond[token])
+        raise UserError(
+            f"model: its tokenizer has {len(beyond)} tokens beyond the model's {limit}, such as {token[:40]!r} with id "
+            f"{beyond[token]}. Use the model's own tokenizer, or resize the model's embeddings."
+        )
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -114,5 +162,5 @@ def arithmetic(dtype: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bf16" else nullcontext()
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _first_line(error: BaseException) -> str:
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -8,20 +8,26 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.backends import Backend, load_backend
+from grpo.batching import halves
 from grpo.config import Config, updates_per_step
 from grpo.distributed import World
 from grpo.guards import SkippedUpdate, count_skip
+from grpo.integrity import checksums, first_difference
 from grpo.logprobs import Scorer
 from grpo.losses import k3, ppo_clip
 from grpo.metrics import Tally
 from grpo.models import load_model
-from grpo.types import Counters, MicroBatch
+from grpo.out_of_memory import OutOfMemory, Room, ran_out
+from grpo.types import Counters, MicroBatch, Pulse
+
+Done = TypeVar("Done")
 
 MAX_TRUSTED_GAP = 1e-4  # largest |sampler - trainer| log-prob for sampler log-probs to serve as old ones
 
@@ -61,10 +67,21 @@ class Policy:
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())  # before any sharding
         self.backend: Backend = load_backend(cfg, world, scorer)
         self.even_block = scorer.block_tokens if self.backend.even_work else 0
+        self.room = Room("update", "micro_batch_tokens", "tokens")
+        self.sealed: dict[str, int] = {}
+        self.pulse: Pulse = lambda: False  # called for each micro-batch; an update that has begun is finished
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """Stream the weights, for engines and checkpoints."""
         return self.backend.weights()
+
+    def seal(self) -> None:
+        """Remember checksums of what this rank holds, until the next update."""
+        self.sealed = checksums(self.backend.held())
+
+    def broken_seal(self) -> str | None:
+        """What is no longer as `seal` met it, though no update came between: memory has failed. None: all is well."""
+        return first_difference(self.sealed, checksums(self.backend.held())) if self.sealed else None
 
     @torch.no_grad()
     def annotate(self, batches: Sequence[Sequence[MicroBatch]]) -> list[list[MicroBatch]]:
@@ -73,9 +90,13 @@ class Policy:
         Old ones are the sampler's where its gap to our own forward was small; else our own forward's: for a
         single update those are the bare ones, detached (None); for several, an extra forward.
         """
-        return [[self._annotate(micro) for micro in minibatch] for minibatch in batches]
+        return [
+            self._within_memory(minibatch, lambda pieces: [self._annotate(micro) for micro in pieces])
+            for minibatch in batches
+        ]
 
     def _annotate(self, micro: MicroBatch) -> MicroBatch:
+        self.pulse()
         old = None
         if self.counters.trust_sampler:
             old = micro.sampler_logprobs
@@ -83,6 +104,36 @@ class Policy:
             old = self.backend.score(micro)
         reference = None if self.reference is None else self.reference(micro)
         return dataclasses.replace(micro, old_logprobs=old, ref_logprobs=reference)
+
+    def _within_memory(self, minibatch: Sequence[MicroBatch], work: Callable[[list[MicroBatch]], Done]) -> Done:
+        """Do the work on a minibatch; where memory does not suffice, again on smaller micro-batches.
+
+        Raises OutOfMemory when a single row is too much, or at once where micro-batches are collectives.
+        """
+        while True:
+            pieces = list(minibatch)
+            while (big := next((i for i, m in enumerate(pieces) if self._too_big(m)), None)) is not None:
+                pieces[big : big + 1] = halves(pieces[big])
+            try:
+                done = work(pieces)
+                self.room.fitted()
+                return done
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+            largest = max(pieces, key=lambda micro: micro.input_ids.numel())
+            shape = f"{largest.input_ids.shape[0]} rows of {largest.input_ids.shape[1]} tokens"
+            if self.backend.even_work:
+                raise OutOfMemory(
+                    f"update: out of memory with {shape}; zero_stage {self.cfg.zero_stage} cannot try again in smaller "
+                    f"pieces. Lower micro_batch_tokens (now {self.cfg.micro_batch_tokens}) and run the same command."
+                )
+            self.backend.forget()
+            self.room.halve(largest.input_ids.numel(), smallest=len(largest.samples) == 1, shape=shape)
+
+    def _too_big(self, micro: MicroBatch) -> bool:
+        tokens = micro.input_ids.numel()
+        return len(micro.samples) > 1 and tokens > self.room.part(tokens)
 
     def loss(self, micro: MicroBatch, tally: Tally, weights_unchanged: bool) -> Tensor:
         """Weighted loss of a micro-batch, already divided by the global denominator."""
@@ -119,39 +170,44 @@ class Policy:
         return loss
 
     def update(
-        self,
-        minibatch: Sequence[MicroBatch],
-        tally: Tally,
-        total_updates: int,
-        weights_unchanged: bool,
-        bad: bool = False,
+        self, minibatch: Sequence[MicroBatch], tally: Tally, total_updates: int, weights_unchanged: bool
     ) -> float:
         """Take one optimizer step on a minibatch. Returns the gradient norm before clipping.
 
         Raises SkippedUpdate, on every rank alike, when any rank met a number that is not finite: gradients are
         dropped, weights and moments stay as they are.
         """
-        bad = False
         self.backend.train(True)
         tally.updates += 1
-        with tally.phase("micro_batches"):
-            for i, micro in enumerate(minibatch):
+        mark = tally.mark()
+
+        def accumulate(pieces: list[MicroBatch]) -> list[float]:
+            tally.rewind(mark)
+            losses = []
+            for i, micro in enumerate(pieces):
+                self.pulse()
                 loss = self.loss(micro, tally, weights_unchanged)
-                bad = bad or not bool(torch.isfinite(loss.detach()))
+                losses.append(float(loss.detach()))
                 # A NaN gradient is how one rank tells all: the sum over ranks, and so the norm, is NaN everywhere.
-                self.backend.backward(loss * math.nan if bad else loss, last=i + 1 == len(minibatch))
+                bad = not all(map(math.isfinite, losses))
+                self.backend.backward(loss * math.nan if bad else loss, last=i + 1 == len(pieces))
+            return losses
+
+        with tally.phase("micro_batches"):
+            losses = self._within_memory(minibatch, accumulate)
         lr = learning_rate(self.cfg, self.counters.updates, total_updates)
-        norm = self.backend.step(lr, self.cfg.max_grad_norm)
+        with tally.phase("reduce"):
+            norm = self.backend.step(lr, self.cfg.max_grad_norm)
         self.backend.train(False)
         if not math.isfinite(norm):
-            raise SkippedUpdate(f"gradient norm {norm}" + (", from this rank's own loss" if bad else ""))
+            raise SkippedUpdate(f"gradient norm {norm}", losses)
         self.last_lr = lr
         self.counters.updates += 1
         return norm
 
     def train_on(
         self, batches: Sequence[Sequence[MicroBatch]], tally: Tally, total_updates: int, broken: bool,
-        on_skip: Callable[[int, Sequence[MicroBatch], str], None],
+        on_skip: Callable[["Policy", Sequence[MicroBatch], SkippedUpdate, int], None],
     ) -> list[float]:  # fmt: skip
         """Pass `num_iterations` times over a step's minibatches. Returns the norms of the updates that were taken.
 
@@ -163,12 +219,14 @@ class Policy:
             for i, minibatch in enumerate(batches):
                 try:
                     if broken:
-                        raise SkippedUpdate("logits of the rollout were not finite")
+                        raise SkippedUpdate("logits of the rollout were not finite", [])
                     norms.append(self.update(minibatch, tally, total_updates, iteration == i == 0))
                     self.counters.consecutive_skips = 0
                 except SkippedUpdate as skip:
-                    on_skip(self.counters.step + 1, minibatch, str(skip))
+                    on_skip(self, minibatch, skip, iteration)
                     count_skip(self.counters, self.cfg.max_bad_steps)
+        if self.cfg.check_weights_steps:
+            self.seal()
         return norms
 
     def trust(self, metrics: dict[str, float]) -> None:

@@ -5,16 +5,18 @@ The recipe is saved in every checkpoint (`trainer/recipe.json`), and inference.p
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config import Config
 from grpo.errors import UserError
+from grpo.templates import render_chat
+from grpo.untrusted import read_object
 
 
 @dataclass(frozen=True)
@@ -71,21 +73,31 @@ def build(recipe: Recipe, question: str | list[dict[str, str]], columns: dict[st
 def render(recipe: Recipe, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
     """The exact text. Without a chat template: the contents, the system prompt on lines of its own.
 
-    Raises UserError when the chat template refuses the conversation.
+    Raises UserError when the chat template refuses the conversation, or exceeds its limits (grpo/templates.py).
     """
     if not recipe.chat:
         *before, last = [message["content"] for message in messages]
         return "".join(text if text.endswith("\n") else text + "\n" for text in before) + last
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, ValueError, TypeError) as error:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
         raise UserError(
-            f"chat_template: the tokenizer's template refused the prompt: {error}. Try --chat_template false."
+            f"chat_template: the tokenizer has none to use: {str(error)[:200]} Try --chat_template false."
         ) from None
+    return render_chat(template, tokenizer.special_tokens_map, messages)
 
 
 def encode(recipe: Recipe, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids. A chat template has written its special tokens itself; plain text gets the tokenizer's own."""
+    """Token ids. A chat template has written its special tokens itself; plain text gets the tokenizer's own.
+
+    Raises UserError for text that is none: half of a surrogate pair has no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"prompt: character {error.start + 1} is half of a surrogate pair, which no text holds. Mend the text."
+        ) from None
     return tokenizer(text, add_special_tokens=not recipe.chat)["input_ids"]
 
 
@@ -94,16 +106,34 @@ def keep_questions(recipe: Recipe, questions: list[str]) -> Recipe:
     return recipe if recipe.questions else dataclasses.replace(recipe, questions=questions)
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the recipe as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(recipe), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as JSON."""
+    return json.dumps(dataclasses.asdict(recipe), ensure_ascii=False, indent=2) + "\n"
 
 
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe. Raises UserError when it is not one."""
     try:
-        return Recipe(**json.loads(path.read_text(encoding="utf-8")))
+        recipe = Recipe(**read_object(path))
+        _check_recipe(recipe)
+        return recipe
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"checkpoint: {path} is not a prompt recipe ({error}). Choose a checkpoint written by train.py."
         ) from None
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    """Types and ranges of a recipe that was read. Raises ValueError naming the field."""
+    lengths = (recipe.max_prompt_length, recipe.max_generate_length)
+    holds = {
+        "system_prompt": recipe.system_prompt is None or isinstance(recipe.system_prompt, str),
+        "prompt_template": isinstance(recipe.prompt_template, str),
+        "chat": isinstance(recipe.chat, bool),
+        "max_prompt_length, max_generate_length": all(type(n) is int and 1 <= n < 2**31 for n in lengths),
+        "logit_clamp": type(recipe.logit_clamp) in (int, float) and 0 < recipe.logit_clamp < math.inf,
+        "questions": isinstance(recipe.questions, list) and all(isinstance(text, str) for text in recipe.questions),
+    }
+    for name, right in holds.items():
+        if not right:
+            raise ValueError(f"{name} is of the wrong kind")

@@ -5,31 +5,43 @@ and how many ranks wrote it.
 """
 
 import dataclasses
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.policy import Policy
 from grpo.types import Counters
+from grpo.untrusted import TRAINABLE, check_safetensors, read_object
 
 FREE_TO_CHANGE = {  # settings that do not change what is trained; all others must match on resume
     "output_dir", "save_steps", "save_total_limit", "resume", "runs_dir", "run_name", "report_to",
     "log_samples_steps", "eval_data", "eval_split", "eval_rows", "eval_steps", "num_threads", "device",
     "micro_batch_tokens", "rollout_chunk_rows", "logits_chunk_mb", "gradient_checkpointing", "max_bad_steps",
     "max_reward_failures", "inference_questions", "backend", "zero_stage", "offload", "deepspeed_config",
+    "save_in_background", "check_weights_steps", "stall_timeout_s", "preempt_grace_s",
+    "reward_workers", "reward_timeout_s", "reward_memory_mb",
 }  # fmt: skip
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """trainer/state.json of a checkpoint. Raises UserError."""
     try:
-        state = json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
-        return {**state, "counters": Counters(**state["counters"])}
+        state = read_object(folder / "trainer" / "state.json")
+        counters = Counters(**state["counters"])
+        for name, value in vars(counters).items():
+            if name == "trust_sampler":
+                if not (value is None or isinstance(value, bool)):
+                    raise ValueError(f"counters: {name} must be true, false or null, got {value!r}")
+            elif type(value) is not int or not 0 <= value < 2**62:
+                raise ValueError(f"counters: {name} must be a whole number >= 0, got {value!r}")
+        if not isinstance(state["config"], dict):
+            raise ValueError("config must be an object")
+        return {**state, "counters": counters}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"checkpoint: {folder} has no usable trainer/state.json ({error}). Use --resume never."
@@ -56,33 +68,46 @@ def check_same_run(folder: Path, state: dict[str, Any], cfg: Config, facts: dict
 
 
 class SavedMoments:
-    """The optimizer state of a checkpoint, whichever backend and world size wrote it."""
+    """The optimizer state of a checkpoint, whichever backend and world size wrote it. Raises UserError."""
 
     def __init__(self, folder: Path):
-        self.files = [
-            safe_open(path, framework="pt") for path in sorted((folder / "trainer").glob("optimizer-*.safetensors"))
-        ]
         self.pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
-        for file in self.files:
-            for key in file.keys():  # noqa: SIM118  safe_open is no dict
-                name, moment, start = key.rsplit("|", 2)
-                self.pieces.setdefault((name, moment), []).append((int(start), file, key))
+        for path in sorted((folder / "trainer").glob("optimizer-*.safetensors")):
+            try:
+                self._list(path)
+            except (OSError, ValueError, SafetensorError) as error:
+                raise UserError(f"checkpoint: {path} holds no optimizer state ({error}). Use --resume never.") from None
+        for pieces in self.pieces.values():
+            pieces.sort(key=lambda piece: piece[0])
+
+    def _list(self, path: Path) -> None:
+        described = check_safetensors(path)
+        file = safe_open(path, framework="pt")
+        for key, (dtype, shape) in described.items():
+            name, moment, start = ["", "", "", *key.rsplit("|", 2)][-3:]
+            if not name or not re.fullmatch(r"\d{1,15}", start, re.A) or dtype not in TRAINABLE or len(shape) != 1:
+                raise ValueError(f"{key[:80]!r} is no piece of a moment")
+            self.pieces.setdefault((name, moment), []).append((int(start), file, key))
 
     def read(self, name: str, moment: str, start: int, length: int) -> torch.Tensor:
-        """Elements start … start+length of a flattened moment. Raises UserError when they are not all there."""
+        """Elements start … start+length of a flattened moment. Raises UserError when they are not all there, once."""
         values = torch.zeros(length)
-        found = 0
+        reached = start
         for first, file, key in self.pieces.get((name, moment), []):
             piece = file.get_slice(key)
             low, high = max(start, first), min(start + length, first + piece.get_shape()[0])
             if low < high:
+                if low != reached:  # a gap, or a piece that is there twice
+                    break
                 values[low - start : high - start] = piece[low - first : high - first].float()
-                found += high - low
-        if found != length:
+                reached = high
+        if reached != start + length:
             raise UserError(
-                f"checkpoint: optimizer state of {name} holds {found} of {length} elements: it belongs to another "
-                "model. Use --resume never."
+                f"checkpoint: optimizer state of {name} holds {reached - start} of {length} elements in a row: it "
+                "belongs to another model. Use --resume never."
             )
+        if not bool(torch.isfinite(values).all()):
+            raise UserError(f"checkpoint: optimizer state of {name} holds NaN or Inf. Use --resume never.")
         return values
 
 

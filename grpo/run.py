@@ -5,36 +5,36 @@ train.py is the algorithm; this is the clerk beside it. Only rank 0 writes.
 
 import contextlib
 import dataclasses
-import hashlib
-import inspect
-import json
-import platform
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-import torch
-import transformers
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from grpo import checkpoint, guards
-from grpo.config import Config, find_path, prompts_per_step
-from grpo.console import Console, step_line, warn
-from grpo.data import Questions, length_summary
+from grpo.batching import broken_rows
+from grpo.config import Config
+from grpo.console import warn
+from grpo.data import Questions
 from grpo.distributed import World
-from grpo.errors import UserError
-from grpo.liveness import Heartbeat, OutputLock, check_folder_shared, check_ranks_agree, report_on_sigterm
+from grpo.errors import EXIT_STALLED, Corrupted, Preempted, UserError
+from grpo.fingerprints import fingerprints
+from grpo.journal import Journal
+from grpo.liveness import Heartbeat, Watchdog
 from grpo.metrics import Tally
 from grpo.policy import Policy
 from grpo.prompts import Recipe
 from grpo.resume import check_same_run, read_state
-from grpo.rewards import Reward, completion_text
-from grpo.scoring import Scored
-from grpo.trackers import Tracker, load_trackers
-from grpo.types import MicroBatch
+from grpo.rewards import Reward
+from grpo.saving import Saver
+from grpo.startup import OutputLock, check_folder_shared, check_ranks_agree
+from grpo.stopping import StopRequest, write_exit
+from grpo.types import Completion, MicroBatch, Prompt, Pulse, Table
 
-SHOWN_SAMPLES = 4
+SAVE_MARGIN = 1.5  # a save is begun only when this many times what the last one took is left
 
 
 class Run:
@@ -47,17 +47,20 @@ class Run:
         assert cfg.run_name is not None
         self.folder = Path(cfg.runs_dir) / cfg.run_name
         self.facts: dict[str, Any] = {}
-        self.trackers: list[Tracker] = []
         if world.is_main:
             checkpoint.make_output(self.output_dir)
             self.lock = OutputLock(self.output_dir, warn)  # before anything there is touched
             checkpoint.prepare_output(self.output_dir, cfg.resume)
             self._make_folder()
         self.heartbeat = Heartbeat(self.output_dir, world)
-        if world.size > 1:
-            report_on_sigterm(self.heartbeat)
+        self.stop = StopRequest(self.heartbeat, self.output_dir, cfg.preempt_grace_s)
         check_folder_shared(world, self.output_dir)
-        self.console = Console(world.is_main, self.folder / "train.log")
+        self.heartbeat(0, "start")
+        self.journal = Journal(cfg, world, self.folder)
+        self.saver = Saver(cfg, self.output_dir, self.heartbeat, self.journal.say)
+        self.journal.extras = self.saver.take_seconds
+        self.kept = guards.KeptWeights(self.output_dir / "anomalies", world.rank)
+        self.resumed_step = -1
 
     def _make_folder(self) -> None:
         try:
@@ -73,24 +76,8 @@ class Run:
             raise UserError(f"runs_dir: {self.folder} cannot be written: {error}. Choose another --runs_dir.") from None
 
     def identify(self, questions: Questions, rewards: Sequence[Reward], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Fingerprint what decides the trajectory beside the config: base model, data, template, rewards."""
-        assert self.cfg.model is not None
-        path = find_path(self.cfg.model)
-        rows = hashlib.sha256()
-        for prompt in questions.items:
-            rows.update(json.dumps([prompt.token_ids, prompt.columns], default=str, sort_keys=True).encode())
-        sources = "".join(_source(reward) for reward in rewards)
-        self.facts = {
-            "base_model": checkpoint.tree_sha256(path) if path else self.cfg.model,
-            "data": rows.hexdigest(),
-            "chat_template": _sha256(str(getattr(tokenizer, "chat_template", None))),
-            "reward_source": _sha256(sources),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
+        """Fingerprint what decides the trajectory; make sure that all ranks mean the same run. Raises UserError."""
+        self.facts = fingerprints(self.cfg, questions, rewards, tokenizer)
         check_ranks_agree(self.world, self.cfg, self.facts)
 
     def resume_point(self) -> Path | None:
@@ -108,40 +95,50 @@ class Run:
             return None
         folder = self.output_dir / f"checkpoint_{step}"
         check_same_run(folder, read_state(folder), self.cfg, self.facts)
-        self.console.say(f"resuming from {folder}")
+        self.journal.say(f"resuming from {folder}")
+        self.resumed_step = step
         return folder
 
     @contextlib.contextmanager
-    def logging(self, total: int, done: int) -> Iterator[None]:
-        """Open trackers and the progress bar for the steps from `done` on."""
-        if self.world.is_main:
-            self.trackers = load_trackers(self.cfg, self.folder, done)
-        with self.console:
-            self.console.start(total, done)
+    def training(
+        self, total: int, done: int, policy: Policy, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> Iterator[None]:
+        """Trackers, the progress bar, the watchdog and the ear for signals, for the steps from `done` on.
+
+        policy, tokenizer and recipe: what checkpoints are made of.
+        """
+        self.parts = (policy, tokenizer, recipe)
+        self.heartbeat(done, "start")
+        watchdog = Watchdog(self.heartbeat, self.cfg.stall_timeout_s, self._stalled)
+        watchdog.start()
+        policy.pulse = self.pulse
+        policy.seal()
+        self.stop.training = True
+        with self.journal.console:
+            self.journal.open(total, done)
             try:
                 yield
-            except UserError:
+                self.saver.finish()
+                self.heartbeat.leave()
+            except UserError as error:
+                if not error.on_one_rank:  # all ranks leave together: let the save in flight end
+                    self.saver.wait()
+                    self.heartbeat.leave()
                 raise
             except Exception as error:
                 self._report(error)
                 raise
             finally:
-                for tracker in self.trackers:
-                    tracker.close()
+                watchdog.stop()
+                self.journal.close()
 
-    def describe(self, questions: Questions, total: int, policy: Policy, num_chunks: int) -> None:
-        """Say what is about to happen."""
-        cfg, say = self.cfg, self.console.say
-        where = f"{self.world.size} x {self.world.device.type} ({torch.get_num_threads()} threads each)"
-        say(f"model {cfg.model}: {policy.num_parameters / 1e6:.1f}M parameters, {cfg.dtype}, on {where}")
-        say(f"data {cfg.data}: {length_summary(questions)}")
-        say(f"{total} steps of {prompts_per_step(cfg)} prompts x {cfg.num_generations} completions; "
-            f"curves: tensorboard --logdir {cfg.runs_dir}")  # fmt: skip
-        if num_chunks < self.world.size:
-            say(
-                f"note: {num_chunks} rollout chunks for {self.world.size} processes leave some idle: "
-                "lower --rollout_chunk_rows"
-            )
+    def _stalled(self, line: str) -> None:
+        write_exit(self.output_dir, EXIT_STALLED, line)
+
+    @property
+    def pulse(self) -> Pulse:
+        """Called for each piece of work: notes it, and says whether it should be the last."""
+        return self.stop.pulse
 
     def _report(self, error: Exception) -> None:
         """One line that names rank, phase and step, before the traceback; and which rank went first, if one did."""
@@ -154,71 +151,47 @@ class Run:
         """The metrics of step `step` (counted from 1); its phases show in this rank's heartbeat."""
         return Tally(on_phase=lambda phase: self.heartbeat(step, phase))
 
-    def log_step(
-        self,
-        step: int,
-        total: int,
-        table_metrics: dict[str, float],
-        tally: Tally,
-        norms: Sequence[float],
-        policy: Policy,
-    ) -> dict[str, float]:
-        """Reduce this step's metrics over ranks; one line, one point on every curve. Returns them."""
-        reduced = tally.reduce(self.world)
-        seconds = reduced["time/step_s"]
-        counters = policy.counters
-        metrics = {
-            **table_metrics,
-            **reduced,
-            "lr": policy.last_lr,
-            "guards/skipped_updates": float(counters.skipped_updates),
-            "guards/trust_sampler": float(bool(counters.trust_sampler)),
-            "tokens_per_s": table_metrics["completions/tokens"] / max(seconds, 1e-9),
-        }
-        if norms:
-            metrics |= {
-                "grad_norm": float(np.mean(norms)),
-                "guards/clipped_updates": float(np.mean([n > self.cfg.max_grad_norm for n in norms])),
-            }
-        if self.world.is_main:
-            self.console.say(step_line(step, total, metrics))
-            self.console.advance(f"reward {metrics['reward/mean']:.3f}")
-        self.log(step, metrics)
-        return metrics
-
-    def log_eval(self, step: int, metrics: dict[str, float]) -> None:
-        """The held-out line."""
-        self.console.say(f"held-out after {step} steps: accuracy {metrics['eval/accuracy']:.1%} (greedy), "
-                         f"length {metrics['eval/length_mean']:.1f}")  # fmt: skip
-        self.log(step, metrics)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Points on curves."""
-        for tracker in self.trackers:
-            tracker.scalars(step, metrics)
-
-    def log_samples(self, step: int, scored: Scored) -> None:
-        """A few completions of this rank as text, every `log_samples_steps`."""
-        every = self.cfg.log_samples_steps
-        if not (every and self.trackers and (step % every == 0 or step == 1)):
-            return
-        blocks = []
-        for sample, row in list(zip(scored.samples, scored.scores, strict=True))[:SHOWN_SAMPLES]:
-            prompt = sample.prompt if isinstance(sample.prompt, str) else completion_text(sample.prompt)
-            shown = [f"**prompt** {prompt}", f"**completion** {completion_text(sample.completion)}",
-                     f"**gold** {sample.columns.get('answer')}, **scores** {row.tolist()}"]  # fmt: skip
-            blocks.append("\n\n".join(_escape(text) for text in shown))
-        for tracker in self.trackers:
-            tracker.text(step, "samples", "\n\n---\n\n".join(blocks))
-
     def due(self, step: int, total: int) -> bool:
         """Whether step `step` (counted from 1) saves: every save_steps, and the last."""
         return step == total or (self.cfg.save_steps > 0 and step % self.cfg.save_steps == 0)
 
-    def save(self, step: int, policy: Policy, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-        """Write checkpoint_{step}, all ranks together."""
-        folder = checkpoint.save(self.output_dir, step, policy, tokenizer, recipe, self.cfg, self.facts)
-        self.console.say(f"saved {folder}")
+    def save(self) -> None:
+        """Begin to write checkpoint_<steps done>, all ranks together."""
+        self.saver.save(*self.parts, self.facts)
+
+    def notices(self, policy: Policy, step: int) -> tuple[bool, bool]:
+        """What this rank has to tell all others before an update: asked to stop, and weights that have changed."""
+        every = self.cfg.check_weights_steps
+        broken = policy.broken_seal() if every and step % every == 0 else None
+        if broken is not None:
+            warn(f"error: {self.heartbeat.where()}: {broken} is not what the last update left: a bit has flipped")
+        return self.stop.asked, broken is not None
+
+    def heed(self, table: Table) -> None:
+        """Act on the notices of all ranks, on every rank alike. Raises Corrupted or Preempted."""
+        if ranks := table.corrupted_ranks:
+            raise Corrupted(
+                f"memory: weights or optimizer state of rank {', '.join(map(str, ranks))} changed between two updates: "
+                "a bit has flipped. Nothing of it was saved. Check that machine's memory, then run the same command."
+            )
+        if table.asked_to_stop:
+            self.preempt()
+
+    def preempt(self) -> NoReturn:
+        """Save if there is something new and time for it. Raises Preempted."""
+        self.saver.wait()
+        step = self.parts[0].counters.step
+        name = f"{self.output_dir}/checkpoint_{step}"
+        (late,) = self.world.any_rank(self.stop.seconds_left() < SAVE_MARGIN * self.saver.expected_s)
+        if step in (0, self.resumed_step) or (self.saver.step == step and self.saver.failure is None):
+            said = f"{name} holds all that was done" if step else "before the first step was done, nothing to save"
+        elif late:
+            said = f"no time left to save step {step}: the newest checkpoint is what there is"
+        else:
+            self.save()
+            self.saver.wait()
+            said = f"saved {name}" if self.saver.failure is None else f"{name} could not be written"
+        raise Preempted(f"asked to stop after step {step}; {said}. The same command continues.")
 
     def finish(self, first: int, total: int) -> None:
         """The last word."""
@@ -231,39 +204,31 @@ class Run:
         elif newest:
             print(f'done: {newest[0]}. Ask it: python inference.py --checkpoint {newest[0]} "question"')
 
-    def quarantine(self, step: int, minibatch: Sequence[MicroBatch], reason: str) -> None:
-        """Keep this rank's part of a skipped update."""
-        saved = [folder.name for folder in checkpoint.checkpoints(self.output_dir)]
-        weights = f"{saved[0] if saved else self.cfg.model}, then the steps up to {step}"
+    def quarantine(
+        self,
+        rollouts: tuple[Sequence[Prompt], Sequence[Completion]],
+        policy: Policy,
+        minibatch: Sequence[MicroBatch],
+        skip: guards.SkippedUpdate,
+        iteration: int,
+    ) -> None:
+        """Keep this rank's part of a skipped update, with the weights. A disk that refuses costs the evidence only."""
+        step, rank = policy.counters.step + 1, self.world.rank
         folder = self.output_dir / "anomalies" / f"step_{step}"
-        guards.quarantine(folder, self.world.rank, minibatch, weights, reason, dataclasses.asdict(self.cfg))
-        self.console.say(f"step {step}: update skipped on all ranks ({reason}); kept in {folder}")
-
-
-def forget_exit(output_dir: Path) -> None:
-    """Drop an earlier run's exit.json, so that a run that crashes does not end with its code."""
-    with contextlib.suppress(OSError):
-        (output_dir / "exit.json").unlink()
-
-
-def write_exit(output_dir: Path, code: int, reason: str) -> None:
-    """exit.json: the worker's own exit code, which torchrun turns into 1; the launch scripts return it."""
-    with contextlib.suppress(OSError):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "exit.json").write_text(json.dumps({"code": code, "reason": reason}) + "\n", encoding="utf-8")
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _source(reward: Reward) -> str:
-    try:
-        return inspect.getsource(reward.function)
-    except (OSError, TypeError):
-        return reward.name
-
-
-def _escape(text: str) -> str:
-    """Model text is shown, not rendered: no HTML, line breaks kept."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", "  \n")
+        if not skip.losses:
+            minibatch = broken_rows(*rollouts, self.cfg.num_generations, self.world.device)
+        whole = not (self.cfg.backend == "deepspeed" and self.cfg.zero_stage == 3)
+        own = whole and not all(map(math.isfinite, skip.losses))
+        try:
+            weights = self.kept.keep(
+                folder, policy.weights(), policy.counters.updates, self.world.is_main or own, whole
+            )
+            evidence = guards.Evidence(
+                reason=str(skip), rank=rank, weights=weights, losses=[str(loss) for loss in skip.losses],
+                iteration=iteration, trust_sampler=policy.counters.trust_sampler,
+                samples=[list(micro.samples) for micro in minibatch], config=dataclasses.asdict(self.cfg),
+            )  # fmt: skip
+            guards.quarantine(folder, evidence, minibatch)
+        except (OSError, SafetensorError) as error:
+            warn(f"warning: rank {rank}: {folder} could not be written: {error}")
+        self.journal.say(f"step {step}: update skipped on all ranks ({skip}); python -m grpo.replay {folder}")

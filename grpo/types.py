@@ -1,10 +1,13 @@
 """The nouns that travel between the parts. Frozen: changing one means making another."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+
+Pulse = Callable[[], bool]  # called for each piece of work done; True: it should be the last, the run was asked to stop
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,17 @@ class Table:
     rewards: np.ndarray  # [N] weighted sums, NaN where none applies
     facts: dict[str, np.ndarray]  # [N] each, see FACTS
     num_generations: int
+    notices: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))  # [W, 2]: asked to stop, weights changed
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether any rank was asked to stop: the step's rollouts may be incomplete."""
+        return bool(self.notices[:, 0].any())
+
+    @property
+    def corrupted_ranks(self) -> list[int]:
+        """Ranks whose weights or optimizer state are not what their last update left."""
+        return np.flatnonzero(self.notices[:, 1]).tolist()
 
     @property
     def lengths(self) -> np.ndarray:
@@ -109,4 +123,3 @@ class Counters:
     skipped_updates: int = 0
     consecutive_skips: int = 0
     trust_sampler: bool | None = None  # sampler log-probs serve as old log-probs; None: not measured yet
-    extra: dict[str, float] = field(default_factory=dict)

@@ -4,7 +4,8 @@
 #     bash launch/single_node.sh [NPROC] [train.py settings]        default: one process per GPU, or one
 #
 # Uses .venv when it is there (bash launch/setup.sh), else python3; GRPO_PYTHON names another one. Paths in the
-# settings are seen from where you are. Exit code: the trainer's (launch/torchrun.py).
+# settings are seen from where you are. Exit code: the trainer's (launch/torchrun.py). A run that stalls or whose
+# process is killed is started again, if it has saved since: GRPO_RESTARTS times at most (default 3).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
@@ -21,4 +22,4 @@ else
     exit 2
 fi
 # exec: a signal to this script reaches torchrun, which passes it on.
-exec "$python" "$root/launch/torchrun.py" --standalone --nproc_per_node="$nproc" "$root/train.py" "$@"
+exec "$python" "$root/launch/torchrun.py" --restarts "${GRPO_RESTARTS:-3}" --standalone --nproc_per_node="$nproc" "$root/train.py" "$@"

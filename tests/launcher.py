@@ -23,6 +23,17 @@ def run_script(script: str, *args: str, nproc: int | None = None, cwd: Path = PR
     return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
+def patched_train(folder: Path, patch: str) -> str:
+    """A train.py that first runs `patch` in every rank: where a test breaks something on purpose. Returns its path."""
+    start = folder / "start.py"
+    start.write_text(
+        f"import sys\nsys.path.insert(0, {str(PROJECT)!r})\n{patch}\n"
+        "import train\nfrom grpo.command_line import load_config\nfrom grpo.launch import run_main\n"
+        "sys.exit(run_main(train.train, load_config, sys.argv[1:]))\n"
+    )
+    return str(start)
+
+
 def run_ranks(jobs: list[tuple[str, dict]], nproc: int, out: Path, timeout: float = 300) -> list[list]:
     """Run jobs of `tests/rank_jobs.py` on `nproc` ranks in one launch. Returns results[rank][job]."""
     out.mkdir(parents=True, exist_ok=True)

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from grpo import batching, losses
 from grpo.advantages import group_advantages
 from grpo.batching import deliver, make_plan
 from grpo.config import Config, prompts_per_step, updates_per_step
 from grpo.distributed import World, start, stop
 from grpo.metrics import Tally
 from grpo.policy import Policy
-from grpo.rewards import Reward
+from grpo.rewards.pool import InProcess
 from grpo.rollout import rollout
 from grpo.rollout.native import NativeEngine
 from grpo.scoring import advantages_of, gather, score
@@ -101,10 +102,9 @@ def injected_updates(world: World, out: Path, name: str, steps: int = 20, seed: 
         if broken == "moments" and step == steps // 2:
             policy.backend.load_moments(lambda name, moment, start, length: torch.zeros(length), 1)
         if broken == "denominator":  # each row weighs by its micro-batch, not by the whole minibatch
-            import grpo.batching as batching
-
             batching.row_weights = lambda loss, lengths, most: [1 / max(1, c) / 7 / (1 + c % 2) for c in lengths]
         norms += injected_step(cfg, world, policy, step, steps, seed, tally)
+    batching.row_weights = losses.row_weights  # the defect ends here: more jobs follow
     weights = {key: value.contiguous().clone() for key, value in policy.weights()}
     if world.is_main:
         save_file(weights, out / f"{name}.safetensors")
@@ -141,6 +141,56 @@ def poisoned_update(world: World, out: Path, rank: int, **settings):
         "before": before, "after": after, "moments_same": same, "norms": norms, "later": weights_sha256(policy),
         "skipped": policy.counters.skipped_updates, "in_a_row": policy.counters.consecutive_skips,
     }  # fmt: skip
+
+
+def sealed_update(world: World, out: Path, rank: int, **settings):
+    """Seal after an update, sample and score, then flip one bit of what a rank holds: what each rank's check says."""
+    cfg = config(**settings)
+    policy = make_policy(cfg, world)
+    injected_step(cfg, world, policy, 0, 3, 0, Tally())
+    NativeEngine(tiny_model("qwen3", VOCAB), [0], 4, 1).load_weights(policy.weights())
+    untouched = policy.broken_seal()
+    held = dict(policy.backend.held())
+    found = {}
+    for name, tensor in held.items():
+        if world.rank == rank and tensor.numel():
+            bits = tensor.view(-1)[-1:].view(torch.int32)
+            bits ^= 1 << 11
+            found[name] = policy.broken_seal()
+            bits ^= 1 << 11
+    other, sealed = policy.broken_seal(), policy.sealed
+    injected_step(cfg, world, policy, 1, 3, 0, Tally())
+    changed = sum(policy.sealed[name] != value for name, value in sealed.items())
+    return {"untouched": untouched, "found": found, "other": other, "changed": changed, "sealed": len(sealed)}
+
+
+def crowded_updates(world: World, out: Path, name: str, where: str, **settings):
+    """Train on injected rollouts; on rank 1 memory runs out above 30 tokens, before or after gradients were added."""
+    cfg = config(**settings)
+    policy = make_policy(cfg, world)
+    true_loss, true_backward = policy.loss, policy.backend.backward
+    tried = []
+
+    def loss(micro, *args):
+        tried.append(micro.input_ids.numel())
+        if where == "loss" and world.rank == 1 and tried[-1] > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return true_loss(micro, *args)
+
+    def backward(value, last):
+        true_backward(value, last)
+        if where == "backward" and world.rank == 1 and tried[-1] > 30:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    policy.loss, policy.backend.backward = loss, backward  # type: ignore[method-assign]
+    tally = Tally()
+    for step in range(20):
+        injected_step(cfg, world, policy, step, 20, 0, tally)
+    weights = {key: value.contiguous().clone() for key, value in policy.weights()}
+    if world.is_main:
+        save_file(weights, out / f"{name}.safetensors")
+    return {"sha256": weights_sha256(policy), "halvings": policy.room.halvings, "size": policy.room.size,
+            "metrics": tally.reduce(world)}  # fmt: skip
 
 
 def architecture_steps(world: World, out: Path, architecture: str, steps: int = 2, **settings):
@@ -219,9 +269,10 @@ def counted_step(world: World, out: Path, seed: int = 0, **settings):
         setattr(torch.distributed, name, counting(name))
     tally = Tally()
     completions = rollout(engine, prompts, 0, cfg, world)
-    reward = Reward("even", 1.0, lambda completion_ids, **_: [sum(i % 2 for i in ids) / 9 for ids in completion_ids])
-    scored = score([reward], prompts, completions, cfg.num_generations, tiny_tokenizer(), False, print)
-    table = gather(world, cfg, [reward], scored)
+    even = lambda completion_ids, **_: [sum(i % 2 for i in ids) / 9 for ids in completion_ids]  # noqa: E731
+    rewards = InProcess.of({"even": even})
+    scored = score(rewards, prompts, completions, cfg.num_generations, tiny_tokenizer(), False, print)
+    table = gather(world, cfg, rewards.rewards, scored, (False, False))
     advantages = advantages_of(table, cfg)
     plan = make_plan(cfg, prompts, table.lengths, advantages, world.size)
     batches = deliver(world, cfg, plan, prompts, completions, table, advantages, policy.even_block)
@@ -234,7 +285,16 @@ def counted_step(world: World, out: Path, seed: int = 0, **settings):
 
 JOBS: dict[str, Callable] = {
     job.__name__: job
-    for job in (injected_updates, free_rollout, poisoned_update, architecture_steps, collectives, counted_step)
+    for job in (
+        injected_updates,
+        free_rollout,
+        poisoned_update,
+        sealed_update,
+        crowded_updates,
+        architecture_steps,
+        collectives,
+        counted_step,
+    )
 }
 
 

@@ -78,10 +78,10 @@ def test_the_demo_applies_only_to_a_bare_command():
 
 @pytest.mark.parametrize("file", sorted(path.name for path in DEMO.parent.glob("*.yaml")))
 def test_every_config_file_loads_and_uses_shipped_rewards(file):
-    from grpo.rewards import load_rewards
+    from grpo.rewards.pool import open_rewards
 
-    cfg, _ = load_config(["--config", str(DEMO.parent / file)])
-    assert load_rewards(cfg)
+    cfg, _ = load_config(["--config", str(DEMO.parent / file), "--reward_workers", "0"])
+    assert len(open_rewards(cfg, print).rewards) == len(cfg.rewards) > 0
 
 
 def test_every_setting_is_documented_and_read():
@@ -171,5 +171,5 @@ def test_a_reward_that_always_fails_stops_the_run(model, tmp_path):
         "--rewards", json.dumps({f"{tmp_path}/mine.py:broken_reward": 1.0}), "--eval_data", "null", nproc=2,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "broken_reward failed: ZeroDivisionError" in done.stderr and "64 of 64 calls" in done.stderr
+    assert "broken_reward failed: ZeroDivisionError" in done.stderr and "64 of 64 completions" in done.stderr
     assert json.loads((tmp_path / "output" / "exit.json").read_text())["code"] == 2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from grpo.config import Config
 from grpo.data import Questions, load_questions
 from grpo.errors import UserError
-from grpo.prompts import Recipe, build, encode, fill, load_recipe, make_recipe, render, save_recipe
+from grpo.prompts import Recipe, build, encode, fill, load_recipe, make_recipe, recipe_text, render
 from grpo.types import Prompt
 from tests.tiny import tiny_tokenizer
 
@@ -117,7 +117,7 @@ def test_fill_leaves_other_braces_alone():
 
 def test_recipe_round_trip(tmp_path):
     recipe = Recipe(system_prompt="小明 'quoted' \"twice\"\n", chat=True, questions=["?"])
-    save_recipe(recipe, tmp_path / "recipe.json")
+    (tmp_path / "recipe.json").write_text(recipe_text(recipe))
     assert load_recipe(tmp_path / "recipe.json") == recipe
     (tmp_path / "recipe.json").write_text('{"unknown": 1}')
     with pytest.raises(UserError, match="not a prompt recipe"):

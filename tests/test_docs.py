@@ -4,6 +4,7 @@ Nothing here is started: commands in the README are read as the scripts would re
 """
 
 import ast
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -20,12 +21,14 @@ from grpo.config import Config, markdown_table
 from grpo.data import Questions, load_questions
 from grpo.distributed import World
 from grpo.evaluate import evaluate
-from grpo.metrics import MAXIMA, MEANS, SUMS, Tally
+from grpo.journal import Journal
+from grpo.metrics import COUNTS, MAXIMA, MEANS, SUMS, Tally
+from grpo.out_of_memory import Room
 from grpo.prompts import make_recipe
 from grpo.resume import FREE_TO_CHANGE
-from grpo.rewards import Reward, Sample, call, load_rewards
-from grpo.run import Run
-from grpo.scoring import rollout_metrics
+from grpo.rewards import Sample
+from grpo.rewards.calls import Call
+from grpo.rewards.pool import InProcess, open_rewards
 from grpo.types import FACTS, Completion, Counters, Prompt, Table
 from tests.launcher import PROJECT
 from tests.tiny import tiny_tokenizer
@@ -88,34 +91,34 @@ def test_exit_codes_are_named():
 class Answerer:
     """An engine that says one token."""
 
-    def generate(self, requests, sampling):
+    room = Room("rollout", "rollout_chunk_rows", "rows")
+
+    def generate(self, requests, sampling, pulse):
         one = np.ones(1)
         return [Completion(r.sample, one.astype(np.int32), one.astype(np.float32), "stop") for r in requests]
 
 
 def logged_keys(tmp_path) -> set[str]:
     """Every key that the code logs, NAME standing for a reward function's: real tables, and literals in the source."""
-    reward = Reward("mine.py:NAME", 1.0, lambda completions, **columns: [1.0])
+    rewards = InProcess.of({"mine.py:NAME": lambda completions, **columns: [1.0]})
     scores = np.ones((4, 1))
     facts = {name: np.ones(4) for name in FACTS}
-    keys = set(rollout_metrics(Table([reward.name], scores, scores[:, 0], facts, 2), np.ones(4), 10))
-
+    table = Table(["mine.py:NAME"], scores, scores[:, 0], facts, 2)
     prompt = Prompt(0, "2+2?", (1, 2), {})
     cfg = Config(output_dir=str(tmp_path / "output"), runs_dir=str(tmp_path / "runs"), run_name="r")
-    keys |= set(evaluate(Answerer(), Questions([prompt], 0), [reward], tiny_tokenizer(), cfg, ALONE, print))
+    keys = set(evaluate(Answerer(), Questions([prompt], 0), rewards, tiny_tokenizer(), cfg, ALONE, print))
 
     tally = Tally()
     for name in MEANS:
         tally.mean(name, 1.0, 1.0)
-    told = Run(cfg, ALONE)
-    table = {key: 1.0 for key in keys}
+    told = Journal(cfg, ALONE, tmp_path)
     for norms in ([], [1.0]):
-        policy = SimpleNamespace(counters=Counters(), last_lr=0.0)
-        keys |= set(told.log_step(1, 2, table, tally, norms, policy))
-    assert {*MEANS, *SUMS, *MAXIMA} <= keys
+        policy = SimpleNamespace(counters=Counters(), last_lr=0.0, room=Answerer.room, vocab_size=10)
+        keys |= set(told.log_step(1, 2, table, np.ones(4), tally, norms, policy, Answerer()))
+    assert {*MEANS, *SUMS, *COUNTS, *MAXIMA} <= keys
 
     source = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
-    literal = r"[\"']((?:reward|advantage|completions|clip|sampler_gap|guards|time|idle|eval)/[a-z_/]+)[\"']"
+    literal = r"[\"']((?:reward|advantage|completions|clip|sampler_gap|guards|time|save|idle|eval)/[a-z_/]+)[\"']"
     return keys | set(re.findall(literal, source))
 
 
@@ -178,6 +181,17 @@ def test_files_and_functions_named_in_prose_exist(name):
     for named, path in re.findall(r"`([\w.]+)(?:\([^`]*\))?` in `?(grpo/[\w/]+\.py)", text):
         for part in named.split("."):
             assert re.search(rf"\b{part}\b", (PROJECT / path).read_text(encoding="utf-8")), (named, path)
+
+
+def test_every_promise_names_its_test():
+    """And the test exists."""
+    promises = re.findall(r"^- (.+)$", section("What we promise, and how it is tested"), re.M)
+    assert len(promises) >= 15
+    for promise in promises:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", promise)
+        assert named, promise
+        for file, test in named:
+            assert f"def {test}(" in (PROJECT / file).read_text(encoding="utf-8"), (file, test)
 
 
 # --- commands
@@ -251,19 +265,21 @@ def test_the_examples_work(tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer()
     questions = load_questions(cfg, make_recipe(cfg, tokenizer), tokenizer)
     assert len(questions.items) == 3
-    rewards = {reward.name.rpartition(":")[2]: reward for reward in load_rewards(cfg)}
-    assert rewards["variety_reward"].sees_group and not rewards["shows_work_reward"].sees_group
+    rewards = open_rewards(dataclasses.replace(cfg, reward_workers=0), print)
+    index = {reward.short: k for k, reward in enumerate(rewards.rewards)}
+    sees_group = {reward.short: reward.sees_group for reward in rewards.rewards}
+    assert sees_group["variety_reward"] and not sees_group["shows_work_reward"]
 
     def scores(name, *pairs):
         samples = [Sample(questions.items[row].text, text, [1], questions.items[row].columns) for row, text in pairs]
-        values, failures = call(rewards[name], samples)
-        assert not failures
-        return values
+        [answer] = rewards.run(samples, [Call(index[name], tuple(range(len(samples))))], lambda: False)
+        assert not any(isinstance(outcome, str) for outcome in answer.outcomes)
+        return answer.outcomes
 
     assert scores("final_answer_reward", (0, "5, buys 3: 8\n#### 6")) == [1.0]
     assert scores("shows_work_reward", (0, "#### 6")) == [0.0]
     assert scores("two_digits_reward", (2, "2, wins 9: 11, loses 1: 10\n#### 10")) == [1.0]
-    assert np.isnan(scores("two_digits_reward", (0, "#### 6"))).all()
+    assert scores("two_digits_reward", (0, "#### 6")) == [None]
     assert scores("variety_reward", (0, "a"), (0, "a"), (0, "b")) == [0.5, 0.5, 1.0]
 
 

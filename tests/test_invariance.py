@@ -70,6 +70,12 @@ def jobs_of(world_size: int) -> dict[tuple[str, str], tuple[str, dict]]:
         for backend, how in {**BACKENDS, "deterministic": {"deterministic": True}}.items():
             for rank in (0, 1):
                 jobs["poison", f"{backend}, rank {rank}"] = ("poisoned_update", {"rank": rank, **how})
+        jobs |= {("seal", name): ("sealed_update", {"rank": 1, **how}) for name, how in BACKENDS.items()}
+        for where in ("loss", "backward"):
+            for name, how in {"ddp": {}, "deterministic": {"deterministic": True}}.items():
+                jobs["crowded", f"{name}, {where}"] = (
+                    "crowded_updates", {"name": f"crowded {name} {where}", "where": where, **how},
+                )  # fmt: skip
         jobs |= {("count", name): ("counted_step", how) for name, how in COUNTED.items()}
     if world_size == 3:
         jobs["world", "methods"] = ("collectives", {})
@@ -234,6 +240,30 @@ def test_a_nan_on_one_rank_skips_the_update_on_all(results, backend, rank):
         assert seen["norms"] == [] and seen["skipped"] == 1
         assert seen["in_a_row"] == 0 and seen["later"] != seen["after"], "training did not go on"
     assert ranks[0]["later"] == ranks[1]["later"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_flipped_bit_is_found_by_the_rank_that_holds_it(results, backend):
+    """Every tensor that a rank holds, weights and optimizer state; nothing else is taken for a flipped bit."""
+    first, second = results(2)["seal", backend][0]
+    assert first["untouched"] is first["other"] is second["untouched"] is second["other"] is None
+    assert first["found"] == {} and first["changed"] >= first["sealed"] - 1, "an update changes what is sealed"
+    assert second["found"] == {name: name for name in second["found"]}
+    words = " ".join(second["found"])
+    assert len(second["found"]) >= 4 and "exp_avg" in words and "exp_avg_sq" in words
+
+
+@pytest.mark.parametrize("where", ["loss", "backward"])
+@pytest.mark.parametrize("mode", ["ddp", "deterministic"])
+def test_out_of_memory_on_one_rank_changes_nothing_but_its_micro_batches(results, mode, where):
+    """Halved and tried again, from the start of the update: same weights, same metrics, and the size is remembered."""
+    (first, second), weights = results(2)["crowded", f"{mode}, {where}"]
+    assert distance(results(1)["update", "ddp"][1], weights) < 1e-3
+    assert first["halvings"] == 0 and 1 <= second["halvings"] <= 3 and second["size"] <= 32
+    plain = results(2)["update", "ddp"][0][0]["metrics"]
+    keys = {key for key in plain if not key.startswith(("time/", "idle/"))}
+    assert {k: first["metrics"][k] for k in keys} == pytest.approx({k: plain[k] for k in keys}, rel=1e-3, abs=1e-5)
+    assert first["sha256"] == second["sha256"]
 
 
 def test_collectives(results):

@@ -238,3 +238,42 @@ def test_exit_code_of_real_workers(tmp_path, case):
     assert done.returncode == expected, done.stderr
     assert "Traceback" not in done.stderr
     assert ("rank 1 was ended by signal 9" in done.stderr) == (case == "killed")
+
+
+STARTED = "starts = len(open({log!r}).readlines())\nsave = lambda n: os.makedirs({out!r} + f'/checkpoint_{{n}}')\n"
+LIVES = {
+    # Killed twice, each time after a new checkpoint; then done.
+    "killed, with progress": ("if starts < 3: save(starts); os.kill(os.getpid(), 9)", 0, 3),
+    "stalled, with progress": ("if starts < 3: save(starts); tell(74); os._exit(74)", 0, 3),
+    # The second life saves nothing: what killed it would kill it again.
+    "no progress": ("if starts == 1: save(5)\nos.kill(os.getpid(), 9)", 128 + 9, 2),
+    "no more restarts": ("save(starts)\nos.kill(os.getpid(), 9)", 128 + 9, 3),
+    "a setting to mend": ("save(starts)\ntell(2); sys.exit(2)", 2, 1),
+    "diverged": ("save(starts)\ntell(76); sys.exit(76)", 76, 1),
+    "asked to stop": (
+        "save(starts)\nimport signal; signal.signal(15, lambda *_: None); os.kill(os.getppid(), 15)\n"
+        "time.sleep(1); tell(75); sys.exit(75)",
+        75,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LIVES)
+def test_a_killed_or_stalled_run_is_started_again_while_it_gets_on(tmp_path, case):
+    """Real torchrun, one worker whose lives are scripted; `starts` counts them."""
+    code, expected, lives = LIVES[case]
+    out, log, worker = tmp_path / "out", tmp_path / "starts", tmp_path / "worker.py"
+    out.mkdir()
+    worker.write_text(
+        f"import os, sys, time\nopen({str(log)!r}, 'a').write('x\\n')\n"
+        f"def tell(code): open({str(out / 'exit.json')!r}, 'w').write('{{\"code\": %d}}' % code)\n"
+        + STARTED.format(log=str(log), out=str(out))
+        + code
+    )
+    torchrun = [sys.executable, PROJECT / "launch" / "torchrun.py", "--restarts", "2", "--standalone"]
+    settings = ["--model", "m", "--data", "d", "--rewards", '{"r": 1}', "--output_dir", out]
+    command = [*torchrun, "--nproc_per_node=1", worker, *settings]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert (done.returncode, len(log.read_text().splitlines())) == (expected, lives), done.stderr
+    assert done.stderr.count("starting it again") == lives - 1

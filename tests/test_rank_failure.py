@@ -10,8 +10,8 @@ import time
 import pytest
 
 from grpo.errors import UserError
-from grpo.liveness import OutputLock
-from tests.launcher import PROJECT, environment, run_script
+from grpo.startup import OutputLock
+from tests.launcher import PROJECT, environment, patched_train, run_script
 
 FAST = ("--eval_data", "null", "--max_generate_length", "8", "--save_steps", "0")
 SABOTAGE = """
@@ -26,16 +26,13 @@ def annotate(self, batches):
     return plain(self, batches)
 
 Policy.annotate = annotate
-
-def zero_reward(completions, **columns):
-    return [float(len(text) % 3) for text in completions]
 """
 
 
 def sabotage(tmp_path, act):
-    (tmp_path / "mine.py").write_text(SABOTAGE.format(act=act))
-    rewards = json.dumps({f"{tmp_path}/mine.py:zero_reward": 1.0})
-    return ("--rewards", rewards, "--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"), *FAST)
+    """The script and its settings."""
+    script = patched_train(tmp_path, SABOTAGE.format(act=act))
+    return script, "--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"), *FAST
 
 
 def processes_of(folder):
@@ -61,7 +58,7 @@ def processes_of(folder):
 )
 def test_a_failing_rank_ends_the_job_with_its_name(tmp_path, act, said):
     began = time.monotonic()
-    done = run_script("train.py", *sabotage(tmp_path, act), nproc=2, timeout=120)
+    done = run_script(*sabotage(tmp_path, act), nproc=2, timeout=120)
     assert done.returncode != 0 and said in done.stderr
     assert processes_of(tmp_path) == []
     assert time.monotonic() - began < 90, "start-up included; the promise is 60 s from the failure"
@@ -69,7 +66,7 @@ def test_a_failing_rank_ends_the_job_with_its_name(tmp_path, act, said):
 
 def start_training(tmp_path, act="time.sleep(600)"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(PROJECT / "train.py"), *sabotage(tmp_path, act)]
+    command += sabotage(tmp_path, act)
     return subprocess.Popen(
         command, cwd=PROJECT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -97,7 +94,7 @@ def test_workers_die_with_their_launcher_and_let_go_of_the_folder(tmp_path):
 
 def test_a_relaunch_waits_for_a_dying_predecessor(tmp_path):
     """The holder lets go after a second: the next one says that it waits, and then has the folder."""
-    code = "import sys, time; from pathlib import Path; from grpo.liveness import OutputLock\n"
+    code = "import sys, time; from pathlib import Path; from grpo.startup import OutputLock\n"
     code += "lock = OutputLock(Path(sys.argv[1]), print); print('held', flush=True); time.sleep(1.5)"
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], cwd=PROJECT, env=environment(), stdout=subprocess.PIPE, text=True
@@ -110,17 +107,11 @@ def test_a_relaunch_waits_for_a_dying_predecessor(tmp_path):
 
 def test_ranks_that_mean_different_runs_are_refused(tmp_path):
     """Rank 1 gets another learning rate: both stop before training, the setting and the rank are named."""
-    (tmp_path / "start.py").write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(PROJECT)!r})\n"
-        "import train\nfrom grpo.command_line import load_config\nfrom grpo.launch import run_main\n"
-        "extra = ['--lr', '0.5'] if os.environ['RANK'] == '1' else []\n"
-        "sys.exit(run_main(train.train, load_config, sys.argv[1:] + extra))\n"
-    )
+    script = patched_train(tmp_path, "import os\nif os.environ['RANK'] == '1':\n    sys.argv += ['--lr', '0.5']")
     settings = ("--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"), *FAST)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, str(tmp_path / "start.py"), *settings],
+        [*command, script, *settings],
         cwd=PROJECT, env=environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode != 0 and "ranks disagree about lr: rank 1 differs from rank 0" in done.stderr

@@ -1,7 +1,10 @@
 """Reward functions: golden rows, how they are called, what happens when they misbehave."""
 
+import contextlib
+import datetime
 import json
 import math
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,12 @@ from hypothesis import strategies as st
 import reward_func
 from grpo.config import Config
 from grpo.errors import UserError
-from grpo.rewards import Reward, Sample, call, combine, load_rewards
-from grpo.scoring import check_failures, score
-from grpo.types import Completion, Prompt
+from grpo.rewards import Failure, Sample
+from grpo.rewards.calls import Call
+from grpo.rewards.pool import InProcess, open_rewards
+from grpo.rewards.protocol import Splitter, cut, dump, frame, load
+from grpo.scoring import FAILED, LATE, check_failures, combine, rollout_metrics, score
+from grpo.types import FACTS, Completion, Prompt, Table
 from tests.tiny import tiny_tokenizer
 
 GOLDEN = [
@@ -47,7 +53,9 @@ def sample(text="hi", **columns):
 
 
 def one(function, **how):
-    return call(Reward("f", 1.0, function), [sample(**how)])
+    """The outcome of one call, in this process."""
+    [answer] = InProcess.of({"f": function}).run([sample(**how)], [Call(0, (0,))], lambda: False)
+    return answer.outcomes[0]
 
 
 def test_functions_get_prompts_completions_ids_and_columns():
@@ -57,36 +65,48 @@ def test_functions_get_prompts_completions_ids_and_columns():
         seen.update(prompts=prompts, completions=completions, ids=completion_ids, answer=answer, level=level)
         return [1]
 
-    assert one(function, level=3) == ([1.0], [])
+    assert one(function, level=3) == 1.0
     assert seen == {"prompts": ["question"], "completions": ["hi"], "ids": [[1, 2]], "answer": ["4"], "level": [3]}
 
 
 def test_none_means_not_applicable():
-    values, failures = one(lambda completions, **columns: [None])
-    assert math.isnan(values[0]) and failures == []
+    assert one(lambda completions, **columns: [None]) is None
 
 
 def exits(**columns):
     raise ValueError("no such key")
 
 
+MISBEHAVIOUR = {
+    "exception": (exits, "ValueError: no such key"),
+    "nan": (lambda **c: [float("nan")], "finite"),
+    "inf": (lambda **c: [float("inf")], "finite"),
+    "wrong length": (lambda **c: [1.0, 2.0], "returned 2 scores for 1"),
+    "bare number": (lambda **c: 1.0, "returned float"),
+    "text": (lambda **c: ["good"], "'good'"),
+    "string": (lambda **c: "1", "returned str"),
+    "none": (lambda **c: None, "returned NoneType"),
+    "too large": (lambda **c: [1e308], "between -1e+100 and 1e+100"),
+    "huge integer": (lambda **c: [10**400], "expected a number or None"),
+    "array of arrays": (lambda **c: np.zeros((1, 2)), "expected a number or None"),
+}
+
+
+@pytest.mark.parametrize("kind", MISBEHAVIOUR)
+def test_misbehaviour_is_reported_with_name_and_sample(kind):
+    function, said = MISBEHAVIOUR[kind]
+    reason = one(function, text="the culprit")
+    assert isinstance(reason, str) and said in reason
+    shown = str(Failure("f", reason, sample("the culprit")))
+    assert said in shown and "reward f " in shown and "the culprit" in shown
+
+
 @pytest.mark.parametrize(
-    "function, said",
-    [
-        (exits, "ValueError: no such key"),
-        (lambda **c: [float("nan")], "finite"),
-        (lambda **c: [float("inf")], "finite"),
-        (lambda **c: [1.0, 2.0], "returned 2 scores for 1"),
-        (lambda **c: 1.0, "returned float"),
-        (lambda **c: ["good"], "'good'"),
-        (lambda **c: "1", "returned str"),
-    ],
-    ids=["exception", "nan", "inf", "wrong length", "bare number", "text", "string"],
+    "score, value", [(True, 1.0), (np.float32(0.5), 0.5), (np.int64(2), 2.0), ("2", 2.0), (1e100, 1e100), (-3, -3.0)]
 )
-def test_misbehaviour_is_reported_with_name_and_sample(function, said):
-    values, [failure] = one(function, text="the culprit")
-    assert math.isnan(values[0])
-    assert said in str(failure) and "reward f " in str(failure) and "the culprit" in str(failure)
+def test_what_counts_as_a_number(score, value):
+    assert one(lambda **c: [score]) == one(lambda **c: (score,)) == value
+    assert one(lambda **c: np.array([score], dtype=object)) == value
 
 
 def test_combine_ignores_what_does_not_apply():
@@ -119,32 +139,132 @@ def test_calls_are_single_rows_or_whole_groups_in_order():
     group.sees_group = True
     prompts, rows = completions(6, 3)
     rows = [rows[i] for i in (4, 0, 2, 5, 1, 3)]  # sample order must not depend on the order of arrival
-    scored = score([Reward("s", 1, single), Reward("g", 1, group)], prompts, rows, 3, tiny_tokenizer(), False, print)
+    scored = score(InProcess.of({"s": single, "g": group}), prompts, rows, 3, tiny_tokenizer(), False, print)
     assert sorted(calls["single"]) == [["q0"]] * 3 + [["q1"]] * 3
     assert sorted(calls["group"]) == [(["q0"] * 3, [[5], [6], [7]]), (["q1"] * 3, [[8], [9], [10]])]
     assert scored.scores[:, 1].tolist() == [1.0, 0.0, 2.0, 2.0, 1.0, 0.0]
 
 
-def test_failures_are_counted_per_completion_and_reported_three_times():
+def test_failures_are_counted_per_completion_and_reported_three_times_a_function():
     said: list[str] = []
     prompts, rows = completions(6, 3)
-    scored = score([Reward("bad", 1, exits)], prompts, rows, 3, tiny_tokenizer(), False, said.append)
-    assert scored.failed.tolist() == [1.0] * 6 and np.isnan(scored.scores).all() and len(said) == 3
+    both = InProcess.of({"bad": exits, "fine": lambda completions, **columns: [1.0], "worse": lambda **columns: None})
+    scored = score(both, prompts, rows, 3, tiny_tokenizer(), False, said.append)
+    assert scored.faults.tolist() == [[FAILED, 0.0, FAILED]] * 6
+    assert np.isnan(scored.scores[:, [0, 2]]).all() and (scored.scores[:, 1] == 1).all()
+    assert [line.split()[1] for line in said] == ["bad"] * 3 + ["worse"] * 3
 
 
-def test_too_many_failures_stop_the_run():
+def test_a_request_to_stop_is_no_failure():
+    prompts, rows = completions(6, 3)
+    beats = iter([False, False, True, True])
+    one_only = InProcess.of({"fine": lambda completions, **columns: [1.0]})
+    scored = score(one_only, prompts, rows, 3, tiny_tokenizer(), False, print, lambda: next(beats))
+    assert np.isnan(scored.scores[:, 0]).tolist() == [False] * 2 + [True] * 4 and not scored.faults.any()
+
+
+def test_too_many_failures_of_one_function_stop_the_run():
     cfg = Config(max_reward_failures=0.2)
-    check_failures(cfg, 2, 10, ["f"])
-    with pytest.raises(UserError, match="3 of 10 calls of f failed"):
-        check_failures(cfg, 3, 10, ["f"])
+    faults = np.zeros((10, 2))
+    faults[:2] = FAILED  # of each function, as many as are allowed
+    check_failures(cfg, faults, ["f", "my.py:g"])
+    faults[2, 1] = LATE
+    with pytest.raises(UserError, match=r"my.py:g failed on 3 of 10 completions in one step, 1 of them for want"):
+        check_failures(cfg, faults, ["f", "my.py:g"])
 
 
-def test_loading_by_name_and_by_file(tmp_path):
+def test_failures_and_timeouts_are_metrics():
+    facts = {name: np.ones(4) for name in FACTS} | {"faults of my.py:g": np.array([0.0, FAILED, LATE, LATE])}
+    metrics = rollout_metrics(Table(["my.py:g"], np.ones((4, 1)), np.ones(4), facts, 2), np.ones(4), 10)
+    assert (metrics["reward/g/failures"], metrics["reward/g/timeouts"]) == (0.75, 0.5)
+
+
+# --- how values travel to a worker and back
+
+
+NO_FOLD = (st.datetimes() | st.times()).map(lambda when: when.replace(fold=0))
+TIMES = NO_FOLD | st.dates() | st.timedeltas()
+NUMBERS = st.integers(-(10**30), 10**30) | st.floats() | st.decimals(allow_nan=False)
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TIMES | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(JSON)
+def test_columns_arrive_as_they_were(value):
+    assert repr(load(dump(value))) == repr(value)  # repr: NaN is not equal to itself, -0.0 is to 0.0
+
+
+@given(st.lists(st.binary(max_size=40), max_size=6), st.integers(1, 7))
+def test_frames_survive_any_cutting(parts, size):
+    stream = b"".join(map(frame, parts))
+    splitter, found = Splitter(40), []
+    for at in range(0, len(stream), size):
+        splitter.feed(stream[at : at + size])
+        while (one_more := splitter.next()) is not None:
+            found.append(one_more)
+    assert found == parts == cut(stream)
+
+
+def test_frames_have_a_longest():
+    splitter = Splitter(3)
+    splitter.feed(frame(b"four"))
+    with pytest.raises(ValueError, match="4 bytes, allowed are 3"):
+        splitter.next()
+
+
+MINE = """
+import datetime
+from decimal import Decimal
+
+
+def column_reward(completions, when, price, blob, **columns):
+    fine = isinstance(when[0], datetime.datetime) and price[0] == Decimal("0.10") and blob[0] == b"x"
+    blob.clear()
+    return [float(fine)]
+
+
+def array_reward(completions, **columns):
+    import numpy
+    return numpy.array([len(text) for text in completions])
+
+
+def spread_reward(completions, **columns):
+    return [0] * len(completions)
+
+
+spread_reward.sees_group = True
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("def short_reward(completions, **columns):\n    return [len(c) for c in completions]\n")
-    [ours, theirs] = load_rewards(Config(rewards={"mark_reward": 0.5, f"{file}:short_reward": 2.0}))
-    assert ours.function is reward_func.mark_reward and ours.weight == 0.5
-    assert call(theirs, [sample("abc")])[0] == [3.0]
+    file.write_text(MINE)
+    return file
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_by_name_and_by_file_and_calling(mine, workers):
+    names = {"mark_reward": 0.5, f"{mine}:column_reward": 2.0, f"{mine}:array_reward": 1.0}
+    rich = sample(when=datetime.datetime(2024, 1, 2), price=Decimal("0.10"), blob=b"x")
+    with contextlib.closing(open_rewards(Config(rewards=names, reward_workers=workers), print)) as pool:
+        assert [(reward.short, reward.weight) for reward in pool.rewards] == [
+            ("mark_reward", 0.5), ("column_reward", 2.0), ("array_reward", 1.0),
+        ]  # fmt: skip
+        assert pool.rewards[0].source.startswith("def mark_reward(")
+        calls = [Call(0, (0,)), Call(1, (0,)), Call(2, (0,)), Call(1, (0,))]
+        answers = [answer.outcomes for answer in pool.run([rich], calls, lambda: False)]
+    assert answers == [[0.0], [1.0], [2.0], [1.0]]
+
+
+def test_a_column_that_cannot_travel_is_its_samples_failure(mine):
+    samples = [sample("ab"), sample("abc", picture=object()), sample("abcd")]
+    with contextlib.closing(open_rewards(Config(rewards={f"{mine}:array_reward": 1.0}), print)) as pool:
+        answers = [a.outcomes[0] for a in pool.run(samples, [Call(0, (i,)) for i in range(3)], lambda: False)]
+    assert answers == [2.0, "a value of type object cannot be passed to a reward worker", 4.0]
 
 
 @pytest.mark.parametrize(
@@ -156,14 +276,16 @@ def test_loading_by_name_and_by_file(tmp_path):
 )
 def test_unknown_rewards_are_refused(name, said):
     with pytest.raises(UserError, match=said):
-        load_rewards(Config(rewards={name: 1.0}))
+        open_rewards(Config(rewards={name: 1.0}), print)
 
 
-def test_group_rewards_need_whole_groups_in_a_chunk(tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text("def spread_reward(completions, **columns):\n    return [0] * len(completions)\n\n\n"
-                    "spread_reward.sees_group = True\n")  # fmt: skip
-    names = {f"{file}:spread_reward": 1.0}
-    assert load_rewards(Config(rewards=names, num_generations=8, rollout_chunk_rows=8))[0].sees_group
+def test_group_rewards_need_whole_groups_in_a_chunk(mine):
+    names = {f"{mine}:spread_reward": 1.0}
+    with contextlib.closing(
+        open_rewards(Config(rewards=names, num_generations=8, rollout_chunk_rows=8), print)
+    ) as pool:
+        assert pool.rewards[0].sees_group
+        [answer] = pool.run([sample(), sample()], [Call(0, (0, 1))], lambda: False)
+        assert answer.outcomes == [0.0, 0.0]
     with pytest.raises(UserError, match="sees whole groups of 8"):
-        load_rewards(Config(rewards=names, num_generations=8, rollout_chunk_rows=7))
+        open_rewards(Config(rewards=names, num_generations=8, rollout_chunk_rows=7), print)

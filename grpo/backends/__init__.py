@@ -56,6 +56,12 @@ class Backend(Protocol):
         A norm that is not finite means that weights and moments are unchanged, on every rank.
         """
 
+    def forget(self) -> None:
+        """Drop the gradients added since the last step. Only where `even_work` is False."""
+
+    def held(self) -> Iterable[tuple[str, Tensor]]:
+        """What this rank keeps in memory between updates: weights (or its shard of them) and optimizer state."""
+
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """Stream the current weights, whole tensors. Every rank must iterate to the end."""
 

@@ -75,6 +75,19 @@ class Replicated:
             for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
+    def forget(self) -> None:
+        """Drop gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.fixed is not None:
+            self.fixed.clear()
+
+    def held(self) -> Iterable[tuple[str, Tensor]]:
+        """Weights and moments."""
+        for name, parameter in self.parameters.items():
+            yield name, parameter.detach()
+            for moment in MOMENTS if parameter in self.optimizer.state else ():
+                yield f"{moment} of {name}", self.optimizer.state[parameter][moment]
+
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """Stream the current weights."""
         for name, parameter in self.parameters.items():
@@ -130,8 +143,12 @@ class FixedPointSum:
             gradient = (total.double() / self.SCALE).float().view_as(parameter)
             assert parameter.grad is not None
             parameter.grad.copy_(gradient * torch.nan if poisoned else gradient)
+        self.clear()
+
+    def clear(self) -> None:
+        """Start anew."""
+        for total in [*self.sums, self.poison]:
             total.zero_()
-        self.poison.zero_()
 
 
 def trainable(scorer: Scorer) -> dict[str, nn.Parameter]:

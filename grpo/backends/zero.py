@@ -170,6 +170,20 @@ class Zero:
         norm = float(self.engine.get_global_grad_norm())
         return math.nan if self.optimizer.overflow or norm < 0 else norm
 
+    def forget(self) -> None:
+        """Never asked for: backward is a collective here."""
+        raise NotImplementedError("gradients of a sharded backend cannot be dropped by one rank")
+
+    def held(self) -> Iterable[tuple[str, Tensor]]:
+        """Weights, or this rank's shards, the flat fp32 masters, and the optimizer state beside them."""
+        for name, parameter in self.parameters.items():
+            yield name, (getattr(parameter, "ds_tensor") if self.stage == 3 else parameter).detach()  # noqa: B009
+        inner = self.optimizer if self.stage == 0 else self.optimizer.optimizer
+        for i, (flat, state) in enumerate(inner.state.items()):
+            if self.stage > 0:
+                yield f"master weights, part {i}", flat.detach()
+            yield from ((f"{moment}, part {i}", state[moment]) for moment in MOMENTS if moment in state)
+
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """Stream the current weights, under stage 3 gathered one parameter at a time."""
         for name, parameter in self.parameters.items():

@@ -2,8 +2,8 @@
 
 An engine is a class with two methods:
 
-    load_weights(weights)         take the policy's tensors, a stream of (name, tensor), once per rollout
-    generate(requests, sampling)  sample one completion for each request, in their order
+    load_weights(weights)                take the policy's tensors, a stream of (name, tensor), once per rollout
+    generate(requests, sampling, pulse)  sample one completion for each request, in their order
 
 `native.py` is ours, on transformers' models; another engine (vLLM) is another file with the same two.
 
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from grpo.config import Config
 from grpo.distributed import World
+from grpo.out_of_memory import Room
 from grpo.rollout.sampling import Sampling, sampling_of
-from grpo.types import Completion, Prompt
+from grpo.types import Completion, Prompt, Pulse
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,14 @@ class Request:
 class Engine(Protocol):
     """What samples completions."""
 
+    room: Room
+    """How many rows fit into memory at once."""
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take the policy's current weights."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """Sample one completion for each request."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling, pulse: Pulse) -> list[Completion]:
+        """Sample one completion for each request, in their order; fewer when `pulse` says to stop."""
 
 
 def cut_chunks(num_prompts: int, num_generations: int, chunk_rows: int) -> list[list[int]]:
@@ -70,10 +74,15 @@ def requests_of(chunk: list[int], prompts: Sequence[Prompt], num_generations: in
     ]
 
 
-def rollout(engine: Engine, prompts: Sequence[Prompt], step: int, cfg: Config, world: World) -> list[Completion]:
-    """Sample this rank's share of a step's completions: chunk after chunk, until none is left."""
+def rollout(
+    engine: Engine, prompts: Sequence[Prompt], step: int, cfg: Config, world: World, pulse: Pulse = lambda: False
+) -> list[Completion]:
+    """Sample this rank's share of a step's completions: chunk after chunk, until none is left or `pulse` says stop."""
     chunks = cut_chunks(len(prompts), cfg.num_generations, cfg.rollout_chunk_rows)
     completions: list[Completion] = []
     for i in world.deal(len(chunks)):
-        completions += engine.generate(requests_of(chunks[i], prompts, cfg.num_generations, step), sampling_of(cfg))
+        requests = requests_of(chunks[i], prompts, cfg.num_generations, step)
+        completions += engine.generate(requests, sampling_of(cfg), pulse)
+        if pulse():
+            break
     return completions

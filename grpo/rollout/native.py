@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from grpo.models import arithmetic
+from grpo.out_of_memory import Room, ran_out
 from grpo.rollout import Request
 from grpo.rollout.randomness import uniforms
 from grpo.rollout.sampling import Draw, Sampling, draw
-from grpo.types import Completion
+from grpo.types import Completion, Pulse
 
 LEAVE_SHARE = 1 / 8  # finished rows leave once they are this share of the batch: leaving copies the cache
 
@@ -32,6 +33,7 @@ class NativeEngine:
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.dtype = dtype
+        self.room = Room("rollout", "rollout_chunk_rows", "rows")
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy the tensors that are not already ours."""
@@ -45,16 +47,35 @@ class NativeEngine:
         self,
         requests: Sequence[Request],
         sampling: Sampling,
+        pulse: Pulse = lambda: False,
         on_tokens: Callable[[list[tuple[int, int]]], None] | None = None,
     ) -> list[Completion]:
-        """Sample one completion for each request; `on_tokens` sees (sample, token id) pairs as they come."""
+        """Sample one completion for each request; `on_tokens` sees (sample, token id) pairs as they come.
+
+        When `pulse` says so, the rest is left: completions are cut, and some requests have none. Where memory does
+        not suffice, requests are taken in smaller parts. Raises OutOfMemory when even one is too much.
+        """
         was_training = self.model.training
         self.model.eval()
+        completions: list[Completion] = []
         try:
-            with arithmetic(self.dtype, self.model.device):
-                return self._generate(list(requests), sampling, on_tokens)
+            while len(completions) < len(requests) and not pulse():
+                part = list(requests[len(completions) :])
+                part = part[: self.room.part(len(part))]
+                try:
+                    with arithmetic(self.dtype, self.model.device):
+                        completions += self._generate(part, sampling, pulse, on_tokens)
+                    self.room.fitted()
+                    continue
+                except (RuntimeError, MemoryError) as error:
+                    if not ran_out(error):
+                        raise
+                longest = max(len(request.prompt_ids) for request in part)
+                shape = f"{len(part)} rows of up to {longest} + {self.max_new_tokens} tokens"
+                self.room.halve(len(part), smallest=len(part) == 1, shape=shape)
         finally:
             self.model.train(was_training)
+        return completions
 
     def _prefill(self, requests: list[Request]) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
         """Compute each distinct prompt once: logits [B, V], cache of B rows, mask [B, Lp + new], next position [B]."""
@@ -88,6 +109,7 @@ class NativeEngine:
         self,
         requests: list[Request],
         sampling: Sampling,
+        pulse: Pulse,
         on_tokens: Callable[[list[tuple[int, int]]], None] | None,
     ) -> list[Completion]:
         logits, cache, mask, position = self._prefill(requests)
@@ -112,7 +134,7 @@ class NativeEngine:
                 on_tokens([(requests[row].sample, token) for row, token, here in pairs if here])
             done = done | stopped | ~drawn.finite
             num_done = int(done.sum())
-            if num_done == len(rows) or t + 1 == self.max_new_tokens:
+            if num_done == len(rows) or t + 1 == self.max_new_tokens or pulse():
                 break
             token_ids = drawn.token_ids
             if num_done >= max(1, LEAVE_SHARE * len(rows)):

@@ -1,0 +1,99 @@
+"""Calls and answers, and how they travel between the trainer and a warden."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.rewards import Sample
+from grpo.rewards.functions import LARGEST, MAX_REASON, Outcome
+from grpo.rewards.protocol import dump, frame, load
+from grpo.rewards.warden import ANSWER, LATE
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the k-th function, on one row or on a group of rows."""
+
+    k: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call gave: an outcome for each of its rows, a str being the reason why there is no score."""
+
+    outcomes: list[Outcome]
+    timeout: bool = False
+
+
+class Packed:
+    """Samples as they travel; those of one prompt share its columns."""
+
+    def __init__(self, samples: Sequence[Sample]):
+        self.rows = [_dump([sample.completion, sample.token_ids]) for sample in samples]
+        self.prompts: list[bytes | str] = []
+        self.prompt_of: list[int] = []
+        known: dict[tuple[int, int], int] = {}
+        for sample in samples:
+            key = (id(sample.columns), id(sample.prompt))
+            if key not in known:
+                known[key] = len(self.prompts)
+                self.prompts.append(_dump([sample.prompt, sample.columns]))
+            self.prompt_of.append(known[key])
+
+    def problem(self, rows: Sequence[int]) -> str | None:
+        """Why these rows cannot travel, if so."""
+        parts = [part for row in rows for part in (self.prompts[self.prompt_of[row]], self.rows[row])]
+        return next((part for part in parts if isinstance(part, str)), None)
+
+    def request(self, calls: Sequence[Call]) -> tuple[dict[str, Any], bytes]:
+        """Header and body that let a worker make these calls."""
+        rows = sorted({row for one in calls for row in one.rows})
+        prompts = sorted({self.prompt_of[row] for row in rows})
+        row_at = {row: at for at, row in enumerate(rows)}
+        prompt_at = {prompt: at for at, prompt in enumerate(prompts)}
+        header = {
+            "calls": [[one.k, [row_at[row] for row in one.rows]] for one in calls],
+            "num_prompts": len(prompts),
+            "prompt_of": [prompt_at[self.prompt_of[row]] for row in rows],
+        }
+        parts = [self.prompts[prompt] for prompt in prompts] + [self.rows[row] for row in rows]
+        return header, b"".join(frame(part) for part in parts if isinstance(part, bytes))
+
+
+def read_answer(said: bytes, current: Call) -> Answer:
+    """An answer from its bytes; a worker may have written anything.
+
+    >>> read_answer(b"A[1.0,null]", Call(0, (4, 5))).outcomes
+    [1.0, None]
+    >>> read_answer(b"A[1e400]", Call(0, (4,))).outcomes
+    ['its worker gave something that is no answer']
+    """
+    kind, payload = said[:1], said[1:]
+    if kind != ANSWER:
+        return Answer([payload.decode("utf-8", "replace")[:MAX_REASON]] * len(current.rows), kind == LATE)
+    try:
+        outcomes = load(payload)
+    except (ValueError, RecursionError):
+        outcomes = None
+    if isinstance(outcomes, str):
+        return failed(current, outcomes[:MAX_REASON])
+    if isinstance(outcomes, list) and len(outcomes) == len(current.rows) and all(map(_is_outcome, outcomes)):
+        return Answer([one[:MAX_REASON] if isinstance(one, str) else one for one in outcomes])
+    return failed(current, "its worker gave something that is no answer")
+
+
+def _dump(value: Any) -> bytes | str:
+    try:
+        return dump(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        return str(error)[:MAX_REASON]
+
+
+def _is_outcome(value: Any) -> bool:
+    return value is None or isinstance(value, str) or (isinstance(value, float) and abs(value) <= LARGEST)
+
+
+def failed(current: Call, reason: str) -> Answer:
+    """No score for any of its rows."""
+    return Answer([reason] * len(current.rows))

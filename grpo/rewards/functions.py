@@ -1,0 +1,133 @@
+"""One reward function: importing it, one call, what counts as a score. Runs in the worker; plain Python only.
+
+The file is imported from the text that was read when the run started: a worker that is replaced in the middle of a
+run runs the same function, whatever has been written to the file since.
+"""
+
+import importlib.abc
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+RewardFunction = Callable[..., Sequence[float | None]]
+Outcome = float | str | None  # a score, why there is none, or "does not apply"
+
+LARGEST = 1e100  # squares and weighted sums of scores stay finite
+MAX_REASON = 300  # characters
+
+
+class _Kept(importlib.abc.InspectLoader):
+    """Imports a file from its text as it was when the run started."""
+
+    def __init__(self, path: str, text: str):
+        self.path, self.text = path, text
+
+    def get_source(self, fullname: str) -> str:
+        return self.text
+
+    def get_code(self, fullname: str) -> Any:
+        return self.source_to_code(self.text, self.path)
+
+    def get_filename(self, fullname: str) -> str:
+        return self.path
+
+    def is_package(self, fullname: str) -> bool:
+        return False
+
+
+def load_module(module_name: str, path: str, text: str) -> ModuleType:
+    """Import the file. Raises whatever it raises."""
+    spec = importlib.util.spec_from_file_location(module_name, path, loader=_Kept(path, text))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # as an import would: dataclasses and pickling look there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def find(module: ModuleType, function: str) -> RewardFunction | str:
+    """The function, or what the file has instead."""
+    found = getattr(module, function, None)
+    if callable(found):
+        return found
+    names = sorted(n for n, value in vars(module).items() if n.endswith("reward") and callable(value))
+    return f"has no function {function!r}. It has: {', '.join(names)}."
+
+
+def describe(function: RewardFunction, name: str) -> dict[str, Any]:
+    """The marks of a function, and its text for the run's fingerprint."""
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):  # a callable object, or made on the fly
+        source = name
+    marks = {mark: bool(getattr(function, mark, False)) for mark in ("sees_group", "runs_code")}
+    return {**marks, "source": source}
+
+
+def call(
+    function: RewardFunction, prompts: list[Any], completions: list[Any], token_ids: list[list[int]],
+    columns: dict[str, list[Any]],
+) -> list[Outcome]:  # fmt: skip
+    """Score completions in one call: an outcome each. Lets through what is no Exception, such as SystemExit."""
+    kept = {key: values for key, values in columns.items() if key not in ("prompts", "completions")}
+    try:
+        scores = function(prompts=prompts, completions=completions, **{**kept, "completion_ids": token_ids})
+        return weigh(scores, len(completions))
+    except Exception as error:  # a user's function may raise anything; the run decides, not the exception
+        return [raised(error)] * len(completions)
+
+
+def weigh(scores: Any, wanted: int) -> list[Outcome]:
+    """What a function returned, as outcomes.
+
+    >>> weigh([1, None, True, "2"], 4)
+    [1.0, None, 1.0, 2.0]
+    >>> weigh([float("nan")], 1)
+    ['returned nan, expected a finite number']
+    """
+    numpy = sys.modules.get("numpy")  # an array can only come from where numpy was imported
+    kinds = (list, tuple) if numpy is None else (list, tuple, numpy.ndarray)
+    if not isinstance(scores, kinds):
+        return [f"returned {type(scores).__name__}, expected a list of numbers or None"] * wanted
+    if len(scores) != wanted:
+        return [f"returned {len(scores)} scores for {wanted} completions"] * wanted
+    return [_weigh_one(score) for score in scores]
+
+
+def _weigh_one(score: Any) -> Outcome:
+    if score is None:
+        return None
+    try:
+        value = float(score)
+    except Exception:  # its __float__ may be the user's code
+        return f"returned {_shown(score)}, expected a number or None"
+    if not math.isfinite(value):
+        return f"returned {value}, expected a finite number"
+    if abs(value) > LARGEST:
+        return f"returned {value}, expected a number between -{LARGEST:g} and {LARGEST:g}"
+    return value
+
+
+def raised(error: BaseException) -> str:
+    """One line about an exception, even about one that cannot be shown."""
+    try:
+        text = str(error)
+    except Exception as second:  # its __str__ is the user's code too
+        text = f"(no text: {type(second).__name__})"
+    return f"{type(error).__name__}: {text}"[:MAX_REASON]
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception as error:  # its __repr__ is the user's code too
+        text = f"{type(value).__name__} (no repr: {type(error).__name__})"
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}..."

@@ -1,0 +1,53 @@
+"""The trainer's side of finding reward functions: names to files, files to text, descriptions to rewards."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo.config import PROJECT, Config, find_path
+from grpo.errors import UserError
+from grpo.rewards import Reward
+
+
+def locate(names: Sequence[str]) -> list[dict[str, str]]:
+    """For each name the file it is in, and its text: reward_func.py, or `path.py:function`. Raises UserError."""
+    texts: dict[Path, str] = {}
+    found = []
+    for name in names:
+        file, _, function = name.rpartition(":")
+        path = find_path(file) if file else find_path("reward_func.py")
+        if path is None or not path.is_file():
+            raise UserError(f"rewards: no such file {file!r} in {name!r}. Write path/to/file.py:function.")
+        path = path.resolve()
+        if path not in texts:
+            texts[path] = _read(path)
+        module = "reward_func" if path == PROJECT / "reward_func.py" else f"rewards_from_{path.stem}"
+        found.append({"name": name, "path": str(path), "function": function, "module": module, "text": texts[path]})
+    return found
+
+
+def _read(path: Path) -> str:
+    if path.suffix != ".py":
+        raise UserError(f"rewards: {path} is not a Python file. Write path/to/file.py:function.")
+    try:
+        return importlib.util.decode_source(path.read_bytes())
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        raise UserError(f"rewards: {path} cannot be read: {error}. Give a Python file that can.") from None
+
+
+def make_rewards(cfg: Config, said: Sequence[dict[str, Any]]) -> list[Reward]:
+    """What a worker said about the functions, as rewards. Raises UserError for what it could not find or import."""
+    if said and "error" in said[-1]:
+        raise UserError(f"rewards: {said[-1]['error']}")
+    rewards = [
+        Reward(name, weight, one["sees_group"], one["runs_code"], one["source"])
+        for (name, weight), one in zip(cfg.rewards.items(), said, strict=True)
+    ]
+    seeing = [reward.name for reward in rewards if reward.sees_group]
+    if seeing and cfg.rollout_chunk_rows < cfg.num_generations:
+        raise UserError(
+            f"rollout_chunk_rows: {seeing[0]} sees whole groups of {cfg.num_generations}, a chunk must hold one, got "
+            f"{cfg.rollout_chunk_rows}. Raise it to {cfg.num_generations} at least."
+        )
+    return rewards

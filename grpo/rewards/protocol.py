@@ -1,0 +1,139 @@
+"""Frames between trainer, wardens and workers: four bytes of length, then that many bytes, mostly JSON.
+
+Floats travel as their shortest repr and come back bit-equal. Values of data columns that JSON has no word for
+(bytes, dates, times, Decimal) travel tagged. Nothing that is read can run anything.
+"""
+
+import base64
+import datetime
+import json
+import os
+import struct
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+LENGTH = struct.Struct(">I")
+MAX_REQUEST = 1 << 30  # bytes of one frame towards a worker
+MAX_ANSWER = 1 << 20  # bytes of one frame from a worker, which is not trusted
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "\0bytes": base64.b64decode,
+    "\0datetime": datetime.datetime.fromisoformat,
+    "\0date": datetime.date.fromisoformat,
+    "\0time": datetime.time.fromisoformat,
+    "\0timedelta": lambda parts: datetime.timedelta(*parts),
+    "\0decimal": Decimal,
+}
+
+
+def _tag(value: Any) -> dict[str, Any]:
+    if isinstance(value, bytes):
+        return {"\0bytes": base64.b64encode(value).decode()}
+    if isinstance(value, datetime.datetime):  # before date: it is one
+        return {"\0datetime": value.isoformat()}
+    if isinstance(value, datetime.date):
+        return {"\0date": value.isoformat()}
+    if isinstance(value, datetime.time):
+        return {"\0time": value.isoformat()}
+    if isinstance(value, datetime.timedelta):
+        return {"\0timedelta": [value.days, value.seconds, value.microseconds]}
+    if isinstance(value, Decimal):
+        return {"\0decimal": str(value)}
+    raise TypeError(f"a value of type {type(value).__name__} cannot be passed to a reward worker")
+
+
+def _untag(pairs: dict[str, Any]) -> Any:
+    if len(pairs) == 1:
+        [(key, value)] = pairs.items()
+        if key in READERS:
+            return READERS[key](value)
+    return pairs
+
+
+def dump(value: Any) -> bytes:
+    """As JSON. Raises TypeError, ValueError or RecursionError for what cannot travel.
+
+    >>> load(dump([0.1, None, b"x", {"a": (1, 2)}]))
+    [0.1, None, b'x', {'a': [1, 2]}]
+    """
+    return json.dumps(value, default=_tag, separators=(",", ":")).encode()
+
+
+def load(data: bytes) -> Any:
+    """The value back. Raises ValueError or RecursionError when it is no JSON."""
+    return json.loads(data, object_hook=_untag)
+
+
+def frame(data: bytes) -> bytes:
+    """The bytes as one frame."""
+    return LENGTH.pack(len(data)) + data
+
+
+def cut(data: bytes) -> list[bytes]:
+    """Frames that follow each other, without their lengths.
+
+    >>> cut(frame(b"a") + frame(b"") + frame(b"bc"))
+    [b'a', b'', b'bc']
+    """
+    frames, at = [], 0
+    while at < len(data):
+        size = LENGTH.unpack_from(data, at)[0]
+        frames.append(data[at + LENGTH.size : at + LENGTH.size + size])
+        at += LENGTH.size + size
+    return frames
+
+
+def read_frame(fd: int, cap: int) -> bytes | None:
+    """Wait for the next frame; None at the end of the stream. Raises ValueError when it is longer than `cap`."""
+    head = _read_exactly(fd, LENGTH.size)
+    if head is None:
+        return None
+    [size] = LENGTH.unpack(head)
+    if size > cap:
+        raise ValueError(f"a frame of {size} bytes, allowed are {cap}")
+    return _read_exactly(fd, size)
+
+
+def _read_exactly(fd: int, size: int) -> bytes | None:
+    parts, missing = [], size
+    while missing:
+        part = os.read(fd, min(missing, 1 << 20))
+        if not part:
+            return None
+        parts.append(part)
+        missing -= len(part)
+    return b"".join(parts)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write everything, however many calls it takes."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+class Splitter:
+    """Cuts a stream that comes in pieces into frames."""
+
+    def __init__(self, cap: int):
+        self.cap = cap
+        self.buffer = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """Add what was read."""
+        self.buffer += data
+
+    def next(self) -> bytes | None:
+        """The next whole frame, or None. Raises ValueError when it is announced longer than `cap`."""
+        if len(self.buffer) < LENGTH.size:
+            return None
+        [size] = LENGTH.unpack_from(self.buffer)
+        if size > self.cap:
+            raise ValueError(f"a frame of {size} bytes, allowed are {self.cap}")
+        end = LENGTH.size + size
+        if len(self.buffer) < end:
+            return None
+        found = bytes(self.buffer[LENGTH.size : end])
+        del self.buffer[:end]
+        return found

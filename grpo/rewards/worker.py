@@ -1,0 +1,175 @@
+"""The process that runs the user's file: forked by a warden, under its limits, replaced when it is killed.
+
+It reads a header (the calls to make) and a body (prompts, then rows, a frame each), and answers each call as soon as
+it is made, so that the warden knows which one is running. A function marked `runs_code` gets a process for each
+call: the worker has imported the file, forks, and passes on the one frame that its child wrote, unread. What runs in
+that process cannot reach the worker, so it cannot touch the calls that follow.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from grpo.rewards import confine
+from grpo.rewards.functions import Outcome, RewardFunction, call, describe, find, load_module, raised
+from grpo.rewards.protocol import MAX_ANSWER, MAX_REQUEST, cut, dump, frame, load, read_frame, write_all
+
+TICK_S = 0.02
+
+
+def serve(hello: dict[str, Any], reading: int, writing: int, fork_each: bool) -> None:
+    """Import the functions, say what they are, then answer calls until the end of the stream."""
+    sys.path[:] = hello["path"]
+    functions, said = load_functions(hello["functions"])
+    write_all(writing, frame(dump(said)))
+    if len(functions) != len(hello["functions"]):
+        return
+    confine.limit_memory(hello["memory_mb"])
+    while (header := read_frame(reading, MAX_REQUEST)) is not None:
+        body = read_frame(reading, MAX_REQUEST)
+        assert body is not None
+        request = load(header)
+        frames = cut(body)
+        prompts, rows = frames[: request["num_prompts"]], frames[request["num_prompts"] :]
+        for k, chosen in request["calls"]:
+            pairs = [(prompts[request["prompt_of"][i]], rows[i]) for i in chosen]
+
+            def answer(k: int = k, pairs: list[tuple[bytes, bytes]] = pairs) -> bytes:
+                return dump(make_call(functions[k], pairs))
+
+            write_all(writing, frame(answer_alone(answer, reading, writing) if fork_each else answer()))
+
+
+def load_functions(wanted: list[dict[str, str]]) -> tuple[list[RewardFunction], list[dict[str, Any]]]:
+    """Import each file once. Returns the functions and their descriptions; the last one says what went wrong."""
+    modules: dict[str, Any] = {}
+    functions: list[RewardFunction] = []
+    said: list[dict[str, Any]] = []
+    for one in wanted:
+        path = one["path"]
+        try:
+            if path not in modules:
+                modules[path] = load_module(one["module"], path, one["text"])
+        except BaseException as error:  # whatever the user's file raises at import, SystemExit included
+            return functions, [{"error": f"importing {path} raised {raised(error)}."}]
+        found = find(modules[path], one["function"])
+        if isinstance(found, str):
+            return functions, [{"error": f"{os.path.basename(path)} {found}"}]
+        functions.append(found)
+        said.append(describe(found, one["name"]))
+    return functions, said
+
+
+def make_call(function: RewardFunction, pairs: list[tuple[bytes, bytes]]) -> list[Outcome]:
+    """One call on (prompt, row) pairs as they travelled. It gets values of its own, to change as it likes."""
+    asked, completions, token_ids = [], [], []
+    columns: dict[str, list[Any]] = {}
+    for prompt_data, row_data in pairs:
+        prompt, row_columns = load(prompt_data)
+        completion, ids = load(row_data)
+        asked.append(prompt)
+        completions.append(completion)
+        token_ids.append(ids)
+        for key, value in row_columns.items():
+            columns.setdefault(key, []).append(value)
+    try:
+        return call(function, asked, completions, token_ids, columns)
+    except BaseException as error:  # SystemExit, KeyboardInterrupt, time-outs of libraries: none is for us
+        return [raised(error)] * len(pairs)
+
+
+def answer_alone(answer: Callable[[], bytes], *private: int) -> bytes:
+    """Have `answer` run where it reaches nothing of ours; `private` fds are closed there.
+
+    The process that runs it is the first one of a namespace: it cannot name another of ours, nor outlive its
+    own end by a child. It has no privileges, a session and a working folder of its own.
+    """
+    folder = tempfile.mkdtemp(dir=os.environ["HOME"])
+
+    def alone() -> bytes:
+        for fd in private:
+            os.close(fd)
+        confine.drop_privileges()
+        os.setsid()
+        enter(folder)
+        return answer()
+
+    def nest() -> bytes:
+        confine.nest()
+        return in_child(alone)
+
+    said = in_child(nest)
+    try:
+        os.rmdir(folder)
+    except OSError:
+        import shutil  # slow to import, rarely needed
+
+        with contextlib.suppress(OSError, RecursionError):  # the folder above is removed at the end
+            shutil.rmtree(folder)
+    return said
+
+
+def in_child(work: Callable[[], bytes]) -> bytes:
+    """What `work` returns in a forked process, which is killed then; or how the process ended without, as JSON."""
+    reading, writing = os.pipe()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        confine.die_with(parent, signal.SIGKILL)
+        os.close(reading)
+        write_all(writing, frame(work()))
+        os._exit(0)
+    os.close(writing)
+    status: int | None = None
+    while status is None and not select.select([reading], [], [], TICK_S)[0]:
+        gone, how = os.waitpid(pid, os.WNOHANG)
+        status = how if gone == pid else None
+    said = _answer_of(reading)
+    os.close(reading)
+    if status is None:
+        os.kill(pid, signal.SIGKILL)  # no more than a formality for one that has ended: its status stays
+        status = os.waitpid(pid, 0)[1]
+    return said or dump(f"{how_it_ended(status)} before it answered")
+
+
+def how_it_ended(status: int) -> str:
+    """A wait status in words.
+
+    >>> how_it_ended(9)
+    'its process was ended by SIGKILL'
+    >>> how_it_ended(256)
+    'its process ended with exit code 1'
+    """
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"its process ended with exit code {code}"
+    return f"its process was ended by {signal.Signals(-code).name}"
+
+
+def _answer_of(reading: int) -> bytes:
+    """The frame that is there, or an empty one: the child ended without, or wrote something else."""
+    if not select.select([reading], [], [], 0)[0]:
+        return b""
+    try:
+        return read_frame(reading, MAX_ANSWER) or b""
+    except ValueError:
+        return b""
+
+
+def enter(folder: str) -> None:
+    """Make it the working folder, home and place of temporary files."""
+    os.chdir(folder)
+    os.environ["HOME"] = os.environ["TMPDIR"] = folder
+    tempfile.tempdir = None
+
+
+def stay_in_session() -> None:
+    """Outlive signals that mean the trainer; those that the user's code sends to its own children work as ever."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)  # a handler, as children that exec start with the default then
+        os.register_at_fork(after_in_child=lambda number=number: signal.signal(number, signal.SIG_DFL))

@@ -1,0 +1,17 @@
+"""train.py with the faults that GRPO_FAULTS says, for ranks that the real launcher starts."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import train
+from grpo.command_line import load_config
+from grpo.launch import run_main
+from tests.faults.fault import FAULTS, from_json
+from tests.faults.inject import install
+
+if __name__ == "__main__":
+    install(from_json(os.environ.get(FAULTS, "[]")), int(os.environ.get("RANK", 0)))
+    sys.exit(run_main(train.train, load_config, sys.argv[1:]))
