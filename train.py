@@ -100,7 +100,7 @@ def train(cfg: Config, world: World) -> None:
             policy.trust(metrics)
             policy.counters.step = step + 1
             if run.due(step + 1, total):
-                run.save()
+                run.save(last=step + 1 == total)
         evaluate_if_due(total)
     run.finish(first, total)
 

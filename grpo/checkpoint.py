@@ -14,13 +14,11 @@ pickle is written or read.
 
 import dataclasses
 import errno
-import hashlib
 import json
 import os
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,56 +31,9 @@ from transformers import PreTrainedModel
 from grpo.config import Config
 from grpo.distributed import World
 from grpo.errors import UserError
+from grpo.manifest import NAME, sync, verify, write_manifest
 from grpo.policy import Policy
 from grpo.prompts import Recipe, recipe_text
-from grpo.untrusted import content_problem, location_problem, read_manifest
-
-NAME = re.compile(r"checkpoint_([0-9]{1,12})")
-MANIFEST = "MANIFEST.json"
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have the disk confirm what was written to a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def verify(folder: Path) -> str | None:
-    """Why a folder is no valid checkpoint, naming the file; None when it is one.
-
-    Nothing but the manifest is parsed before every file has its size and its hash.
-    """
-    try:
-        listed = read_manifest(folder / MANIFEST)
-    except OSError:
-        return f"{MANIFEST} is missing"
-    except ValueError as error:
-        return f"{MANIFEST} is damaged: {error}"
-    for name, (size, sha256) in listed.items():
-        path = folder / name
-        problem = location_problem(folder, name)
-        if problem is not None:
-            return problem
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, the manifest says {size}"
-        if _sha256(path) != sha256:
-            return f"{name} does not match its sha256"
-    return content_problem(folder, set(listed))
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -125,7 +76,8 @@ class Snapshot:
     @property
     def num_bytes(self) -> int:
         """Of the whole checkpoint, over all ranks: moments are twice the weights. Known to rank 0."""
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values())
+        once = {id(tensor): tensor for tensor in self.weights.values()}  # tied weights have several names
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in once.values())
         return weights * (3 if self.moments else 1)
 
 
@@ -194,7 +146,7 @@ def write(
 def _check_space(snapshot: Snapshot, output_dir: Path) -> None:
     free = shutil.disk_usage(output_dir).free
     if free < snapshot.num_bytes:
-        raise OSError(errno.ENOSPC, f"{snapshot.num_bytes / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
+        raise OSError(errno.ENOSPC, f"{snapshot.num_bytes / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
 
 
 def _share(rank: int, world_size: int) -> str:
@@ -227,14 +179,7 @@ def _tied_names(model: torch.nn.Module) -> dict[str, str]:
 
 def _commit(aside: Path, final: Path, step: int, note: Callable[[str], None]) -> None:
     note("manifest")
-    files = {}
-    for path in _files(aside):
-        sync(path)
-        files[path.relative_to(aside).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = aside / MANIFEST
-    manifest.write_text(json.dumps({"format": 1, "step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
-    for path in (manifest, aside / "trainer", aside):
-        sync(path)
+    write_manifest(aside, step)
     note("rename")
     if final.exists():  # a damaged one of the same step: keep it, out of the way
         os.rename(final, unused(final.with_name(f"damaged-{final.name}")))
@@ -289,11 +234,3 @@ def prepare_output(output_dir: Path, resume: str) -> None:
                 os.rename(folder, previous / folder.name)
     except OSError as error:
         raise UserError(f"output_dir: {output_dir} cannot be written: {error}. Choose another --output_dir.") from None
-
-
-def tree_sha256(path: Path) -> str:
-    """Fingerprint of a file, or of every file in a folder."""
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else _files(path):
-        digest.update(f"{file.relative_to(path.parent)}\0{_sha256(file)}\0".encode())
-    return digest.hexdigest()

@@ -10,9 +10,9 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from grpo.checkpoint import tree_sha256
 from grpo.config import Config, find_path
 from grpo.data import Questions
+from grpo.manifest import tree_sha256
 from grpo.rewards import Reward
 
 

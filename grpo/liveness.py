@@ -46,6 +46,7 @@ class Heartbeat:
         self.stalled = False  # the watchdog is about to end this process
         self.count = 0
         self.lock = threading.Lock()
+        self.published: dict[str, Any] = {}
         if not world.is_main:
             return
         for left in self.folder.glob("rank_*.json"):  # an earlier run's: its ranks are not ours
@@ -72,10 +73,15 @@ class Heartbeat:
             "pid": os.getpid(), "host": socket.gethostname(), "step": self.step, "phase": self.phase,
             "saving": self.saved, "count": self.count, "waits": self.world.waits.inside,
         }  # fmt: skip
+        file = self.folder / f"rank_{self.world.rank}.json"
         try:
             with self.lock:
+                if beat == self.published:
+                    return
                 self.folder.mkdir(exist_ok=True)
-                (self.folder / f"rank_{self.world.rank}.json").write_text(json.dumps(beat), encoding="utf-8")
+                file.with_suffix(".new").write_text(json.dumps(beat), encoding="utf-8")
+                os.replace(file.with_suffix(".new"), file)  # so that nobody reads half of it
+                self.published = beat
         except OSError:
             return
 
@@ -157,8 +163,11 @@ class Watchdog(threading.Thread):
         seen: list[Any] = []
         still_s = 0.0
         while not self.done.wait(self.tick_s):
-            self.heartbeat.publish()
-            now = [(beat["rank"], beat["step"], beat["phase"], beat["count"]) for beat in self.heartbeat.everyone()]
+            try:
+                self.heartbeat.publish()
+                now = [(beat["rank"], beat["step"], beat["phase"], beat["count"]) for beat in self.heartbeat.everyone()]
+            except MemoryError:
+                now = seen  # nothing can be told, and nothing gets on: a stall when it lasts
             still_s = still_s + self.tick_s if now == seen else 0.0
             seen = now
             if still_s >= self.timeout_s:

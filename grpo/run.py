@@ -47,11 +47,7 @@ class Run:
         assert cfg.run_name is not None
         self.folder = Path(cfg.runs_dir) / cfg.run_name
         self.facts: dict[str, Any] = {}
-        if world.is_main:
-            checkpoint.make_output(self.output_dir)
-            self.lock = OutputLock(self.output_dir, warn)  # before anything there is touched
-            checkpoint.prepare_output(self.output_dir, cfg.resume)
-            self._make_folder()
+        self._prepare_folders()
         self.heartbeat = Heartbeat(self.output_dir, world)
         self.stop = StopRequest(self.heartbeat, self.output_dir, cfg.preempt_grace_s)
         check_folder_shared(world, self.output_dir)
@@ -61,6 +57,21 @@ class Run:
         self.journal.extras = self.saver.take_seconds
         self.kept = guards.KeptWeights(self.output_dir / "anomalies", world.rank)
         self.resumed_step = -1
+
+    def _prepare_folders(self) -> None:
+        """On rank 0, for all. Raises UserError, on every rank alike."""
+        problem = None
+        if self.world.is_main:
+            try:
+                checkpoint.make_output(self.output_dir)
+                self.lock = OutputLock(self.output_dir, warn)  # before anything there is touched
+                checkpoint.prepare_output(self.output_dir, self.cfg.resume)
+                self._make_folder()
+            except UserError as error:
+                problem = error
+        (failed,) = self.world.any_rank(problem is not None)
+        if failed:
+            raise problem or UserError("output_dir, runs_dir: rank 0 could not prepare them, and says why.")
 
     def _make_folder(self) -> None:
         try:
@@ -155,9 +166,9 @@ class Run:
         """Whether step `step` (counted from 1) saves: every save_steps, and the last."""
         return step == total or (self.cfg.save_steps > 0 and step % self.cfg.save_steps == 0)
 
-    def save(self) -> None:
-        """Begin to write checkpoint_<steps done>, all ranks together."""
-        self.saver.save(*self.parts, self.facts)
+    def save(self, last: bool = False) -> None:
+        """Begin to write checkpoint_<steps done>, all ranks together. last: no other save will follow."""
+        self.saver.save(*self.parts, self.facts, last)
 
     def notices(self, policy: Policy, step: int) -> tuple[bool, bool]:
         """What this rank has to tell all others before an update: asked to stop, and weights that have changed."""
@@ -188,9 +199,10 @@ class Run:
         elif late:
             said = f"no time left to save step {step}: the newest checkpoint is what there is"
         else:
-            self.save()
+            self.save(last=True)
             self.saver.wait()
-            said = f"saved {name}" if self.saver.failure is None else f"{name} could not be written"
+            failure = self.saver.failure
+            said = f"saved {name}" if failure is None else f"{name} could not be written: {failure}"
         raise Preempted(f"asked to stop after step {step}; {said}. The same command continues.")
 
     def finish(self, first: int, total: int) -> None:

@@ -4,6 +4,7 @@ A save that fails costs a warning: what exists stays, training goes on and the n
 the last one fails does the run end as failed.
 """
 
+import queue
 import tempfile
 import threading
 import time
@@ -31,7 +32,11 @@ class Saver:
         self.output_dir = output_dir
         self.heartbeat = heartbeat
         self.say = say
-        self.thread: threading.Thread | None = None
+        self.jobs: queue.SimpleQueue[tuple[Snapshot, Policy, bool]] = queue.SimpleQueue()
+        self.idle = threading.Event()
+        self.idle.set()
+        # Started now, while there is memory: a thread that cannot start can hold its starter up for ever.
+        threading.Thread(target=self._work, name="saving", daemon=True).start()
         self.crash: BaseException | None = None
         self.failure: str | None = None  # why the last save failed; None: it did not
         self.step: int | None = None  # of the newest save begun
@@ -39,8 +44,11 @@ class Saver:
         self.seconds: dict[str, float] = {}  # for the next line of metrics
         self.tokenizer_files: dict[str, bytes] | None = None  # they never change: made once
 
-    def save(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, facts: dict[str, Any]) -> None:
-        """Begin to save the policy as it is now, after waiting for the save before it."""
+    def save(
+        self, policy: Policy, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, facts: dict[str, Any],
+        last: bool = False,
+    ) -> None:  # fmt: skip
+        """Begin to save the policy as it is now, after waiting for the save before it. last: none will follow."""
         self.wait()
         step, world = policy.counters.step, policy.world
         began = time.monotonic()
@@ -50,37 +58,41 @@ class Saver:
         snapshot = checkpoint.take(step, policy, self.tokenizer_files or {}, recipe, self.cfg, facts)
         self.seconds["save/snapshot_s"] = time.monotonic() - began
         self.step = step
-        self.thread = threading.Thread(target=self._write, args=(snapshot, policy), name="saving", daemon=True)
-        self.thread.start()
+        self.idle.clear()
+        self.jobs.put((snapshot, policy, last))
         if not self.cfg.save_in_background:
             self.wait()
 
-    def _write(self, snapshot: Snapshot, policy: Policy) -> None:
+    def _work(self) -> None:
+        while True:
+            snapshot, policy, last = self.jobs.get()
+            try:
+                self._write(snapshot, policy, last)
+            except BaseException as error:  # a thread's own would be lost: `wait` raises it
+                self.crash = error
+            del snapshot
+            self.idle.set()
+
+    def _write(self, snapshot: Snapshot, policy: Policy, last: bool) -> None:
         began = time.monotonic()
         folder = self.output_dir / f"checkpoint_{snapshot.step}"
-        try:
-            self.failure = checkpoint.write(
-                snapshot, self.output_dir, policy.world, self.cfg.save_total_limit,
-                lambda phase: self.heartbeat.saving(snapshot.step, phase),
-            )  # fmt: skip
-        except BaseException as error:  # a thread's own would be lost: `wait` raises it
-            self.crash = error
-            return
+        self.failure = checkpoint.write(
+            snapshot, self.output_dir, policy.world, self.cfg.save_total_limit,
+            lambda phase: self.heartbeat.saving(snapshot.step, phase),
+        )  # fmt: skip
         self.expected_s = self.seconds["save/write_s"] = time.monotonic() - began
         if self.failure is None:
             self.say(f"saved {folder}")
-        elif policy.world.is_main:
+        elif policy.world.is_main and not last:
             warn(f"warning: {folder} could not be written: {self.failure}. Earlier checkpoints are untouched; "
                  "training goes on, the next save tries again.")  # fmt: skip
 
     def wait(self) -> None:
         """Until no save is in flight. Raises what the thread raised."""
-        if self.thread is None:
-            return
         began = time.monotonic()
-        while self.thread.is_alive():
-            self.thread.join(timeout=1.0)
-        self.thread = None
+        if self.idle.is_set() and self.crash is None:
+            return
+        self.idle.wait()
         self.seconds["save/wait_s"] = self.seconds.get("save/wait_s", 0.0) + time.monotonic() - began
         if self.crash is not None:
             raise self.crash

@@ -79,6 +79,7 @@ class StopRequest:
         if not self.training:
             warn(f"rank {self.heartbeat.world.rank}: {self.name} before the first step: nothing to save, ending")
             write_exit(self.output_dir, EXIT_PREEMPTED, f"{self.name} before the first step")
+            self.heartbeat.leave()
             os._exit(EXIT_PREEMPTED)
         warn(f"rank {self.heartbeat.world.rank}: {self.name}: stopping at the next safe point "
              "(once more to end at once)")  # fmt: skip

@@ -14,6 +14,7 @@ from grpo import checkpoint, resume, saving
 from grpo.config import Config
 from grpo.distributed import World
 from grpo.errors import UserError
+from grpo.manifest import MANIFEST, manifest_text
 from grpo.policy import Policy
 from grpo.prompts import Recipe, load_recipe
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -91,7 +92,7 @@ def test_any_flipped_bit_or_cut_is_refused_by_name(saved, tmp_path, data):
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(saved[0], copy)
     assert checkpoint.verify(copy) is None
-    name = data.draw(st.sampled_from([n for n in files_of(copy) if n != checkpoint.MANIFEST]))
+    name = data.draw(st.sampled_from([n for n in files_of(copy) if n != MANIFEST]))
     content = bytearray((copy / name).read_bytes())
     place = data.draw(st.integers(0, len(content) - 1))
     if data.draw(st.booleans()):
@@ -107,7 +108,7 @@ def test_any_flipped_bit_or_cut_is_refused_by_name(saved, tmp_path, data):
 def test_other_damage_is_refused(saved, tmp_path, damage):
     copy = tmp_path / "checkpoint_7"
     shutil.copytree(saved[0], copy)
-    manifest = copy / checkpoint.MANIFEST
+    manifest = copy / MANIFEST
     if damage == "missing file":
         (copy / "config.json").unlink()
     elif damage == "no manifest":
@@ -121,13 +122,21 @@ def test_other_damage_is_refused(saved, tmp_path, damage):
     else:
         listed = json.loads(manifest.read_text())
         listed["files"]["../config.json"] = listed["files"]["config.json"]
-        manifest.write_text(json.dumps(listed))
+        manifest.write_text(manifest_text(7, listed["files"]))
     assert checkpoint.verify(copy) is not None
 
 
+def test_a_checkpoint_under_another_steps_name_is_refused(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "checkpoint_8")
+    shutil.copytree(saved[0], tmp_path / "my copy")
+    assert checkpoint.verify(tmp_path / "checkpoint_8") == f"{MANIFEST} belongs to step 7"
+    assert checkpoint.verify(tmp_path / "my copy") is None, "a name of its own says nothing"
+
+
 def test_the_newest_valid_one_is_used_and_the_damaged_one_named(saved, tmp_path):
+    _, policy, recipe, cfg = saved
     for step in (5, 20, 100):
-        shutil.copytree(saved[0], tmp_path / f"checkpoint_{step}")
+        assert save(tmp_path, step, policy, recipe, cfg, {}) is None
     shutil.copytree(saved[0], tmp_path / "checkpoint_200-tmp")
     (tmp_path / "checkpoint_100" / "model.safetensors").write_bytes(b"")
     said: list[str] = []

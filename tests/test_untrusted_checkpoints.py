@@ -23,6 +23,7 @@ from grpo import checkpoint, untrusted
 from grpo.command_line import load_config
 from grpo.errors import UserError
 from grpo.launch import run_main
+from grpo.manifest import MANIFEST, manifest_text
 from grpo.models import check_vocabulary, load_model, load_tokenizer, stop_token_ids
 from grpo.resume import SavedMoments, read_state
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -62,11 +63,11 @@ def reseal(folder):
     """A manifest that holds for what lies there now, links left out: what an attacker would write."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != checkpoint.MANIFEST:
+        if path.is_file() and path.name != MANIFEST:
             content = path.read_bytes()
             files[path.relative_to(folder).as_posix()] = {
                 "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}  # fmt: skip
-    (folder / checkpoint.MANIFEST).write_text(json.dumps({"format": 1, "step": 2, "files": files}))
+    (folder / MANIFEST).write_text(manifest_text(2, files))
 
 
 def pickled(canary):
@@ -208,11 +209,11 @@ def manifest(change):
     """Change the manifest's text or object."""
 
     def spoil(folder, canary):
-        path = folder / checkpoint.MANIFEST
+        path = folder / MANIFEST
         facts = json.loads(path.read_text())
         changed = change(facts)
         path.unlink()
-        path.write_bytes(changed if isinstance(changed, bytes) else json.dumps(facts).encode())
+        path.write_bytes(changed if isinstance(changed, bytes) else manifest_text(facts.get("step"), facts.get("files")).encode())
 
     return spoil
 
@@ -248,20 +249,20 @@ MANIFEST_ATTACKS = {  # after which the manifest is not fixed
     "lists a file twice": manifest(twice),
     "linked file": linked("config.json"),
     "linked folder": linked("trainer"),
-    "linked manifest": linked(checkpoint.MANIFEST),
+    "linked manifest": linked(MANIFEST),
     "not listed, but opened": put("added_tokens.json", b"{}"),
     "pickle beside, not listed": put("pytorch_model.bin", pickled),
     "code beside, not listed": put("modeling_evil.py", lambda canary: f"open({str(canary)!r}, 'w')".encode()),
     "folder for a file": special(Path.mkdir, "generation_config.json"),
     "FIFO for a file": special(os.mkfifo, "generation_config.json"),
-    "FIFO for the manifest": special(os.mkfifo, checkpoint.MANIFEST),
-    "manifest of 20 MB": put(checkpoint.MANIFEST, b" " * 20_000_000 + b"{}"),
-    "manifest nested": put(checkpoint.MANIFEST, b'{"files": ' * 10**5),
+    "FIFO for the manifest": special(os.mkfifo, MANIFEST),
+    "manifest of 20 MB": put(MANIFEST, b" " * 20_000_000 + b"{}"),
+    "manifest nested": put(MANIFEST, b'{"files": ' * 10**5),
     "manifest with NaN": manifest(lambda facts: facts["files"]["config.json"].update(bytes=float("nan"))),
     "manifest with a text for a number": manifest(lambda facts: facts["files"]["config.json"].update(bytes="12")),
     "manifest lists nothing": manifest(lambda facts: facts.update(files={})),
-    "manifest is a list": put(checkpoint.MANIFEST, b"[]"),
-    "manifest is not UTF-8": put(checkpoint.MANIFEST, b"\xff\xfe{}"),
+    "manifest is a list": put(MANIFEST, b"[]"),
+    "manifest is not UTF-8": put(MANIFEST, b"\xff\xfe{}"),
 }
 TRAINER_ATTACKS = {
     "state nested": put("trainer/state.json", NESTED),

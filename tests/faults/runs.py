@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "deterministic": {"deterministic": True},
     "iterated": {"num_iterations": 2, "num_minibatches": 2, "beta": 0.05, "lr_schedule": "linear"},
     "linear": {"lr_schedule": "linear"},
+    **{f"zero-{stage}": {"backend": "deepspeed", "zero_stage": stage} for stage in (1, 2, 3)},
 }
 REWARD = '''"""A pure function of the text, different for nearly every text."""
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from grpo import checkpoint
-from grpo.checkpoint import MANIFEST
+from grpo.manifest import MANIFEST
 from tests.faults.runs import STEPS
 
 

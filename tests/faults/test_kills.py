@@ -41,6 +41,19 @@ def test_F1_whole_job_killed_at_a_random_instant(arena, record, kills):
            f"restart to end {statistics.median(restarts):.1f} s")  # fmt: skip
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_F1_under_zero(arena, record, stage):
+    """The same for weights and optimizer state that DeepSpeed shards: killed in an update between two saves."""
+    kind = f"zero-{stage}"
+    run = arena.run(kind)
+    run.launch([Fault("kill9", "update", None, 8)]).wait()
+    back = run.valid()
+    run.finish()
+    differences = arena.same(run, kind)
+    record("F1", 1, int(back == [6, 3] and not differences), f"{kind}: bit-identical {not differences} {differences[:3]}")
+
+
 def killed_while_saving(arena, part, rank):
     """A run killed in that part of the save of step 6, on that rank. Returns what is wrong; empty when all is well."""
     run = arena.run(save_total_limit=1)
