@@ -6,6 +6,7 @@ and what it was doing. When no rank's count moves for `stall_timeout_s`, every r
 names the rank that is furthest behind, and ends with code 74.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import json
@@ -106,6 +107,14 @@ class Heartbeat:
         """What all ranks published last, as far as it can be read."""
         return [beat for rank in range(self.world.size) if (beat := self.read(rank)) is not None]
 
+    def being_saved(self) -> int:
+        """Bytes of the checkpoint that is being written: a large one on a slow disk is progress too."""
+        total = 0
+        with contextlib.suppress(OSError):  # renamed this very moment
+            for path in self.folder.parent.glob(".tmp-checkpoint_*/**/*"):
+                total += path.stat().st_size
+        return total
+
     def gone(self, wait_s: float = 2.0) -> list[str]:
         """Ranks of this host whose process has ended, with their last place. Waits a little for the kernel."""
         deadline = time.monotonic() + wait_s
@@ -160,12 +169,14 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         """Publish this rank's count, look at everyone's."""
-        seen: list[Any] = []
+        seen: Any = None
         still_s = 0.0
         while not self.done.wait(self.tick_s):
             try:
                 self.heartbeat.publish()
-                now = [(beat["rank"], beat["step"], beat["phase"], beat["count"]) for beat in self.heartbeat.everyone()]
+                beats = self.heartbeat.everyone()
+                now: Any = [(beat["rank"], beat["step"], beat["phase"], beat["count"]) for beat in beats]
+                now.append(self.heartbeat.being_saved())
             except MemoryError:
                 now = seen  # nothing can be told, and nothing gets on: a stall when it lasts
             still_s = still_s + self.tick_s if now == seen else 0.0
