@@ -213,7 +213,9 @@ def manifest(change):
         facts = json.loads(path.read_text())
         changed = change(facts)
         path.unlink()
-        path.write_bytes(changed if isinstance(changed, bytes) else manifest_text(facts.get("step"), facts.get("files")).encode())
+        path.write_bytes(
+            changed if isinstance(changed, bytes) else manifest_text(facts.get("step"), facts.get("files")).encode()
+        )
 
     return spoil
 

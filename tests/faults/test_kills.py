@@ -51,7 +51,9 @@ def test_F1_under_zero(arena, record, stage):
     back = run.valid()
     run.finish()
     differences = arena.same(run, kind)
-    record("F1", 1, int(back == [6, 3] and not differences), f"{kind}: bit-identical {not differences} {differences[:3]}")
+    record(
+        "F1", 1, int(back == [6, 3] and not differences), f"{kind}: bit-identical {not differences} {differences[:3]}"
+    )
 
 
 def killed_while_saving(arena, part, rank):
