@@ -3,6 +3,8 @@
     python inference.py "小明有10个苹果，吃了3个，还剩几个？"      the newest valid checkpoint of ./output
     python inference.py --checkpoint output/checkpoint_20 "..."   another one
     python inference.py                                          the checkpoint's own built-in cases
+    python inference.py --compare demo/base "..."                beside the model it was trained from
+    python inference.py --csv test.csv --out submission.csv      multiple choice: ID,Answer for every row
 
 The prompt is put exactly as in training: the recipe comes from the checkpoint. Answers go to stdout,
 status to stderr.
@@ -13,19 +15,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from grpo.checkpoint import newest_valid, verify
+from grpo.asking import Answer, Asker, BaseModel, choose
+from grpo.best import best_folder
 from grpo.console import warn
-from grpo.distributed import pick_device
+from grpo.distributed import World, pick_device
 from grpo.errors import UserError
-from grpo.models import check_lengths, check_vocabulary, load_model, load_tokenizer, quiet, stop_token_ids
-from grpo.prompts import Recipe, build, encode, load_recipe, render
-from grpo.rollout import Request
-from grpo.rollout.native import NativeEngine
-from grpo.rollout.sampling import Sampling
-from grpo.stream import TokenPrinter
+from grpo.extraction import is_marker
+from grpo.models import quiet
+from grpo.predict import predict
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -35,6 +34,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--question", help="the question, as a flag")
     parser.add_argument("--checkpoint", "--model_dir", type=Path, help="checkpoint folder (default: newest valid one)")
     parser.add_argument("--output_dir", type=Path, default=Path("output"), help="where to look for checkpoints")
+    parser.add_argument("--best", action="store_true", help="the checkpoint that best.json in --output_dir names")
+    parser.add_argument("--compare", metavar="BASE", help="also ask this model (folder or hub name) the same prompt")
+    parser.add_argument("--csv", type=Path, help="multiple-choice questions: ID, Question, Option A to D")
+    parser.add_argument("--out", type=Path, help="with --csv: where ID,Answer goes")
+    parser.add_argument(
+        "--refusal", help="with --csv: stands for a refusal (default: the marker of the run's rewards, or ?)"
+    )
+    parser.add_argument("--batch_rows", type=int, default=32, help="with --csv: questions answered together")
     parser.add_argument("--max_new_tokens", "--max_tokens", type=int, help="default: as in training")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy, repeatable")
     parser.add_argument("--top_p", type=float, default=1.0)
@@ -43,6 +50,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object a line: question, answer, finish")
     parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
     args = parser.parse_args(argv)
+    check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Ranges, and what contradicts what. Raises UserError."""
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise UserError(f"max_new_tokens: must be >= 1, got {args.max_new_tokens}.")
     if not 0 <= args.temperature < float("inf"):
@@ -51,104 +64,93 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"top_p: must be in (0, 1], got {args.top_p}.")
     if not 0 <= args.seed < 2**63:
         raise UserError(f"seed: must be 0 to {2**63 - 1}, got {args.seed}.")
+    if not 1 <= args.batch_rows <= 4096:
+        raise UserError(f"batch_rows: must be 1 to 4096, got {args.batch_rows}.")
     if args.stream and args.json:
         raise UserError("stream, json: choose one.")
-    return args
+    if args.best and args.checkpoint is not None:
+        raise UserError("best, checkpoint: choose one.")
+    if (args.csv is None) != (args.out is None):
+        raise UserError("csv, out: one needs the other: --csv test.csv --out submission.csv.")
+    if args.csv is not None:
+        if args.words or args.question is not None or args.compare or args.json or args.stream:
+            raise UserError("csv: takes no question, --compare, --json or --stream. Choose one way of asking.")
+        if args.refusal is not None and not is_marker(args.refusal):
+            raise UserError(f"refusal: must be a text other than A to D, got {args.refusal!r}.")
 
 
-def choose(args: argparse.Namespace) -> Path:
-    """The checkpoint to ask. Raises UserError when there is none."""
-    if args.checkpoint is not None:
-        try:
-            found = (args.checkpoint / "config.json").is_file()
-        except (OSError, ValueError) as error:  # a path too long, or none at all
-            raise UserError(f"checkpoint: not a path: {error}. Give a folder such as output/checkpoint_20.") from None
-        if not found:
-            raise UserError(f"checkpoint: no model in {args.checkpoint}. Give a folder such as output/checkpoint_20.")
-        problem = verify(args.checkpoint)
-        if problem is not None:
-            raise UserError(f"checkpoint: {args.checkpoint} cannot be trusted: {problem}. Choose another checkpoint.")
-        return args.checkpoint
-    newest = newest_valid(args.output_dir, warn)
-    if newest is None:
-        raise UserError(
-            f"checkpoint: none in {args.output_dir}. Train one first (python train.py), or use --checkpoint."
-        )
-    return newest
-
-
-class Asker:
-    """A checkpoint, loaded and ready."""
+class Pair:
+    """A checkpoint and, where one is asked for, the model to compare it with."""
 
     def __init__(self, folder: Path, args: argparse.Namespace):
-        self.args = args
-        self.recipe: Recipe = load_recipe(folder / "trainer" / "recipe.json")
-        self.tokenizer = load_tokenizer(str(folder))
-        model = load_model(str(folder), pick_device(args.device, 0))
-        max_new_tokens = args.max_new_tokens or self.recipe.max_generate_length
-        check_lengths(model, self.recipe.max_prompt_length, max_new_tokens)
-        check_vocabulary(model, self.tokenizer)
-        self.engine = NativeEngine(model, stop_token_ids(model, self.tokenizer), max_new_tokens, args.seed)
-        self.sampling = Sampling(args.temperature, top_p=args.top_p, logit_clamp=self.recipe.logit_clamp)
+        device = pick_device(args.device, 0)
+        sampling = {"temperature": args.temperature, "top_p": args.top_p}
+        self.asker = Asker(folder, device, sampling, args.max_new_tokens, args.seed)
+        self.base = BaseModel(args.compare, self.asker, device, args.seed) if args.compare else None
 
-    def put(self, question: str) -> tuple[int, ...]:
-        """The question as token ids. Raises UserError for one that is empty, too long, or no text."""
-        if not question.strip():
-            raise UserError("question: it is empty. Ask something.")
-        text = render(self.recipe, build(self.recipe, question, {}), self.tokenizer)
-        ids = tuple(encode(self.recipe, text, self.tokenizer))
-        if not ids:
-            raise UserError("question: the tokenizer makes no token of it. Ask something else.")
-        if len(ids) > self.recipe.max_prompt_length:
-            raise UserError(f"question: {len(ids)} tokens, the checkpoint was trained for at most "
-                            f"{self.recipe.max_prompt_length} (max_prompt_length). Shorten it.")  # fmt: skip
-        return ids
+    def as_json(self, question: str) -> dict[str, Any]:
+        """Both answers as one object."""
+        ids = self.asker.put(question)
+        answer = self.asker.ask(ids)
+        said: dict[str, Any] = {"question": question, "answer": answer.text, "finish": answer.finish}
+        if self.base is not None:
+            other = self.base.ask(question)
+            said["base"] = {"model": self.base.name, "answer": other.text, "finish": other.finish}
+        return said
 
-    def ask(self, question: str, ids: tuple[int, ...], on_text: Callable[[str], None] | None = None) -> dict[str, str]:
-        """Answer one question, given as text and as what `put` made of it."""
-        printer = None if on_text is None else TokenPrinter(self.tokenizer, on_text)
-        [completion] = self.engine.generate([Request(0, 0, 0, ids)], self.sampling, on_tokens=printer)
-        answer = self.tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
-        return {"question": question, "answer": str(answer), "finish": completion.finish}
+    def show(self, question: str, stream: bool) -> None:
+        """Print question and answers. A question that is refused is not printed: it may be no text at all."""
+        ids = self.asker.put(question)
+        print(f"❓ 问题: {question}", flush=True)
+        if self.base is not None:
+            base = self.base
+            _say(f"📎 {base.name}: ", stream, lambda on_text: base.ask(question, on_text))
+        _say("💡 回答: ", stream, lambda on_text: self.asker.ask(ids, on_text))
 
 
-def show(asker: Asker, question: str, args: argparse.Namespace) -> None:
-    """Ask and print. A question that is refused is not printed: it may be no text at all."""
-    ids = asker.put(question)
-    if args.json:
-        print(json.dumps(asker.ask(question, ids), ensure_ascii=False), flush=True)
+def _say(start: str, stream: bool, ask: Callable[[Callable[[str], None] | None], Answer]) -> None:
+    if not stream:
+        print(f"{start}{ask(None).text}", flush=True)
         return
-    print(f"❓ 问题: {question}", flush=True)
-    if args.stream:
-        print("💡 回答: ", end="", flush=True)
-        asker.ask(question, ids, on_text=lambda text: print(text, end="", flush=True))
-        print(flush=True)
+    print(start, end="", flush=True)
+    ask(lambda text: print(text, end="", flush=True))
+    print(flush=True)
+
+
+def answer(pair: Pair, args: argparse.Namespace) -> None:
+    """Ask one question, or the built-in cases. Raises UserError."""
+    question = args.question if args.question is not None else " ".join(args.words)
+    if question or args.question is not None or args.words:
+        cases = [question]
     else:
-        print(f"💡 回答: {asker.ask(question, ids)['answer']}", flush=True)
+        cases = pair.asker.recipe.questions
+        if not cases:
+            raise UserError("question: none given, and the checkpoint holds no built-in cases. Give a question.")
+    numbered = cases is pair.asker.recipe.questions and not args.json
+    for i, case in enumerate(cases, 1):
+        if numbered:
+            print(f"[测试 {i}/{len(cases)}]")
+        if args.json:
+            print(json.dumps(pair.as_json(case), ensure_ascii=False), flush=True)
+        else:
+            pair.show(case, args.stream)
+        if numbered:
+            print("-" * 40)
 
 
 def main(argv: list[str]) -> int:
-    """Ask one question, or the built-in cases. Returns the exit code."""
+    """Answer what is asked. Returns the exit code."""
     try:
         args = parse(argv)
         quiet()
-        torch.set_grad_enabled(False)
-        folder = choose(args)
+        folder = choose(best_folder(args.output_dir) if args.best else args.checkpoint, args.output_dir)
         warn(f"checkpoint: {folder}")
-        asker = Asker(folder, args)
-        question = args.question if args.question is not None else " ".join(args.words)
-        if question or args.question is not None or args.words:
-            show(asker, question, args)
-            return 0
-        cases = asker.recipe.questions
-        if not cases:
-            raise UserError("question: none given, and the checkpoint holds no built-in cases. Give a question.")
-        for i, case in enumerate(cases, 1):
-            if not args.json:
-                print(f"[测试 {i}/{len(cases)}]")
-            show(asker, case, args)
-            if not args.json:
-                print("-" * 40)
+        pair = Pair(folder, args)
+        if args.csv is None:
+            answer(pair, args)
+        else:
+            alone = World(0, 1, 0, 1, pair.asker.engine.model.device)
+            print(predict(pair.asker, folder, args.csv, args.out, args.refusal, args.batch_rows, alone), flush=True)
         return 0
     except UserError as error:
         warn(f"error: {error}")

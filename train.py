@@ -40,7 +40,7 @@ def train(cfg: Config, world: World) -> None:
     tokenizer = load_tokenizer(cfg.model)
     recipe = make_recipe(cfg, tokenizer)
     questions = load_questions(cfg, recipe, tokenizer)
-    held_out = load_questions(cfg, recipe, tokenizer, held_out=True) if cfg.eval_data else None
+    held_out = load_questions(cfg, recipe, tokenizer, held_out=True) if cfg.eval_data or cfg.eval_split_size else None
     recipe = keep_questions(recipe, (held_out or questions).first_questions(4))
     rewards = open_rewards(cfg, warn if world.is_main else lambda _: None)  # in workers of their own
     run.identify(questions, rewards.rewards, tokenizer)  # and make sure that all ranks mean the same run
@@ -96,7 +96,7 @@ def train(cfg: Config, world: World) -> None:
                 norms = policy.train_on(batches, tally, total * updates_per_step(cfg), table.any_broken, on_skip)
 
             metrics = run.journal.log_step(step + 1, total, table, advantages, tally, norms, policy, engine)
-            run.journal.log_samples(step + 1, scored)
+            run.journal.log_samples(step + 1, scored, advantages)
             policy.trust(metrics)
             policy.counters.step = step + 1
             if run.due(step + 1, total):

@@ -22,16 +22,21 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-def make_model(rows: list[dict[str, str]], folder: Path) -> None:
-    """A tokenizer of 4,096 entries trained on the questions and answers, and a random Qwen3 for it."""
+def make_tokenizer(rows: list[dict[str, str]]) -> PreTrainedTokenizerFast:
+    """A tokenizer of 4,096 entries trained on the questions and answers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator((row["question"] + "\n" + row["answer"] for row in rows), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
-    torch.manual_seed(0)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def make_model(rows: list[dict[str, str]], folder: Path, seed: int = 0) -> None:
+    """A random Qwen3, and the tokenizer for it."""
+    fast = make_tokenizer(rows)
+    torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(fast), hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True,
@@ -70,7 +75,8 @@ def main() -> int:
             "--model", str(folder / "model"), "--data", str(data), "--eval_data", "null", "--dtype", "fp32",
             "--max_steps", str(args.steps), "--batch_size", "2", "--lr", "1e-3", "--rewards", json.dumps(rewards),
             "--max_prompt_length", "200", "--max_generate_length", "48", "--micro_batch_tokens", "2048",
-            "--rollout_chunk_rows", "16", "--output_dir", str(folder / "output"), "--runs_dir", str(folder / "runs"),
+            "--rollout_chunk_rows", "16", "--num_generations", "8", "--num_iterations", "1", "--eval_split_size", "0",
+            "--data_rows", "0", "--output_dir", str(folder / "output"), "--runs_dir", str(folder / "runs"),
         ]  # fmt: skip
         done = subprocess.run(command, cwd=PROJECT)
         metrics = folder / "runs" / "gsm8k" / "metrics.jsonl"

@@ -7,11 +7,14 @@ One step, as data (train.py is this list in code):
 Map
     config, config_checks,
     command_line                what the user says, and what we say back
-    data, prompts               rows -> Prompt: text, token ids, the columns that rewards see
+    data, answers, data_filters,
+    prompts, prompt_cache,
+    show_prompt                 rows -> Prompt: text, token ids, the columns that rewards see
     data_checks, templates,
     untrusted                   what others wrote: files looked at, chat templates rendered under limits
     rollout/                    Prompt -> Completion: engines, sampling, chunks shared over ranks
-    rewards/, scoring           Completion -> scores -> the table that every rank sees
+    rewards/, reward_library/,
+    scoring                     Completion -> scores -> the table that every rank sees
     advantages                  rewards of whole groups -> advantages
     batching                    rows -> minibatches -> micro-batches, the exchange between ranks
     logprobs, losses            token log-probs without [B, T, V]; PPO clip, k3, denominators
@@ -23,7 +26,10 @@ Map
     run, journal, launch        folders, what a run says, exit codes
     metrics, trackers/, console numbers -> TensorBoard, JSON lines, the terminal
     fingerprints                what identifies a run
-    evaluate, stream            greedy held-out accuracy; printing an answer as it is made
+    evaluate, best              held-out accuracy while training; which checkpoint did best
+    asking, stream, predict     a checkpoint asked: one answer as it is made, or a whole CSV
+    examination, extraction,
+    evaluation_report, estimates  a checkpoint measured: answers read, counted, compared
     distributed, models, types  ranks and collectives; loading models; the nouns that travel
     plan, memory                what a run will need, before it starts
 
@@ -40,7 +46,7 @@ Shapes
 
 Where the next one goes
     loss         losses.py: its entry in ROW_WEIGHTS, and its name in config.py
-    reward       reward_func.py, or any file as path.py:function
+    reward       reward_func.py, or any file as path.py:function; for everybody: reward_library/
     engine       rollout/: a class with generate and load_weights (see rollout/__init__.py)
     backend      backends/: a class with the methods of backends/__init__.py
     tracker      trackers/: a class, its entry in trackers/__init__.py, its name in config.py

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from grpo.best import best_name
 from grpo.config import Config
 from grpo.distributed import World
 from grpo.errors import UserError
@@ -198,12 +199,12 @@ def unused(path: Path) -> Path:
 
 
 def _prune(output_dir: Path, limit: int | None, newest: Path) -> None:
-    """Keep the `limit` newest valid checkpoints, of which `newest` has just been written."""
+    """Keep the `limit` newest valid checkpoints, of which `newest` has just been written, and the best one."""
     if limit is None:
         return
-    num_valid = 0
+    num_valid, best = 0, best_name(output_dir)
     for folder in checkpoints(output_dir):
-        if num_valid >= limit:
+        if num_valid >= limit and folder.name != best:
             trash = folder.with_name(f".trash-{folder.name}-{os.getpid()}")
             os.rename(folder, trash)  # one step, so that no reader meets half of it
             shutil.rmtree(trash, ignore_errors=True)

@@ -25,7 +25,8 @@ MANY_DIGITS = re.compile(r"[-+]?[\d_]{20,}")
 def _parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="train.py",
-        description="GRPO training. Defaults < --config file.yaml < --key value.",
+        description="GRPO training. Defaults < --config file.yaml < --key value. --show_prompt N prints the prompt of "
+        "question N, counted from 0, and ends.",
         exit_on_error=False,
         allow_abbrev=False,  # --mod is a slip, not --model
     )
@@ -39,6 +40,7 @@ def load_config(argv: list[str]) -> tuple[Config, str | None]:
 
     Raises UserError for anything that does not fit; `--help` and `--print_config` exit with 0.
     """
+    argv, _ = take_show_prompt(argv)
     names = {arg.split("=")[0] for arg in argv}
     notice = None
     if not names & {"--config", "--model", "--data", "--help", "-h"}:
@@ -69,6 +71,26 @@ def load_config(argv: list[str]) -> tuple[Config, str | None]:
     config = Config(**values)
     check(config)
     return config, notice
+
+
+def take_show_prompt(argv: list[str]) -> tuple[list[str], int | None]:
+    """Split `--show_prompt N` off: it is no setting. Raises UserError when N is no row.
+
+    >>> take_show_prompt(["--lr", "1", "--show_prompt", "3"]), take_show_prompt(["--show_prompt=0"])
+    ((['--lr', '1'], 3), ([], 0))
+    """
+    rest: list[str] = []
+    row = None
+    args = iter(argv)
+    for arg in args:
+        if arg != "--show_prompt" and not arg.startswith("--show_prompt="):
+            rest.append(arg)
+            continue
+        value = arg.partition("=")[2] if "=" in arg else next(args, "")
+        if not re.fullmatch(r"\d{1,9}", value, re.A):
+            raise UserError(f"show_prompt: must be the number of a question, from 0 on, got {value[:60]!r}.")
+        row = int(value)
+    return rest, row
 
 
 def refuse_bad_settings(argv: list[str]) -> None:

@@ -34,8 +34,16 @@ class Config:
     """Column with the question: text, or a list of messages."""
     answer_column: str | None = "answer"
     """Column with the gold answer, shown to rewards as `answer`. null: the task has none."""
-    answer_format: Literal["text", "hash"] = "text"
-    """text: the cell is the gold answer. hash: GSM8K's, the gold answer follows the last ####."""
+    answer_format: Literal["text", "hash", "letter", "number", "json"] = "text"
+    """text: as it is. hash: after the last ####. letter: A to D. number: rows without are dropped. json: an object."""
+    column_names: dict[str, str] = field(default_factory=dict)
+    """New names for columns: {Option A: option_a}; in data and eval_data, where they are not called so already."""
+    id_column: str | None = None
+    """Column whose cells must all be different, such as ID; null: not checked."""
+    strip_cells: bool = False
+    """Take white space off both ends of what goes into prompt_template."""
+    data_rows: int = 0
+    """Questions to use, from the first on, after the length filters; 0: all."""
     eval_data: str | None = None
     """Held-out questions, evaluated greedily before and after training; same forms as data."""
     eval_split: str = "test"
@@ -44,6 +52,8 @@ class Config:
     """Held-out questions to use, from the first on; 0: all."""
     eval_steps: int = 0
     """Also evaluate every so many steps; 0: only before and after."""
+    eval_split_size: float = 0.0
+    """Hold this part of data out instead of eval_data: a share below 1, or a number of rows; 0: nothing."""
 
     # --- how a question is put
     system_prompt: str | None = None
@@ -52,10 +62,18 @@ class Config:
     """Text of the user's turn; {name} stands for a column, {question} for the question."""
     chat_template: bool | None = None
     """Render through the tokenizer's chat template; null: if it has one."""
+    chat_template_file: str | None = None
+    """A Jinja file that replaces the tokenizer's chat template; it goes into every checkpoint."""
+    example_question: str | None = None
+    """One-shot example, the user's turn as it stands; it comes before the question. Needs example_answer."""
+    example_answer: str | None = None
+    """One-shot example, the answer to example_question."""
 
     # --- rewards
     rewards: dict[str, float] = field(default_factory=dict)
     """Name to weight: a function of reward_func.py, or path.py:function."""
+    reward_parameters: dict[str, dict] = field(default_factory=dict)
+    """Name, as in rewards, to that function's parameters, such as {refusal_reward: {refuse: 0.5}}."""
     reward_inputs: Literal["text", "messages"] = "text"
     """Completions reach rewards as strings, or as message lists as in TRL's conversational mode."""
     max_reward_failures: float = 0.2
@@ -86,6 +104,10 @@ class Config:
     # --- lengths and sampling
     max_prompt_length: int = 256
     """Tokens; longer prompts are left out, with a count."""
+    prompt_length_quantile: float = 1.0
+    """Also leave out prompts longer than this quantile of all prompts' lengths, in (0, 1]; 1: off."""
+    max_answer_length: int | None = None
+    """Tokens of the answer column's cell; questions with longer ones are left out, with a count. null: any."""
     max_generate_length: int = 256
     """Tokens of a completion, at most."""
     temperature: float = 1.0
@@ -188,10 +210,18 @@ class Config:
     """TensorBoard events, metrics.jsonl, train.log: runs_dir/run_name."""
     run_name: str | None = None
     """Folder of the run; null: the config file's name."""
-    report_to: Literal["tensorboard", "none"] = "tensorboard"
-    """Where metrics go, beside the console, train.log and metrics.jsonl."""
+    report_to: Literal["tensorboard", "wandb", "swanlab", "none"] | list[Literal["tensorboard", "wandb", "swanlab"]] = (
+        "tensorboard"
+    )
+    """Where metrics go, beside the console, train.log and metrics.jsonl: one, or a list of several."""
+    tracker_project: str = "grpo"
+    """Project in wandb and swanlab."""
+    tracker_mode: Literal["online", "offline"] = "online"
+    """offline: wandb and swanlab only write to runs_dir/run_name, to be synced later."""
     log_samples_steps: int = 10
-    """Log a few completions as text every so many steps; 0: never."""
+    """Keep completions with rewards and advantages every so many steps: JSON lines, a few as text; 0: never."""
+    log_completions_steps: int = 0
+    """Show a few of them as a table on the console every so many steps; 0: never."""
     inference_questions: list[str] = field(default_factory=list)
     """Built-in cases of inference.py, kept in the checkpoint; empty: the first held-out (or training) questions."""
 
@@ -206,6 +236,16 @@ def total_steps(cfg: Config, num_rows: int) -> int:
     if cfg.max_steps is not None:
         return cfg.max_steps
     return math.ceil(cfg.epoch * num_rows / prompts_per_step(cfg))
+
+
+def tracker_names(cfg: Config) -> list[str]:
+    """What `report_to` names, without none.
+
+    >>> tracker_names(Config(report_to="none")), tracker_names(Config(report_to=["wandb", "tensorboard"]))
+    ([], ['wandb', 'tensorboard'])
+    """
+    names = [cfg.report_to] if isinstance(cfg.report_to, str) else list(cfg.report_to)
+    return [name for name in names if name != "none"]
 
 
 def updates_per_step(cfg: Config) -> int:

@@ -7,7 +7,7 @@ import typing
 from pathlib import PurePath
 from typing import Any, Literal, Union
 
-from grpo.config import Config, prompts_per_step
+from grpo.config import Config, prompts_per_step, tracker_names
 from grpo.errors import UserError
 
 MAX_WHOLE = 2**31  # sizes and counts stay below; only the seed may be larger
@@ -30,6 +30,7 @@ def check(cfg: Config) -> None:
         raise UserError(f"rewards: every weight is 0, got {cfg.rewards}. Nothing would be learned: weigh at least one.")
     if not all(math.isfinite(weight) for weight in cfg.rewards.values()):
         raise UserError(f"rewards: weights must be finite numbers, got {cfg.rewards}.")
+    _check_parameters(cfg)
     if cfg.num_generations < 2:
         raise UserError(
             f"num_generations: must be >= 2, got {cfg.num_generations}: a group of one has no baseline. Try 8."
@@ -38,8 +39,9 @@ def check(cfg: Config) -> None:
                  "max_prompt_length", "max_generate_length", "max_support", "max_bad_steps", "micro_batch_tokens",
                  "rollout_chunk_rows", "logits_chunk_mb"):  # fmt: skip
         _require(cfg, name, getattr(cfg, name) >= 1, ">= 1")
-    for name in ("save_steps", "eval_steps", "eval_rows", "log_samples_steps", "check_weights_steps", "top_k", "seed",
-                 "reward_workers"):  # fmt: skip
+    _check_data(cfg)
+    for name in ("save_steps", "eval_steps", "eval_rows", "log_samples_steps", "log_completions_steps",
+                 "check_weights_steps", "top_k", "seed", "reward_workers"):  # fmt: skip
         _require(cfg, name, getattr(cfg, name) >= 0, ">= 0")
     for name in ("max_steps",):
         _require(cfg, name, cfg.max_steps is None or cfg.max_steps >= 0, ">= 0, or null")
@@ -59,6 +61,8 @@ def check(cfg: Config) -> None:
     for name in ("min_p", "warmup_ratio", "adam_beta1", "adam_beta2"):
         _require(cfg, name, 0 <= getattr(cfg, name) < 1, "in [0, 1)")
     _require(cfg, "max_reward_failures", 0 <= cfg.max_reward_failures <= 1, "in [0, 1]")
+    if len(set(tracker_names(cfg))) != len(tracker_names(cfg)):
+        raise UserError(f"report_to: each tracker once, got {cfg.report_to}.")
     if cfg.top_k > cfg.max_support:
         raise UserError(f"top_k: must be at most max_support {cfg.max_support}, got {cfg.top_k}. Raise --max_support.")
     if cfg.deterministic and (cfg.backend == "deepspeed" or (cfg.num_threads or 1) != 1):
@@ -76,6 +80,27 @@ def check(cfg: Config) -> None:
         )
 
 
+def _check_data(cfg: Config) -> None:
+    """Settings of grpo/data.py and grpo/prompts.py. Raises UserError."""
+    _require(cfg, "data_rows", cfg.data_rows >= 0, ">= 0")
+    _require(cfg, "prompt_length_quantile", 0 < cfg.prompt_length_quantile <= 1, "in (0, 1]")
+    longest = cfg.max_answer_length
+    _require(cfg, "max_answer_length", longest is None or longest >= 1, ">= 1, or null")
+    size = cfg.eval_split_size
+    whole = size >= 1 and size == int(size) if math.isfinite(size) else False
+    _require(cfg, "eval_split_size", 0 <= size < 1 or whole, "a share below 1 or a whole number of rows")
+    if size and cfg.eval_data is not None:
+        raise UserError(f"eval_split_size: must be 0 beside eval_data {cfg.eval_data!r}, got {size:g}. Choose one.")
+    if cfg.answer_column is None and longest is not None:
+        raise UserError(f"max_answer_length: {longest} needs an answer_column, got null.")
+    if cfg.chat_template_file is not None and cfg.chat_template is False:
+        raise UserError(f"chat_template_file: {cfg.chat_template_file!r} has no effect beside chat_template false.")
+    if (cfg.example_question is None) != (cfg.example_answer is None):
+        raise UserError("example_question, example_answer: set both, or neither.")
+    if len(set(cfg.column_names.values())) != len(cfg.column_names):
+        raise UserError(f"column_names: two columns get the same name, got {cfg.column_names}.")
+
+
 def _check_kind(name: str, value: Any, kind: Any) -> None:
     """Refuse a value of another type than the field's, or one that no field can use."""
     if not _fits(value, kind):
@@ -89,6 +114,34 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
             raise UserError(f"{name}: must not be empty. Say null to leave it out, where that is allowed.")
         if "\0" in text or (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)):
             raise UserError(f"{name}: must be text in UTF-8 without NUL, got {ascii(text)[:60]}.")
+
+
+def _check_parameters(cfg: Config) -> None:
+    """Refuse parameters of no reward, and values that JSON has no word for. Raises UserError."""
+    for name, parameters in cfg.reward_parameters.items():
+        if name not in cfg.rewards:
+            raise UserError(
+                f"reward_parameters: {name[:60]!r} is none of the rewards {', '.join(cfg.rewards)[:200]}. Name one of "
+                "them, spelt as in rewards."
+            )
+        for key, value in parameters.items():
+            if not isinstance(key, str) or not key.isidentifier() or not _is_json(value):
+                raise UserError(
+                    f"reward_parameters: {name[:60]}: {ascii(key)[:60]} must be a name, and its value text, a number, "
+                    f"true, false, null, or a list or mapping of those, got {ascii(value)[:60]}."
+                )
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(key) and _is_json(inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    if isinstance(value, str):
+        return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) < MAX_WHOLE)
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -118,7 +171,11 @@ def in_words(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return words.get(kind) or ("a list of texts" if origin is list else "a mapping from names to numbers")
+    return words.get(kind) or ("a list of texts" if origin is list else _mapping_in_words(inner))
+
+
+def _mapping_in_words(kinds: tuple[Any, ...]) -> str:
+    return "a mapping from names to " + {str: "names", float: "numbers"}.get(kinds[1], "mappings")
 
 
 def field_names() -> list[str]:

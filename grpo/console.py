@@ -1,5 +1,6 @@
 """What rank 0 says: one line a step on stdout and in runs/<name>/train.log; on a terminal, a live bar below it."""
 
+import io
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +15,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from grpo.metrics import PHASES
+
+WIDTH = 120  # of a table where no terminal says how wide it is
 
 
 class Console:
@@ -36,21 +40,36 @@ class Console:
             self.progress.console.print(line, markup=False)
         else:
             print(line, flush=True)
+        self._keep(line + "\n")
+
+    def _keep(self, text: str) -> None:
         try:
             if self.file is not None:
-                self.file.write(line + "\n")
+                self.file.write(text)
                 self.file.flush()
         except OSError as error:  # a full disk: a log is not worth a run
             warn(f"warning: train.log cannot be written ({error}); it is left out from now on")
             self.file = None
 
-    def start(self, total: int, done: int) -> None:
+    def show(self, table: Table) -> None:
+        """Print a table, in colour on a terminal, and keep it in train.log."""
+        width = self.rich.width if self.rich.is_terminal else WIDTH
+        plain = RichConsole(file=io.StringIO(), width=width, color_system=None)
+        plain.print(table)
+        assert isinstance(plain.file, io.StringIO)
+        if self.is_main and self.rich.is_terminal:
+            (self.progress.console if self.progress else self.rich).print(table, soft_wrap=False)
+        elif self.is_main:
+            print(plain.file.getvalue(), end="", flush=True)
+        self._keep(plain.file.getvalue())
+
+    def start(self, total: int, done: int, what: str = "training") -> None:
         """Show the bar, where there is a terminal to show it on."""
         if self.is_main and self.rich.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                        TextColumn("left"), TimeRemainingColumn())  # fmt: skip
             self.progress = Progress(*columns, console=self.rich, transient=True)
-            self.task = self.progress.add_task("training", total=total, completed=done)
+            self.task = self.progress.add_task(what, total=total, completed=done)
             self.progress.start()
 
     def advance(self, description: str) -> None:

@@ -9,8 +9,8 @@ import glob
 import math
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,18 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from grpo.answers import gold_answers, hash_answer
 from grpo.config import Config, find_path
-from grpo.data_checks import check_file, check_saved_folder
+from grpo.data_checks import check_file, check_saved_folder, csv_columns
+from grpo.data_filters import Drops, check_unique, keep_short, split
 from grpo.errors import UserError
+from grpo.prompt_cache import Job, Made, make_all
 from grpo.prompts import Recipe, build, encode, render
 from grpo.rollout.randomness import permutation
 from grpo.templates import end_renderers
 from grpo.types import Prompt
 
+__all__ = ["Questions", "hash_answer", "length_summary", "load_questions", "load_rows"]
 FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -55,13 +59,21 @@ def load_rows(name: str, split: str, config: str | None = None) -> datasets.Data
         check_file(path, reader)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pandas, about columns of mixed types
-            return _plain(datasets.load_dataset(reader, data_files=glob.escape(str(path)), split="train"))
+            how = _csv_as_text(path) if reader == "csv" else {}
+            return _plain(datasets.load_dataset(reader, data_files=glob.escape(str(path)), split="train", **how))
     except UserError:
         raise
     except Exception as error:  # datasets raises a dozen kinds: the border between their errors and ours
         raise UserError(
             f"data: {name!r} could not be read: {' '.join(str(error).split())[:300] or type(error).__name__}"
         ) from None
+
+
+def _csv_as_text(path: Path) -> dict[str, Any]:
+    """CSV cells stay what is written there: 007, 1.50 and NA are text. Columns without a name are left out."""
+    columns = csv_columns(path)
+    features = datasets.Features({name: datasets.Value("string") for name in columns})
+    return {"features": features, "usecols": list(columns.values()), "keep_default_na": False, "encoding": "utf-8-sig"}
 
 
 def _plain(rows: datasets.Dataset) -> datasets.Dataset:
@@ -83,41 +95,14 @@ def _undecoded(feature: Any) -> Any:
     return dataclasses.replace(feature, decode=False) if getattr(feature, "decode", False) is True else feature
 
 
-def hash_answer(text: str) -> str | None:
-    """GSM8K's gold answer: what follows the last ####.
-
-    >>> hash_answer("2+2=4\\n#### 1,000 ")
-    '1,000'
-    >>> hash_answer("four") is None
-    True
-    """
-    _, marker, gold = text.rpartition("####")
-    return gold.strip() if marker else None
-
-
-def gold_answers(cells: Sequence[Any], answer_format: str, source: str, column: str) -> list[str]:
-    """Gold answers of a column as text. Raises UserError naming the first row without one."""
-    golds = []
-    for row, cell in enumerate(cells):
-        odd = isinstance(cell, (dict, list, bytes)) or (isinstance(cell, float) and not math.isfinite(cell))
-        gold = None if cell is None or odd else hash_answer(str(cell)) if answer_format == "hash" else str(cell)
-        if not gold or not gold.strip():
-            wanted = "text with '#### answer'" if answer_format == "hash" else "a gold answer"
-            raise UserError(
-                f"data: {source}, row {row + 1}, column {column!r}: expected {wanted}, got {str(cell)[:60]!r}. "
-                "Mend or drop the row, or see --answer_format."
-            )
-        golds.append(gold)
-    return golds
-
-
 @dataclass(frozen=True)
 class Questions:
     """Usable prompts of one data source, and their order."""
 
     items: list[Prompt]
-    num_dropped: int  # longer than max_prompt_length
+    num_dropped: int  # by all rules together
     seed: int = 0
+    drops: Drops = field(default_factory=dict)  # by which rule
 
     def first_questions(self, count: int) -> list[str]:
         """The first questions as a user would type them."""
@@ -141,47 +126,89 @@ class Questions:
 def load_questions(
     cfg: Config, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, held_out: bool = False
 ) -> Questions:
-    """Read, check and tokenize the training (or held-out) questions. Raises UserError."""
-    name = cfg.eval_data if held_out else cfg.data
+    """Read, check and tokenize the training (or held-out) questions. Raises UserError.
+
+    Held-out questions are those of eval_data, or else the part of data that eval_split_size cuts off.
+    """
+    apart = held_out and cfg.eval_data is not None
+    name = cfg.eval_data if apart else cfg.data
     assert name is not None
-    rows = load_rows(name, cfg.eval_split if held_out else cfg.data_split, cfg.data_config)
-    if held_out and cfg.eval_rows:
+    rows = load_rows(name, cfg.eval_split if apart else cfg.data_split, cfg.data_config)
+    if apart and cfg.eval_rows:
         rows = rows.select(range(min(cfg.eval_rows, len(rows))))
     if len(rows) == 0:
         raise UserError(f"data: {name} holds no rows. Give at least one question.")
-    for setting, column in (("question_column", cfg.question_column), ("answer_column", cfg.answer_column)):
+    cells = _read_columns(cfg, rename(rows, cfg.column_names, name), name)
+    items, answer_lengths, no_number = _make_prompts(cfg, recipe, tokenizer, cells, name)
+    end_renderers()  # the run does not ask again: do not keep an idle process, about 100 MB, for each rank
+    items, drops = keep_short(items, answer_lengths, cfg, limits=not apart)
+    if no_number:
+        drops["answers that are no numbers"] = no_number
+    if not items:
+        raise UserError(
+            f"data: every prompt of {name} ({drops['too long']}) is longer than max_prompt_length "
+            f"{cfg.max_prompt_length}{_said(drops)}. Raise the limit, or shorten system_prompt."
+        )
+    if not apart:
+        items, drops = _choose(cfg, items, drops, held_out, name)
+    items = [dataclasses.replace(item, row=row) for row, item in enumerate(items)]
+    return Questions(items, sum(drops.values()), cfg.seed, drops)
+
+
+def _choose(
+    cfg: Config, items: list[Prompt], drops: Drops, held_out: bool, name: str
+) -> tuple[list[Prompt], Drops]:  # fmt: skip
+    """The first data_rows; then the part to train on, or the one held out."""
+    if cfg.data_rows and len(items) > cfg.data_rows:
+        drops = {**drops, f"after the first {cfg.data_rows} (data_rows)": len(items) - cfg.data_rows}
+        items = items[: cfg.data_rows]
+    if not cfg.eval_split_size:
+        return items, drops
+    trained, held = split(items, cfg.eval_split_size, cfg.seed, name)
+    if held_out:
+        return held[: cfg.eval_rows or None], drops
+    return trained, {**drops, "held out for evaluation": len(held)}
+
+
+def rename(rows: datasets.Dataset, names: Mapping[str, str], source: str) -> datasets.Dataset:
+    """Call columns as column_names says, unless the new name is there already. Raises UserError."""
+    there = rows.column_names
+    for old, new in names.items():
+        if old in rows.column_names and new in rows.column_names and old != new:
+            raise UserError(f"column_names: {source} has both columns {old!r} and {new!r}. Choose another new name.")
+        if old in rows.column_names:
+            rows = rows.rename_column(old, new)
+        elif new not in rows.column_names:
+            raise UserError(f"column_names: {source} has no column {old!r}, only {there}.")
+    return rows
+
+
+def _read_columns(cfg: Config, rows: datasets.Dataset, name: str) -> dict[str, list[Any]]:
+    """All columns as Python values, once those that the settings name are known to be there. Raises UserError."""
+    for setting in ("question_column", "answer_column", "id_column"):
+        column = getattr(cfg, setting)
         if column is not None and column not in rows.column_names:
             raise UserError(
                 f"data: {name} has no column {column!r}, only {rows.column_names}. Map it: --{setting} NAME."
             )
-    columns = _columns_in_template(cfg, rows, name)
-    if cfg.answer_column is not None:
-        columns["answer"] = gold_answers(columns[cfg.answer_column], cfg.answer_format, name, cfg.answer_column)
-    items: list[Prompt] = []
-    num_dropped = 0
-    for row, question in enumerate(_cells(rows, cfg.question_column, name)):
-        here = {key: values[row] for key, values in columns.items()} | {"question": question}
-        prompt = _make_prompt(
-            len(items), question, here, recipe, tokenizer, f"{name}, row {row + 1}", cfg.question_column
-        )
-        if len(prompt.token_ids) > cfg.max_prompt_length:
-            num_dropped += 1
-        else:
-            items.append(prompt)
-    if not items:
-        raise UserError(
-            f"data: every prompt of {name} ({num_dropped}) is longer than max_prompt_length {cfg.max_prompt_length}. "
-            "Raise it, or shorten system_prompt."
-        )
-    end_renderers()  # the run does not ask again: do not keep an idle process, about 100 MB, for each rank
-    return Questions(items, num_dropped, cfg.seed)
-
-
-def _columns_in_template(cfg: Config, rows: datasets.Dataset, name: str) -> dict[str, list[Any]]:
-    for used in re.findall(r"\{(\w+)\}", cfg.prompt_template):
-        if used != "question" and used not in rows.column_names:
+    for used in _in_template(cfg):
+        if used not in rows.column_names:
             raise UserError(f"prompt_template: {name} has no column {used!r}, only {rows.column_names}.")
-    return {column: _cells(rows, column, name) for column in rows.column_names}
+    cells = {column: _cells(rows, column, name) for column in rows.column_names}
+    if cfg.id_column is not None:
+        check_unique(cells[cfg.id_column], name, cfg.id_column)
+    for column in _in_template(cfg):
+        for row, cell in enumerate(cells[column]):
+            if cell is None or (isinstance(cell, str) and not cell.strip()):
+                raise UserError(
+                    f"data: {name}, row {row + 1}, column {column!r}: the cell is empty, and prompt_template uses it. "
+                    "Mend or drop the row."
+                )
+    return cells
+
+
+def _in_template(cfg: Config) -> list[str]:
+    return [used for used in re.findall(r"\{(\w+)\}", cfg.prompt_template) if used != "question"]
 
 
 def _cells(rows: datasets.Dataset, column: str, name: str) -> list[Any]:
@@ -194,32 +221,62 @@ def _cells(rows: datasets.Dataset, column: str, name: str) -> list[Any]:
         ) from None
 
 
-def _make_prompt(
-    index: int, question: Any, columns: dict[str, Any], recipe: Recipe, tokenizer: PreTrainedTokenizerBase,
-    source: str, column: str,
-) -> Prompt:  # fmt: skip
+def _make_prompts(
+    cfg: Config, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cells: dict[str, list[Any]], name: str
+) -> tuple[list[Prompt], list[int | None], int]:
+    """Prompts of all rows with an answer, the tokens of the answers, and how many rows hold no number."""
+    questions, answers = cells[cfg.question_column], cells.get(cfg.answer_column or "")
+    if cfg.answer_column is not None and answers is not None:
+        cells = {**cells, "answer": gold_answers(answers, cfg.answer_format, name, cfg.answer_column)}
+    used = [row for row in range(len(questions)) if answers is None or cells["answer"][row] is not None]
+    if not used:
+        raise UserError(f"data: {name}, column {cfg.answer_column!r}: no row holds a number. See --answer_format.")
+    columns = [{key: values[row] for key, values in cells.items()} | {"question": questions[row]} for row in used]
+    jobs = []
+    for row, here in zip(used, columns, strict=True):
+        _check_question(questions[row], f"{name}, row {row + 1}, column {cfg.question_column!r}")
+        counted = answers is not None and cfg.max_answer_length is not None
+        jobs.append(Job(build(recipe, questions[row], here), str(answers[row]) if counted and answers else None))
+
+    def make(at: int) -> Made:
+        try:
+            text = render(recipe, jobs[at].messages, tokenizer)
+            ids = encode(recipe, text, tokenizer)
+        except UserError as error:
+            raise UserError(f"{error} (data: {name}, row {used[at] + 1})") from None
+        if not ids:
+            where = f"{name}, row {used[at] + 1}, column {cfg.question_column!r}"
+            raise UserError(f"data: {where}: the tokenizer makes no token of {text[:60]!r}.")
+        answer = jobs[at].answer
+        length = None if answer is None else len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+        return Made(text, tuple(ids), length)
+
+    made = make_all(jobs, recipe, tokenizer, make)
+    items: list[Prompt] = []
+    for one, job, here in zip(made, jobs, columns, strict=True):
+        talks = recipe.chat or not isinstance(here["question"], str)
+        items.append(Prompt(len(items), one.text, one.token_ids, here, job.messages if talks else None))
+    return items, [one.answer_length for one in made], len(questions) - len(used)
+
+
+def _check_question(question: Any, where: str) -> None:
+    """Text, or a conversation. Raises UserError."""
     is_messages = isinstance(question, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in question
     )
     if not (is_messages and question) and not (isinstance(question, str) and question.strip()):
-        raise UserError(
-            f"data: {source}, column {column!r}: expected a question, got {str(question)[:60]!r}. Mend or drop the row."
-        )
-    messages = build(recipe, question, columns)
-    try:
-        text = render(recipe, messages, tokenizer)
-        ids = encode(recipe, text, tokenizer)
-    except UserError as error:
-        raise UserError(f"{error} (data: {source})") from None
-    if not ids:
-        raise UserError(f"data: {source}, column {column!r}: the tokenizer makes no token of {text[:60]!r}.")
-    return Prompt(index, text, tuple(ids), columns, messages if recipe.chat or is_messages else None)
+        raise UserError(f"data: {where}: expected a question, got {str(question)[:60]!r}. Mend or drop the row.")
+
+
+def _said(drops: Drops) -> str:
+    """The rules that left questions out, beside the length limit."""
+    return "".join(f", {count} dropped: {rule}" for rule, count in drops.items() if rule != "too long")
 
 
 def length_summary(questions: Questions) -> str:
-    """One line on how many prompts were kept, and how long they are."""
+    """One line on how many prompts were kept and why others were not, and how long they are."""
     lengths = np.array([len(item.token_ids) for item in questions.items])
     return (
-        f"{len(lengths)} questions kept, {questions.num_dropped} dropped as too long; prompt tokens "
-        f"median {math.floor(np.median(lengths))}, longest {lengths.max()}"
+        f"{len(lengths)} questions kept, {questions.drops.get('too long', 0)} dropped as too long"
+        f"{_said(questions.drops)}; prompt tokens median {math.floor(np.median(lengths))}, longest {lengths.max()}"
     )

@@ -75,7 +75,11 @@ def _check_json(path: Path) -> None:
         try:
             cells = parse_json(line)
         except UnicodeDecodeError as error:
-            raise BadFile(f"line {number}: not UTF-8 text ({error.reason} at byte {error.start} of the line)") from None
+            before = re.findall(rb'"([^"\\]{1,60})"\s*:', line[: error.start])
+            column = f", column {before[-1].decode()!r}" if before else ""
+            raise BadFile(
+                f"line {number}{column}: not UTF-8 text ({error.reason} at byte {error.start} of the line)"
+            ) from None
         except ValueError as error:
             raise BadFile(f"line {number}: no JSON: {error}") from None
         if not isinstance(cells, dict):
@@ -116,33 +120,61 @@ def _check_cells(cells: Any, where: str) -> None:
 
 
 def _check_csv(path: Path) -> None:
-    """A header of different names, and no row with more cells than it."""
+    """A header of different names, no row with more cells than it, nothing in columns without a name."""
+    before = csv.field_size_limit(MAX_ROW_BYTES)
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            _check_table(file)
+    finally:
+        csv.field_size_limit(before)
 
-    def bounded(file: TextIO) -> Iterator[str]:
+
+def _check_table(file: TextIO) -> None:
+    def bounded() -> Iterator[str]:
         while line := file.readline(MAX_ROW_BYTES + 1):
             if len(line) > MAX_ROW_BYTES:
                 raise BadFile(f"row {reader.line_num + 1}: longer than {MAX_ROW_BYTES} characters")
-            if "\0" in line:
-                raise BadFile(f"line {reader.line_num + 1}: it holds a NUL character")
             yield line
 
-    before = csv.field_size_limit(MAX_ROW_BYTES)
+    reader = csv.reader(bounded(), strict=True)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(bounded(file), strict=True)
-            header = next((row for row in reader if row), [])
-            if len(set(header)) != len(header) or not all(name.strip() for name in header):
-                raise BadFile(f"line 1: its column names must be different and not empty, got {str(header)[:100]}")
-            try:
-                for row in reader:
-                    if len(row) > len(header):
-                        raise BadFile(
-                            f"line {reader.line_num}: {len(row)} cells under {len(header)} columns; quote commas"
-                        )
-            except csv.Error as error:
-                raise BadFile(f"line {reader.line_num}: {error}") from None
-    finally:
-        csv.field_size_limit(before)
+        header = next((row for row in reader if row), [])
+        _check_text(header, [], reader.line_num)
+        named = [name for name in header if name.strip()]
+        if not named or len(set(named)) != len(named):
+            raise BadFile(f"line 1: its column names must be different and not empty, got {str(header)[:100]}")
+        for row in reader:
+            _check_text(row, header, reader.line_num)
+            if len(row) > len(header):
+                raise BadFile(f"line {reader.line_num}: {len(row)} cells under {len(header)} columns; quote commas")
+            stray = [at for at, cell in enumerate(row) if cell.strip() and not header[at].strip()]
+            if stray:
+                raise BadFile(
+                    f"line {reader.line_num}, column {stray[0] + 1}: {row[stray[0]][:60]!r} stands under no column name"
+                )
+    except csv.Error as error:
+        raise BadFile(f"line {reader.line_num}: {error}") from None
+
+
+def _check_text(row: list[str], header: list[str], line: int) -> None:
+    """Cells in UTF-8, without NUL. Bytes that are not came in as surrogates."""
+    if all(cell.isascii() and "\0" not in cell for cell in row):
+        return
+    for at, cell in enumerate(row):
+        where = f"line {line}, column {header[at]!r}" if at < len(header) else f"line {line}"
+        try:
+            cell.encode()
+        except UnicodeEncodeError as error:
+            raise BadFile(f"{where}: not UTF-8 text at character {error.start + 1}; save the file as UTF-8") from None
+        if "\0" in cell:
+            raise BadFile(f"{where}: it holds a NUL character")
+
+
+def csv_columns(path: Path) -> dict[str, int]:
+    """Columns of a checked CSV file that have a name, and where they stand; those without one are empty."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = next(row for row in csv.reader(file, strict=True) if row)
+    return {name: at for at, name in enumerate(header) if name.strip()}
 
 
 def _check_parquet(path: Path) -> None:

@@ -1,9 +1,14 @@
 """Greedy accuracy on held-out questions, shared over ranks, one completion a question.
 
-`eval/accuracy` is the share of questions for which the first reward function of the config gives more than
-0; beside it the mean of every reward function.
+    python -m grpo.evaluate --checkpoint output/checkpoint_20 --data test.jsonl --limit 100
+    torchrun --standalone --nproc_per_node=2 -m grpo.evaluate --checkpoint output/checkpoint_20
+
+evaluates a checkpoint by the answers it gives (grpo/examination.py). Within training, `evaluate` measures what is
+trained: `eval/accuracy` is the share of questions for which the first reward function of the config gives more than
+0 (more than a refusal is worth, where refusing is rewarded); beside it the mean of every reward function.
 """
 
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -12,11 +17,22 @@ from transformers import PreTrainedTokenizerBase
 from grpo.config import Config
 from grpo.data import Questions
 from grpo.distributed import World
+from grpo.rewards import Reward
 from grpo.rewards.pool import Rewards
 from grpo.rollout import Engine, cut_chunks, requests_of
 from grpo.rollout.sampling import Sampling
 from grpo.scoring import score
 from grpo.types import Pulse
+
+
+def worth_of_refusing(cfg: Config, reward: Reward) -> float:
+    """What the function gives for a refusal, which is no right answer; 0 where it knows none.
+
+    >>> worth_of_refusing(Config(reward_parameters={"refusal_reward": {"refuse": 0.3}}), Reward("refusal_reward", 1.0))
+    0.3
+    """
+    default = 0.4 if reward.short == "refusal_reward" else 0.0
+    return float(cfg.reward_parameters.get(reward.name, {}).get("refuse", default))
 
 
 def evaluate(
@@ -43,7 +59,7 @@ def evaluate(
         return None
     first = table[:, 0]
     metrics = {
-        "eval/accuracy": float((np.nan_to_num(first) > 0).mean()),
+        "eval/accuracy": float((np.nan_to_num(first) > worth_of_refusing(cfg, rewards.rewards[0])).mean()),
         "eval/length_mean": float(table[:, -1].mean()),
     }
     for k, reward in enumerate(rewards.rewards):
@@ -51,3 +67,9 @@ def evaluate(
         if len(column):
             metrics[f"eval/{reward.name.rpartition(':')[2]}"] = float(column.mean())
     return metrics
+
+
+if __name__ == "__main__":
+    from grpo.examination import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,49 +1,61 @@
 """What a run says: lines on the console and in train.log, points on curves, completions as text. Rank 0 only."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from grpo.config import Config, prompts_per_step
+from grpo.best import METRIC, Best
+from grpo.config import Config, prompts_per_step, tracker_names
 from grpo.console import Console, step_line, warn
 from grpo.data import Questions, length_summary
 from grpo.distributed import World
 from grpo.metrics import Tally
 from grpo.policy import Policy
-from grpo.rewards import completion_text
 from grpo.rollout import Engine
 from grpo.scoring import Scored, rollout_metrics
-from grpo.trackers import Tracker, load_trackers
+from grpo.trackers import Tracker, check_trackers, load_trackers
+from grpo.trackers.rollouts import RolloutFile, as_markdown, as_table, rollouts_of
 from grpo.types import Table
-
-SHOWN_SAMPLES = 4
 
 
 class Journal:
     """Console and trackers of one run."""
 
     def __init__(self, cfg: Config, world: World, folder: Path):
+        """Raises UserError when a tracker's package is missing."""
+        check_trackers(cfg)
         self.cfg = cfg
         self.world = world
         self.folder = folder
         self.console = Console(world.is_main, folder / "train.log")
         self.say = self.console.say
         self.trackers: list[Tracker] = []
+        self.rollouts: RolloutFile | None = None
+        self.best: Best | None = None  # rank 0's
+        self.total = 0
         self.extras: Callable[[], dict[str, float]] = dict  # metrics of rank 0 alone, such as what saves have cost
 
     def open(self, total: int, done: int) -> None:
         """Trackers and the progress bar, for the steps from `done` on."""
+        self.total = total
         if self.world.is_main:
+            self.best = Best(self.cfg, done)
             self.trackers = load_trackers(self.cfg, self.folder, done)
+        if self.cfg.log_samples_steps:
+            with self._rollouts_optional():
+                self.rollouts = RolloutFile(self.folder, self.world.rank, done)
         self.console.start(total, done)
 
     def close(self) -> None:
         """Write out what is pending."""
         for tracker in self.trackers:
             self._tell(tracker, tracker.close)
+        if self.rollouts is not None:
+            self.rollouts.close()
 
     def evaluated(self, step: int) -> bool:
         """Whether the evaluation after `step` steps is on record, for all ranks alike: resuming does not repeat it."""
@@ -59,8 +71,8 @@ class Journal:
         where = f"{self.world.size} x {self.world.device.type} ({torch.get_num_threads()} threads each)"
         say(f"model {cfg.model}: {policy.num_parameters / 1e6:.1f}M parameters, {cfg.dtype}, on {where}")
         say(f"data {cfg.data}: {length_summary(questions)}")
-        say(f"{total} steps of {prompts_per_step(cfg)} prompts x {cfg.num_generations} completions; "
-            f"curves: tensorboard --logdir {cfg.runs_dir}")  # fmt: skip
+        curves = f"; curves: tensorboard --logdir {cfg.runs_dir}" if "tensorboard" in tracker_names(cfg) else ""
+        say(f"{total} steps of {prompts_per_step(cfg)} prompts x {cfg.num_generations} completions{curves}")
         if num_chunks < self.world.size:
             say(
                 f"note: {num_chunks} rollout chunks for {self.world.size} processes leave some idle: "
@@ -110,6 +122,13 @@ class Journal:
         self.say(f"held-out after {step} steps: accuracy {metrics['eval/accuracy']:.1%} (greedy), "
                          f"length {metrics['eval/length_mean']:.1f}")  # fmt: skip
         self.log(step, metrics)
+        every = self.cfg.save_steps
+        saved = step > 0 and (step == self.total or (every and step % every == 0))
+        if self.best is not None and (saved or (Path(self.cfg.output_dir) / f"checkpoint_{step}").is_dir()):
+            try:
+                self.best.consider(step, metrics[METRIC])
+            except OSError as error:  # a full disk: the pointer is not worth a run
+                warn(f"warning: best.json cannot be written ({error}); it keeps what it said")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Points on curves."""
@@ -126,22 +145,30 @@ class Journal:
             )
             self.trackers = [other for other in self.trackers if other is not tracker]
 
-    def log_samples(self, step: int, scored: Scored) -> None:
-        """A few completions of this rank as text, every `log_samples_steps`."""
-        every = self.cfg.log_samples_steps
-        if not (every and self.trackers and (step % every == 0 or step == 1)):
+    def log_samples(self, step: int, scored: Scored, advantages: np.ndarray) -> None:
+        """This rank's completions as JSON lines, a few as text and as a table, each when due. advantages: [N]."""
+        keep, show = (
+            every and (step % every == 0 or step == 1)
+            for every in (self.cfg.log_samples_steps, self.cfg.log_completions_steps)
+        )
+        if not (keep or show):
             return
-        blocks = []
-        for sample, row in list(zip(scored.samples, scored.scores, strict=True))[:SHOWN_SAMPLES]:
-            prompt = sample.prompt if isinstance(sample.prompt, str) else completion_text(sample.prompt)
-            shown = [f"**prompt** {prompt}", f"**completion** {completion_text(sample.completion)}",
-                     f"**gold** {sample.columns.get('answer')}, **scores** {row.tolist()}"]  # fmt: skip
-            blocks.append("\n\n".join(_escape(text) for text in shown))
-        text = "\n\n---\n\n".join(blocks)
-        for tracker in list(self.trackers):
-            self._tell(tracker, lambda tracker=tracker: tracker.text(step, "samples", text))  # type: ignore[misc]
+        rollouts = rollouts_of(step, scored, advantages, self.cfg)
+        if keep and self.rollouts is not None:
+            with self._rollouts_optional():
+                self.rollouts.write(rollouts)
+        if not rollouts:
+            return
+        if show and self.world.is_main:
+            self.console.show(as_table(rollouts))
+        for tracker in list(self.trackers) if keep else []:
+            self._tell(tracker, lambda tracker=tracker: tracker.text(step, "samples", as_markdown(rollouts)))  # type: ignore[misc]
 
-
-def _escape(text: str) -> str:
-    """Model text is shown, not rendered: no HTML, line breaks kept."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", "  \n")
+    @contextmanager
+    def _rollouts_optional(self) -> Iterator[None]:
+        """A disk that refuses costs the rollouts' file, not the run."""
+        try:
+            yield
+        except OSError as error:
+            warn(f"warning: rank {self.world.rank}: no rollouts in {self.folder} from now on ({error})")
+            self.rollouts = None

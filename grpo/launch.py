@@ -10,6 +10,7 @@ from grpo.distributed import World, start, stop
 from grpo.errors import Preempted, UserError
 from grpo.liveness import die_with_parent
 from grpo.models import quiet
+from grpo.show_prompt import show_prompt
 from grpo.stopping import forget_exit, write_exit
 
 
@@ -20,6 +21,8 @@ def run_main(
 
     What the user can mend ends in one line, from rank 0, and a code of its own (grpo/errors.py).
     """
+    if any(arg.partition("=")[0] == "--show_prompt" for arg in argv):
+        return show_prompt(argv)  # instead of the job
     rank = int(os.environ.get("RANK", 0))
     is_main = rank == 0
     cfg = None

@@ -59,7 +59,8 @@ class Policy:
         self.counters = Counters()
         self.last_lr = 0.0
         if cfg.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # The older name serves transformers before 5.23. Without reentrance is both names' default.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             model.enable_input_require_grads()
         self.reference = None if reference is None else Scorer(reference.requires_grad_(False), cfg)
         scorer = Scorer(model, cfg)

@@ -13,10 +13,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import Config
+from grpo.config import Config, find_path
 from grpo.errors import UserError
 from grpo.templates import render_chat
-from grpo.untrusted import read_object
+from grpo.untrusted import check_regular, read_object
+
+MAX_TEMPLATE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Recipe:
     system_prompt: str | None = None
     prompt_template: str = "{question}"
     chat: bool = False  # render through the tokenizer's chat template
+    strip_cells: bool = False  # white space around cells does not get into the template
+    example_question: str | None = None  # one turn of each side before the question
+    example_answer: str | None = None
     max_prompt_length: int = 256
     max_generate_length: int = 256
     logit_clamp: float = 100.0
@@ -33,7 +38,13 @@ class Recipe:
 
 
 def make_recipe(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """Settle the recipe of a run. Raises UserError when a chat template is asked for and missing."""
+    """Settle the recipe of a run. Raises UserError when a chat template is asked for and missing.
+
+    A template of the user's own is put into the tokenizer: every checkpoint is saved with it, so that inference,
+    evaluation and other programs find it where chat templates are looked for.
+    """
+    if cfg.chat_template_file is not None:
+        tokenizer.chat_template = read_template(cfg.chat_template_file)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if cfg.chat_template and not has_template:
         raise UserError(
@@ -43,11 +54,31 @@ def make_recipe(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Recipe:
         system_prompt=cfg.system_prompt,
         prompt_template=cfg.prompt_template,
         chat=has_template and cfg.chat_template is not False,
+        strip_cells=cfg.strip_cells,
+        example_question=cfg.example_question,
+        example_answer=cfg.example_answer,
         max_prompt_length=cfg.max_prompt_length,
         max_generate_length=cfg.max_generate_length,
         logit_clamp=cfg.logit_clamp,
         questions=cfg.inference_questions,
     )
+
+
+def read_template(name: str) -> str:
+    """A chat template from a file. Raises UserError; whether it renders shows with the first prompt."""
+    path = find_path(name)
+    if path is None or not path.is_file():
+        raise UserError(
+            f"chat_template_file: no such file {name!r}. Give a Jinja file, such as configs/working_out.jinja."
+        )
+    try:
+        check_regular(path, MAX_TEMPLATE_BYTES)
+        text = path.read_text(encoding="utf-8")
+        if not text.strip():
+            raise ValueError("it is empty")
+        return text
+    except (OSError, ValueError) as error:
+        raise UserError(f"chat_template_file: {name!r} is not used: {error}. Give a Jinja file in UTF-8.") from None
 
 
 def fill(template: str, columns: dict[str, Any]) -> str:
@@ -60,13 +91,22 @@ def fill(template: str, columns: dict[str, Any]) -> str:
 
 
 def build(recipe: Recipe, question: str | list[dict[str, str]], columns: dict[str, Any]) -> list[dict[str, str]]:
-    """The conversation behind a prompt: the system message, then the user's turn (or the given messages)."""
+    """The conversation behind a prompt: the system message, the example, then the user's turn (or given messages)."""
     if isinstance(question, str):
-        turns = [{"role": "user", "content": fill(recipe.prompt_template, {**columns, "question": question})}]
+        cells = {**columns, "question": question}
+        if recipe.strip_cells:
+            cells = {name: cell.strip() if isinstance(cell, str) else cell for name, cell in cells.items()}
+        turns = [{"role": "user", "content": fill(recipe.prompt_template, cells)}]
     else:
         turns = list(question)
     if recipe.system_prompt and not any(turn["role"] == "system" for turn in turns):
         turns.insert(0, {"role": "system", "content": recipe.system_prompt})
+    if recipe.example_question is not None and recipe.example_answer is not None:
+        start = 1 if turns[0]["role"] == "system" else 0
+        turns[start:start] = [
+            {"role": "user", "content": recipe.example_question},
+            {"role": "assistant", "content": recipe.example_answer},
+        ]
     return turns
 
 
@@ -129,7 +169,10 @@ def _check_recipe(recipe: Recipe) -> None:
     holds = {
         "system_prompt": recipe.system_prompt is None or isinstance(recipe.system_prompt, str),
         "prompt_template": isinstance(recipe.prompt_template, str),
-        "chat": isinstance(recipe.chat, bool),
+        "chat, strip_cells": isinstance(recipe.chat, bool) and isinstance(recipe.strip_cells, bool),
+        "example_question, example_answer": all(
+            text is None or isinstance(text, str) for text in (recipe.example_question, recipe.example_answer)
+        ),
         "max_prompt_length, max_generate_length": all(type(n) is int and 1 <= n < 2**31 for n in lengths),
         "logit_clamp": type(recipe.logit_clamp) in (int, float) and 0 < recipe.logit_clamp < math.inf,
         "questions": isinstance(recipe.questions, list) and all(isinstance(text, str) for text in recipe.questions),

@@ -20,7 +20,8 @@ from grpo.untrusted import TRAINABLE, check_safetensors, read_object
 
 FREE_TO_CHANGE = {  # settings that do not change what is trained; all others must match on resume
     "output_dir", "save_steps", "save_total_limit", "resume", "runs_dir", "run_name", "report_to",
-    "log_samples_steps", "eval_data", "eval_split", "eval_rows", "eval_steps", "num_threads", "device",
+    "log_samples_steps", "log_completions_steps", "tracker_project", "tracker_mode", "eval_data",
+    "eval_split", "eval_rows", "eval_steps", "num_threads", "device",
     "micro_batch_tokens", "rollout_chunk_rows", "logits_chunk_mb", "gradient_checkpointing", "max_bad_steps",
     "max_reward_failures", "inference_questions", "backend", "zero_stage", "offload", "deepspeed_config",
     "save_in_background", "check_weights_steps", "stall_timeout_s", "preempt_grace_s",
@@ -53,7 +54,8 @@ def check_same_run(folder: Path, state: dict[str, Any], cfg: Config, facts: dict
     free = set(FREE_TO_CHANGE)
     if cfg.lr_schedule == "constant" and not cfg.warmup_ratio:
         free |= {"max_steps", "epoch"}  # the rate does not depend on the run's length: it may be extended
-    before, now = {**state["config"]}, dataclasses.asdict(cfg)
+    before = {**dataclasses.asdict(Config()), **state["config"]}  # an older checkpoint does not know newer settings
+    now = dataclasses.asdict(cfg)
     differences = [
         f"{key}: {before.get(key)!r} there, {now[key]!r} now"
         for key in now

@@ -202,8 +202,9 @@ def flags_in(*paths: Path) -> set[str]:
     return set(re.findall(r"(?<![\w-])--(\w+)", "".join(path.read_text(encoding="utf-8") for path in paths)))
 
 
-OF_TRAIN = {*vars(Config()), "config", "print_config", "help"}
+OF_TRAIN = {*vars(Config()), "config", "print_config", "show_prompt", "help"}
 OF_INFERENCE = set(re.findall(r'"--(\w+)"', (PROJECT / "inference.py").read_text(encoding="utf-8")))
+OF_EVALUATION = set(re.findall(r'"--(\w+)"', (PROJECT / "grpo" / "examination.py").read_text(encoding="utf-8")))
 # torchrun's, tensorboard's, sbatch's
 OF_OTHERS = {"standalone", "nproc_per_node", "logdir", "nodes", "requeue", "signal"}
 OF_SCRIPTS = flags_in(*(PROJECT / "launch").glob("*.sh"), *(PROJECT / "benchmarks").glob("*.py"),
@@ -215,9 +216,10 @@ def test_every_flag_exists(name):
     """On a line that starts a program, its own flags; elsewhere, anybody's."""
     text = (PROJECT / name).read_text(encoding="utf-8").replace("\\\n", " ")
     planner = OF_TRAIN | flags_in(PROJECT / "grpo" / "plan.py")
-    everybody = planner | OF_INFERENCE | OF_OTHERS | OF_SCRIPTS
+    everybody = planner | OF_INFERENCE | OF_EVALUATION | OF_OTHERS | OF_SCRIPTS
     owners = {"inference.py": OF_INFERENCE, "grpo.plan": planner, "train.py": OF_TRAIN}
     owners["launch/"] = OF_TRAIN | OF_SCRIPTS
+    owners["grpo.evaluate"] = OF_EVALUATION
     for line in text.splitlines():
         flags = {flag.split(".")[0] for flag in re.findall(r"(?<![\w-])--([a-zA-Z][\w.]*)", line)}
         known = everybody

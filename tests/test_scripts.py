@@ -164,13 +164,14 @@ def test_gsm8k_format_trains_a_small_random_model(tmp_path):
         "train.py", "--config", "configs/gsm8k.yaml", *folders(tmp_path), "--model", str(tmp_path / "model"),
         "--data", str(tmp_path / "data.jsonl"), "--eval_data", "null", "--max_steps", "2", "--dtype", "fp32",
         "--batch_size", "2", "--gradient_accumulation_steps", "1", "--max_generate_length", "16",
-        "--max_prompt_length", "230", "--beta", "0.04", nproc=2,
+        "--max_prompt_length", "230", "--system_prompt", "Think, then answer.", "--eval_split_size", "0",
+        "--num_generations", "4", nproc=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "3 questions kept, 1 dropped as too long" in done.stdout
     assert "  kl " in step_lines(done.stdout)[0]
     rows = metrics_of(tmp_path / "runs")
-    assert rows[0]["kl"] == pytest.approx(0, abs=1e-9) and "reward/mark_reward/mean" in rows[0]
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-9) and "reward/tag_count_reward/mean" in rows[0]
     state = json.loads((tmp_path / "output" / "checkpoint_2" / "trainer" / "state.json").read_text())
     assert state["config"]["model"] == str(tmp_path / "model")
     assert Path(tmp_path / "output" / "checkpoint_2" / "MANIFEST.json").is_file()

@@ -4,6 +4,7 @@ The file is imported from the text that was read when the run started: a worker 
 run runs the same function, whatever has been written to the file since.
 """
 
+import difflib
 import importlib.abc
 import importlib.util
 import inspect
@@ -18,6 +19,8 @@ Outcome = float | str | None  # a score, why there is none, or "does not apply"
 
 LARGEST = 1e100  # squares and weighted sums of scores stay finite
 MAX_REASON = 300  # characters
+MAX_NAMES = 8  # named when there is no such function
+ARGUMENTS = ("prompts", "completions", "completion_ids")  # what every call brings
 
 
 class _Kept(importlib.abc.InspectLoader):
@@ -58,8 +61,51 @@ def find(module: ModuleType, function: str) -> RewardFunction | str:
     found = getattr(module, function, None)
     if callable(found):
         return found
-    names = sorted(n for n, value in vars(module).items() if n.endswith("reward") and callable(value))
-    return f"has no function {function!r}. It has: {', '.join(names)}."
+    names = sorted(n for n, value in vars(module).items() if callable(value) and _looks_like_a_reward(n, value))
+    near = difflib.get_close_matches(function, names, MAX_NAMES, cutoff=0.0)
+    if len(near) == len(names):
+        return f"has no function {function!r}. It has: {', '.join(names)}."
+    return f"has no function {function!r}. The nearest of its {len(names)}: {', '.join(near)}."
+
+
+def _looks_like_a_reward(name: str, value: Any) -> bool:
+    return name.endswith("reward") or (
+        inspect.isfunction(value) and "completions" in inspect.signature(value).parameters
+    )
+
+
+def bind(function: RewardFunction, given: dict[str, Any]) -> tuple[RewardFunction, str]:
+    """A function with its parameters set, and what its `prepare` says for the run's fingerprint.
+
+    Parameters are the arguments that it names in its mark `parameters`, which then never come from a data column; or,
+    without that mark, any argument with a default. Raises ValueError for one that it has not, and lets through what
+    `prepare` raises.
+    """
+    named = getattr(function, "parameters", None)
+    defaults = _defaults(function)
+    allowed = [name for name in defaults if name not in ARGUMENTS and (named is None or name in named)]
+    unknown = next((name for name in given if name not in allowed), None)
+    if unknown is not None:
+        raise ValueError(f"it has no parameter {unknown!r}. It has: {', '.join(allowed) or 'none'}.")
+    values = {name: defaults[name] for name in allowed if named is not None} | given
+    prepare = getattr(function, "prepare", None)
+    said = prepare(**values) if callable(prepare) else None
+    if not values:
+        return function, said or ""
+
+    def bound(**arguments: Any) -> Sequence[float | None]:
+        return function(**{**arguments, **values})
+
+    return bound, said or ""
+
+
+def _defaults(function: RewardFunction) -> dict[str, Any]:
+    """Arguments with a default, and their defaults; none for a callable that does not say."""
+    try:
+        arguments = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    return {one.name: one.default for one in arguments if one.default is not one.empty}
 
 
 def describe(function: RewardFunction, name: str) -> dict[str, Any]:

@@ -10,11 +10,14 @@ from grpo.errors import UserError
 from grpo.rewards import Reward
 
 
-def locate(names: Sequence[str]) -> list[dict[str, str]]:
-    """For each name the file it is in, and its text: reward_func.py, or `path.py:function`. Raises UserError."""
+def locate(cfg: Config) -> list[dict[str, Any]]:
+    """For each reward the file it is in, its text, and its parameters. Raises UserError.
+
+    The file is reward_func.py, or that of `path.py:function`.
+    """
     texts: dict[Path, str] = {}
     found = []
-    for name in names:
+    for name in cfg.rewards:
         file, _, function = name.rpartition(":")
         path = find_path(file) if file else find_path("reward_func.py")
         if path is None or not path.is_file():
@@ -23,8 +26,23 @@ def locate(names: Sequence[str]) -> list[dict[str, str]]:
         if path not in texts:
             texts[path] = _read(path)
         module = "reward_func" if path == PROJECT / "reward_func.py" else f"rewards_from_{path.stem}"
-        found.append({"name": name, "path": str(path), "function": function, "module": module, "text": texts[path]})
+        parameters = {key: _found(name, key, value) for key, value in cfg.reward_parameters.get(name, {}).items()}
+        found.append({"name": name, "path": str(path), "function": function, "module": module, "text": texts[path],
+                      "parameters": parameters})  # fmt: skip
     return found
+
+
+def _found(name: str, key: str, value: Any) -> Any:
+    """A parameter's value; a file or folder, by the parameter's name, is looked for like every other path."""
+    if not isinstance(value, str) or not key.endswith(("file", "folder")):
+        return value
+    path = find_path(value)
+    if path is None:
+        raise UserError(
+            f"reward_parameters: {name}: {key}: no such path {value[:200]!r}. Give one that exists, from here or from "
+            "the project's folder."
+        )
+    return str(path.resolve())
 
 
 def _read(path: Path) -> str:

@@ -55,7 +55,7 @@ def open_rewards(cfg: Config, notice: Callable[[str], None]) -> Rewards:
     if cfg.reward_workers == 0:
         from grpo.rewards.worker import load_functions
 
-        functions, said = load_functions(locate(list(cfg.rewards)))
+        functions, said = load_functions(locate(cfg))
         return InProcess(make_rewards(cfg, said), functions)
     return Pool(cfg, notice)
 
@@ -117,7 +117,7 @@ class Pool:
 
     def __init__(self, cfg: Config, notice: Callable[[str], None]):
         """Start the wardens, all at once. Raises UserError when a function cannot be found or imported."""
-        self.functions = locate(list(cfg.rewards))
+        self.functions = locate(cfg)
         self.cfg = cfg
         self.wardens: list[Warden] = []
         atexit.register(self.close)

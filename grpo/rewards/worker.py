@@ -15,8 +15,9 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from grpo.errors import UserError
 from grpo.rewards import confine
-from grpo.rewards.functions import Outcome, RewardFunction, call, describe, find, load_module, raised
+from grpo.rewards.functions import Outcome, RewardFunction, bind, call, describe, find, load_module, raised
 from grpo.rewards.protocol import MAX_ANSWER, MAX_REQUEST, cut, dump, frame, load, read_frame, write_all
 
 TICK_S = 0.02
@@ -25,7 +26,7 @@ TICK_S = 0.02
 def serve(hello: dict[str, Any], reading: int, writing: int, fork_each: bool) -> None:
     """Import the functions, say what they are, then answer calls until the end of the stream."""
     sys.path[:] = hello["path"]
-    functions, said = load_functions(hello["functions"])
+    functions, said = load_functions(hello["functions"], only_code=fork_each)
     write_all(writing, frame(dump(said)))
     if len(functions) != len(hello["functions"]):
         return
@@ -45,8 +46,13 @@ def serve(hello: dict[str, Any], reading: int, writing: int, fork_each: bool) ->
             write_all(writing, frame(answer_alone(answer, reading, writing) if fork_each else answer()))
 
 
-def load_functions(wanted: list[dict[str, str]]) -> tuple[list[RewardFunction], list[dict[str, Any]]]:
-    """Import each file once. Returns the functions and their descriptions; the last one says what went wrong."""
+def load_functions(
+    wanted: list[dict[str, Any]], only_code: bool = False
+) -> tuple[list[RewardFunction], list[dict[str, Any]]]:
+    """Import each file once, set parameters. Returns functions and descriptions; the last one says what went wrong.
+
+    only_code: this worker will call those that run code alone, so the others are not prepared.
+    """
     modules: dict[str, Any] = {}
     functions: list[RewardFunction] = []
     said: list[dict[str, Any]] = []
@@ -60,8 +66,17 @@ def load_functions(wanted: list[dict[str, str]]) -> tuple[list[RewardFunction], 
         found = find(modules[path], one["function"])
         if isinstance(found, str):
             return functions, [{"error": f"{os.path.basename(path)} {found}"}]
+        described = describe(found, one["name"])
+        if not only_code or described["runs_code"]:
+            try:
+                found, more = bind(found, one["parameters"])
+            except (ValueError, UserError) as error:
+                return functions, [{"error": " ".join(f"{one['name']}: {error}".split())}]
+            except BaseException as error:  # `prepare` may be the user's: it may raise anything
+                return functions, [{"error": f"{one['name']}: preparing it raised {raised(error)}."}]
+            described["source"] += more
         functions.append(found)
-        said.append(describe(found, one["name"]))
+        said.append(described)
     return functions, said
 
 

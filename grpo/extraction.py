@@ -1,0 +1,198 @@
+"""What a completion answers: strictly, between the marks that the prompt asks for; leniently, wherever it stands.
+
+Strict: the text in the last complete pair of tags (<answer>…</answer>, <SOLUTION>…</SOLUTION>), or after the last
+####, must be the answer and nothing else. Lenient: the last number, or the last letter, of the whole text. Numbers are
+compared as numbers (1,450 is 1450.0), choices as letters, anything else as text. Every scan is linear in the text.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, Literal
+
+Task = Literal["number", "choice", "text"]
+Marks = Literal["answer", "SOLUTION", "hash"]
+
+MAX_LENGTH = 200  # characters; a longer text is no number: comparing it would cost more than it tells
+UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+NUMBER = re.compile(rf"[-+]?(?:{UNSIGNED})", re.ASCII)
+NUMBER_ALONE = re.compile(rf"\s*([-+]?)\s*[$€£¥]?\s*([-+]?)({UNSIGNED})(?:\s*/\s*(\d+))?\s*[$%.]{{0,2}}\s*", re.ASCII)
+LONE_LETTER = re.compile(r"(?<![A-Za-z0-9_'])[A-Da-d](?![A-Za-z0-9_'])", re.ASCII)
+CAPITAL = re.compile(r"(?<![A-Za-z0-9_'])[A-D](?![A-Za-z0-9_'])", re.ASCII)
+AROUND_LETTERS = " \t\r\n().:。、"  # what may stand around a letter that is the whole answer
+
+
+def plain(text: str) -> str:
+    """Full-width letters and digits as ASCII, every minus as a hyphen.
+
+    >>> plain("−１２．５")
+    '-12.5'
+    """
+    return unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2013", "-")
+
+
+def marks_of(*texts: str | None) -> Marks:
+    """Which marks a recipe's texts ask for: the first that one of them holds; #### when none does.
+
+    >>> marks_of("Think, then <answer>\\n3\\n</answer>"), marks_of(None, "{question}")
+    ('answer', 'hash')
+    """
+    whole = "".join(text or "" for text in texts)
+    return "SOLUTION" if "<SOLUTION>" in whole else "answer" if "<answer>" in whole else "hash"
+
+
+def marked(text: str, marks: Marks) -> str | None:
+    """The text in the last complete pair of tags, or the line after the last ####, stripped; None without.
+
+    >>> marked("<answer>1</answer> or <answer> 2 </answer> <answer>", "answer")
+    '2'
+    >>> marked("2+2=4\\n#### 4\\nok", "hash")
+    '4'
+    """
+    if marks == "hash":
+        _, found, rest = text.rpartition("####")
+        return rest.strip().partition("\n")[0].strip() if found else None
+    before, closed, _ = text.rpartition(f"</{marks}>")
+    _, opened, inside = before.rpartition(f"<{marks}>")
+    return inside.strip() if closed and opened else None
+
+
+def number(text: str) -> Fraction | None:
+    """The value of a text that is one number, with an optional currency sign, per cent sign or final point.
+
+    >>> number(" $1,450.50. "), number("27 apples"), number("3/4")
+    (Fraction(2901, 2), None, Fraction(3, 4))
+    """
+    match = NUMBER_ALONE.fullmatch(plain(text)) if len(text) <= MAX_LENGTH else None
+    if match is None or (match[1] and match[2]):
+        return None
+    value = Fraction(match[3].replace(",", "")) * (-1 if "-" in (match[1], match[2]) else 1)
+    if match[4] is None:
+        return value
+    return value / int(match[4]) if int(match[4]) else None
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text as it stands there.
+
+    >>> last_number("10 - 3 = 7, so $1,450.")
+    '1,450'
+    >>> last_number("from 5 to -8"), last_number("17-9")
+    ('-8', '9')
+    """
+    text = plain(text)
+    found = None
+    for match in NUMBER.finditer(text):
+        found = match
+    if found is None:
+        return None
+    digits = found[0]
+    before = text[found.start() - 1 : found.start()] if found.start() else ""
+    return digits[1:] if digits[0] in "+-" and before.isalnum() else digits  # 17-9 is a difference, not -9
+
+
+def marker_of(config: dict[str, Any]) -> str:
+    """What a run's rewards take for a refusal to choose: the `marker` of its `reward_parameters`, else a question mark.
+
+    >>> marker_of({"reward_parameters": {"refusal_reward": {"marker": "拒答"}}}), marker_of({})
+    ('拒答', '?')
+    """
+    settings = config.get("reward_parameters")
+    for parameters in settings.values() if isinstance(settings, dict) else []:
+        marker = parameters.get("marker") if isinstance(parameters, dict) else None
+        if isinstance(marker, str) and is_marker(marker):
+            return marker
+    return "?"
+
+
+def is_marker(text: str) -> bool:
+    """Whether a text can stand for a refusal: it is none of the letters.
+
+    >>> is_marker("?"), is_marker(" (b) "), is_marker("")
+    (True, False, False)
+    """
+    return bool(text.strip()) and letter(text, "") is None
+
+
+def letter(text: str, refusal: str) -> str | None:
+    """The choice that a text is: A to D, the refusal marker, or None for neither.
+
+    >>> letter("(b).", "?"), letter(" ？ ", "?"), letter("B or C", "?")
+    ('B', '?', None)
+    """
+    if plain(text).strip() == plain(refusal).strip():
+        return refusal
+    bare = plain(text).strip(AROUND_LETTERS).upper()
+    return bare if bare in ("A", "B", "C", "D") else None
+
+
+def last_letter(text: str) -> str | None:
+    """The last lone A to D of a text; a small letter counts only when no capital stands alone.
+
+    >>> last_letter("Not A, so it is (C). Got it, a bit late."), last_letter("b"), last_letter("Abba")
+    ('C', 'B', None)
+    """
+    text = plain(text)
+    found = CAPITAL.findall(text) or LONE_LETTER.findall(text)
+    return found[-1].upper() if found else None
+
+
+def strict(text: str, task: Task, marks: Marks, refusal: str = "?") -> str | None:
+    """The answer where the prompt wants it, and nothing beside it; None when there is none.
+
+    >>> strict("<answer>27 apples</answer>", "number", "answer") is None
+    True
+    """
+    inside = marked(text, marks)
+    if not inside:
+        return None
+    if task == "choice":
+        return letter(inside, refusal)
+    return inside if task == "text" or number(inside) is not None else None
+
+
+def lenient(text: str, task: Task, marks: Marks, refusal: str = "?") -> str | None:
+    """The last number or letter of the whole text; for text, what the marks hold or the last line.
+
+    A refusal between the marks stays one, whatever letters were weighed before.
+
+    >>> lenient("<answer>27 apples", "number", "answer"), lenient("A? B? <answer>?</answer>", "choice", "answer")
+    ('27', '?')
+    """
+    if task == "number":
+        return last_number(text)
+    exact = strict(text, task, marks, refusal)
+    if exact is not None:
+        return exact
+    if task == "choice":
+        return last_letter(text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else None
+
+
+def right(pred: str | None, gold: str, task: Task) -> bool:
+    """Whether an extracted answer is the gold one.
+
+    >>> right("73.0", "73", "number"), right("b", "B", "choice"), right(None, "", "text")
+    (True, True, False)
+    """
+    if pred is None:
+        return False
+    if task == "number":
+        value = number(pred)
+        return value is not None and value == number(gold)
+    if task == "choice":
+        return pred.strip().upper() == gold.strip()[:1].upper()
+    return " ".join(pred.split()) == " ".join(gold.split())
+
+
+def task_of(golds: Sequence[str]) -> Task:
+    """What the gold answers are: all of them letters A to D, all numbers, or text.
+
+    >>> task_of(["A", "d"]), task_of(["1,000", "-3"]), task_of(["yes", "3"])
+    ('choice', 'number', 'text')
+    """
+    if golds and all(gold.strip().upper() in ("A", "B", "C", "D") for gold in golds):
+        return "choice"
+    return "number" if golds and all(number(gold) is not None for gold in golds) else "text"
