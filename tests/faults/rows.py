@@ -49,7 +49,7 @@ ELSEWHERE = {  # fault -> tests that are its tries: file, and a pattern that the
     "F23": [
         (
             "test_reward_isolation.py",
-            r"test_an_attack.*\[(system_exit|interrupt|base_exception|recursion|stack_overflow|odd_object|exits_hard)\]",
+            r"test_an_attack.*\[\w+-(system_exit|interrupt|base_exception|recursion|stack_overflow|odd_object|exits_hard)\]",
         ),
         ("test_rewards.py", r"test_misbehaviour.*\[exception\]"),
         ("test_rewards.py", r"test_too_many_failures"),
@@ -57,18 +57,18 @@ ELSEWHERE = {  # fault -> tests that are its tries: file, and a pattern that the
     "F24": [
         (
             "test_reward_isolation.py",
-            r"test_an_attack.*\[(loop|regex|deaf|c_loop|power|stops_itself|daemon|code_hangs|kills_parent)\]",
+            r"test_an_attack.*\[\w+-(loop|regex|deaf|c_loop|power|stops_itself|daemon|code_hangs|kills_parent)\]",
         ),
         ("test_reward_isolation.py", r"test_the_string_that_hangs_math_verify"),
     ],
     "F25": [
         ("test_rewards.py", r"test_(misbehaviour|what_counts_as_a_number|none_means_not_applicable)"),
-        ("test_reward_isolation.py", r"test_an_attack.*\[long_(text|list)\]"),
+        ("test_reward_isolation.py", r"test_an_attack.*\[\w+-long_(text|list)\]"),
     ],
     "F26": [
         (
             "test_reward_isolation.py",
-            r"test_an_attack.*\[(bomb|segfault|ten_gigabytes|many_megabytes|prints|writes|closes|patches|forges|traces"
+            r"test_an_attack.*\[\w+-(bomb|segfault|ten_gigabytes|many_megabytes|prints|writes|closes|patches|forges|traces"
             r"|kills_worker|code_exits|code_bomb)\]",
         ),
         ("test_reward_isolation.py", r"test_(what_a_call_leaves|there_is_no_network|the_environment_is_scrubbed)"),
