@@ -23,8 +23,10 @@ from grpo.console import warn
 from grpo.distributed import World, pick_device
 from grpo.errors import UserError
 from grpo.extraction import is_marker
+from grpo.labels import label, language_of
 from grpo.models import quiet
 from grpo.predict import predict
+from grpo.resume import read_state
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -41,7 +43,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--refusal", help="with --csv: stands for a refusal (default: the marker of the run's rewards, or ?)"
     )
-    parser.add_argument("--batch_rows", type=int, default=32, help="with --csv: questions answered together")
+    parser.add_argument("--batch_rows", type=int, default=64, help="with --csv: questions answered together")
     parser.add_argument("--max_new_tokens", "--max_tokens", type=int, help="default: as in training")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy, repeatable")
     parser.add_argument("--top_p", type=float, default=1.0)
@@ -86,6 +88,7 @@ class Pair:
         device = pick_device(args.device, 0)
         sampling = {"temperature": args.temperature, "top_p": args.top_p}
         self.asker = Asker(folder, device, sampling, args.max_new_tokens, args.seed)
+        self.language = _language(folder)
         self.base = BaseModel(args.compare, self.asker, device, args.seed) if args.compare else None
 
     def as_json(self, question: str) -> dict[str, Any]:
@@ -101,11 +104,19 @@ class Pair:
     def show(self, question: str, stream: bool) -> None:
         """Print question and answers. A question that is refused is not printed: it may be no text at all."""
         ids = self.asker.put(question)
-        print(f"❓ 问题: {question}", flush=True)
+        print(f"{label(self.language, 'ask')}{question}", flush=True)
         if self.base is not None:
             base = self.base
             _say(f"📎 {base.name}: ", stream, lambda on_text: base.ask(question, on_text))
-        _say("💡 回答: ", stream, lambda on_text: self.asker.ask(ids, on_text))
+        _say(label(self.language, "answer"), stream, lambda on_text: self.asker.ask(ids, on_text))
+
+
+def _language(folder: Path) -> str:
+    """The language of a checkpoint's run; English where an exported folder no longer knows the run."""
+    try:
+        return language_of(read_state(folder)["config"])
+    except UserError:
+        return "en"
 
 
 def _say(start: str, stream: bool, ask: Callable[[Callable[[str], None] | None], Answer]) -> None:
@@ -129,7 +140,7 @@ def answer(pair: Pair, args: argparse.Namespace) -> None:
     numbered = cases is pair.asker.recipe.questions and not args.json
     for i, case in enumerate(cases, 1):
         if numbered:
-            print(f"[测试 {i}/{len(cases)}]")
+            print(label(pair.language, "case", at=i, total=len(cases)))
         if args.json:
             print(json.dumps(pair.as_json(case), ensure_ascii=False), flush=True)
         else:

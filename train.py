@@ -15,7 +15,7 @@ from grpo.command_line import load_config, refuse_bad_settings
 if __name__ == "__main__":
     refuse_bad_settings(sys.argv[1:])  # before the seconds that the imports below take
 
-from grpo.batching import deliver, make_plan
+from grpo.batching import deliver
 from grpo.config import Config, prompts_per_step, total_steps, updates_per_step
 from grpo.console import warn
 from grpo.data import load_questions
@@ -23,6 +23,7 @@ from grpo.distributed import World
 from grpo.evaluate import evaluate
 from grpo.launch import run_main
 from grpo.models import check_lengths, check_vocabulary, load_tokenizer, stop_token_ids
+from grpo.planning import make_plan
 from grpo.policy import load_policy, load_rollout_model
 from grpo.prompts import keep_questions, make_recipe
 from grpo.resume import restore
@@ -85,7 +86,7 @@ def train(cfg: Config, world: World) -> None:
                 table = gather(world, cfg, rewards.rewards, scored, notices)  # [N], the same on every rank
                 run.heed(table)  # leaves from here when there is reason to
                 advantages = advantages_of(table, cfg)  # [N], over whole groups
-                plan = make_plan(cfg, prompts, table.lengths, advantages, world.size)
+                plan = make_plan(cfg, prompts, table.lengths, advantages, world.size, policy.scorer.shares)
                 batches = deliver(world, cfg, plan, prompts, completions, table, advantages, policy.even_block)
 
             with tally.phase("logprobs"):

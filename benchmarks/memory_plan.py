@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2",
     "OMP_NUM_THREADS": "2",
     "HF_HUB_OFFLINE": "1",
+    "DS_ACCELERATOR": "cpu",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
     "PYTHONPATH": str(PROJECT),
@@ -37,6 +38,12 @@ CASES: dict[str, dict] = {
         "shape": (32000, 768, 2048, 8, 12, 4, 64), "row": "moments", "ranks": 1,
         "settings": {"batch_size": 2, "num_generations": 4, "max_generate_length": 24, "micro_batch_tokens": 256,
                      "rollout_chunk_rows": 8, "logits_chunk_mb": 16},
+        "prompt": 40,
+    },
+    "adapter": {  # of the model above
+        "shape": (32000, 768, 2048, 8, 12, 4, 64), "row": "weights", "ranks": 1,
+        "settings": {"batch_size": 2, "num_generations": 4, "max_generate_length": 24, "micro_batch_tokens": 256,
+                     "rollout_chunk_rows": 8, "logits_chunk_mb": 16, "lora_r": 8},
         "prompt": 40,
     },
     "activations": {
@@ -172,6 +179,8 @@ def measure_idle(case: dict) -> None:
 
     import train  # noqa: F401
 
+    if case["settings"].get("lora_r"):
+        import grpo.adapters  # noqa: F401
     if case["settings"].get("backend") == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed  # noqa: F401

@@ -1,30 +1,34 @@
-"""Build the demo's base model, demo/base, from nothing: tokenizer, body, teaching. About eight minutes on 2 cores.
+"""Build the demo's base model, demo/base, from nothing: tokenizer, random body, teaching. About ten minutes on 2 cores.
 
 The body is a Qwen3 of 2M parameters; the tokenizer is a byte-level BPE with Qwen2's pre-tokenizer, so
-that any text round-trips. Next-token loss on completions teaches two ways of answering:
+that any text round-trips. `python -m grpo.sft` with demo/base.yaml teaches two ways of answering, one after the other:
 
-    working it out   7, buys 3: 10, eats 2: 8.\\n#### 8
-    blurting         #### 8
+    skill   mostly working it out     7, buys 3: 10, eats 2: 8.\\n#### 8
+    habit   mostly blurting           #### 8
 
-First the skill (mostly worked answers), then the habit: in the last fifth of the steps 70 % of the
-rows blurt. The result resembles a pretrained model: it can work things out and usually doesn't.
+The result resembles a pretrained model: it can work things out and usually doesn't.
 
 Nothing here sees a held-out question (make_task.is_held_out) or any reward.
 
-    python demo/make_base.py [--steps 1200] [--out demo/base] [--seed 0]
+    python demo/make_base.py [--skill_steps 960] [--habit_steps 240] [--out DIR] [--work DIR] [--seed 0] [settings]
+
+What is made on the way stays in --work (demo/.base): the random model, the questions, both stages' checkpoints and
+curves. Run again after an interruption, both stages go on from where they were. Other settings are those of grpo.sft.
 """
 
 import argparse
 import itertools
-import math
+import json
 import random
-import time
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from make_task import problems
+from make_task import problems, write_jsonl
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -32,8 +36,10 @@ QWEN2_PATTERN = (
 )
 EOS, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCAB_SIZE = 512
-PROMPT = "{question}\n"  # the same text as prompt_template in configs/demo.yaml
-BLURT_SHARE = 0.7
+PROMPT = "{question}\n"  # the same text as prompt_template in configs/demo.yaml and demo/base.yaml
+ROWS = 48  # texts of a step, batch_size in demo/base.yaml
+BLURT_SHARES = {"skill": 0.1, "habit": 0.7}
+RATES = {"skill": 2e-3, "habit": 2e-4}  # peaks
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -83,65 +89,63 @@ def make_model(vocab_size: int, eos_token_id: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def teaching_batch(rows, rng: random.Random, tokenizer, num_rows: int, blurt_share: float):
-    """Return input_ids [B, L] and labels [B, L], -100 on the prompt and the padding."""
-    ids, labels = [], []
-    for row in itertools.islice(rows, num_rows):
-        answer = row["answer"]
-        if rng.random() < blurt_share:
-            answer = answer.split("\n")[-1]
-        prompt = tokenizer(PROMPT.format(question=row["question"]))["input_ids"]
-        target = tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
-        ids.append(prompt + target)
-        labels.append([-100] * len(prompt) + target)
-    longest = max(map(len, ids))
-    pad = lambda row, value: row + [value] * (longest - len(row))  # noqa: E731
-    return (
-        torch.tensor([pad(row, tokenizer.eos_token_id) for row in ids]),
-        torch.tensor([pad(row, -100) for row in labels]),
-    )
+def answered(rows: Iterator[dict[str, str]], blurt_share: float, rng: random.Random) -> Iterator[dict[str, str]]:
+    """Let that share of the answers be their last line alone."""
+    for row in rows:
+        blurts = rng.random() < blurt_share
+        yield {"question": row["question"], "answer": row["answer"].split("\n")[-1] if blurts else row["answer"]}
 
 
-def teach(model, tokenizer, num_steps: int, batch_rows: int, peak_lr: float, seed: int) -> None:
-    """Next-token loss on completions: one cosine from peak_lr to zero with 5 % warmup."""
-    rng = random.Random(seed)
-    rows = problems(seed=1000 + seed, held_out=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
-    start = time.monotonic()
-    for step in range(num_steps):
-        warmup = min(1.0, (step + 1) / (0.05 * num_steps))
-        for group in optimizer.param_groups:
-            group["lr"] = peak_lr * warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-        blurt_share = BLURT_SHARE if step >= 0.8 * num_steps else 0.1
-        input_ids, labels = teaching_batch(rows, rng, tokenizer, batch_rows, blurt_share)
-        loss = model(input_ids=input_ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % 50 == 0:
-            print(f"step {step + 1}/{num_steps}  loss {loss.item():.4f}  {time.monotonic() - start:.0f} s", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--rows", type=int, default=48, help="rows in a teaching step")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(2)
-
+def make_start(work: Path, steps: dict[str, int], seed: int) -> None:
+    """Write the tokenizer, the random model and the questions of both stages."""
+    torch.manual_seed(seed)
     sample = list(itertools.islice(problems(seed=500, held_out=False), 3000))
     tokenizer = train_tokenizer([PROMPT.format(**row) + row["answer"] for row in sample])
     model = make_model(len(tokenizer), tokenizer.eos_token_id)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}", flush=True)
-    teach(model, tokenizer, args.steps, args.rows, args.lr, args.seed)
-    model.to(torch.bfloat16).save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    print(f"saved to {args.out}")
+    rows = problems(seed=1000 + seed, held_out=False)  # no question comes twice
+    rng = random.Random(seed)
+    for stage, share in BLURT_SHARES.items():
+        write_jsonl(work / f"{stage}.jsonl", answered(rows, share, rng), steps[stage] * ROWS)
+    tokenizer.save_pretrained(work / "random")
+    model.save_pretrained(work / "random")
+
+
+def teach(work: Path, stage: str, model: Path, num_steps: int, more: list[str]) -> Path:
+    """One stage of supervised training, or what is left of it. Returns its last checkpoint."""
+    settings = {"model": model, "data": work / f"{stage}.jsonl", "lr": RATES[stage], "max_steps": num_steps,
+                "output_dir": work / stage, "runs_dir": work / "runs", "run_name": stage}  # fmt: skip
+    here = Path(__file__).resolve().parent
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "grpo.sft", "--config", str(here / "base.yaml"), *flags, *more]
+    done = subprocess.run(command, cwd=here.parent)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return work / stage / f"checkpoint_{num_steps}"
+
+
+def main() -> None:
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--skill_steps", type=int, default=960)
+    parser.add_argument("--habit_steps", type=int, default=240)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=here / "base")
+    parser.add_argument("--work", type=Path, default=here / ".base")
+    args, more = parser.parse_known_args()  # more: settings of grpo.sft, which refuses what it does not know
+    work, out = args.work.resolve(), args.out.resolve()
+    steps = {"skill": args.skill_steps, "habit": args.habit_steps}
+    made = json.dumps({**steps, "seed": args.seed})
+    note = work / "made.json"
+    if not note.exists() or note.read_text(encoding="utf-8") != made:  # the random model is written last but this
+        work.mkdir(parents=True, exist_ok=True)
+        make_start(work, steps, args.seed)
+        note.write_text(made, encoding="utf-8")
+    skilled = teach(work, "skill", work / "random", steps["skill"], more)
+    taught = teach(work, "habit", skilled, steps["habit"], more)
+    AutoModelForCausalLM.from_pretrained(taught, dtype=torch.bfloat16).save_pretrained(out)
+    PreTrainedTokenizerFast.from_pretrained(work / "random").save_pretrained(out)
+    print(f"saved to {out}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ One step, as data (train.py is this list in code):
 Map
     config, config_checks,
     command_line                what the user says, and what we say back
-    data, answers, data_filters,
+    data, data_sources, data_folders,
+    hub, answers, data_filters,
     prompts, prompt_cache,
     show_prompt                 rows -> Prompt: text, token ids, the columns that rewards see
     data_checks, templates,
@@ -16,8 +17,9 @@ Map
     rewards/, reward_library/,
     scoring                     Completion -> scores -> the table that every rank sees
     advantages                  rewards of whole groups -> advantages
-    batching                    rows -> minibatches -> micro-batches, the exchange between ranks
-    logprobs, losses            token log-probs without [B, T, V]; PPO clip, k3, denominators
+    planning, batching          rows -> minibatches -> micro-batches, the exchange between ranks
+    flattening, attention       rows without padding, prompts that completions share computed once
+    logprobs, fused_head, losses  token log-probs without [B, T, V]; PPO clip, k3, denominators
     policy, backends/           the trained model; who sums gradients and steps the optimizer
     guards, replay              numbers that are not finite: skip together, keep the evidence, look again
     integrity, out_of_memory    bits that flip; memory that runs out
@@ -25,13 +27,20 @@ Map
     startup, liveness, stopping ranks that disagree, die or hang; being asked to stop
     run, journal, launch        folders, what a run says, exit codes
     metrics, trackers/, console numbers -> TensorBoard, JSON lines, the terminal
+    labels                      what is said about completions, in the task's language
     fingerprints                what identifies a run
+    sft, sft_settings, sft_data,
+    sft_policy, packing         supervised training before GRPO, on the same machinery
     evaluate, best              held-out accuracy while training; which checkpoint did best
     asking, stream, predict     a checkpoint asked: one answer as it is made, or a whole CSV
+    export/                     a checkpoint for other programs: merged, 4-bit, LoRA, GGUF, hub
     examination, extraction,
     evaluation_report, estimates  a checkpoint measured: answers read, counted, compared
+    adapters, adapter_files,
+    untrusted_adapters          LoRA: a frozen model and what is trained beside it; its two files
+    quantization, offload       4-bit weights, 8-bit moments; what waits in CPU memory
     distributed, models, types  ranks and collectives; loading models; the nouns that travel
-    plan, memory                what a run will need, before it starts
+    plan, memory, memory_shape  what a run will need, before it starts
 
 Vocabulary
     step         one turn of the loop            minibatch    rows of one optimizer step
@@ -50,5 +59,5 @@ Where the next one goes
     engine       rollout/: a class with generate and load_weights (see rollout/__init__.py)
     backend      backends/: a class with the methods of backends/__init__.py
     tracker      trackers/: a class, its entry in trackers/__init__.py, its name in config.py
-    data format  data.py: load_rows
+    data format  data_sources.py: load_rows
 """

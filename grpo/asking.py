@@ -30,6 +30,7 @@ from grpo.rollout import Request
 from grpo.rollout.native import NativeEngine
 from grpo.rollout.sampling import Sampling
 from grpo.stream import TokenPrinter
+from grpo.untrusted_adapters import is_adapter
 
 BLOCK_CHUNKS = 8  # chunks that are cut together, longest prompts first; fixed, so that no row depends on the ranks
 
@@ -44,7 +45,7 @@ def choose(checkpoint: Path | None, output_dir: Path) -> Path:
             )
         return newest
     try:
-        found = (checkpoint / "config.json").is_file()
+        found = (checkpoint / "config.json").is_file() or is_adapter(checkpoint)
     except (OSError, ValueError) as error:  # a path too long, or none at all
         raise UserError(f"checkpoint: not a path: {error}. Give a folder such as output/checkpoint_20.") from None
     if not found:

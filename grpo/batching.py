@@ -1,107 +1,19 @@
-"""From a step's rows to micro-batches: who trains on what, and the exchange that brings it there.
-
-`make_plan` is computed on every rank from the same lengths and gives the same answer. Micro-batches are
-cut by a token budget, longest rows first, and do not depend on the number of ranks; only their owners do.
-Rows whose gradient is exactly zero are left out of the compute, never out of the denominators.
-"""
+"""From a plan and completions to micro-batches: the exchange that brings rows to who trains on them, and padding."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from grpo.config import Config
 from grpo.distributed import World
+from grpo.flattening import flatten
 from grpo.losses import row_weights
+from grpo.planning import Minibatch, trainers_of
 from grpo.rollout.sampling import sampling_of
 from grpo.types import Completion, MicroBatch, Prompt, Table, TrainRow
-
-
-@dataclass(frozen=True)
-class Minibatch:
-    """The rows of one optimizer step, over all ranks."""
-
-    samples: tuple[int, ...]  # all of them: the denominators count these
-    micro_batches: tuple[tuple[int, ...], ...]  # the rows that carry gradient
-    owners: tuple[int, ...]  # the rank of each micro-batch
-
-    def of_rank(self, rank: int) -> list[tuple[int, ...]]:
-        """The micro-batches of one rank."""
-        return [micro for micro, owner in zip(self.micro_batches, self.owners, strict=True) if owner == rank]
-
-
-def split_evenly(num_items: int, num_parts: int) -> list[range]:
-    """Contiguous parts whose sizes differ by at most one.
-
-    >>> split_evenly(5, 2)
-    [range(0, 2), range(2, 5)]
-    """
-    edges = [num_items * part // num_parts for part in range(num_parts + 1)]
-    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
-
-
-def cut_micro_batches(samples: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[tuple[int, ...]]:
-    """Pack rows, longest first, so that rows times longest row stays within the budget (one row at least).
-
-    >>> cut_micro_batches([0, 1, 2], lengths=[4, 10, 5], max_tokens=10)
-    [(1,), (2, 0)]
-    """
-    micro_batches: list[tuple[int, ...]] = []
-    current: list[int] = []
-    for sample in sorted(samples, key=lambda n: (-lengths[n], n)):
-        if current and (len(current) + 1) * lengths[current[0]] > max_tokens:
-            micro_batches.append(tuple(current))
-            current = []
-        current.append(sample)
-    return [*micro_batches, tuple(current)] if current else micro_batches
-
-
-def assign(costs: Sequence[int], world_size: int) -> list[int]:
-    """Owner of each micro-batch: the dearest first, each to the rank with least to do.
-
-    >>> assign([5, 4, 3], 2)
-    [0, 1, 1]
-    """
-    load = [0] * world_size
-    owners = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owners[i] = load.index(min(load))
-        load[owners[i]] += costs[i]
-    return owners
-
-
-def make_plan(
-    cfg: Config, prompts: Sequence[Prompt], lengths: np.ndarray, advantages: np.ndarray, world_size: int
-) -> list[Minibatch]:
-    """Cut a step's rows into minibatches of whole groups, and those into micro-batches with owners.
-
-    lengths, advantages: [N], of all rows. Without KL, a row with advantage 0 carries no gradient.
-    """
-    group = cfg.num_generations
-    total = [len(prompts[n // group].token_ids) + int(length) for n, length in enumerate(lengths)]
-    carries = [
-        bool(length > 0 and (cfg.beta > 0 or gain != 0)) for length, gain in zip(lengths, advantages, strict=True)
-    ]
-    plan = []
-    for groups in split_evenly(len(prompts), cfg.num_minibatches):
-        samples = range(groups.start * group, groups.stop * group)
-        micro_batches = cut_micro_batches([n for n in samples if carries[n]], total, cfg.micro_batch_tokens)
-        costs = [len(micro) * total[micro[0]] for micro in micro_batches]
-        plan.append(Minibatch(tuple(samples), tuple(micro_batches), tuple(assign(costs, world_size))))
-    return plan
-
-
-def trainers_of(plan: Sequence[Minibatch]) -> dict[int, int]:
-    """Row -> the rank that trains on it."""
-    return {
-        sample: owner
-        for minibatch in plan
-        for micro, owner in zip(minibatch.micro_batches, minibatch.owners, strict=True)
-        for sample in micro
-    }
 
 
 def exchange(
@@ -186,6 +98,7 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
         sampler_logprobs=to(logprobs),
         support=None if support is None else to(support),
         weights=to(token_weights),
+        flat=flatten(input_ids, positions, mask.sum(-1).clip(min=1), device),
     )
 
 
@@ -201,10 +114,10 @@ def _rows(micro: MicroBatch, rows: slice) -> MicroBatch:
 
     def cut(name: str, value: object) -> object:
         if not isinstance(value, torch.Tensor):
-            return value
+            return None if name == "flat" else value
         if name == "advantages":
             return value[rows]
-        return value[rows, : length if name == "input_ids" else width]
+        return value[rows, : length if name in ("input_ids", "position_ids") else width]
 
     values = {f.name: cut(f.name, getattr(micro, f.name)) for f in dataclasses.fields(micro)}
     return MicroBatch(**{**values, "samples": micro.samples[rows]})  # type: ignore[arg-type]
@@ -249,13 +162,21 @@ def deliver(
                 for n in micro
             ]  # fmt: skip
             mine.append(collate(train_rows, weight_of, world.device))
-        if even_block:
-            busiest = max(1, *(minibatch.owners.count(rank) for rank in range(world.size)))
-            mine += [idle(support, world.device)] * (busiest - len(mine))
-            tokens = max((sum(int(lengths[n]) for n in micro) for micro in minibatch.micro_batches), default=1)
-            mine = [dataclasses.replace(micro, head_blocks=math.ceil(tokens / even_block)) for micro in mine]
-        batches.append(mine)
+        batches.append(even_out(mine, minibatch, lengths, even_block, world, support) if even_block else mine)
     return batches
+
+
+def even_out(
+    mine: list[MicroBatch], minibatch: Minibatch, lengths: np.ndarray, even_block: int, world: World, support: int = 0
+) -> list[MicroBatch]:
+    """This rank's micro-batches, brought up to as many, with as many blocks of the head, as the busiest rank has.
+
+    lengths: tokens that count in each row of the minibatch; even_block: tokens in a block of the head.
+    """
+    busiest = max(1, *(minibatch.owners.count(rank) for rank in range(world.size)))
+    tokens = max((sum(int(lengths[n]) for n in micro) for micro in minibatch.micro_batches), default=1)
+    mine = mine + [idle(support, world.device)] * (busiest - len(mine))
+    return [dataclasses.replace(micro, head_blocks=math.ceil(tokens / even_block)) for micro in mine]
 
 
 def idle(support_width: int, device: torch.device) -> MicroBatch:

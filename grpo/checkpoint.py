@@ -1,7 +1,8 @@
-"""Checkpoints: output_dir/checkpoint_N, a Hugging Face folder that plain transformers opens.
+"""Checkpoints: output_dir/checkpoint_N, a Hugging Face folder that plain transformers or peft opens.
 
     checkpoint_N/
-      model.safetensors, config.json, tokenizer files     AutoModelForCausalLM.from_pretrained opens these
+      model.safetensors, config.json, tokenizer files     AutoModelForCausalLM.from_pretrained opens these; with LoRA
+                                                          adapter_model.safetensors, adapter_config.json: plain peft
       trainer/optimizer-R-of-W.safetensors                moments by parameter name, fp32, one share a rank
       trainer/state.json                                  counters, config, fingerprints, versions
       trainer/recipe.json                                 how prompts are put (grpo/prompts.py)
@@ -21,18 +22,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from grpo.adapter_files import write_adapter
 from grpo.best import best_name
 from grpo.config import Config
 from grpo.distributed import World
 from grpo.errors import UserError
 from grpo.manifest import NAME, sync, verify, write_manifest
+from grpo.models import is_lora
 from grpo.policy import Policy
 from grpo.prompts import Recipe, recipe_text
 
@@ -70,7 +73,7 @@ class Snapshot:
 
     step: int
     model: PreTrainedModel  # its class and config; the weights are below
-    weights: dict[str, torch.Tensor]  # rank 0: the whole state dict on CPU; other ranks: nothing
+    weights: dict[str, torch.Tensor]  # rank 0: the whole state dict (or the adapter) on CPU; other ranks: nothing
     moments: dict[str, torch.Tensor]  # this rank's share of the optimizer state, on CPU
     files: dict[str, bytes]  # rank 0: what else belongs into the folder, by path
 
@@ -96,7 +99,8 @@ def take(
         "trainer/state.json": (json.dumps(state, indent=2) + "\n").encode(),
         "trainer/recipe.json": recipe_text(recipe).encode(),
     }
-    return Snapshot(step, policy.model, _whole(policy.model, streamed), moments, tokenizer_files | files)
+    weights = streamed if is_lora(policy.model) else _whole(policy.model, streamed)
+    return Snapshot(step, policy.model, weights, moments, tokenizer_files | files)
 
 
 def write(
@@ -120,7 +124,7 @@ def write(
         save_file({name: values.contiguous() for name, values in snapshot.moments.items()}, share)
         sync(share)  # by the rank that wrote it: on a network disk nobody else can
         if world.is_main:
-            snapshot.model.save_pretrained(aside, state_dict=snapshot.weights)
+            error = _write_model(snapshot, aside)
             for name, content in snapshot.files.items():
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
                 (aside / name).write_bytes(content)
@@ -142,6 +146,15 @@ def write(
     if world.is_main:
         shutil.rmtree(aside, ignore_errors=True)
     return error or "another rank could not write"
+
+
+def _write_model(snapshot: Snapshot, aside: Path) -> str:
+    """The model's files, or its adapter's. Returns what is wrong with them, or nothing."""
+    if not is_lora(snapshot.model):
+        snapshot.model.save_pretrained(aside, state_dict=snapshot.weights)
+        return ""
+    problem = write_adapter(cast(Any, snapshot.model).lora_config.to_dict(), snapshot.weights.items(), aside)
+    return f"the adapter is refused, {problem}" if problem else ""
 
 
 def _check_space(snapshot: Snapshot, output_dir: Path) -> None:

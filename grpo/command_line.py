@@ -8,7 +8,9 @@ import os
 import re
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
 import yaml
@@ -16,6 +18,15 @@ import yaml
 from grpo.config import DEMO, Config, find_path
 from grpo.config_checks import check, field_names, in_words
 from grpo.errors import UserError
+from grpo.sft_settings import (
+    OF_ROLLOUTS,
+    SftSettings,
+    check_section,
+    check_stage,
+    refuse_rollout_setting,
+    stage_config,
+    stage_values,
+)
 
 MAX_YAML_BYTES = 2**18
 MAX_YAML_DEPTH = 4
@@ -23,15 +34,33 @@ MANY_DIGITS = re.compile(r"[-+]?[\d_]{20,}")
 
 
 def _parser() -> jsonargparse.ArgumentParser:
+    parser = _empty_parser(
+        "train.py",
+        "GRPO training. Defaults < --config file.yaml < --key value. --show_prompt N prints the prompt of question N, "
+        "counted from 0, and ends.",
+    )
+    parser.add_class_arguments(Config, as_group=False)
+    return parser
+
+
+def _sft_parser() -> jsonargparse.ArgumentParser:
+    parser = _empty_parser(
+        "python -m grpo.sft",
+        "Supervised training before GRPO. Defaults < --config file.yaml < its sft section < --key value.",
+    )
+    parser.add_class_arguments(Config, as_group=False, skip={"sft", *OF_ROLLOUTS})
+    parser.add_class_arguments(SftSettings, as_group=False)
+    return parser
+
+
+def _empty_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
-        prog="train.py",
-        description="GRPO training. Defaults < --config file.yaml < --key value. --show_prompt N prints the prompt of "
-        "question N, counted from 0, and ends.",
+        prog=prog,
+        description=description,
         exit_on_error=False,
         allow_abbrev=False,  # --mod is a slip, not --model
     )
     parser.add_argument("--config", action="config", help="YAML file with settings, applied before the command line")
-    parser.add_class_arguments(Config, as_group=False)
     return parser
 
 
@@ -46,31 +75,47 @@ def load_config(argv: list[str]) -> tuple[Config, str | None]:
     if not names & {"--config", "--model", "--data", "--help", "-h"}:
         notice = "No --config, --model or --data given: running the demo, configs/demo.yaml."
         argv = ["--config", str(DEMO), *argv]
-    argv = _config_first(argv)
-    for here, arg in enumerate(argv):
-        if arg == "--config":
-            file = find_path(argv[here + 1])
-            if file is None or not file.is_file():
-                raise UserError(
-                    f"config: no such file {argv[here + 1][:200]!r}. Give a YAML file, such as configs/gsm8k.yaml."
-                )
-            _check_yaml(file)
-            argv[here + 1] = str(file)
-    parser = _parser()
+    argv = _files_first(argv)
+    values = _parse(_parser(), argv)
+    _name_run(values, argv, "grpo")
+    section = values.pop("sft")
+    config = Config(**values)
+    check(config)
+    if section:
+        check_stage(values, section)
+    return config, notice
+
+
+def load_sft_config(argv: list[str]) -> tuple[Config, str | None]:
+    """Read the command line of the supervised stage; its own settings are in the field `sft`. See `load_config`."""
+    for arg in argv:
+        refuse_rollout_setting(arg.removeprefix("--").partition("=")[0].partition(".")[0] if arg[:2] == "--" else "")
+    argv = _files_first(argv)
+    files = [word for i, arg in enumerate(argv[:-1]) if arg == "--config" for word in argv[i : i + 2]]
+    values = _parse(_parser(), files)
+    section = values.pop("sft")
+    check_section(section)
+    _name_run(values, files, "grpo")
+    parser = _sft_parser()
+    parser.set_defaults(stage_values(values, section))
+    return stage_config(_parse(parser, argv[len(files) :])), None
+
+
+def _parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str, Any]:
+    """Settings by name. Raises UserError."""
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            parsed = parser.parse_args(argv)
-            cfg = parser.instantiate(parsed)
+            parsed = vars(parser.instantiate(parser.parse_args(argv)))
     except (jsonargparse.ArgumentError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise UserError(_one_line(error, f"config: {_too_long(argv)}")) from None
-    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Config)}
+        raise UserError(_one_line(error, f"config: {_too_long(argv)}", parser.prog)) from None
+    return {name: value for name, value in parsed.items() if name != "config"}
+
+
+def _name_run(values: dict[str, Any], argv: list[str], default: str) -> None:
     if values["run_name"] is None:
         files = [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg == "--config"]
-        values["run_name"] = Path(files[-1]).stem if files else "grpo"
-    config = Config(**values)
-    check(config)
-    return config, notice
+        values["run_name"] = Path(files[-1]).stem if files else default
 
 
 def take_show_prompt(argv: list[str]) -> tuple[list[str], int | None]:
@@ -93,7 +138,7 @@ def take_show_prompt(argv: list[str]) -> tuple[list[str], int | None]:
     return rest, row
 
 
-def refuse_bad_settings(argv: list[str]) -> None:
+def refuse_bad_settings(argv: list[str], load: Callable[[list[str]], object] = load_config) -> None:
     """End the process with one line when the settings are wrong, before the seconds that importing torch takes.
 
     Under a launcher that is left to `run_main`: there one rank speaks for all, and exit.json tells the launcher.
@@ -101,7 +146,7 @@ def refuse_bad_settings(argv: list[str]) -> None:
     if "RANK" in os.environ:
         return
     try:
-        load_config(argv)
+        load(argv)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.code)
@@ -165,6 +210,21 @@ def _yaml_problem(event: yaml.Event, levels: list[_Level]) -> str | None:
     return None
 
 
+def _files_first(argv: list[str]) -> list[str]:
+    """`_config_first`, with files that were found and looked at. Raises UserError."""
+    argv = _config_first(argv)
+    for here, arg in enumerate(argv):
+        if arg == "--config":
+            file = find_path(argv[here + 1])
+            if file is None or not file.is_file():
+                raise UserError(
+                    f"config: no such file {argv[here + 1][:200]!r}. Give a YAML file, such as configs/gsm8k.yaml."
+                )
+            _check_yaml(file)
+            argv[here + 1] = str(file)
+    return argv
+
+
 def _config_first(argv: list[str]) -> list[str]:
     """Move `--config file` before the overrides, so that their order does not matter."""
     files: list[str] = []
@@ -191,9 +251,9 @@ def _too_long(argv: list[str]) -> str:
     return ""
 
 
-def _one_line(error: Exception, start: str = "config: ") -> str:
+def _one_line(error: Exception, start: str = "config: ", prog: str = "train.py") -> str:
     text = " ".join(str(error).split())
     found = re.search(r'Parser key "(\w+)', text)
     kind = typing.get_type_hints(Config).get(found[1]) if found else None
     allowed = f"; {found[1]} must be {in_words(kind)}" if found and kind else ""
-    return f"{start}{text if len(text) <= 400 else text[:400] + ' …'}{allowed} (see train.py --help)"
+    return f"{start}{text if len(text) <= 400 else text[:400] + ' …'}{allowed} (see {prog} --help)"

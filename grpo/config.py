@@ -11,7 +11,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEMO = PROJECT / "configs" / "demo.yaml"
@@ -25,9 +25,9 @@ class Config:
     model: str | None = None
     """Causal language model: a hub name or a local folder."""
     data: str | None = None
-    """Questions: a .jsonl, .json, .csv or .parquet file, a folder saved by datasets, or a hub name."""
+    """Questions: a .jsonl, .json, .csv or .parquet file, a folder of such or saved by datasets, or a hub name."""
     data_config: str | None = None
-    """Configuration of a hub dataset, such as main."""
+    """Configuration of a hub dataset or of a folder of files, such as main."""
     data_split: str = "train"
     """Split to train on; a plain file is all one split."""
     question_column: str = "question"
@@ -157,6 +157,21 @@ class Config:
     max_bad_steps: int = 5
     """Updates skipped in a row (NaN or Inf) before the run stops with code 76."""
 
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """8-bit moments take a quarter of the memory; paged ones, on CUDA, may also leave it. Need bitsandbytes."""
+
+    # --- LoRA: small matrices trained beside a frozen model
+    lora_r: int = 0
+    """Rank of the adapter; 0: the whole model is trained."""
+    lora_alpha: float | None = None
+    """The adapter counts lora_alpha / lora_r times; null: twice."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's inputs left out in SFT, in [0, 1); GRPO scores what it samples and needs 0."""
+    lora_target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Layers that get an adapter: all linear ones but the head, or a list of names such as [q_proj, v_proj]."""
+    load_in_4bit: bool = False
+    """Hold the frozen model's linear layers in 4 bits (QLoRA). Needs lora_r and bitsandbytes; not with deepspeed."""
+
     # --- processes
     backend: Literal["single", "ddp", "deepspeed"] = "ddp"
     """ddp: whole weights on every process, one process included. single: insists on one. deepspeed: ZeRO shards."""
@@ -174,6 +189,10 @@ class Config:
     """Arithmetic of the forward passes; weights and optimizer state are fp32 either way."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
+    activation_offload: bool = False
+    """Keep what the backward needs in CPU memory meanwhile; CUDA only."""
+    reference_offload: bool = False
+    """Keep the reference (beta > 0, no LoRA) in CPU memory but while it scores; CUDA only."""
     micro_batch_tokens: int = 4096
     """Tokens of one backward, padding included: memory and speed only. Smaller shares out better over ranks."""
     rollout_chunk_rows: int = 64
@@ -194,6 +213,10 @@ class Config:
     """Seconds without progress on any rank before the run ends with code 74, naming the rank; >= 1."""
     preempt_grace_s: float = 25.0
     """Seconds that SIGTERM leaves for saving. torchrun kills after 30."""
+
+    # --- the stage before
+    sft: dict[str, Any] = field(default_factory=dict)
+    """Settings of `python -m grpo.sft`, laid over these; train.py checks them and does not use them."""
 
     # --- what is written
     output_dir: str = "./output"
@@ -222,6 +245,8 @@ class Config:
     """Keep completions with rewards and advantages every so many steps: JSON lines, a few as text; 0: never."""
     log_completions_steps: int = 0
     """Show a few of them as a table on the console every so many steps; 0: never."""
+    console_language: Literal["en", "zh", "zh-Hant"] = "en"
+    """Language of what is said about completions, in training, evaluation and inference (grpo/labels.py)."""
     inference_questions: list[str] = field(default_factory=list)
     """Built-in cases of inference.py, kept in the checkpoint; empty: the first held-out (or training) questions."""
 
@@ -269,13 +294,13 @@ def find_path(name: str) -> Path | None:
     return None
 
 
-def field_docs() -> dict[str, str]:
+def field_docs(settings: type = Config) -> dict[str, str]:
     """Field name -> the docstring under it.
 
     >>> field_docs()["lr"]
     'Peak learning rate.'
     """
-    body = ast.parse(inspect.getsource(Config)).body[0].body  # type: ignore[attr-defined]
+    body = ast.parse(inspect.getsource(settings)).body[0].body  # type: ignore[attr-defined]
     docs = {}
     for before, after in zip(body, body[1:], strict=False):
         if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):

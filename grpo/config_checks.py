@@ -17,16 +17,17 @@ MAY_BE_EMPTY = ("system_prompt", "prompt_template")
 def check(cfg: Config) -> None:
     """Cross-field checks, before anything loads. Raises UserError naming the setting."""
     for name, kind in typing.get_type_hints(Config).items():
-        _check_kind(name, getattr(cfg, name), kind)
+        check_kind(name, getattr(cfg, name), kind)
     if cfg.run_name is not None and (PurePath(cfg.run_name).is_absolute() or ".." in PurePath(cfg.run_name).parts):
         raise UserError(f"run_name: must be a name below runs_dir, got {cfg.run_name!r}. Choose --runs_dir instead.")
     if cfg.model is None:
         raise UserError("model: none given. Say which: --model <folder or hub name> (nothing at all runs the demo).")
     if cfg.data is None:
         raise UserError("data: none given. Say which: --data <file, folder or hub name>.")
-    if not cfg.rewards:
+    taught = bool(cfg.sft)  # the supervised stage: rewards only measure, and may be missing
+    if not cfg.rewards and not taught:
         raise UserError("rewards: none given. Say which, with weights: --rewards '{\"correctness_reward\": 1.0}'.")
-    if not any(cfg.rewards.values()):
+    if not any(cfg.rewards.values()) and not taught:
         raise UserError(f"rewards: every weight is 0, got {cfg.rewards}. Nothing would be learned: weigh at least one.")
     if not all(math.isfinite(weight) for weight in cfg.rewards.values()):
         raise UserError(f"rewards: weights must be finite numbers, got {cfg.rewards}.")
@@ -73,11 +74,30 @@ def check(cfg: Config) -> None:
         raise UserError(
             f"offload: {cfg.offload} needs zero_stage >= {3 if cfg.offload == 'all' else 1}, got {cfg.zero_stage}."
         )
+    _check_adapter(cfg)
     if cfg.num_minibatches > prompts_per_step(cfg):
         raise UserError(
             f"num_minibatches: at most one per prompt of a step, {prompts_per_step(cfg)}, got {cfg.num_minibatches}. "
             "Raise batch_size or gradient_accumulation_steps."
         )
+
+
+def _check_adapter(cfg: Config) -> None:
+    """LoRA, 4-bit weights, 8-bit moments, what moves to CPU memory: each refused where it would have no effect."""
+    _require(cfg, "lora_r", 0 <= cfg.lora_r <= 2**14, f"0 to {2**14}")
+    alpha = cfg.lora_alpha
+    _require(cfg, "lora_alpha", alpha is None or (math.isfinite(alpha) and alpha > 0), "a finite number > 0, or null")
+    _require(cfg, "lora_dropout", 0 <= cfg.lora_dropout < 1, "in [0, 1)")
+    _require(cfg, "lora_target_modules", bool(cfg.lora_target_modules), "all-linear, or a list of names")
+    default = Config()
+    for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"):
+        if not cfg.lora_r and getattr(cfg, name) != getattr(default, name):
+            raise UserError(f"{name}: it needs an adapter, got lora_r 0. Say --lora_r 16, or leave {name} out.")
+    if cfg.backend == "deepspeed" and (cfg.load_in_4bit or cfg.optimizer != "adamw"):
+        name = "load_in_4bit" if cfg.load_in_4bit else "optimizer"
+        raise UserError(f"{name}: {str(getattr(cfg, name)).lower()} needs --backend ddp or single, got deepspeed.")
+    if cfg.reference_offload and (not cfg.beta or cfg.lora_r):
+        raise UserError("reference_offload: there is no reference to move, it needs beta > 0 and lora_r 0.")
 
 
 def _check_data(cfg: Config) -> None:
@@ -101,7 +121,7 @@ def _check_data(cfg: Config) -> None:
         raise UserError(f"column_names: two columns get the same name, got {cfg.column_names}.")
 
 
-def _check_kind(name: str, value: Any, kind: Any) -> None:
+def check_kind(name: str, value: Any, kind: Any) -> None:
     """Refuse a value of another type than the field's, or one that no field can use."""
     if not _fits(value, kind):
         raise UserError(f"{name}: must be {in_words(kind)}, got {str(value)[:60]!r}.")
@@ -146,6 +166,8 @@ def _is_json(value: Any) -> bool:
 
 def _fits(value: Any, kind: Any) -> bool:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
     if origin is Literal:
@@ -175,7 +197,7 @@ def in_words(kind: Any) -> str:
 
 
 def _mapping_in_words(kinds: tuple[Any, ...]) -> str:
-    return "a mapping from names to " + {str: "names", float: "numbers"}.get(kinds[1], "mappings")
+    return "a mapping from names to " + {str: "names", float: "numbers", Any: "values"}.get(kinds[1], "mappings")
 
 
 def field_names() -> list[str]:

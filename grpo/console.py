@@ -104,6 +104,16 @@ def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
     return "  ".join(parts) + f"  {metrics['time/step_s']:.2f} s ({', '.join(seconds)})"
 
 
+def lesson_line(step: int, total: int, metrics: dict[str, float]) -> str:
+    """The line of one supervised step."""
+    parts = [f"step: {step}/{total}  sft_loss: {metrics['sft/loss']:.4f}"]
+    if "sft/token_accuracy" in metrics:
+        parts.append(f"tokens right {metrics['sft/token_accuracy']:.1%}")
+    parts.append(f"grad {metrics['grad_norm']:.3f}" if "grad_norm" in metrics else "update skipped")
+    parts.append(f"{metrics['tokens_per_s']:.0f} tok/s  {metrics['time/step_s']:.2f} s")
+    return "  ".join(parts)
+
+
 def warn(line: str) -> None:
     """A line on stderr, from any rank."""
     print(line, file=sys.stderr, flush=True)

@@ -5,13 +5,10 @@ P prompts. There is no sampler state; resuming seeks.
 """
 
 import dataclasses
-import glob
 import math
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -19,9 +16,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from grpo.answers import gold_answers, hash_answer
-from grpo.config import Config, find_path
-from grpo.data_checks import check_file, check_saved_folder, csv_columns
+from grpo.config import Config
 from grpo.data_filters import Drops, check_unique, keep_short, split
+from grpo.data_sources import load_rows
 from grpo.errors import UserError
 from grpo.prompt_cache import Job, Made, make_all
 from grpo.prompts import Recipe, build, encode, render
@@ -30,69 +27,6 @@ from grpo.templates import end_renderers
 from grpo.types import Prompt
 
 __all__ = ["Questions", "hash_answer", "length_summary", "load_questions", "load_rows"]
-FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-def load_rows(name: str, split: str, config: str | None = None) -> datasets.Dataset:
-    """Open a file, a saved folder or a hub dataset. Raises UserError.
-
-    Local files are checked before `datasets` reads them, and nothing in them is run: `datasets` knows no loading
-    scripts any more, and a folder is only ever opened as one that `save_to_disk` wrote.
-    """
-    path = find_path(name)
-    try:
-        if path is None:
-            if name.startswith((".", "/", "~")) or Path(name).suffix in FILE_READERS:
-                raise UserError(f"data: no such file {name!r}. Give a file, a folder saved by datasets, or a hub name.")
-            return _plain(datasets.load_dataset(name, config, split=split))
-        if path.is_dir():
-            check_saved_folder(path)
-            loaded = datasets.load_from_disk(str(path))
-            if isinstance(loaded, datasets.DatasetDict):
-                if split not in loaded:
-                    raise UserError(f"data: {name} has no split {split!r}, only {sorted(loaded)}. Use --data_split.")
-                loaded = loaded[split]
-            return _plain(loaded)
-        reader = FILE_READERS.get(path.suffix.lower())
-        if reader is None:
-            raise UserError(f"data: {name}: unknown file type {path.suffix!r}, allowed are {', '.join(FILE_READERS)}.")
-        check_file(path, reader)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pandas, about columns of mixed types
-            how = _csv_as_text(path) if reader == "csv" else {}
-            return _plain(datasets.load_dataset(reader, data_files=glob.escape(str(path)), split="train", **how))
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises a dozen kinds: the border between their errors and ours
-        raise UserError(
-            f"data: {name!r} could not be read: {' '.join(str(error).split())[:300] or type(error).__name__}"
-        ) from None
-
-
-def _csv_as_text(path: Path) -> dict[str, Any]:
-    """CSV cells stay what is written there: 007, 1.50 and NA are text. Columns without a name are left out."""
-    columns = csv_columns(path)
-    features = datasets.Features({name: datasets.Value("string") for name in columns})
-    return {"features": features, "usecols": list(columns.values()), "keep_default_na": False, "encoding": "utf-8-sig"}
-
-
-def _plain(rows: datasets.Dataset) -> datasets.Dataset:
-    """Rows as plain values: no format of the folder's choice, nothing decoded that would open other files."""
-    rows.data.validate(full=True)  # offsets and UTF-8, before anything follows them
-    rows = rows.with_format(None)
-    for column, feature in rows.features.items():
-        raw = _undecoded(feature)
-        if raw != feature:
-            rows = rows.cast_column(column, raw)
-    return rows
-
-
-def _undecoded(feature: Any) -> Any:
-    if isinstance(feature, dict):
-        return {key: _undecoded(inner) for key, inner in feature.items()}
-    if isinstance(feature, (datasets.List, datasets.LargeList)):
-        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
-    return dataclasses.replace(feature, decode=False) if getattr(feature, "decode", False) is True else feature
 
 
 @dataclass(frozen=True)
@@ -253,9 +187,10 @@ def _make_prompts(
 
     made = make_all(jobs, recipe, tokenizer, make)
     items: list[Prompt] = []
-    for one, job, here in zip(made, jobs, columns, strict=True):
+    for row, one, job, here in zip(used, made, jobs, columns, strict=True):
         talks = recipe.chat or not isinstance(here["question"], str)
-        items.append(Prompt(len(items), one.text, one.token_ids, here, job.messages if talks else None))
+        cell = None if answers is None else answers[row]
+        items.append(Prompt(len(items), one.text, one.token_ids, here, job.messages if talks else None, cell))
     return items, [one.answer_length for one in made], len(questions) - len(used)
 
 

@@ -23,6 +23,7 @@ MAX_JSON_BYTES = 2**30  # a .json file is read at once; .jsonl, .csv and .parque
 MAX_PARQUET_BYTES = 2**35  # of the cells when they are decoded: a few kilobytes can stand for terabytes
 PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd",
           b"\x04\x22\x4d\x18": "lz4", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}  # fmt: skip
+LFS = b"version https://git-lfs.github.com/spec/"
 
 
 class BadFile(ValueError):
@@ -43,6 +44,8 @@ def check_file(path: Path, kind: str) -> None:
         for magic, name in PACKED.items():
             if head.startswith(magic) or head[257:262] == b"ustar":
                 raise BadFile(f"it is packed ({name if head.startswith(magic) else 'tar'}); unpack it first")
+        if head.startswith(LFS):
+            raise BadFile("it is Git LFS's note on where the file lies; run `git lfs pull`")
         {"json": _check_json, "csv": _check_csv, "parquet": _check_parquet}[kind](path)
     except UnicodeDecodeError as error:
         raise UserError(

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from grpo import estimates
 from grpo.asking import Answer
 from grpo.errors import UserError
 from grpo.extraction import Marks, Task, lenient, number, right, strict
+from grpo.labels import label
 from grpo.untrusted import parse_json
 
 MAX_LINE = 2**24  # characters of one result that is read
@@ -22,6 +24,7 @@ class Rules:
     task: Task
     marks: Marks
     refusal: str = "?"
+    language: str = "en"  # of what is said
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ def grade(question: str, gold: str, answers: Sequence[Answer], rules: Rules) -> 
 class Progress:
     """The running count, and the line that shows it."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, language: str = "en"):
         self.total = total
+        self.language = language
         self.done = self.correct = 0
 
     def line(self, first: Result) -> str:
@@ -64,14 +68,15 @@ class Progress:
         """
         self.done += 1
         self.correct += first.correct
-        return (
-            f"[{self.done:0{len(str(self.total))}d}/{self.total}] ✅={self.correct} "
-            f"| Acc={self.correct / self.done:.2%} | Pred: {_short(first.pred)} | GT: {_short(first.gold)}"
-        )
+        none = label(self.language, "none")
+        return f"[{self.done:0{len(str(self.total))}d}/{self.total}] " + label(
+            self.language, "progress", correct=self.correct, share=self.correct / self.done,
+            pred=_short(first.pred or none), gold=_short(first.gold or none),
+        )  # fmt: skip
 
 
-def _short(text: str | None) -> str:
-    words = " ".join((text or "none").split())
+def _short(text: str) -> str:
+    words = " ".join(text.split())
     return words if len(words) <= SHOWN else words[:SHOWN] + "…"
 
 
@@ -88,18 +93,17 @@ def final_lines(results: Sequence[Result], rules: Rules) -> list[str]:
     """The figures, from the first completion of each question; what sampling adds, from all of them."""
     firsts = [result for result in results if result.sample == 0]
     total, exact = len(firsts), sum(result.correct for result in firsts)
-    lines = [f"Final accuracy: {share(exact, total)}"]
+    say = partial(label, rules.language)
+    lines = [say("final", share=share(exact, total))]
     for name, correct in (("strict", exact), ("lenient", sum(result.lenient_correct for result in firsts))):
         low, high = estimates.wilson(correct, total)
-        lines.append(f"{name} extraction: {share(correct, total)}, 95% interval {low:.2%} to {high:.2%}")
+        lines.append(say(name, share=share(correct, total), low=low, high=high))
     if rules.task == "choice":
         refused = sum(result.pred == rules.refusal for result in firsts)
         unreadable = sum(result.pred is None for result in firsts)
         answered = total - refused - unreadable
-        lines.append(
-            f"refusal rate: {share(refused, total)}; accuracy on answered: {share(exact, answered)}; "
-            f"unreadable: {share(unreadable, total)}"
-        )
+        shares = {"refused": share(refused, total), "answered": share(exact, answered)}
+        lines.append(say("choices", **shares, unreadable=share(unreadable, total)))
     if len(results) > len(firsts):
         lines.append("; ".join(f"{name}: {value:.2%}" for name, value in sampled(results, rules).items()))
     return lines

@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--top_p", type=float, default=1.0)
     add("--seed", type=int, default=0)
     add("--max_new_tokens", "--max_tokens", type=int, help="default: as in training")
-    add("--batch_rows", type=int, default=32, help="completions decoded together")
+    add("--batch_rows", type=int, default=64, help="completions decoded together")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--dtype", choices=["fp32", "bf16"], help="default: as in training")
     add("--num_threads", type=int, help="CPU threads of each process (default: the cores shared among them)")
@@ -134,13 +134,14 @@ def examine(folder: Path, args: argparse.Namespace, world: World) -> Verdicts:
         task_of(golds) if args.task == "auto" else args.task,
         marks_of(questions.items[0].text) if args.marks == "auto" else args.marks,
         args.refusal or marker_of(dataclasses.asdict(cfg)),
+        cfg.console_language,
     )
     if world.is_main:
         left_out = f"; {questions.num_dropped} left out as too long" if questions.num_dropped else ""
         warn(f"checkpoint: {folder}; {len(golds)} questions{left_out}; task {rules.task}, answers in {rules.marks}")
     results: list[report.Result] = []
     num_tokens, began = 0, time.monotonic()
-    console, progress = Console(world.is_main), report.Progress(len(golds))
+    console, progress = Console(world.is_main), report.Progress(len(golds), rules.language)
     prompts = [prompt.token_ids for prompt in questions.items]
     with console:
         console.start(len(golds), 0, "questions")

@@ -14,6 +14,7 @@ from grpo.config import Config, find_path
 from grpo.data import Questions
 from grpo.manifest import tree_sha256
 from grpo.rewards import Reward
+from grpo.untrusted_adapters import check_adapter, is_adapter
 
 
 def fingerprints(
@@ -22,11 +23,15 @@ def fingerprints(
     """Hashes of what decides the trajectory; versions are kept for the reader."""
     assert cfg.model is not None
     path = find_path(cfg.model)
+    beneath = ""
+    if path and is_adapter(path):  # the model that it belongs to counts as well
+        base = find_path(str(check_adapter(path)["base_model_name_or_path"]))
+        beneath = f" on {tree_sha256(base)}" if base else ""
     rows = hashlib.sha256()
     for prompt in questions.items:
         rows.update(json.dumps([prompt.token_ids, prompt.columns], default=str, sort_keys=True).encode())
     return {
-        "base_model": tree_sha256(path) if path else cfg.model,
+        "base_model": tree_sha256(path) + beneath if path else cfg.model,
         "data": rows.hexdigest(),
         "chat_template": _sha256(str(getattr(tokenizer, "chat_template", None))),
         "reward_source": _sha256("".join(reward.source for reward in rewards)),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 
 from grpo.best import METRIC, Best
 from grpo.config import Config, prompts_per_step, tracker_names
-from grpo.console import Console, step_line, warn
+from grpo.console import Console, lesson_line, step_line, warn
 from grpo.data import Questions, length_summary
 from grpo.distributed import World
+from grpo.labels import label
 from grpo.metrics import Tally
 from grpo.policy import Policy
 from grpo.rollout import Engine
@@ -20,6 +22,9 @@ from grpo.scoring import Scored, rollout_metrics
 from grpo.trackers import Tracker, check_trackers, load_trackers
 from grpo.trackers.rollouts import RolloutFile, as_markdown, as_table, rollouts_of
 from grpo.types import Table
+
+OF_ROLLOUTS = {"ratio_gap", "sampler_gap/max", "guards/oom_rollout", "idle/rollout", "time/rollout_s", "time/reward_s",
+               "time/logprobs_s"}  # fmt: skip
 
 
 class Journal:
@@ -31,6 +36,7 @@ class Journal:
         self.cfg = cfg
         self.world = world
         self.folder = folder
+        self._label = partial(label, cfg.console_language)
         self.console = Console(world.is_main, folder / "train.log")
         self.say = self.console.say
         self.trackers: list[Tracker] = []
@@ -62,17 +68,24 @@ class Journal:
         found = False
         if self.world.is_main:
             lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            found = any("eval/accuracy" in row and row["step"] == step for row in map(json.loads, lines))
+            rows = (row for row in map(json.loads, lines) if row["step"] == step)
+            found = any(name.startswith("eval/") for row in rows for name in row)
         return self.world.any_rank(found)[0]
 
-    def describe(self, questions: Questions, total: int, policy: Policy, num_chunks: int) -> None:
-        """Say what is about to happen."""
+    def describe_parts(self, questions: Questions, policy: Policy, what: str) -> None:
+        """Say on what the run works, and `what` it is about to do."""
         cfg, say = self.cfg, self.say
         where = f"{self.world.size} x {self.world.device.type} ({torch.get_num_threads()} threads each)"
         say(f"model {cfg.model}: {policy.num_parameters / 1e6:.1f}M parameters, {cfg.dtype}, on {where}")
         say(f"data {cfg.data}: {length_summary(questions)}")
         curves = f"; curves: tensorboard --logdir {cfg.runs_dir}" if "tensorboard" in tracker_names(cfg) else ""
-        say(f"{total} steps of {prompts_per_step(cfg)} prompts x {cfg.num_generations} completions{curves}")
+        say(what + curves)
+
+    def describe(self, questions: Questions, total: int, policy: Policy, num_chunks: int) -> None:
+        """Say what is about to happen."""
+        cfg, say = self.cfg, self.say
+        self.describe_parts(questions, policy, f"{total} steps of {prompts_per_step(cfg)} prompts x "
+                                               f"{cfg.num_generations} completions")  # fmt: skip
         if num_chunks < self.world.size:
             say(
                 f"note: {num_chunks} rollout chunks for {self.world.size} processes leave some idle: "
@@ -91,37 +104,60 @@ class Journal:
         engine: Engine,
     ) -> dict[str, float]:
         """Reduce this step's metrics over ranks; one line, one point on every curve. Returns them."""
-        tally.add("guards/oom_update", policy.room.halvings)
         tally.add("guards/oom_rollout", engine.room.halvings)
-        reduced = tally.reduce(self.world)
         told = rollout_metrics(table, advantages, policy.vocab_size)
-        seconds = reduced["time/step_s"]
-        counters = policy.counters
-        metrics = {
-            **told,
-            **reduced,
-            **self.extras(),
-            "lr": policy.last_lr,
-            "guards/skipped_updates": float(counters.skipped_updates),
-            "guards/trust_sampler": float(bool(counters.trust_sampler)),
-            "tokens_per_s": told["completions/tokens"] / max(seconds, 1e-9),
-        }
-        if norms:
-            metrics |= {
-                "grad_norm": float(np.mean(norms)),
-                "guards/clipped_updates": float(np.mean([n > self.cfg.max_grad_norm for n in norms])),
-            }
+        metrics = told | self._measured(tally, norms, policy, told["completions/tokens"])
+        metrics["guards/trust_sampler"] = float(bool(policy.counters.trust_sampler))
         if self.world.is_main:
             self.say(step_line(step, total, metrics))
             self.console.advance(f"reward {metrics['reward/mean']:.3f}")
         self.log(step, metrics)
         return metrics
 
+    def _measured(self, tally: Tally, norms: Sequence[float], policy: Policy, tokens: float) -> dict[str, float]:
+        """What every kind of step has: the tally over ranks, times, guards, rate and norm. tokens: that counted."""
+        tally.add("guards/oom_update", policy.room.halvings)
+        reduced = tally.reduce(self.world)
+        metrics = {
+            **reduced,
+            **self.extras(),
+            "lr": policy.last_lr,
+            "guards/skipped_updates": float(policy.counters.skipped_updates),
+            "tokens_per_s": tokens / max(reduced["time/step_s"], 1e-9),
+        }
+        if norms:
+            metrics |= {
+                "grad_norm": float(np.mean(norms)),
+                "guards/clipped_updates": float(np.mean([n > self.cfg.max_grad_norm for n in norms])),
+            }
+        return metrics
+
+    def log_lesson(
+        self, step: int, total: int, tokens: int, tally: Tally, norms: Sequence[float], policy: Policy
+    ) -> dict[str, float]:
+        """The same of a supervised step, without what belongs to rollouts. tokens: in its loss, over all ranks."""
+        measured = self._measured(tally, norms, policy, tokens)
+        metrics = {name: value for name, value in measured.items() if name not in OF_ROLLOUTS}
+        metrics |= {"sft/loss": metrics.pop("loss"), "sft/tokens": float(tokens)}
+        if self.world.is_main:
+            self.say(lesson_line(step, total, metrics))
+            self.console.advance(f"loss {metrics['sft/loss']:.3f}")
+        self.log(step, metrics)
+        return metrics
+
     def log_eval(self, step: int, metrics: dict[str, float]) -> None:
         """The held-out line."""
-        self.say(f"held-out after {step} steps: accuracy {metrics['eval/accuracy']:.1%} (greedy), "
-                         f"length {metrics['eval/length_mean']:.1f}")  # fmt: skip
+        said = []
+        if "eval/loss" in metrics:
+            loss, share = metrics["eval/loss"], metrics["eval/token_accuracy"]
+            said.append(self._label("held_out_loss", loss=loss, right=share))
+        if METRIC in metrics:
+            accuracy, length = metrics[METRIC], metrics["eval/length_mean"]
+            said.append(self._label("held_out_accuracy", accuracy=accuracy, length=length))
+        self.say(self._label("held_out", step=step, said=", ".join(said)))
         self.log(step, metrics)
+        if METRIC not in metrics:
+            return
         every = self.cfg.save_steps
         saved = step > 0 and (step == self.total or (every and step % every == 0))
         if self.best is not None and (saved or (Path(self.cfg.output_dir) / f"checkpoint_{step}").is_dir()):
@@ -160,9 +196,10 @@ class Journal:
         if not rollouts:
             return
         if show and self.world.is_main:
-            self.console.show(as_table(rollouts))
+            self.console.show(as_table(rollouts, self.cfg.console_language))
         for tracker in list(self.trackers) if keep else []:
-            self._tell(tracker, lambda tracker=tracker: tracker.text(step, "samples", as_markdown(rollouts)))  # type: ignore[misc]
+            text = as_markdown(rollouts, self.cfg.console_language)
+            self._tell(tracker, lambda tracker=tracker, text=text: tracker.text(step, "samples", text))  # type: ignore[misc]
 
     @contextmanager
     def _rollouts_optional(self) -> Iterator[None]:

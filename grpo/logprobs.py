@@ -12,14 +12,18 @@ against the model's own logits once; a head we do not understand falls back to t
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from grpo.attention import can_share
 from grpo.config import Config
-from grpo.models import arithmetic
+from grpo.flattening import flatten_micro_batch
+from grpo.fused_head import HeadLogprobs, plain_matrix
+from grpo.models import arithmetic, arithmetic_dtype
 from grpo.types import MicroBatch
 
 BLOCK_ELEMENTS_PER_MB = 2**20 // 4  # fp32 logits
@@ -46,8 +50,9 @@ def bounded_logits(logits: Tensor, temperature: float, clamp: float) -> tuple[Te
 class Head:
     """hidden [M, H] -> logits [M, V] for one model."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, dtype: str = "fp32"):
         self.model = model
+        self.dtype = dtype
         config = model.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -59,6 +64,10 @@ class Head:
     def vocab_size(self) -> int:
         """V."""
         return int(self.model.config.get_text_config().vocab_size)
+
+    def matrix(self) -> Tensor | None:
+        """The head's weight [V, H] where the head is that and a scale; None for any other."""
+        return None if self.softcap is not None else plain_matrix(self.model.get_output_embeddings())
 
     def body(self) -> nn.Module:
         """The model without its head."""
@@ -79,6 +88,10 @@ class Head:
 
         Done once, at construction, on every rank alike: a sharded model's forward is a collective.
         """
+        with arithmetic(self.dtype, self.model.device):
+            return self._compare()
+
+    def _compare(self) -> bool:
         ids = torch.arange(8, device=self.model.device)[None]
         own = self.model(input_ids=ids, use_cache=False).logits.float()
         if not bool(torch.isfinite(own).all()):
@@ -107,31 +120,61 @@ class Scorer(nn.Module):
     def __init__(self, model: PreTrainedModel, cfg: Config):
         super().__init__()
         self.model = model
-        self.head = Head(model)
+        self.head = Head(model, cfg.dtype)
         self.cfg = cfg
+        with arithmetic(cfg.dtype, model.device):
+            self.shares = can_share(model, self.head.body())
+        self.sharded = cfg.backend == "deepspeed" and cfg.zero_stage == 3  # the head is whole inside its forward only
+        self.counts_hits = False  # also find where the target is the likeliest token
+        self.hits: Tensor | None = None  # [B, T] bool of the last forward, where they are counted
         self.block_tokens = max(1, cfg.logits_chunk_mb * BLOCK_ELEMENTS_PER_MB // self.head.vocab_size)
 
     def forward(self, micro: MicroBatch) -> Tensor:
         """Log-probs [B, T] under the sampling distribution; 0 outside the mask.
 
-        No attention mask is passed: rows are padded on the right, and no token looks to its right.
+        Where the model can, rows are flattened first: no padding, each prompt once. Else no attention mask is passed:
+        rows are padded on the right, and no token looks to its right; where position ids start again within a row,
+        transformers masks what came before (grpo/packing.py makes sure that it does).
         """
-        rows = torch.arange(micro.input_ids.shape[0], device=micro.input_ids.device)[:, None].expand_as(micro.positions)
-        where = (rows[micro.mask], micro.positions[micro.mask])  # [M], [M]
         targets = micro.target_ids[micro.mask]  # [M]
         support = None if micro.support is None else micro.support[micro.mask]  # [M, K]
+        inputs, where = self._flat_inputs(micro) if self.shares and self.head.usable else self._row_inputs(micro)
         with arithmetic(self.cfg.dtype, micro.input_ids.device):
             if self.head.usable:
-                hidden = self.head.body()(input_ids=micro.input_ids, use_cache=False).last_hidden_state
-                values = self._in_blocks(hidden[where], targets, support, micro.head_blocks)
+                hidden = self.head.body()(**inputs).last_hidden_state
+                values, hits = self._in_blocks(hidden[where], targets, support, micro.head_blocks)
             else:
-                logits = self.model(input_ids=micro.input_ids, use_cache=False).logits[where]
-                values = self._pick(logits, targets, support)
+                logits = self.model(**inputs).logits[where]
+                values, hits = self._pick(logits, targets, support)
+        self.hits = torch.zeros_like(micro.mask).masked_scatter(micro.mask, hits) if self.counts_hits else None
         logprobs = torch.zeros(micro.mask.shape, dtype=torch.float32, device=values.device)
         return logprobs.masked_scatter(micro.mask, values)
 
-    def _in_blocks(self, hidden: Tensor, targets: Tensor, support: Tensor | None, num_blocks: int) -> Tensor:
-        """[M, H] -> [M], at least `num_blocks` blocks (see MicroBatch.head_blocks)."""
+    def _row_inputs(self, micro: MicroBatch) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+        """Padded rows, and where in them the M targets are predicted."""
+        rows = torch.arange(micro.input_ids.shape[0], device=micro.input_ids.device)[:, None].expand_as(micro.positions)
+        inputs: dict[str, Any] = {"input_ids": micro.input_ids, "use_cache": False}
+        if micro.position_ids is not None:
+            inputs["position_ids"] = micro.position_ids
+        return inputs, (rows[micro.mask], micro.positions[micro.mask])
+
+    def _flat_inputs(self, micro: MicroBatch) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+        """The same without padding, as one row."""
+        flat = micro.flat or flatten_micro_batch(micro)
+        where = flat.positions[micro.mask]
+        return {"input_ids": flat.input_ids, **flat.forest.inputs()}, (torch.zeros_like(where), where)
+
+    def _in_blocks(
+        self, hidden: Tensor, targets: Tensor, support: Tensor | None, num_blocks: int
+    ) -> tuple[Tensor, Tensor]:
+        """[M, H] -> what `_pick` gives, at least `num_blocks` blocks (see MicroBatch.head_blocks)."""
+        matrix = None if self.sharded or support is not None else self.head.matrix()
+        if matrix is not None:
+            values, hits = HeadLogprobs.apply(
+                hidden.to(arithmetic_dtype(self.cfg.dtype)), matrix, targets, self.head.scale, self.cfg.temperature,
+                self.cfg.logit_clamp, self.block_tokens,
+            )  # fmt: skip
+            return values, hits if self.counts_hits else hits[:0]
         num_blocks = max(num_blocks, math.ceil(len(targets) / self.block_tokens), 1)
         recompute = num_blocks > 1 and torch.is_grad_enabled()
         parts = []
@@ -142,15 +185,17 @@ class Scorer(nn.Module):
                 parts.append(checkpoint(self._block, *inputs, use_reentrant=False, preserve_rng_state=False))
             else:
                 parts.append(self._block(*inputs))
-        return torch.cat(parts)
+        values, hits = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(hits)
 
-    def _block(self, hidden: Tensor, targets: Tensor, support: Tensor | None) -> Tensor:
+    def _block(self, hidden: Tensor, targets: Tensor, support: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._pick(self.head.logits(hidden), targets, support)
 
-    def _pick(self, logits: Tensor, targets: Tensor, support: Tensor | None) -> Tensor:
-        """logits [M, V], targets [M] -> log-probs [M], over the support where there is one."""
+    def _pick(self, logits: Tensor, targets: Tensor, support: Tensor | None) -> tuple[Tensor, Tensor]:
+        """logits [M, V], targets [M] -> log-probs [M], over the support where there is one; hits [M], or none."""
         bounded, _ = bounded_logits(logits.float(), self.cfg.temperature, self.cfg.logit_clamp)
         chosen = bounded.gather(-1, targets[:, None])[:, 0]
+        hits = (chosen >= bounded.amax(-1)).detach() if self.counts_hits else torch.zeros(0, dtype=torch.bool)
         if support is not None:
             bounded = bounded.gather(-1, support.clamp(min=0)).masked_fill(support < 0, -torch.inf)
-        return chosen - torch.logsumexp(bounded, dim=-1)
+        return chosen - torch.logsumexp(bounded, dim=-1), hits

@@ -8,7 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grpo.untrusted import content_problem, location_problem, read_json, read_manifest
+from grpo.untrusted import (
+    OPENED_BY_LOADERS,
+    check_safetensors,
+    location_problem,
+    model_problem,
+    read_json,
+    read_manifest,
+    read_object,
+    weights_problem,
+)
+from grpo.untrusted_adapters import adapter_problem, is_adapter
 
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"checkpoint_([0-9]{1,12})")
@@ -89,3 +99,23 @@ def verify(folder: Path) -> str | None:
         if sha256_of(path) != sha256:
             return f"{name} does not match its sha256"
     return content_problem(folder, set(listed))
+
+
+def content_problem(folder: Path, listed: set[str]) -> str | None:
+    """Why a checkpoint whose files match their hashes must still not be opened; None when it may be."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix in OPENED_BY_LOADERS and name not in listed and name != MANIFEST:
+            return f"{name} is not in the manifest"
+    problem = adapter_problem(folder) if is_adapter(folder) else model_problem(folder) or weights_problem(folder)
+    if problem is not None:
+        return problem
+    for path in sorted((folder / "trainer").iterdir()):
+        try:
+            if path.suffix == ".json":
+                read_object(path)
+            elif path.suffix == ".safetensors":
+                check_safetensors(path)
+        except (OSError, ValueError) as error:
+            return f"trainer/{path.name}: {error}"
+    return None

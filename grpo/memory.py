@@ -9,12 +9,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from grpo.backends.replicated import BUCKET_ELEMENTS
 from grpo.config import Config, prompts_per_step, updates_per_step
-from grpo.errors import UserError
+from grpo.memory_shape import Held, Shape, held, shape_of
 from grpo.rollout import cut_chunks
 from grpo.rollout.sampling import sampling_of
 
@@ -27,25 +26,6 @@ SAVED = {  # bytes kept for the backward, by token and layer, for each element o
     "four_norms": {"fp32": (40, 16, 16, 16), "bf16": (42, 12, 12, 8)},
     "gpt2": {"fp32": (16, 8, 8, 20), "bf16": (20, 4, 4, 8)},
 }
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What memory depends on in a model; counts of elements."""
-
-    parameters: int  # all, a tied head once
-    products: int  # of matrices that multiply: those that bf16 arithmetic copies
-    largest: int  # the largest tensor
-    layers: int
-    hidden: int
-    queries: int  # heads times their width
-    keys: int  # key heads times their width
-    mlp: int
-    vocab: int
-    style: str  # a row of SAVED
-    window: int  # tokens kept by each sliding layer; 0: no such layers
-    sliding: int  # layers that keep a window
-    score_heads: int  # heads whose whole score matrix is held: eager attention; else 0
 
 
 @dataclass(frozen=True)
@@ -81,38 +61,6 @@ class Estimate:
         return max(PHASES, key=self.at)
 
 
-def shape_of(config: PreTrainedConfig) -> Shape:
-    """Build the model without storage and count. Raises UserError for what is no causal language model."""
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"model: {config.model_type!r} is no causal language model here: {error}") from None
-    text = config.get_text_config()
-    names = {name.split(".")[-2] for name, _ in model.named_parameters()}
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    style = "four_norms" if "post_feedforward_layernorm" in names else "qk_norm" if "q_norm" in names else "plain"
-    window = getattr(text, "sliding_window", None) or 0
-    return Shape(
-        parameters=sum(p.numel() for p in model.parameters()),
-        products=matrices - (0 if tied else model.get_input_embeddings().weight.numel()),
-        largest=max(p.numel() for p in model.parameters()),
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        queries=heads * width,
-        keys=(getattr(text, "num_key_value_heads", None) or heads) * width,
-        mlp=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size,
-        vocab=text.vocab_size,
-        style="gpt2" if config.model_type == "gpt2" else style,
-        window=window,
-        sliding=(getattr(text, "layer_types", None) or []).count("sliding_attention") if window else 0,
-        score_heads=heads if getattr(text, "attn_logit_softcapping", None) else 0,
-    )
-
-
 def kv_bytes(shape: Shape, rows: int, tokens: int, dtype: str) -> int:
     """KV cache of `rows` sequences, and the one tensor that exists twice while a token is appended.
 
@@ -140,13 +88,13 @@ def activation_bytes(shape: Shape, tokens: int, row_tokens: int, dtype: str, che
     return kept + 3 * tokens * shape.hidden * 4
 
 
-def head_bytes(shape: Shape, completion_tokens: int, chunk_mb: int, truncates: bool) -> int:
+def head_bytes(shape: Shape, completion_tokens: int, chunk_mb: int, truncates: bool, frozen: bool = False) -> int:
     """One block of logits, fp32, in the backward: 4 copies (3 under truncation), or 1 and the head's new gradient.
 
-    The block; its softmax twice; its gradient, which comes in two parts.
+    The block; its softmax twice; its gradient, which comes in two parts. A frozen head has no gradient.
     """
     block = min(completion_tokens * shape.vocab * 4, max(chunk_mb * 2**20, shape.vocab * 4))
-    return max((3 if truncates else 4) * block, block + shape.vocab * shape.hidden * 4)
+    return max((3 if truncates else 4) * block, 0 if frozen else block + shape.vocab * shape.hidden * 4)
 
 
 def draw_bytes(shape: Shape, rows: int, temperature: float, truncates: bool) -> int:
@@ -201,35 +149,46 @@ def work_of(cfg: Config, ranks: int) -> Work:
     )
 
 
-def _state_rows(cfg: Config, shape: Shape, ranks: int, on_gpu: bool, again: bool) -> Iterator[Row]:
+def _state_rows(cfg: Config, shape: Shape, own: Held, ranks: int, on_gpu: bool, again: bool) -> Iterator[Row]:
     """Rows that depend on the backend: weights, gradients, moments, buckets. again: a second micro-batch follows."""
     stage = cfg.zero_stage if cfg.backend == "deepspeed" else 0
-    whole, share = 4 * shape.parameters, 4 * math.ceil(shape.parameters / ranks)
+    whole, share = 4 * own.trained, 4 * math.ceil(own.trained / ranks)
     off_state, off_weights = cfg.offload != "none" and on_gpu, cfg.offload == "all" and on_gpu
-    yield Row("weights while loading", whole, ("start-up",), "every process loads them whole, then shards")
+    loading = own.weights if cfg.load_in_4bit and on_gpu else 4 * shape.parameters
+    yield Row("weights while loading", loading, ("start-up",), "every process loads them whole, then shards")
     if stage in (1, 2):
         yield Row("flat copy while sharding", whole, ("start-up",))
-    yield Row("weights", 0 if off_weights else share if stage == 3 else whole, REST, "fp32")
+    held_as = "4 bits" if cfg.load_in_4bit else "frozen" if cfg.lora_r else "fp32"
+    yield Row("weights", 0 if off_weights else own.weights / (ranks if stage == 3 else 1), REST, held_as)
     if stage >= 1:
         yield Row("master weights", 0 if off_state else share, PHASES, "DeepSpeed's own fp32 copy of its share")
-    yield Row("moments", 0 if off_state else 2 * (share if stage else whole), REST, "AdamW, fp32")
+    yield Row("moments", 0 if off_state else own.moments / (ranks if stage else 1), REST, cfg.optimizer)
     sharded = stage >= 2
     gradients = (0 if off_state else share) if sharded else whole
-    early = gradients if again or sharded else 4 * shape.largest  # a first backward has none before the head's
+    early = gradients if again or sharded else 4 * own.trained_largest  # a first backward has none before the head's
     yield Row("gradients", early, ("update",), "fp32, while activations are held")
     yield Row("gradients, all", gradients + (share if stage in (1, 2, 3) and not off_state else 0), ("optimizer",))
     if cfg.deterministic:
         yield Row("gradients in int64", 2 * whole, REST, "deterministic")
     if stage == 0 and ranks > 1:
-        yield Row("gradient bucket", 4 * max(BUCKET_ELEMENTS, shape.largest), ("optimizer",))
+        yield Row("gradient bucket", 4 * min(max(BUCKET_ELEMENTS, own.trained_largest), own.trained), ("optimizer",))
     if stage >= 1:
-        held = REST if stage == 3 else ("update",)  # stage 3 allocates it once, for good
-        yield Row("gradient bucket", 4 * min(shape.parameters, ZERO_BUCKET), held)
+        when = REST if stage == 3 else ("update",)  # stage 3 allocates it once, for good
+        yield Row("gradient bucket", 4 * min(own.trained, ZERO_BUCKET), when)
     if stage == 3 and ranks > 1:
-        yield Row("gathered weights", 4 * min(shape.parameters, ZERO_LIVE), ("update",), "DeepSpeed's live limit")
+        yield Row("gathered weights", min(own.weights, 4 * ZERO_LIVE), ("update",), "DeepSpeed's live limit")
     if not off_state:
-        step = (share if stage else whole) if on_gpu else 2 * (share if stage else 4 * shape.largest)
+        step = (share if stage else whole) if on_gpu else 2 * (share if stage else 4 * own.trained_largest)
         yield Row("AdamW's temporaries", step, ("optimizer",))
+
+
+def _reference_row(cfg: Config, whole: int, on_gpu: bool) -> Iterator[Row]:
+    if cfg.beta > 0 and cfg.lora_r:
+        yield Row("reference", 0, PHASES, "the frozen model itself, its adapter off")
+    elif cfg.beta > 0:
+        away = cfg.reference_offload and on_gpu
+        why = "in CPU memory but while it scores" if away else "whole on every GPU, every backend"
+        yield Row("reference", whole, ("rollout",) if away else PHASES, why)
 
 
 def estimate(cfg: Config, model_config: PreTrainedConfig, world_size: int) -> Estimate:
@@ -241,20 +200,25 @@ def estimate_shape(cfg: Config, shape: Shape, world_size: int) -> Estimate:
     """The same for a model that is counted already."""
     work, on_gpu = work_of(cfg, world_size), cfg.device != "cpu"
     sampling = sampling_of(cfg)
-    whole, completion, width = 4 * shape.parameters, cfg.max_generate_length, sampling.support_width
+    own, completion, width = held(cfg, shape), cfg.max_generate_length, sampling.support_width
     stage = cfg.zero_stage if cfg.backend == "deepspeed" else 0
-    rows = list(_state_rows(cfg, shape, world_size, on_gpu, work.micro_batches > 1))
-    if cfg.beta > 0:
-        rows.append(Row("reference", whole, PHASES, "whole on every GPU, every backend"))
+    rows = list(_state_rows(cfg, shape, own, world_size, on_gpu, work.micro_batches > 1))
+    rows += _reference_row(cfg, 4 * shape.parameters, on_gpu)
     if stage == 3:
-        rows.append(Row("rollout copy", whole, REST, "the engine's gathered weights, whole on every GPU"))
+        rows.append(Row("rollout copy", own.weights, REST, "the engine's gathered weights, whole on every GPU"))
         rows.append(Row("parameter being gathered", 8 * shape.largest, ("rollout",)))
     if cfg.dtype == "bf16":
-        phases = ("update",) if stage == 3 else ("rollout", "update")
-        rows.append(Row("bf16 copies of weights", 2 * shape.products, phases, "autocast keeps them for the backward"))
+        phases = ("update",) if stage == 3 or cfg.lora_r else ("rollout", "update")
+        rows.append(Row("bf16 copies of weights", own.copies, phases, "autocast keeps them for the backward"))
     micro_tokens = work.micro_rows * (work.row_tokens - 1)
-    activations = activation_bytes(shape, micro_tokens, work.row_tokens, cfg.dtype, cfg.gradient_checkpointing)
-    logits = head_bytes(shape, work.micro_rows * completion, cfg.logits_chunk_mb, width > 0)
+    sizes = (shape, micro_tokens, work.row_tokens, cfg.dtype)
+    away = 0.0
+    activations = activation_bytes(*sizes, cfg.gradient_checkpointing)
+    if not cfg.gradient_checkpointing:
+        activations += micro_tokens * own.adapter_tokens
+    if cfg.activation_offload and on_gpu:  # all but one layer's inside, and what follows the last
+        away, activations = activations, layer_bytes(*sizes) + 3 * micro_tokens * shape.hidden * 4
+    logits = head_bytes(shape, work.micro_rows * completion, cfg.logits_chunk_mb, width > 0, cfg.lora_r > 0)
     record = work.rank_rows * (8 * work.row_tokens + completion * (29 + 8 * width))
     rows += [
         Row("KV cache", kv_bytes(shape, work.chunk_rows, work.row_tokens, cfg.dtype), ("rollout",), "one chunk"),
@@ -264,22 +228,25 @@ def estimate_shape(cfg: Config, shape: Shape, world_size: int) -> Estimate:
         Row("logits block", logits, ("update",)),
         Row("rows to train on", record, ("update", "optimizer"), "ids, log-probs, support"),
     ]  # fmt: skip
-    copy = whole + 8 * math.ceil(shape.parameters / world_size)  # rank 0's weights, every rank's share of the moments
+    copy = 4 * own.trained + own.moments / world_size  # rank 0's weights, every rank's share of the moments
     if cfg.save_in_background and not on_gpu:
         rows.append(Row("checkpoint being written", copy, REST, "a copy, while training goes on"))
     payload = work.rank_rows * completion * 4 * (2 + width)
-    host = whole + payload + copy + (_offloaded(cfg, shape, world_size) if on_gpu else 0)
-    return Estimate(shape, tuple(rows), tuple(_moved(cfg, shape, work, world_size, payload)), host)
+    host = 4 * shape.parameters + payload + copy + away + (_offloaded(cfg, own, world_size) if on_gpu else 0)
+    if cfg.reference_offload and on_gpu:
+        host += 4 * shape.parameters
+    return Estimate(shape, tuple(rows), tuple(_moved(cfg, own, work, world_size, payload)), host)
 
 
-def _offloaded(cfg: Config, shape: Shape, ranks: int) -> float:
+def _offloaded(cfg: Config, own: Held, ranks: int) -> float:
     """Bytes of a process that live in CPU memory: master weights, gradients, two moments; under `all` weights too."""
-    return 4 * shape.parameters / ranks * {"none": 0, "optimizer": 4, "all": 5}[cfg.offload]
+    state = 0.0 if cfg.offload == "none" else 16 * own.trained
+    return (state + (own.weights if cfg.offload == "all" else 0)) / ranks
 
 
-def _moved(cfg: Config, shape: Shape, work: Work, ranks: int, payload: int) -> Iterator[Row]:
+def _moved(cfg: Config, own: Held, work: Work, ranks: int, payload: int) -> Iterator[Row]:
     """Bytes that one process sends in a step, worst case."""
-    whole, updates = 4 * shape.parameters, updates_per_step(cfg)
+    whole, updates = 4 * own.trained, updates_per_step(cfg)
     stage = cfg.zero_stage if cfg.backend == "deepspeed" else 0
     backwards = updates * work.micro_batches
     if stage < 3:
@@ -288,8 +255,8 @@ def _moved(cfg: Config, shape: Shape, work: Work, ranks: int, payload: int) -> I
     if stage in (1, 2):
         yield Row("weights, all-gather", updates * one_way(whole, ranks), (), f"{updates} x")
     if stage == 3:
-        gathers = backwards * (1 if shape.parameters <= ZERO_LIVE else 2)  # within the limit they stay for the backward
-        yield Row("weights, forward and backward", gathers * one_way(whole, ranks), (), f"{gathers} x")
+        gathers = backwards * (1 if own.weights <= 4 * ZERO_LIVE else 2)  # within the limit they stay for the backward
+        yield Row("weights, forward and backward", gathers * one_way(own.weights, ranks), (), f"{gathers} x")
         yield Row("gradients, reduce-scatter", backwards * one_way(whole, ranks), (), f"{backwards} x")
         yield Row("weights, for the rollout", one_way(whole, ranks), (), "once")
     yield Row("exchange of rows", one_way(payload, ranks), (), "gloo, CPU memory")

@@ -15,7 +15,7 @@ from torch import Tensor
 from grpo.distributed import World
 
 PHASES = ("rollout", "reward", "exchange", "logprobs", "update")
-MEANS = ("clip/low", "clip/high", "clip/importance", "kl", "kl_old", "sampler_gap/mean")
+MEANS = ("clip/low", "clip/high", "clip/importance", "kl", "kl_old", "sampler_gap/mean", "sft/token_accuracy")
 SUMS = ("loss",)
 COUNTS = ("guards/oom_rollout", "guards/oom_update")
 REPORTED = {phase: phase for phase in PHASES} | {"micro_batches": "update", "reduce": "reduce"}  # in heartbeats

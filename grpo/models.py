@@ -4,6 +4,7 @@ Folders and hub repositories are untrusted: safetensors only, no code of theirs 
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,9 +16,12 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo.attention import use_trees
 from grpo.config import find_path
 from grpo.errors import UserError
+from grpo.hub import fetch_model
 from grpo.untrusted import model_problem, weights_problem
+from grpo.untrusted_adapters import adapter_problem, is_adapter
 
 
 def quiet() -> None:
@@ -25,21 +29,26 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on stdout that it guessed so
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs errors that it also raises
 
 
-def resolve(name: str) -> str:
-    """A local folder's path, or the hub name unchanged. Raises UserError for a folder that is no model."""
+def resolve(name: str, weights: bool = True) -> str:
+    """A model's folder: a local one, or where a hub name was fetched to. Raises UserError for one that is no model.
+
+    weights: False fetches none, where settings or a tokenizer are enough.
+    """
     path = find_path(name)
     if path is None:
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise UserError(
                 f"model: no such folder {name!r}. Give a model folder, or a hub name like Qwen/Qwen2.5-0.5B."
             )
-        return name
-    if not (path / "config.json").exists():
+        path = fetch_model(name, weights)
+    if not is_adapter(path) and not (path / "config.json").exists():
         raise UserError(f"model: {name!r} holds no config.json. Give a folder written by save_pretrained.")
-    problem = model_problem(path)
+    problem = adapter_problem(path) if is_adapter(path) else model_problem(path)
     if problem is not None:
         raise UserError(f"model: {name!r} is not opened: {problem}. Use another model, or fetch it again.")
     return str(path)
@@ -63,16 +72,21 @@ def _border(what: str, advice: str) -> Iterator[None]:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or hub name. Raises UserError."""
     with _border(f"no tokenizer could be loaded from {name!r}", ""):
-        return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(resolve(name, weights=False), trust_remote_code=False)
 
 
-def load_model(name: str, device: torch.device) -> PreTrainedModel:
+def load_model(name: str, device: torch.device, four_bit: torch.dtype | None = None) -> PreTrainedModel:
     """Load a causal language model in fp32 with dropout off. Raises UserError.
 
     Dropout is off for good, so that sampling, scoring and training compute one and the same function. Weights that
-    the files lack are refused: transformers would draw them at random.
+    the files lack are refused: transformers would draw them at random. An adapter's folder gives its model with the
+    adapter added to the weights. four_bit: hold the linear layers in 4 bits, frozen, and multiply in this type.
     """
     folder = resolve(name)
+    if is_adapter(Path(folder)):
+        from grpo.adapters import merged, open_adapter  # late: peft takes seconds
+
+        return merged(open_adapter(folder, device))
     if Path(folder).is_dir():
         problem = weights_problem(Path(folder))
         if problem is not None:
@@ -91,6 +105,10 @@ def load_model(name: str, device: torch.device) -> PreTrainedModel:
                 f"such as {sorted(map(str, found[kind]))[0][:100]}. Give a complete model folder."
             )
     prepare(model)
+    if four_bit is not None:
+        from grpo.quantization import quantize
+
+        quantize(model, four_bit)
     return model.to(device)
 
 
@@ -103,6 +121,7 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
             setattr(module, "attention_dropout", 0.0)  # noqa: B010  a float, whatever nn.Module's annotations say
     if getattr(model.config, "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")
+    use_trees(model)
     return model.eval()
 
 
@@ -157,9 +176,19 @@ def check_lengths(model: PreTrainedModel, max_prompt_length: int, max_generate_l
         )
 
 
+def is_lora(model: nn.Module) -> bool:
+    """Whether a model is frozen and trained through an adapter inside it (grpo/adapters.py)."""
+    return hasattr(model, "lora_config")
+
+
 def arithmetic(dtype: str, device: torch.device) -> AbstractContextManager:
     """The context of every forward pass: plain fp32, or bf16 products over fp32 weights."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bf16" else nullcontext()
+
+
+def arithmetic_dtype(dtype: str) -> torch.dtype:
+    """What `arithmetic` computes products in."""
+    return torch.bfloat16 if dtype == "bf16" else torch.float32
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,18 +13,23 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from grpo.adapter_files import base_of
 from grpo.command_line import load_config
-from grpo.config import Config
+from grpo.config import Config, find_path
 from grpo.console import warn
 from grpo.errors import UserError
 from grpo.memory import PHASES, Shape, estimate, estimate_shape
+from grpo.memory_shape import held
 from grpo.models import quiet, resolve
+from grpo.untrusted_adapters import is_adapter
 
 GB = 10**9
 REMEDIES: tuple[tuple[str, tuple[Any, ...]], ...] = (  # settings to try, the cheapest first
     ("rollout_chunk_rows", (32, 16, 8, 4, 1)),
     ("micro_batch_tokens", (4096, 2048, 1024, 1)),
     ("gradient_checkpointing", (True,)),
+    ("reference_offload", (True,)),
+    ("activation_offload", (True,)),
     ("logits_chunk_mb", (64,)),
     ("zero_stage", (1, 2, 3)),
     ("offload", ("optimizer", "all")),
@@ -44,6 +49,8 @@ def changed(cfg: Config, name: str, value: Any) -> Config | None:
     if name == "offload":
         usable = deepspeed and cfg.zero_stage >= (3 if value == "all" else 1) and now in ("none", "optimizer")
         return dataclasses.replace(cfg, offload=value) if usable and now != value else None
+    if name.endswith("_offload") and (cfg.device == "cpu" or (name[0] == "r" and (not cfg.beta or cfg.lora_r))):
+        return None
     return dataclasses.replace(cfg, **{name: value}) if (value and not now if value is True else value < now) else None
 
 
@@ -71,6 +78,8 @@ def report(cfg: Config, model_config: PreTrainedConfig, gpus: int, memory_gb: fl
     stage = f" zero_stage {cfg.zero_stage}" if cfg.backend == "deepspeed" else ""
     unit = "process" if cfg.device == "cpu" else "GPU"
     billions = f"{found.shape.parameters / 1e9:.3f} billion parameters"
+    if cfg.lora_r:
+        billions += f", {held(cfg, found.shape).trained / 1e6:.1f} million trained"
     lines = [f"{cfg.model}: {billions}; {cfg.backend}{stage}, {gpus} x {unit}",
              "", f"{f'memory per {unit}, GB':30}" + "".join(f"{phase:>11}" for phase in PHASES)]  # fmt: skip
     for row in sorted(found.rows, key=lambda row: -row.bytes):
@@ -94,7 +103,19 @@ def report(cfg: Config, model_config: PreTrainedConfig, gpus: int, memory_gb: fl
         lines.append("  It fits with" + backend + "".join(f" --{k} {str(v).lower()}" for k, v in remedy))
     else:
         lines.append(f"  No setting makes it fit on {gpus}: a smaller model, or more memory per {unit}.")
+        lines += _with_adapters(cfg, found.shape, gpus)
     return "\n".join(lines)
+
+
+def _with_adapters(cfg: Config, shape: Shape, gpus: int) -> list[str]:
+    """What training an adapter would need instead: another training, so it is said and not advised."""
+    if cfg.lora_r:
+        return []
+    smaller = dataclasses.replace(cfg, lora_r=16, reference_offload=False)
+    four_bit = dataclasses.replace(smaller, backend="ddp", offload="none", deepspeed_config=None, load_in_4bit=True)
+    needs = [estimate_shape(each, shape, gpus).peak() / GB for each in (smaller, four_bit)]
+    return [f"  An adapter alone (--lora_r 16) needs {needs[0]:.1f} GB; on 4-bit weights (--load_in_4bit true, "
+            f"--backend ddp) {needs[1]:.1f} GB."]  # fmt: skip
 
 
 def _number(argv: list[str], name: str, default: str | None, kind: type) -> tuple[Any, list[str]]:
@@ -130,7 +151,9 @@ def main(argv: list[str]) -> int:
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries: the error says enough
         assert cfg.model is not None
         try:
-            model_config = AutoConfig.from_pretrained(resolve(cfg.model), trust_remote_code=False)
+            path = find_path(cfg.model)
+            name = base_of(path) if path is not None and is_adapter(path) else cfg.model
+            model_config = AutoConfig.from_pretrained(resolve(name, weights=False), trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"model: no config could be read from {cfg.model!r}: {reason}") from None

@@ -7,6 +7,7 @@ gradients, all ranks agree that they are finite, the norm is clipped, the optimi
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,12 +19,14 @@ from grpo.backends import Backend, load_backend
 from grpo.batching import halves
 from grpo.config import Config, updates_per_step
 from grpo.distributed import World
+from grpo.errors import UserError
 from grpo.guards import SkippedUpdate, count_skip
 from grpo.integrity import checksums, first_difference
 from grpo.logprobs import Scorer
 from grpo.losses import k3, ppo_clip
 from grpo.metrics import Tally
-from grpo.models import load_model
+from grpo.models import is_lora, load_model
+from grpo.offload import Parking, brought, check_device
 from grpo.out_of_memory import OutOfMemory, Room, ran_out
 from grpo.types import Counters, MicroBatch, Pulse
 
@@ -63,7 +66,9 @@ class Policy:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             model.enable_input_require_grads()
         self.reference = None if reference is None else Scorer(reference.requires_grad_(False), cfg)
-        scorer = Scorer(model, cfg)
+        self.shares_reference = cfg.beta > 0 and is_lora(model)  # the model itself, without its adapter
+        self.parking = Parking(model)
+        self.scorer = scorer = Scorer(model, cfg)
         self.vocab_size = scorer.head.vocab_size
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())  # before any sharding
         self.backend: Backend = load_backend(cfg, world, scorer)
@@ -84,6 +89,14 @@ class Policy:
         """What is no longer as `seal` met it, though no update came between: memory has failed. None: all is well."""
         return first_difference(self.sealed, checksums(self.backend.held())) if self.sealed else None
 
+    def _reference_logprobs(self, micro: MicroBatch) -> Tensor | None:
+        if self.shares_reference:
+            from grpo.adapters import as_reference  # late: peft takes seconds
+
+            with as_reference(self.model):
+                return self.backend.score(micro)
+        return None if self.reference is None else self.reference(micro)
+
     @torch.no_grad()
     def annotate(self, batches: Sequence[Sequence[MicroBatch]]) -> list[list[MicroBatch]]:
         """Add old and reference log-probs, before the first update of the step.
@@ -91,10 +104,12 @@ class Policy:
         Old ones are the sampler's where its gap to our own forward was small; else our own forward's: for a
         single update those are the bare ones, detached (None); for several, an extra forward.
         """
-        return [
-            self._within_memory(minibatch, lambda pieces: [self._annotate(micro) for micro in pieces])
-            for minibatch in batches
-        ]
+        away = self.reference is not None and self.cfg.reference_offload
+        with brought(self.reference, self.world.device) if away and self.reference else nullcontext():
+            return [
+                self._within_memory(minibatch, lambda pieces: [self._annotate(micro) for micro in pieces])
+                for minibatch in batches
+            ]
 
     def _annotate(self, micro: MicroBatch) -> MicroBatch:
         self.pulse()
@@ -103,8 +118,7 @@ class Policy:
             old = micro.sampler_logprobs
         elif updates_per_step(self.cfg) > 1:
             old = self.backend.score(micro)
-        reference = None if self.reference is None else self.reference(micro)
-        return dataclasses.replace(micro, old_logprobs=old, ref_logprobs=reference)
+        return dataclasses.replace(micro, old_logprobs=old, ref_logprobs=self._reference_logprobs(micro))
 
     def _within_memory(self, minibatch: Sequence[MicroBatch], work: Callable[[list[MicroBatch]], Done]) -> Done:
         """Do the work on a minibatch; where memory does not suffice, again on smaller micro-batches.
@@ -187,7 +201,10 @@ class Policy:
             losses = []
             for i, micro in enumerate(pieces):
                 self.pulse()
-                loss = self.loss(micro, tally, weights_unchanged)
+                if self.cfg.lora_dropout:
+                    self._key_dropout(micro)
+                with self.parking.around(self.cfg.activation_offload):
+                    loss = self.loss(micro, tally, weights_unchanged)
                 losses.append(float(loss.detach()))
                 # A NaN gradient is how one rank tells all: the sum over ranks, and so the norm, is NaN everywhere.
                 bad = not all(map(math.isfinite, losses))
@@ -205,6 +222,11 @@ class Policy:
         self.last_lr = lr
         self.counters.updates += 1
         return norm
+
+    def _key_dropout(self, micro: MicroBatch) -> None:
+        from grpo.adapters import key_dropout  # late: peft takes seconds
+
+        key_dropout(self.model, self.cfg.seed, self.counters.updates, min(micro.samples, default=0))
 
     def train_on(
         self, batches: Sequence[Sequence[MicroBatch]], tally: Tally, total_updates: int, broken: bool,
@@ -236,17 +258,34 @@ class Policy:
             self.counters.trust_sampler = metrics["sampler_gap/max"] <= MAX_TRUSTED_GAP
 
 
-def load_policy(cfg: Config, world: World, checkpoint: Path | None = None) -> Policy:
+def load_policy(cfg: Config, world: World, checkpoint: Path | None = None, kind: type[Policy] = Policy) -> Policy:
     """Load the model, or a checkpoint's; and the frozen start as reference when beta > 0. Raises UserError."""
     assert cfg.model is not None
-    reference = load_model(cfg.model, world.device) if cfg.beta > 0 else None
-    return Policy(cfg, world, load_model(str(checkpoint or cfg.model), world.device), reference)
+    check_device(cfg, world.device)
+    if cfg.lora_dropout and kind is Policy:
+        raise UserError(
+            f"lora_dropout: must be 0 in GRPO, got {cfg.lora_dropout:g}: what is trained must be the distribution that "
+            "was sampled. Set it in the sft section alone."
+        )
+    reference = None
+    if cfg.beta > 0 and not cfg.lora_r:
+        reference = load_model(cfg.model, torch.device("cpu") if cfg.reference_offload else world.device)
+    return kind(cfg, world, load_trained(cfg, world.device, checkpoint), reference)
+
+
+def load_trained(cfg: Config, device: torch.device, checkpoint: Path | None = None) -> PreTrainedModel:
+    """The model to be trained, or a checkpoint's, with its adapter where there is one. Raises UserError."""
+    assert cfg.model is not None
+    if cfg.lora_r:
+        from grpo.adapters import load_lora  # late: peft takes seconds
+
+        return load_lora(cfg, device, checkpoint)
+    return load_model(str(checkpoint or cfg.model), device)
 
 
 def load_rollout_model(policy: Policy) -> PreTrainedModel:
     """The module that our own engine samples with: the policy's own, or a whole copy where its weights are sharded."""
     if policy.cfg.backend != "deepspeed" or policy.cfg.zero_stage < 3:
         return policy.model
-    assert policy.cfg.model is not None
     # requires_grad stays on, though no gradient is ever taken: autocast keeps its bf16 casts of such weights only.
-    return load_model(policy.cfg.model, policy.world.device)
+    return load_trained(policy.cfg, policy.world.device)

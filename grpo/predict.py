@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from grpo.data_checks import check_file
 from grpo.distributed import World
 from grpo.errors import UserError
 from grpo.extraction import marker_of, marks_of, plain, strict
+from grpo.labels import label, language_of
 from grpo.resume import read_state
 
 IDS = ("id",)
@@ -147,8 +149,10 @@ def predict(
                 answers[put[i][0].identity] = choice or refusal
                 console.advance("questions")
     _write(out, answers)
-    shown = [f"{name} {counts[name]}" for name in ("A", "B", "C", "D", "refused", "unreadable", "not asked")]
-    return f"{len(rows)} questions: {', '.join(shown)}; the last three are written as {refusal!r} to {out}"
+    say = partial(label, language_of(saved))
+    shown = [f"{name} {counts[name]}" for name in "ABCD"]
+    shown += [f"{say(name)} {counts[name]}" for name in ("refused", "unreadable", "not asked")]
+    return say("predicted", total=len(rows), counts=", ".join(shown), refusal=refusal, out=out)
 
 
 def _check_out(out: Path) -> None:

@@ -28,7 +28,8 @@ from grpo.errors import UserError
 from grpo.guards import Evidence
 from grpo.metrics import Tally
 from grpo.models import load_model, quiet
-from grpo.policy import Policy
+from grpo.policy import Policy, load_trained
+from grpo.sft_policy import Student
 from grpo.types import MicroBatch
 
 CLOSE = 1e-4  # relative; other hardware, or fewer ranks, sum in another order
@@ -67,16 +68,17 @@ def load_policy_of(folder: Path, evidence: Evidence, device: torch.device) -> Po
     file = (folder / evidence.weights).resolve()
     if file.parent.parent != folder.resolve().parent or not file.is_file():
         raise UserError(f"replay: the weights {evidence.weights} of rank {evidence.rank} are no longer kept.")
-    model = load_model(cfg.model, device)
+    model = load_trained(cfg, device)
     try:
         missing, unexpected = model.load_state_dict(load_file(file), strict=False)
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"replay: {file} does not fit {cfg.model} ({str(error).splitlines()[0]}).") from None
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(dict(model.named_parameters()))
-    if unexpected or set(missing) - tied - {name for name, _ in model.named_buffers()}:
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    if unexpected or set(missing) - tied - frozen - {name for name, _ in model.named_buffers()}:
         raise UserError(f"replay: {file} is not a copy of {cfg.model}'s weights.")
-    reference = load_model(cfg.model, device) if cfg.beta > 0 else None
-    policy = Policy(cfg, World(0, 1, 0, 1, device), model, reference)
+    reference = load_model(cfg.model, device) if cfg.beta > 0 and not cfg.lora_r else None
+    policy = (Student if cfg.sft else Policy)(cfg, World(0, 1, 0, 1, device), model, reference)
     policy.counters.trust_sampler = evidence.trust_sampler
     return policy
 

@@ -32,7 +32,7 @@ from grpo.rewards import Reward
 from grpo.saving import Saver
 from grpo.startup import OutputLock, check_folder_shared, check_ranks_agree
 from grpo.stopping import StopRequest, write_exit
-from grpo.types import Completion, MicroBatch, Prompt, Pulse, Table
+from grpo.types import Completion, MicroBatch, Noticed, Prompt, Pulse
 
 SAVE_MARGIN = 1.5  # a save is begun only when this many times what the last one took is left
 
@@ -86,9 +86,14 @@ class Run:
         except OSError as error:
             raise UserError(f"runs_dir: {self.folder} cannot be written: {error}. Choose another --runs_dir.") from None
 
-    def identify(self, questions: Questions, rewards: Sequence[Reward], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Fingerprint what decides the trajectory; make sure that all ranks mean the same run. Raises UserError."""
-        self.facts = fingerprints(self.cfg, questions, rewards, tokenizer)
+    def identify(
+        self, questions: Questions, rewards: Sequence[Reward], tokenizer: PreTrainedTokenizerBase, **more: str
+    ) -> None:
+        """Fingerprint what decides the trajectory; make sure that all ranks mean the same run. Raises UserError.
+
+        more: fingerprints of what only this kind of run has.
+        """
+        self.facts = fingerprints(self.cfg, questions, rewards, tokenizer) | more
         check_ranks_agree(self.world, self.cfg, self.facts)
 
     def resume_point(self) -> Path | None:
@@ -178,14 +183,14 @@ class Run:
             warn(f"error: {self.heartbeat.where()}: {broken} is not what the last update left: a bit has flipped")
         return self.stop.asked, broken is not None
 
-    def heed(self, table: Table) -> None:
+    def heed(self, told: Noticed) -> None:
         """Act on the notices of all ranks, on every rank alike. Raises Corrupted or Preempted."""
-        if ranks := table.corrupted_ranks:
+        if ranks := told.corrupted_ranks:
             raise Corrupted(
                 f"memory: weights or optimizer state of rank {', '.join(map(str, ranks))} changed between two updates: "
                 "a bit has flipped. Nothing of it was saved. Check that machine's memory, then run the same command."
             )
-        if table.asked_to_stop:
+        if told.asked_to_stop:
             self.preempt()
 
     def preempt(self) -> NoReturn:

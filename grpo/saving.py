@@ -15,11 +15,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo import checkpoint
+from grpo.adapter_files import verdict
 from grpo.checkpoint import Snapshot
 from grpo.config import Config
 from grpo.console import warn
 from grpo.errors import UserError
 from grpo.liveness import Heartbeat
+from grpo.models import is_lora
 from grpo.policy import Policy
 from grpo.prompts import Recipe
 
@@ -83,6 +85,8 @@ class Saver:
         self.expected_s = self.seconds["save/write_s"] = time.monotonic() - began
         if self.failure is None:
             self.say(f"saved {folder}")
+            if policy.world.is_main and is_lora(policy.model):
+                self.say(verdict(folder))
         elif policy.world.is_main and not last:
             warn(f"warning: {folder} could not be written: {self.failure}. Earlier checkpoints are untouched; "
                  "training goes on, the next save tries again.")  # fmt: skip

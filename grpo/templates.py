@@ -49,10 +49,11 @@ class Renderer:
         self.close = weakref.finalize(self, _end, self.process)  # also when Python ends
         self._ask({"template": template, "variables": dict(variables), "cpu_s": CPU_S})
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
-        """The text of a conversation, with the opening of the assistant's turn."""
+    def render(self, messages: list[dict[str, Any]], opening: bool = True) -> str:
+        """The text of a conversation; with the opening of the assistant's turn, or as it ends."""
         # As apply_chat_template does: a key whose value is None is a key that is not there.
-        return self._ask([{key: value for key, value in turn.items() if value is not None} for turn in messages])
+        turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+        return self._ask(turns if opening else {"turns": turns})
 
     def _ask(self, question: Any) -> str:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -90,10 +91,15 @@ def _renderer(template: str, variables: str) -> Renderer:
     return Renderer(template, json.loads(variables))
 
 
-def render_chat(template: str, variables: Mapping[str, Any], messages: list[dict[str, Any]]) -> str:
-    """Render a conversation under limits. Raises UserError when the template refuses or exceeds them."""
+def render_chat(
+    template: str, variables: Mapping[str, Any], messages: list[dict[str, Any]], opening: bool = True
+) -> str:
+    """Render a conversation under limits. Raises UserError when the template refuses or exceeds them.
+
+    opening: with the opening of the assistant's turn; False for a conversation that ends with one.
+    """
     try:
-        return _renderer(template, json.dumps(dict(variables), default=str, sort_keys=True)).render(messages)
+        return _renderer(template, json.dumps(dict(variables), default=str, sort_keys=True)).render(messages, opening)
     except TemplateFailed as failed:
         end_renderers()  # its process may be dead
         raise UserError(
@@ -152,9 +158,12 @@ def main() -> None:
     _limit()
 
     def render(line: str) -> str:
+        asked = json.loads(line)
+        opening = isinstance(asked, list)
         rendered = render_jinja_template(
-            [json.loads(line)], chat_template=settings["template"], add_generation_prompt=True, **settings["variables"]
-        )
+            [asked if opening else asked["turns"]], chat_template=settings["template"], add_generation_prompt=opening,
+            **settings["variables"],
+        )  # fmt: skip
         text = str(rendered[0][0])
         if len(text) > MAX_CHARACTERS + 8 * len(line):
             raise ValueError(f"it makes {len(text)} characters of {len(line)}")

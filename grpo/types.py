@@ -19,6 +19,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     columns: dict[str, Any]  # the data row, as rewards see it; `answer` holds the gold answer
     messages: list[dict[str, str]] | None = None  # the conversation behind `text`, where there is one
+    reference: Any = None  # the answer column's cell as the data has it; `answer` above may be a part of it
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,10 @@ class Completion:
 FACTS = ("length", "stopped", "broken", "clamped", "logprob_sum", "failures", "rank")
 
 
-@dataclass(frozen=True)
-class Table:
-    """One row per completion of the step; column k of `scores` belongs to the k-th reward function."""
+class Noticed:
+    """What all ranks have to tell each other before an update."""
 
-    names: list[str]
-    scores: np.ndarray  # [N, K] float64, NaN where a function does not apply
-    rewards: np.ndarray  # [N] weighted sums, NaN where none applies
-    facts: dict[str, np.ndarray]  # [N] each, see FACTS
-    num_generations: int
-    notices: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))  # [W, 2]: asked to stop, weights changed
+    notices: np.ndarray  # [W, 2]: asked to stop, weights changed
 
     @property
     def asked_to_stop(self) -> bool:
@@ -56,6 +51,25 @@ class Table:
     def corrupted_ranks(self) -> list[int]:
         """Ranks whose weights or optimizer state are not what their last update left."""
         return np.flatnonzero(self.notices[:, 1]).tolist()
+
+
+@dataclass(frozen=True)
+class Notices(Noticed):
+    """Notices alone, of a step without rollouts."""
+
+    notices: np.ndarray  # [W, 2]
+
+
+@dataclass(frozen=True)
+class Table(Noticed):
+    """One row per completion of the step; column k of `scores` belongs to the k-th reward function."""
+
+    names: list[str]
+    scores: np.ndarray  # [N, K] float64, NaN where a function does not apply
+    rewards: np.ndarray  # [N] weighted sums, NaN where none applies
+    facts: dict[str, np.ndarray]  # [N] each, see FACTS
+    num_generations: int
+    notices: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))  # [W, 2]: asked to stop, weights changed
 
     @property
     def lengths(self) -> np.ndarray:
@@ -91,6 +105,15 @@ class TrainRow:
 
 
 @dataclass(frozen=True)
+class Flat:
+    """A micro-batch as one row without padding, each prompt once (grpo/flattening.py)."""
+
+    forest: Any  # grpo.attention.Forest: who belongs to whom
+    input_ids: torch.Tensor  # [1, S] int64
+    positions: torch.Tensor  # [B, T] int64, where in S each target is predicted; 0 outside the mask
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """B rows of one backward, padded on the right to their own longest. [B, T] is aligned to targets."""
 
@@ -105,6 +128,8 @@ class MicroBatch:
     old_logprobs: torch.Tensor | None = None  # [B, T]; None: the bare ones, detached
     ref_logprobs: torch.Tensor | None = None  # [B, T]; None: no KL
     weights: torch.Tensor | None = None  # [B, T] loss weights, divided by the global denominator
+    position_ids: torch.Tensor | None = None  # [B, L] int64, from 0 in each of the texts that share a row; None: 0 to L
+    flat: Flat | None = None  # the same rows without padding; None: made when it is needed
     head_blocks: int = 1  # blocks of the head to run at least; backends that shard weights need ranks to agree
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "s
 OPENED_BY_LOADERS = {".json", ".safetensors", ".jinja", ".model", ".txt", ".py", ".bin", ".pt", ".pth", ".ckpt",
                      ".pkl", ".h5", ".msgpack", ".gguf"}  # fmt: skip
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-NEEDED = ("config.json", "trainer/state.json", "trainer/recipe.json")
+NEEDED = (("config.json", "adapter_config.json"), ("trainer/state.json",), ("trainer/recipe.json",))  # one of each
 
 
 def parse_json(text: str | bytes, infinity: bool = False) -> Any:
@@ -170,7 +170,7 @@ def check_index(path: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def _check_entry(path: Path) -> None:
+def check_entry(path: Path) -> None:
     """One file of a model folder, by its name."""
     if path.is_dir():
         if path.suffix in (".json", ".safetensors", ".jinja"):
@@ -178,7 +178,7 @@ def _check_entry(path: Path) -> None:
         return
     check_regular(path)
     if path.name == "adapter_config.json":
-        raise ValueError("this is an adapter to another model: merge it into that one first")
+        raise ValueError("an adapter's settings lie beside a model's config.json: remove one of the two")
     if path.name in SETTINGS:
         _check_settings(read_object(path, infinity=True))
     elif path.suffix == ".jinja":
@@ -196,9 +196,9 @@ def model_problem(folder: Path) -> str | None:
     """Why a model folder must not be opened, naming the file; None when nothing speaks against it."""
     path = folder / "config.json"
     try:
-        _check_entry(path)
+        check_entry(path)
         for path in [*sorted(folder.iterdir()), *sorted(folder.glob("additional_chat_templates/*"))]:
-            _check_entry(path)
+            check_entry(path)
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror or error}"
     except ValueError as error:
@@ -240,9 +240,9 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
             raise ValueError(f"its entry of {name[:80]} is wrong")
         if not re.fullmatch(r"[0-9a-f]{64}", str(entry.get("sha256")), re.A):
             raise ValueError(f"its entry of {name[:80]} is wrong")
-    missing = [name for name in NEEDED if name not in files]
+    missing = [names for names in NEEDED if not any(name in files for name in names)]
     if missing:
-        raise ValueError(f"it does not list {missing[0]}")
+        raise ValueError(f"it does not list {missing[0][0]}")
     return {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
 
 
@@ -257,23 +257,3 @@ def location_problem(folder: Path, name: str) -> str | None:
         return None if stat.S_ISREG(os.lstat(path).st_mode) else f"{name} is no regular file"
     except OSError:
         return f"{name} is missing"
-
-
-def content_problem(folder: Path, listed: set[str]) -> str | None:
-    """Why a checkpoint whose files match their hashes must still not be opened; None when it may be."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.suffix in OPENED_BY_LOADERS and name not in listed and name != "MANIFEST.json":
-            return f"{name} is not in the manifest"
-    problem = model_problem(folder) or weights_problem(folder)
-    if problem is not None:
-        return problem
-    for path in sorted((folder / "trainer").iterdir()):
-        try:
-            if path.suffix == ".json":
-                read_object(path)
-            elif path.suffix == ".safetensors":
-                check_safetensors(path)
-        except (OSError, ValueError) as error:
-            return f"trainer/{path.name}: {error}"
-    return None

@@ -25,16 +25,17 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from grpo.command_line import load_config
+from grpo.command_line import load_config, load_sft_config
 from grpo.errors import EXIT_PREEMPTED, EXIT_STALLED, EXIT_USER, UserError
 
 
 def exit_file(argv: list[str]) -> Path:
     """Where rank 0 will leave its code, given torchrun's arguments: the same reading of the settings as its own."""
-    script = next((i for i, arg in enumerate(argv) if arg.endswith(".py")), len(argv))
+    script = next((i for i, arg in enumerate(argv) if arg.endswith(".py") or arg == "grpo.sft"), len(argv))
+    read = load_sft_config if argv[script : script + 1] == ["grpo.sft"] else load_config
     output_dir = "output"
     with contextlib.suppress(UserError, SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        output_dir = load_config(argv[script + 1 :])[0].output_dir
+        output_dir = read(argv[script + 1 :])[0].output_dir
     return Path(output_dir) / "exit.json"
 
 

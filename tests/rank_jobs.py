@@ -1,5 +1,6 @@
 """Jobs that tests run on several ranks: `torchrun ... tests/rank_jobs.py FOLDER`. Each rank saves JSON."""
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -9,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from grpo import batching, losses
 from grpo.advantages import group_advantages
-from grpo.batching import deliver, make_plan
+from grpo.batching import deliver
 from grpo.config import Config, prompts_per_step, updates_per_step
 from grpo.distributed import World, start, stop
 from grpo.metrics import Tally
+from grpo.planning import make_plan
 from grpo.policy import Policy
 from grpo.rewards.pool import InProcess
 from grpo.rollout import rollout
@@ -60,9 +63,19 @@ def table_of(cfg: Config, lengths: np.ndarray, sampled_by: np.ndarray) -> Table:
 
 def make_policy(cfg: Config, world: World, architecture: str = "qwen3") -> Policy:
     """A tiny random policy, its reference (when beta > 0) another one."""
-    reference = tiny_model(architecture, VOCAB, seed=1, spread=2.0) if cfg.beta > 0 else None
-    model = tiny_model(architecture, VOCAB, spread=2.0).to(world.device)
-    return Policy(cfg, world, model, reference)
+    reference = tiny_model(architecture, VOCAB, seed=1, spread=2.0) if cfg.beta > 0 and not cfg.lora_r else None
+    return Policy(
+        cfg, world, with_adapter(cfg, tiny_model(architecture, VOCAB, spread=2.0).to(world.device)), reference
+    )
+
+
+def with_adapter(cfg: Config, model: PreTrainedModel) -> PreTrainedModel:
+    """The model as the settings train it: with a new adapter where they ask for one."""
+    if not cfg.lora_r:
+        return model
+    from grpo.adapters import start_lora  # late: peft takes seconds
+
+    return start_lora(model, cfg)
 
 
 def injected_step(
@@ -116,7 +129,12 @@ def free_rollout(world: World, out: Path, **settings):
     cfg = config(**settings)
     policy = make_policy(cfg, world)
     prompts, _, _ = injected(cfg, 0)
-    engine = NativeEngine(tiny_model("qwen3", VOCAB, seed=5), [0, 9], cfg.max_generate_length, seed=cfg.seed)
+    sampler = tiny_model("qwen3", VOCAB, seed=5)
+    if cfg.lora_r:  # only adapters travel: the frozen model is the policy's own, the adapter another one
+        sampler = with_adapter(dataclasses.replace(cfg, seed=5), tiny_model("qwen3", VOCAB, spread=2.0))
+        for step in range(3):
+            injected_step(cfg, world, policy, step, 3, 0, Tally())
+    engine = NativeEngine(sampler, [0, 9], cfg.max_generate_length, seed=cfg.seed)
     engine.load_weights(policy.weights())
     completions = rollout(engine, prompts, 3, cfg, world)
     return {str(c.sample): [c.token_ids.tolist(), c.sampler_logprobs.tolist(), c.finish] for c in completions}
@@ -148,7 +166,7 @@ def sealed_update(world: World, out: Path, rank: int, **settings):
     cfg = config(**settings)
     policy = make_policy(cfg, world)
     injected_step(cfg, world, policy, 0, 3, 0, Tally())
-    NativeEngine(tiny_model("qwen3", VOCAB), [0], 4, 1).load_weights(policy.weights())
+    NativeEngine(with_adapter(cfg, tiny_model("qwen3", VOCAB)), [0], 4, 1).load_weights(policy.weights())
     untouched = policy.broken_seal()
     held = dict(policy.backend.held())
     found = {}

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.batching import assign, collate, cut_micro_batches, make_plan, split_evenly, trainers_of
+from grpo.batching import collate
 from grpo.config import Config
+from grpo.planning import assign, cut_micro_batches, make_plan, split_evenly, trainers_of
 from grpo.types import Prompt, TrainRow
 
 

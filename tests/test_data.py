@@ -422,6 +422,7 @@ def test_show_prompt_prints_the_exact_text_and_touches_nothing(tmp_path, capfd):
     def job(cfg, world):
         raise AssertionError("the job was started")
 
+    capfd.readouterr()  # what libraries say when they are first imported
     assert run_main(job, load_config, [*argv, "--show_prompt", "1"]) == 0
     said = capfd.readouterr()
     assert said.out == "Think.\nL2: 2+2? =\n"

@@ -118,7 +118,7 @@ def logged_keys(tmp_path) -> set[str]:
     assert {*MEANS, *SUMS, *COUNTS, *MAXIMA} <= keys
 
     source = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
-    literal = r"[\"']((?:reward|advantage|completions|clip|sampler_gap|guards|time|save|idle|eval)/[a-z_/]+)[\"']"
+    literal = r"[\"']((?:reward|advantage|completions|clip|sampler_gap|guards|time|save|idle|eval|sft)/[a-z_/]+)[\"']"
     return keys | set(re.findall(literal, source))
 
 
@@ -205,6 +205,7 @@ def flags_in(*paths: Path) -> set[str]:
 OF_TRAIN = {*vars(Config()), "config", "print_config", "show_prompt", "help"}
 OF_INFERENCE = set(re.findall(r'"--(\w+)"', (PROJECT / "inference.py").read_text(encoding="utf-8")))
 OF_EVALUATION = set(re.findall(r'"--(\w+)"', (PROJECT / "grpo" / "examination.py").read_text(encoding="utf-8")))
+OF_EXPORT = set(re.findall(r'"--(\w+)"', (PROJECT / "grpo" / "export" / "command.py").read_text(encoding="utf-8")))
 # torchrun's, tensorboard's, sbatch's
 OF_OTHERS = {"standalone", "nproc_per_node", "logdir", "nodes", "requeue", "signal"}
 OF_SCRIPTS = flags_in(*(PROJECT / "launch").glob("*.sh"), *(PROJECT / "benchmarks").glob("*.py"),
@@ -216,10 +217,11 @@ def test_every_flag_exists(name):
     """On a line that starts a program, its own flags; elsewhere, anybody's."""
     text = (PROJECT / name).read_text(encoding="utf-8").replace("\\\n", " ")
     planner = OF_TRAIN | flags_in(PROJECT / "grpo" / "plan.py")
-    everybody = planner | OF_INFERENCE | OF_EVALUATION | OF_OTHERS | OF_SCRIPTS
+    everybody = planner | OF_INFERENCE | OF_EVALUATION | OF_EXPORT | OF_OTHERS | OF_SCRIPTS
     owners = {"inference.py": OF_INFERENCE, "grpo.plan": planner, "train.py": OF_TRAIN}
     owners["launch/"] = OF_TRAIN | OF_SCRIPTS
     owners["grpo.evaluate"] = OF_EVALUATION
+    owners["grpo.export"] = OF_EXPORT
     for line in text.splitlines():
         flags = {flag.split(".")[0] for flag in re.findall(r"(?<![\w-])--([a-zA-Z][\w.]*)", line)}
         known = everybody
@@ -247,7 +249,8 @@ def test_commands_name_what_exists(name, tmp_path, monkeypatch):
     assert known
     for words in known:
         if "-m" in words:
-            assert (PROJECT / (words[words.index("-m") + 1].replace(".", "/") + ".py")).is_file(), words
+            module = PROJECT / words[words.index("-m") + 1].replace(".", "/")
+            assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), words
             continue
         script = next(word for word in words[1:] if not word.startswith("-"))
         assert (PROJECT / script).is_file(), words

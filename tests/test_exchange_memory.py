@@ -16,6 +16,7 @@ import pytest
 import torch.distributed as dist
 
 import grpo.batching as batching
+import grpo.planning as planning
 from grpo.config import Config
 from grpo.distributed import World, start, stop
 from grpo.types import Completion, Prompt
@@ -44,8 +45,8 @@ def measured(world: World, control: str) -> dict[str, float]:
     lengths = lengths_of()
     prompts = [Prompt(p, "", (1, 2, 3), {}) for p in range(PROMPTS)]
     cfg = Config(num_generations=GROUP, micro_batch_tokens=128)
-    plan = batching.make_plan(cfg, prompts, lengths, np.ones(len(lengths)), 1 if control else world.size)
-    trainers = batching.trainers_of(plan)
+    plan = planning.make_plan(cfg, prompts, lengths, np.ones(len(lengths)), 1 if control else world.size)
+    trainers = planning.trainers_of(plan)
     sampled_by = np.arange(len(lengths)) // GROUP % world.size
     mine = [completion(n, int(lengths[n])) for n in range(len(lengths)) if sampled_by[n] == world.rank]
     words: dict[str, float] = {}

@@ -62,15 +62,16 @@ def test_rollout_marks_rows_with_broken_logits():
     model = tiny_model("qwen3", spread=2.0)
     requests = [Request(0, 0, 0, (5, 6)), Request(1, 1, 0, (7, 8))]
     clean = NativeEngine(model, [0], 6, 1).generate(requests, Sampling())
-    plain = model.forward
+    engine = NativeEngine(model, [0], 6, 1)
+    plain = engine.head.logits
 
-    def forward(*args, input_ids, **kwargs):
-        output = plain(*args, input_ids=input_ids, **kwargs)
-        output.logits[1 if len(input_ids) == 2 else slice(0, 0)] = float("nan")
-        return output
+    def logits(hidden):
+        made = plain(hidden)
+        made[1 if len(hidden) == 2 else slice(0, 0)] = float("nan")
+        return made
 
-    model.forward = forward
-    fine, broken = NativeEngine(model, [0], 6, 1).generate(requests, Sampling())
+    engine.head.logits = logits
+    fine, broken = engine.generate(requests, Sampling())
     assert broken.finish == "error" and len(broken.token_ids) == 0
     assert fine.finish != "error" and fine.token_ids.tolist() == clean[0].token_ids.tolist()
 

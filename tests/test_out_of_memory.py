@@ -18,22 +18,24 @@ ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 REQUESTS = [Request(n, n // 3, n % 3, (5, 6 + n // 3)) for n in range(12)]
 
 
-def crowded(model, max_rows):
-    """The model, out of memory above so many rows."""
-    plain = model.forward
+def crowded(max_rows):
+    """An engine that runs out of memory above so many rows."""
+    engine = NativeEngine(tiny_model("qwen3", spread=2.0), [0], 8, 1)
+    body = engine.model.base_model
+    plain = body.forward
 
     def forward(*args, input_ids, **kwargs):
         if len(input_ids) > max_rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         return plain(*args, input_ids=input_ids, **kwargs)
 
-    model.forward = forward
-    return model
+    body.forward = forward
+    return engine
 
 
 def test_a_rollout_that_does_not_fit_is_halved_and_samples_the_same():
     whole = NativeEngine(tiny_model("qwen3", spread=2.0), [0], 8, 1).generate(REQUESTS, Sampling())
-    engine = NativeEngine(crowded(tiny_model("qwen3", spread=2.0), 4), [0], 8, 1)
+    engine = crowded(4)
     parts = engine.generate(REQUESTS, Sampling())
     assert [c.token_ids.tolist() for c in parts] == [c.token_ids.tolist() for c in whole]
     assert [c.sample for c in parts] == list(range(12))
@@ -43,7 +45,7 @@ def test_a_rollout_that_does_not_fit_is_halved_and_samples_the_same():
 
 
 def test_a_single_row_that_does_not_fit_ends_with_what_to_change():
-    engine = NativeEngine(crowded(tiny_model("qwen3"), 0), [0], 8, 1)
+    engine = crowded(0)
     with pytest.raises(
         OutOfMemory, match=r"rollout: out of memory .* 1 rows of up to 2 \+ 8 tokens.*max_generate"
     ) as e:
@@ -52,10 +54,10 @@ def test_a_single_row_that_does_not_fit_ends_with_what_to_change():
 
 
 def test_other_errors_are_not_taken_for_it():
-    model = tiny_model("qwen3")
-    model.forward = lambda *args, **kwargs: torch.zeros(2) @ torch.zeros(3)
+    engine = NativeEngine(tiny_model("qwen3"), [0], 8, 1)
+    engine.model.base_model.forward = lambda *args, **kwargs: torch.zeros(2) @ torch.zeros(3)
     with pytest.raises(RuntimeError, match="size"):
-        NativeEngine(model, [0], 8, 1).generate(REQUESTS, Sampling())
+        engine.generate(REQUESTS, Sampling())
     assert ran_out(MemoryError()) and not ran_out(KeyError("out of memory"))
 
 

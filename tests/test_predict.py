@@ -1,10 +1,13 @@
 """Multiple-choice questions in a CSV: a letter or a refusal for each, through the real script's own functions."""
 
 import csv
+import json
+import shutil
 
 import pytest
 
 import inference
+from grpo.manifest import write_manifest
 from tests.launcher import run_script
 from tests.taught import taught_checkpoint
 
@@ -133,3 +136,16 @@ def test_the_script_itself(checkpoint, tmp_path):
     done = run_script("inference.py", "--model_dir", str(checkpoint), "--csv", str(source), "--out", str(out))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("6 questions: ") and out.read_text().count("\n") == 7
+
+
+def test_a_checkpoint_speaks_the_language_of_its_run(checkpoint, tmp_path, capfd):
+    other = shutil.copytree(checkpoint, tmp_path / "checkpoint_1")
+    state = json.loads((other / "trainer" / "state.json").read_text(encoding="utf-8"))
+    state["config"]["console_language"] = "zh-Hant"
+    (other / "trainer" / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    write_manifest(other, 1)
+    assert inference.main(["--checkpoint", str(other), "Is it 3?"]) == 0
+    assert capfd.readouterr().out.startswith("❓ 問題: Is it 3?\n💡 回答: ")
+    assert predict(other, write(tmp_path / "test.csv", rows()), tmp_path / "out.csv") == 0
+    assert "共 6 題：A 1, B 1, C 1, D 1, 拒答 1, 無法讀出 1, 未提問 0；" in capfd.readouterr().out
+    assert inference._language(tmp_path) == "en"  # no checkpoint of ours

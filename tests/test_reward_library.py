@@ -4,7 +4,6 @@ import json
 import math
 import re
 import sys
-import time
 from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +24,7 @@ from grpo.rewards.calls import Call
 from grpo.rewards.pool import open_rewards
 from tests.launcher import PROJECT
 from tests.tiny import tiny_config, tiny_tokenizer
+from tests.work import Counted, counted_patterns, patterns_of, work_of
 
 NAMES = json.loads((PROJECT / "docs" / "reward_names.json").read_text(encoding="utf-8"))
 ROWS = (Path(__file__).parent / "data" / "reward_golden.jsonl").read_text(encoding="utf-8").splitlines()
@@ -203,33 +203,8 @@ def test_any_text_gets_a_score_of_mathematics(name, text, gold):
     pytest.importorskip("math_verify")
     wrapped = f"<answer>\n{text}\n</answer>"
     assert scores(name, wrapped, gold=gold) == scores(name, wrapped, gold=gold)
-    assert all(math.isfinite(score) for score in scores(name, text, wrapped, gold=gold))
-
-
-def steps(function, text):
-    """Instructions of Python that a call takes."""
-    count = 0
-
-    def trace(frame, event, arg):
-        nonlocal count
-        frame.f_trace_opcodes = True
-        count += event == "opcode"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function(text)
-    finally:
-        sys.settrace(before)
-    return count
-
-
-def seconds(function, text):
-    """Processor time of a call, for the work that is done in C."""
-    started = time.process_time()
-    function(text)
-    return time.process_time() - started
+    alone = [*scores(name, text, gold=gold), *scores(name, wrapped, gold=gold)]
+    assert scores(name, text, wrapped, gold=gold) == alone and all(map(math.isfinite, alone))
 
 
 OPENINGS = (
@@ -239,38 +214,57 @@ OPENINGS = (
     "<end_working_out><SOLUTION>",
     "<reasoning>a</reasoning><answer>",
 )
-LONG = 1 << 15  # characters; quadratic work takes a second there, linear work milliseconds
+MODULES = [module for name, module in sorted(sys.modules.items()) if name.startswith("grpo.reward_library.")]
 
 
-def grows_too_fast(function, make):
-    """Whether twice the text is more than three times the work. Both measures, as a pattern runs in C.
-
-    Of the times one good attempt in three will do: a busy machine can make any one look bad.
-    """
-    if steps(function, make(1000)) > 3 * steps(function, make(500)):
-        return True
-    short, long = make(LONG // 2), make(LONG)
-    return all(seconds(function, long) > max(3 * seconds(function, short), 0.05) for _ in range(3))
+def grows_too_fast(function, make, short=150):
+    """Whether twice the text is more than three times the work, which is counted and not timed."""
+    return work_of(function, make(2 * short)) > 3 * work_of(function, make(short))
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_twice_the_text_is_at_most_three_times_the_work(name):
     reads_text = name not in ("overlong_reward", "length_reward", "repetition_reward")  # else tokens, their ids
-    for opening in OPENINGS if reads_text else ("",):
-        for piece in sorted({*HOSTILE, "\n\n \t"}) if reads_text else ("a", "<answer>"):
+    with counted_patterns(MODULES):
+        for opening in OPENINGS if reads_text else ("",):
+            for piece in sorted({*HOSTILE, "\n\n \t"}) if reads_text else ("a", "<answer>"):
 
-            def make(size, opening=opening, piece=piece):
-                return (opening + piece * (size // len(piece)))[:size] + "x"
+                def make(size, opening=opening, piece=piece):
+                    return (opening + piece * (size // len(piece)))[:size] + "x"
 
-            assert not grows_too_fast(lambda text: scores(name, text, gold="{}"), make), (opening, piece)
+                assert not grows_too_fast(lambda text: scores(name, text, gold="{}"), make), (opening, piece)
 
 
-def test_quadratic_work_is_seen():
-    """The control: the pattern that soft_xml_reward avoids, and a loop over all pairs."""
-    assert grows_too_fast(SOFT.search, lambda size: "<reasoning>" * (size // 11))
-    assert grows_too_fast(
-        lambda text: [here for here in range(len(text)) for _ in text[:here]], lambda n: "a" * (n // 5)
-    )
+def last_of_each(text):
+    while text:
+        text = text[1:]  # a copy
+
+
+@pytest.mark.parametrize(
+    "function, piece",
+    [
+        (Counted(SOFT).search, "<reasoning>"),  # the pattern that soft_xml_reward avoids
+        (lambda text: [here for here in range(len(text)) for _ in text[:here]], "a"),  # a loop over all pairs
+        (lambda text: [text.count("b") for _ in text], "a"),  # its inner loop in C
+        (last_of_each, "a"),
+        (Counted(re.compile(r"(?:a|b)*?c")).search, "ab"),
+        (Counted(re.compile(r"\s+$")).search, " \n"),
+    ],
+)
+def test_quadratic_work_is_seen(function, piece):
+    """The controls, in Python, in text methods and in patterns."""
+    assert grows_too_fast(function, lambda size: piece * (size // len(piece)) + "x")
+
+
+@settings(max_examples=100, deadline=None)
+@given(TEXTS)
+def test_patterns_are_walked_as_re_does(text):
+    """Every pattern of the library: `Counted` compares each of its answers with that of re."""
+    assert MODULES and work_of(str, "a") < 10
+    for module in MODULES:
+        for pattern in patterns_of(module).values():
+            walked = Counted(pattern)
+            work_of(lambda text, walked=walked: (walked.match(text), walked.search(text), walked.fullmatch(text)), text)
 
 
 # --- the mended ones

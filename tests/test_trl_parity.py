@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from grpo.advantages import group_advantages
-from grpo.batching import deliver, make_plan
+from grpo.batching import deliver
 from grpo.config import Config, updates_per_step
 from grpo.distributed import start
 from grpo.metrics import Tally
 from grpo.models import load_model, load_tokenizer
+from grpo.planning import make_plan
 from grpo.policy import Policy
 from grpo.types import Completion, Prompt
 from tests.rank_jobs import table_of

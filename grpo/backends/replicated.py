@@ -17,6 +17,7 @@ from grpo.backends import MOMENTS, Piece, ReadMoment
 from grpo.config import Config
 from grpo.distributed import World
 from grpo.logprobs import Scorer
+from grpo.quantization import fill_moments, make_adamw, moments_of
 from grpo.types import MicroBatch
 
 BUCKET_ELEMENTS = 2**23  # 32 MB of fp32
@@ -32,7 +33,12 @@ class Replicated:
         self.world = world
         self.parameters = trainable(scorer)
         self.fixed = FixedPointSum(list(self.parameters.values())) if cfg.deterministic else None
-        self.optimizer = torch.optim.AdamW(decay_groups(self.parameters, cfg.weight_decay), **adam_settings(cfg))
+        groups = decay_groups(self.parameters, cfg.weight_decay)
+        self.in_8bit = cfg.optimizer != "adamw"
+        if self.in_8bit:
+            self.optimizer = make_adamw(cfg.optimizer, groups, **adam_settings(cfg))
+        else:
+            self.optimizer = torch.optim.AdamW(groups, fused=True, **adam_settings(cfg))  # one pass over memory
 
     def score(self, micro: MicroBatch) -> Tensor:
         """Log-probs [B, T]."""
@@ -82,11 +88,11 @@ class Replicated:
             self.fixed.clear()
 
     def held(self) -> Iterable[tuple[str, Tensor]]:
-        """Weights and moments."""
-        for name, parameter in self.parameters.items():
-            yield name, parameter.detach()
-            for moment in MOMENTS if parameter in self.optimizer.state else ():
-                yield f"{moment} of {name}", self.optimizer.state[parameter][moment]
+        """Weights, frozen ones too, and moments."""
+        for name, parameter in self.scorer.model.named_parameters():
+            yield name, parameter.data
+            for moment, values in self._state(parameter).items():
+                yield f"{moment} of {name}", values
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """Stream the current weights."""
@@ -96,16 +102,25 @@ class Replicated:
     def moments(self) -> Iterable[Piece]:
         """Every W-th parameter's moments: all ranks hold the same, each gives a share."""
         for i, (name, parameter) in enumerate(self.parameters.items()):
-            state = self.optimizer.state.get(parameter, {})
-            if i % self.world.size == self.world.rank and state:
-                for moment in MOMENTS:
-                    yield Piece(name, moment, 0, state[moment].detach().flatten())
+            if i % self.world.size == self.world.rank:
+                for moment, values in self._state(parameter).items():
+                    flat = values.detach().flatten()
+                    yield Piece(name, moment, 0, flat.half() if flat.dtype == torch.uint8 else flat)
 
     def load_moments(self, read: ReadMoment, updates: int) -> None:
         """Put moments back."""
         for name, parameter in self.parameters.items() if updates else ():
+            if self.in_8bit:
+                fill_moments(self.optimizer, parameter, read, name, updates)
+                continue
             state = {m: read(name, m, 0, parameter.numel()).view_as(parameter).to(parameter.device) for m in MOMENTS}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(updates)), **state}
+            step = torch.tensor(float(updates), device=parameter.device)
+            self.optimizer.state[parameter] = {"step": step, **state}
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """A parameter's moments, by the names that checkpoints use; nothing before its first update."""
+        state = self.optimizer.state.get(parameter, {})
+        return moments_of(state) if self.in_8bit else {moment: state[moment] for moment in MOMENTS if moment in state}
 
 
 class FixedPointSum:

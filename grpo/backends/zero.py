@@ -127,12 +127,13 @@ class Zero:
 
     def __init__(self, scorer: Scorer, cfg: Config, world: World):
         settings = deepspeed_config(cfg)
-        size = sum(parameter.numel() for parameter in scorer.parameters())
+        size = sum(parameter.numel() for parameter in trainable(scorer).values())
         for bucket in ("reduce_bucket_size", "allgather_bucket_size"):  # DeepSpeed's 5e8 elements are 2 GB of fp32
             settings["zero_optimization"].setdefault(bucket, min(size, 2**26))
         self.deepspeed = _import(world)
         self.world = world
         self.stage = int(settings["zero_optimization"]["stage"])
+        self.model = scorer.model
         self.parameters = trainable(scorer)
         self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         inner = torch.optim.AdamW(decay_groups(self.parameters, cfg.weight_decay), **adam_settings(cfg))
@@ -175,8 +176,8 @@ class Zero:
         raise NotImplementedError("gradients of a sharded backend cannot be dropped by one rank")
 
     def held(self) -> Iterable[tuple[str, Tensor]]:
-        """Weights, or this rank's shards, the flat fp32 masters, and the optimizer state beside them."""
-        for name, parameter in self.parameters.items():
+        """Weights, frozen ones too, or this rank's shards; flat fp32 masters, and the optimizer state beside them."""
+        for name, parameter in self.model.named_parameters():
             yield name, (getattr(parameter, "ds_tensor") if self.stage == 3 else parameter).detach()  # noqa: B009
         inner = self.optimizer if self.stage == 0 else self.optimizer.optimizer
         for i, (flat, state) in enumerate(inner.state.items()):

@@ -1,7 +1,7 @@
 """Our own engine, on any transformers causal language model, in the training process.
 
-A group's prompt is computed once and its KV cache repeated; rows that finish leave the batch; every
-completion carries the log-prob of each token and, under truncation, the support it was drawn from. With
+A group's prompt is computed once, and read once a token for all its rows (caches.py); rows that finish leave the
+batch; every completion carries the log-prob of each token and, under truncation, the support it was drawn from. With
 temperature 0 the tokens are those of `transformers.generate`.
 """
 
@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from grpo.attention import can_share
+from grpo.logprobs import Head
 from grpo.models import arithmetic
 from grpo.out_of_memory import Room, ran_out
 from grpo.rollout import Request
+from grpo.rollout.caches import open_cache
 from grpo.rollout.randomness import uniforms
 from grpo.rollout.sampling import Draw, Sampling, draw
 from grpo.types import Completion, Pulse
@@ -33,6 +36,9 @@ class NativeEngine:
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.dtype = dtype
+        self.head = Head(model, dtype)
+        with torch.no_grad(), arithmetic(dtype, model.device):
+            self.shares = self.head.usable and can_share(model, self.head.body())
         self.room = Room("rollout", "rollout_chunk_rows", "rows")
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -77,34 +83,6 @@ class NativeEngine:
             self.model.train(was_training)
         return completions
 
-    def _prefill(self, requests: list[Request]) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
-        """Compute each distinct prompt once: logits [B, V], cache of B rows, mask [B, Lp + new], next position [B]."""
-        distinct = list(dict.fromkeys(request.prompt_ids for request in requests))
-        which = {ids: i for i, ids in enumerate(distinct)}
-        longest = max(map(len, distinct))
-        device = self.model.device
-        input_ids = torch.zeros(len(distinct), longest, dtype=torch.int64)
-        mask = torch.zeros(len(distinct), longest + self.max_new_tokens, dtype=torch.int64)
-        for i, ids in enumerate(distinct):  # padded on the left, so that all rows go on at one column
-            input_ids[i, longest - len(ids) :] = torch.tensor(ids)
-            mask[i, longest - len(ids) :] = 1
-        input_ids, mask = input_ids.to(device), mask.to(device)
-        prompt_mask = mask[:, :longest]
-        positions = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
-        logits = self.model(
-            input_ids=input_ids,
-            attention_mask=prompt_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        rows = torch.tensor([which[request.prompt_ids] for request in requests], device=device)
-        if len(requests) > 1 or len(distinct) > 1:
-            cache.batch_select_indices(rows)
-        return logits[rows], cache, mask[rows], positions[rows, -1] + 1
-
     def _generate(
         self,
         requests: list[Request],
@@ -112,8 +90,8 @@ class NativeEngine:
         pulse: Pulse,
         on_tokens: Callable[[list[tuple[int, int]]], None] | None,
     ) -> list[Completion]:
-        logits, cache, mask, position = self._prefill(requests)
-        prompt_width = mask.shape[1] - self.max_new_tokens
+        cache = open_cache(self.head, self.shares, requests, self.max_new_tokens)
+        logits = cache.prefill()
         randoms = uniforms(
             self.seed,
             np.array([request.slot for request in requests]),
@@ -139,17 +117,9 @@ class NativeEngine:
             token_ids = drawn.token_ids
             if num_done >= max(1, LEAVE_SHARE * len(rows)):
                 keep = (~done).nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                rows, done, mask, position = rows[keep], done[keep], mask[keep], position[keep]
-                token_ids = token_ids[keep]
-            logits = self.model(
-                input_ids=token_ids[:, None],
-                attention_mask=mask[:, : prompt_width + t + 1],
-                position_ids=position[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
-            position = position + 1
+                cache.keep(keep)
+                rows, done, token_ids = rows[keep], done[keep], token_ids[keep]
+            logits = cache.decode(token_ids)
         return record.completions(requests)
 
 

@@ -3,7 +3,7 @@
     p = softmax(clamp(logits) / temperature), restricted to the kept support and renormalised
     token = the first, in vocabulary order, whose cumulative probability exceeds the uniform
 
-The cumulative sum is in float64. The support (what top_k, top_p and min_p kept) is part of the
+The cumulative sum is in float64, in vocabulary order. The support (what top_k, top_p and min_p kept) is part of the
 distribution: it is stored with the token, and training renormalises over the same ids.
 """
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from grpo.config import Config
 from grpo.logprobs import bounded_logits
+
+BLOCK = 512  # columns summed at once
 
 
 @dataclass(frozen=True)
@@ -76,32 +78,54 @@ def kept_support(probs: Tensor, sampling: Sampling) -> Tensor:
 def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Draw:
     """Draw one token per row from logits [B, V] with uniforms [B] in [0, 1), float64."""
     logits = logits.float()
-    finite = torch.isfinite(logits).all(-1)
-    if not bool(finite.all()):
+    low, high = torch.aminmax(logits, dim=-1)  # NaN where any logit is
+    finite = torch.isfinite(low) & torch.isfinite(high)
+    clamped = torch.zeros_like(finite, dtype=torch.int64)
+    if not bool((high - low <= 2 * sampling.logit_clamp).all()):  # also where something is not finite
         logits = torch.where(finite[:, None], logits, torch.zeros((), device=logits.device))
-    bounded, clamped = bounded_logits(logits, sampling.temperature or 1.0, sampling.logit_clamp)
-    logprobs = torch.log_softmax(bounded, dim=-1)
+        logits, clamped = bounded_logits(logits, 1.0, sampling.logit_clamp)
+    if sampling.temperature not in (0.0, 1.0):
+        logits = logits / sampling.temperature
     if sampling.temperature == 0:
-        token_ids = bounded.argmax(-1)
-        return Draw(token_ids, logprobs.gather(-1, token_ids[:, None])[:, 0], finite, clamped)
+        token_ids = logits.argmax(-1)
+        logprobs = logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
+        return Draw(token_ids, logprobs, finite, clamped)
     if not sampling.truncates:
-        picks = _inverse_cdf(logprobs.double().exp(), uniforms)
-        return Draw(picks, logprobs.gather(-1, picks[:, None])[:, 0], finite, clamped)
-    support = kept_support(logprobs.exp(), sampling)
-    kept = support >= 0
-    inside = bounded.gather(-1, support.clamp(min=0)).masked_fill(~kept, -torch.inf)
-    logprobs = torch.log_softmax(inside, dim=-1)  # [B, K]
-    picks = _inverse_cdf(logprobs.double().exp(), uniforms)
-    return Draw(
-        support.gather(-1, picks[:, None])[:, 0], logprobs.gather(-1, picks[:, None])[:, 0], finite, clamped, support
-    )
+        picks, logprobs = _pick(logits, uniforms)
+        return Draw(picks, logprobs, finite, clamped)
+    support = kept_support(torch.softmax(logits, dim=-1), sampling)
+    inside = logits.gather(-1, support.clamp(min=0)).masked_fill(support < 0, -torch.inf)  # [B, K]
+    picks, logprobs = _pick(inside, uniforms)
+    return Draw(support.gather(-1, picks[:, None])[:, 0], logprobs, finite, clamped, support)
 
 
-def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """First column whose cumulative probability exceeds the uniform: [B, V] float64, [B] -> [B]."""
-    cdf = probs.cumsum(-1)
-    threshold = uniforms.to(cdf)[:, None] * cdf[:, -1:]
-    picks = torch.searchsorted(cdf, threshold, right=True)[:, 0]
-    # Rounding can put the threshold on the very end of the sum: the last token with any probability.
-    last = (probs > 0).long().cumsum(-1).argmax(-1)
+def _pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The token whose share of the cumulative sum holds the uniform, and its log-prob: [B, V], [B] -> [B], [B].
+
+    The sum is taken in two turns, over blocks and then inside one, so that only a block's worth is ever float64.
+    """
+    high = logits.amax(-1, keepdim=True)
+    weights = (logits - high).exp_()
+    padding = -weights.shape[-1] % BLOCK
+    if padding:
+        weights = nn.functional.pad(weights, (0, padding))
+    blocks = weights.view(len(weights), -1, BLOCK)
+    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, V / BLOCK]
+    total = sums[:, -1:]
+    threshold = uniforms.to(sums)[:, None] * total
+    block = _first_beyond(sums, threshold)  # [B, 1]
+    before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].double().cumsum(-1)
+    token_ids = block[:, 0] * BLOCK + _first_beyond(inside, threshold - before)[:, 0]
+    chosen = logits.gather(-1, token_ids[:, None]) - high
+    return token_ids, (chosen - total.log().float())[:, 0]
+
+
+def _first_beyond(sums: Tensor, threshold: Tensor) -> Tensor:
+    """First column whose cumulative sum exceeds the threshold, [B, V], [B, 1] -> [B, 1].
+
+    Rounding can put the threshold on the very end of the sum: then the last column that added anything.
+    """
+    picks = torch.searchsorted(sums, threshold, right=True)
+    last = torch.searchsorted(sums, sums[:, -1:].contiguous())  # the first that reaches the end
     return torch.minimum(picks, last)

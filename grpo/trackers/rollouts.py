@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.config import Config
+from grpo.labels import label
 from grpo.rewards import completion_text
 from grpo.scoring import Scored, combine
 
@@ -87,36 +89,40 @@ class RolloutFile:
         self.file.close()
 
 
-def as_markdown(rollouts: Sequence[Rollout]) -> str:
+def as_markdown(rollouts: Sequence[Rollout], language: str = "en") -> str:
     """A few rollouts for a tracker. Model text is shown, not rendered: no HTML, line breaks kept."""
+    say = partial(label, language)
+    none = say("none")
     blocks = []
     for one in rollouts[:SHOWN]:
-        earned = ", ".join(f"{name} {_number(value)}" for name, value in one.rewards.items())
+        earned = ", ".join(f"{name} {_number(value, none)}" for name, value in one.rewards.items())
         texts = (
-            f"**question** {one.question}",
-            f"**completion** {one.completion}",
-            f"**gold** {one.gold}, **rewards** {earned}, **sum** {_number(one.reward)}, "
-            f"**advantage** {one.advantage:+.3f}",
+            f"**{say('question')}** {one.question}",
+            f"**{say('completion')}** {one.completion}",
+            f"**{say('gold')}** {one.gold}, **{say('rewards')}** {earned}, "
+            f"**{say('sum')}** {_number(one.reward, none)}, **{say('advantage')}** {one.advantage:+.3f}",
         )
         blocks.append("\n\n".join(map(_escape, texts)))
     return "\n\n---\n\n".join(blocks)
 
 
-def as_table(rollouts: Sequence[Rollout]) -> Table:
+def as_table(rollouts: Sequence[Rollout], language: str = "en") -> Table:
     """A few rollouts for the console."""
-    table = Table(title=f"completions of step {rollouts[0].step}", show_lines=True)
+    say = partial(label, language)
+    none = say("none")
+    table = Table(title=say("completions", step=rollouts[0].step), show_lines=True)
     for name, ratio in (("question", 3), ("completion", 5), ("gold", 1), ("rewards", 2), ("advantage", 1)):
-        table.add_column(name, ratio=ratio, overflow="fold")
+        table.add_column(say(name), ratio=ratio, overflow="fold")
     for one in rollouts[:SHOWN]:
-        earned = [f"{name.rpartition(':')[2]} {_number(value)}" for name, value in one.rewards.items()]
-        earned.append(f"sum {_number(one.reward)}")
+        earned = [f"{name.rpartition(':')[2]} {_number(value, none)}" for name, value in one.rewards.items()]
+        earned.append(f"{say('sum')} {_number(one.reward, none)}")
         cells = (one.question, one.completion, str(one.gold), "\n".join(earned), f"{one.advantage:+.3f}")
         table.add_row(*(Text(_printable(cell)) for cell in cells))
     return table
 
 
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:g}"
+def _number(value: float | None, none: str) -> str:
+    return none if value is None else f"{value:g}"
 
 
 def _printable(text: str) -> str:

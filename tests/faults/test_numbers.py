@@ -62,7 +62,8 @@ def test_F22_nan_where_nothing_counts(record, poison):
     def loss_and_gradients(change):
         import numpy as np
 
-        from grpo.batching import deliver, make_plan
+        from grpo.batching import deliver
+        from grpo.planning import make_plan
 
         cfg = config(beta=0.1, num_iterations=2, micro_batch_tokens=256)
         policy = make_policy(cfg, ALONE)

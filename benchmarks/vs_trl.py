@@ -1,0 +1,131 @@
+"""TRL's GRPOTrainer and this trainer in turn, step by step, on the same model, questions, rewards and threads.
+
+    pip install trl==1.16.0                                            (or --trl_python another/bin/python)
+    python -m benchmarks.vs_trl --workload demo [--pairs 7] [--steps 2] [--gsm8k train.jsonl] [-- --our_setting value]
+
+Both sides are real training runs in processes of their own; only one works at a time. A pair is `steps` steps of
+one and then of the other, who goes first alternates; the first pair warms up and is not counted. The learning rate is
+1e-12 on both sides, so that the work stays the same. Ratios are TRL's over ours (tokens a second: ours over TRL's),
+lowest - median - highest over the pairs; memory is each side's peak above its own idle process.
+
+Settings on TRL's side: fp32, no gradient checkpointing, no dropout, beta 0, loss_type grpo, generation over the whole
+step at once. Control: `--control` runs TRL on both sides; every ratio must be near 1.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.workloads import PROJECT, Workload, make
+
+
+class Side:
+    """A child that steps when told."""
+
+    def __init__(self, which: str, python: str, work: Workload, folder: Path, threads: int, more: list[str]):
+        read, write = os.pipe()
+        folder.mkdir()
+        self.log = (folder / "log").open("w")
+        self.process = subprocess.Popen(
+            [python, "-m", "benchmarks.vs_trl_sides", which, json.dumps(dataclasses.asdict(work)), str(folder),
+             str(threads), *more],
+            cwd=PROJECT, stdin=subprocess.PIPE, stdout=self.log, stderr=self.log, text=True, pass_fds=[write],
+            env={**os.environ, "STEPS_FD": str(write), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
+        os.close(write)
+        self.steps = os.fdopen(read)
+        self.folder = folder
+
+    def run(self, steps: int) -> dict[str, float]:
+        """Take `steps` steps; sums of everything, and the peak."""
+        total: dict[str, float] = {}
+        for _ in range(steps):
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+            line = self.steps.readline()
+            if not line:
+                raise SystemExit(f"a side ended early:\n{(self.folder / 'log').read_text()[-3000:]}")
+            for name, value in json.loads(line).items():
+                total[name] = max(total.get(name, 0.0), value) if name == "peak_mb" else total.get(name, 0.0) + value
+        if "before_update_s" in total:
+            total["update_s"] = total["step_s"] - total["before_update_s"]
+        return total
+
+    def close(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
+def spread(values: list[float]) -> str:
+    """Lowest - median - highest."""
+    return f"{min(values):.2f} - {statistics.median(values):.2f} - {max(values):.2f}"
+
+
+def report(name: str, pairs: list[tuple[dict[str, float], dict[str, float]]], steps: int) -> None:
+    """One table row of ratios, and what they are made of."""
+    rate = lambda side: side["new_tokens"] / side["rollout_s"]  # noqa: E731
+    ratios = {
+        "rollout tokens/s": [rate(ours) / rate(theirs) for ours, theirs in pairs],
+        "update": [theirs["update_s"] / ours["update_s"] for ours, theirs in pairs],
+        "whole step": [theirs["step_s"] / ours["step_s"] for ours, theirs in pairs],
+        "peak memory, ours/theirs": [ours["peak_mb"] / theirs["peak_mb"] for ours, theirs in pairs[-1:]],
+        "step time per new token": [
+            (theirs["step_s"] / theirs["new_tokens"]) / (ours["step_s"] / ours["new_tokens"]) for ours, theirs in pairs
+        ],
+    }
+    print(f"\n## {name}: {len(pairs)} pairs of {steps} steps")
+    for what, values in ratios.items():
+        print(f"{what:26} {spread(values)}")
+    middle = lambda side, key: statistics.median(pair[side].get(key, 0.0) for pair in pairs) / steps  # noqa: E731
+    print(f"\n{'a step, medians':26} {'ours':>12} {'TRL':>12}")
+    for key in ("step_s", "rollout_s", "update_s", "new_tokens", "no_grad", "grad"):
+        print(f"{key:26} {middle(0, key):12.3f} {middle(1, key):12.3f}")
+    print(f"{'peak_mb above idle':26} {pairs[-1][0]['peak_mb']:12.1f} {pairs[-1][1]['peak_mb']:12.1f}", flush=True)
+
+
+def main() -> int:
+    """Start both sides, take turns, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workload", required=True)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=2, help="steps of each side in a pair")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--trl_python", default=sys.executable)
+    parser.add_argument("--trl_rows", type=int, help="rows of TRL's micro-batch")
+    parser.add_argument("--gsm8k", type=Path)
+    parser.add_argument("--control", action="store_true", help="TRL against TRL")
+    args, more = parser.parse_known_args()
+    more = [word for word in more if word != "--"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        work = make(args.workload, folder, args.gsm8k)
+        if args.trl_rows:
+            work = dataclasses.replace(work, trl_rows=args.trl_rows)
+        first = ("trl", args.trl_python) if args.control else ("ours", sys.executable)
+        sides = [
+            Side(*first, work, folder / "first", args.threads, more),
+            Side("trl", args.trl_python, work, folder / "second", args.threads, []),
+        ]
+        try:
+            pairs = []
+            for turn in range(args.pairs + 1):
+                order = (0, 1) if turn % 2 else (1, 0)
+                found = {which: sides[which].run(args.steps) for which in order}
+                pairs.append((found[0], found[1]))
+        finally:
+            for side in sides:
+                side.close()
+        report(args.workload, pairs[1:], args.steps)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""What benchmarks/vs_trl.py runs: a model folder, questions, and the settings both sides share.
+
+Models are made here: random Qwen3 bodies, or the demo's base. A random model spreads its probability, so lengths are
+decided by the vocabulary: with 96 words one token in 96 ends a completion, which spreads lengths far; with
+150,000 hardly any does.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+PROJECT = Path(__file__).resolve().parent.parent
+REWARDS = Path(__file__).resolve().with_name("workload_rewards.py")
+BODY = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A step: `prompts` questions, `group` completions of each, of at most `max_new` tokens."""
+
+    model: str
+    data: str  # JSON lines with `prompt`, the text as the model reads it, and `answer`
+    reward: str  # path.py:function
+    prompts: int
+    group: int
+    max_prompt: int
+    max_new: int
+    trl_rows: int = 16  # TRL's per_device_train_batch_size
+
+
+def word_model(folder: Path, words: int, **body: int) -> list[str]:
+    """A random Qwen3 whose tokens are the words w0, w1, …; word 0 ends a completion. Returns the other words."""
+    vocabulary = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=words, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+        pad_token_id=0, **(BODY | body),
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder / "model")
+    fast.save_pretrained(folder / "model")
+    return list(vocabulary)[1:]
+
+
+def write_questions(folder: Path, rows: list[dict[str, str]]) -> str:
+    """rows: `prompt` and `answer`."""
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def random_questions(folder: Path, words: list[str], shortest: int, longest: int) -> str:
+    """256 questions of random words."""
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(words, k=rng.randint(shortest, longest))) for _ in range(256)]
+    return write_questions(folder, [{"prompt": text, "answer": "none"} for text in texts])
+
+
+def demo_questions(folder: Path, shots: int = 0) -> str:
+    """The demo's, with so many worked examples before each."""
+    lines = (PROJECT / "demo" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[: 256 + shots]]
+    header = "".join(f"{row['question']}\n{row['answer']}\n\n" for row in rows[:shots])
+    prompts = [{"prompt": f"{header}{row['question']}\n", "answer": row["answer"]} for row in rows[shots:]]
+    return write_questions(folder, prompts)
+
+
+def make(name: str, folder: Path, gsm8k: Path | None = None) -> Workload:
+    """Write a workload's files into `folder`."""
+    demo = str(PROJECT / "demo" / "base")
+    own = str(folder / "model")
+    if name == "demo":
+        return Workload(demo, demo_questions(folder), f"{REWARDS}:number_reward", 8, 8, 96, 80)
+    if name == "easy":  # the demo, with 70 % of the groups without variance
+        return Workload(demo, demo_questions(folder), f"{REWARDS}:easy_reward", 16, 8, 96, 80)
+    if name == "long_prompt":
+        return Workload(demo, demo_questions(folder, shots=8), f"{REWARDS}:spread_reward", 8, 8, 1024, 64)
+    if name == "heavy_tail":
+        data = random_questions(folder, word_model(folder, 96), 20, 60)
+        return Workload(own, data, f"{REWARDS}:spread_reward", 8, 8, 64, 256)
+    if name == "big_vocab":
+        body = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+        data = random_questions(folder, word_model(folder, 150_000, **body), 20, 60)
+        return Workload(own, data, f"{REWARDS}:spread_reward", 4, 8, 64, 32, trl_rows=8)
+    if name == "gsm8k":
+        if gsm8k is None:
+            raise SystemExit("gsm8k: give --gsm8k train.jsonl")
+        from benchmarks.gsm8k_random import make_model
+
+        rows = [json.loads(line) for line in gsm8k.read_text(encoding="utf-8").splitlines()]
+        make_model(rows, folder / "model")
+        asked = [{"prompt": row["question"] + "\n", "answer": row["answer"]} for row in rows[:512]]
+        return Workload(own, write_questions(folder, asked), f"{REWARDS}:spread_reward", 8, 8, 320, 96)
+    raise SystemExit(f"no workload {name!r}: demo, easy, long_prompt, heavy_tail, big_vocab or gsm8k")

@@ -1,0 +1,10 @@
+"""python -m grpo.export: see grpo/export/command.py."""
+
+import signal
+import sys
+
+from grpo.export.command import main
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what stands aside is removed
+    sys.exit(main(sys.argv[1:]))

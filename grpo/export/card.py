@@ -1,0 +1,129 @@
+"""README.md, the model card: base, data, rewards, curve, metrics, config.
+
+Names and settings come from people and files; each stands in a code span or in YAML made by a YAML writer, so that
+none of them can become markup.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo.errors import UserError
+from grpo.export.source import Source
+from grpo.untrusted import check_regular
+
+MAX_METRICS_BYTES = 2**28
+ROWS = 12  # of the curve
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.A)
+LIBRARIES = {"merged_16bit": "transformers", "merged_4bit": "transformers", "lora": "peft", "gguf": "gguf"}
+CURVE = ("reward/mean", "reward/std", "completions/length_mean", "kl")
+
+
+def read_metrics(source: Source, path: Path | None) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl up to the checkpoint's step. Without `path`: the run's own file, or none.
+
+    Raises UserError for a named file that cannot be read, and for one with a line that is no metrics.
+    """
+    named = path is not None
+    if path is None:
+        config = source.raw_config
+        path = Path(str(config.get("runs_dir"))) / str(config.get("run_name")) / "metrics.jsonl"
+        if not path.is_file():
+            return []
+    try:
+        check_regular(path, MAX_METRICS_BYTES)
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(isinstance(line, dict) and type(line.get("step")) is int for line in lines):
+            raise ValueError("a line has no step")
+    except (OSError, ValueError, RecursionError) as error:
+        advice = "Name another file" if named else "Name the right one with --metrics"
+        raise UserError(f"metrics: {path} cannot be read: {str(error)[:120]}. {advice}.") from None
+    return [line for line in lines if line["step"] <= source.step]
+
+
+def code(value: Any) -> str:
+    """A value as a code span that no content can end, on one line, in a table too.
+
+    >>> print(code("a`b|c"))
+    `` a`b\\|c ``
+    """
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = "".join(c if c.isprintable() else " " for c in text)[:300].replace("|", "\\|")
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {text} {fence}" if longest or not text.strip() else f"{fence}{text}{fence}"
+
+
+def is_hub_name(value: Any) -> bool:
+    """Whether a setting names something on the hub, as far as its form says, and not a folder here."""
+    return isinstance(value, str) and HUB_NAME.fullmatch(value) is not None and not Path(value).exists()
+
+
+def front_matter(config: dict[str, Any], methods: list[str]) -> str:
+    """The YAML that the hub reads."""
+    facts: dict[str, Any] = {"library_name": LIBRARIES[methods[0]], "pipeline_tag": "text-generation"}
+    facts["tags"] = ["grpo", "reinforcement-learning", *(["gguf"] if "gguf" in methods else [])]
+    if is_hub_name(config.get("model")):
+        facts["base_model"] = config["model"]
+    if is_hub_name(config.get("data")):
+        facts["datasets"] = [config["data"]]
+    return yaml.safe_dump(facts, sort_keys=False, allow_unicode=False)
+
+
+def curve_table(lines: list[dict[str, Any]]) -> str:
+    """At most ROWS steps of training, evenly spread, the first and the last among them; "" when there is none."""
+    trained = [line for line in lines if _number(line.get("reward/mean")) is not None]
+    if not trained:
+        return ""
+    last = len(trained) - 1
+    picked = sorted({round(i * last / (ROWS - 1)) for i in range(ROWS)})
+    keys = [key for key in CURVE if any(key in line for line in trained)]
+    head = f"| step | {' | '.join(code(key) for key in keys)} |\n| ---: |{' ---: |' * len(keys)}\n"
+    rows = (f"| {trained[i]['step']} | {' | '.join(_cell(trained[i].get(key)) for key in keys)} |" for i in picked)
+    return head + "\n".join(rows) + "\n"
+
+
+def metrics_table(lines: list[dict[str, Any]]) -> str:
+    """The last evaluation on held-out questions; "" when there is none."""
+    evaluated = [line for line in lines if _number(line.get("eval/accuracy")) is not None]
+    if not evaluated:
+        return ""
+    values = {key: value for key, value in evaluated[-1].items() if key.startswith("eval/")}
+    rows = "\n".join(f"| {code(key)} | {_cell(value)} |" for key, value in values.items())
+    return f"At step {evaluated[-1]['step']}:\n\n| metric | value |\n| --- | ---: |\n{rows}\n"
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
+
+
+def _cell(value: Any) -> str:
+    number = _number(value)
+    return "" if number is None else f"{number:.4g}"
+
+
+def card_text(source: Source, methods: list[str], lines: list[dict[str, Any]]) -> str:
+    """The whole card. lines: metrics up to the checkpoint's step."""
+    config = source.state["config"]
+    rewards = config.get("rewards") or {}
+    weights = "\n".join(f"| {code(name)} | {code(weight)} |" for name, weight in rewards.items())
+    settings = "\n".join(f"| {code(key)} | {code(value)} |" for key, value in sorted(config.items()))
+    parts = [
+        f"---\n{front_matter(config, methods)}---\n",
+        f"# {code(config.get('run_name') or 'model')}\n",
+        f"Trained from {code(config.get('model'))} with Group Relative Policy Optimization "
+        f"([arXiv 2402.03300](https://arxiv.org/abs/2402.03300)), step {source.step}. "
+        f"Here as: {', '.join(methods)}. The licence is that of the base model and of the data: look there.\n",
+        f"## Data\n\n{code(config.get('data'))}, question in {code(config.get('question_column'))}, answer in "
+        f"{code(config.get('answer_column'))}.\n",
+        f"## Rewards\n\n| function | weight |\n| --- | --- |\n{weights}\n",
+        f"## Curve\n\n{curve_table(lines) or 'No metrics were there when this was exported.'}",
+        f"## Evaluation\n\n{metrics_table(lines) or 'None was made on held-out questions.'}",
+        "## Prompt\n\n`trainer/recipe.json` says how a question is put.\n",
+        f"## Config\n\n| setting | value |\n| --- | --- |\n{settings}\n",
+    ]
+    return "\n".join(part if part.endswith("\n") else part + "\n" for part in parts)

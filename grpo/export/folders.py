@@ -1,0 +1,102 @@
+"""Exports that are folders: merged_16bit and merged_4bit, which transformers opens, and lora, which peft opens."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from grpo.errors import UserError
+from grpo.export.source import Source
+from grpo.manifest import write_manifest
+from grpo.prompts import recipe_text
+from grpo.quantization import library
+from grpo.saving import files_of
+from grpo.untrusted_adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def check_merged_4bit() -> None:
+    """Refuse where bitsandbytes is missing. Raises UserError."""
+    library("to merged_4bit")
+
+
+def check_lora(source: Source) -> None:
+    """Refuse a checkpoint that is no adapter, and an adapter that does nothing. Raises UserError."""
+    if not source.is_adapter:
+        raise UserError(
+            f"to: lora needs an adapter, and {source.folder} holds whole weights. Use --to merged_16bit, or train "
+            "an adapter."
+        )
+    from grpo.adapters import refuse_empty
+
+    refuse_empty(source.folder, load_file(source.folder / ADAPTER_WEIGHTS))
+
+
+def add_company(source: Source, folder: Path) -> None:
+    """What travels with every folder: the tokenizer with its chat template, the prompt recipe, the settings."""
+    for name, content in files_of(source.tokenizer).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    add_recipe(source, folder)
+    (folder / "trainer" / "state.json").write_text(json.dumps(source.state, indent=2) + "\n", encoding="utf-8")
+
+
+def add_recipe(source: Source, folder: Path) -> None:
+    """How prompts were put, so that they can be put so again."""
+    (folder / "trainer").mkdir(parents=True, exist_ok=True)
+    (folder / "trainer" / "recipe.json").write_text(recipe_text(source.recipe), encoding="utf-8")
+
+
+def write_merged_16bit(source: Source, folder: Path, dtype: str) -> str:
+    """The whole model in 16 bits. bf16 has fp32's range, so nothing overflows; f16 has three more bits.
+
+    Returns what to say about it. Raises UserError where f16 cannot hold a weight.
+    """
+    model = _in_16_bits(source, dtype)
+    for name, tensor in model.state_dict().items():
+        if dtype == "f16" and not bool(tensor.isfinite().all()):
+            raise UserError(f"dtype: {name} has values beyond f16's 65504. Use --dtype bf16.")
+    model.save_pretrained(folder)
+    add_company(source, folder)
+    write_manifest(folder, source.step)
+    return dtype
+
+
+def _in_16_bits(source: Source, dtype: str) -> PreTrainedModel:
+    model = source.model()
+    nn.Module.to(model, DTYPES[dtype])  # PreTrainedModel.to is this, under a decorator that hides its types
+    return model
+
+
+def write_merged_4bit(source: Source, folder: Path) -> str:
+    """The whole model with its matrices in nf4, embeddings and head in bf16. Returns what to say about it."""
+    whole = folder / "whole"
+    _in_16_bits(source, "bf16").save_pretrained(whole)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        whole, quantization_config=how, dtype=torch.bfloat16, device_map={"": device}, use_safetensors=True
+    )
+    shutil.rmtree(whole)
+    model.save_pretrained(folder)
+    add_company(source, folder)
+    write_manifest(folder, source.step)
+    return "nf4"
+
+
+def write_lora(source: Source, folder: Path) -> str:
+    """The adapter alone, for the base that it was trained on. Returns what to say about it."""
+    from grpo.adapters import refuse_empty
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        shutil.copyfile(source.folder / name, folder / name)
+    refuse_empty(folder, load_file(folder / ADAPTER_WEIGHTS))
+    add_company(source, folder)
+    write_manifest(folder, source.step)
+    return "LoRA weights saved and verified."

@@ -1,0 +1,101 @@
+"""The checkpoint that is exported: verified first, its weights in fp32, an adapter merged into its base."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo.errors import UserError
+from grpo.models import check_vocabulary, load_model, load_tokenizer, resolve
+from grpo.prompts import Recipe, load_recipe
+from grpo.resume import read_state
+from grpo.untrusted_adapters import is_adapter
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint whose manifest holds. Its parts are read when they are asked for; they raise UserError."""
+
+    folder: Path
+
+    @cached_property
+    def is_adapter(self) -> bool:
+        """Whether it holds an adapter to another model instead of whole weights."""
+        return is_adapter(self.folder)
+
+    @cached_property
+    def _state(self) -> dict[str, Any]:
+        return read_state(self.folder)
+
+    @property
+    def raw_config(self) -> dict[str, Any]:
+        """The settings of the run, with this machine's paths."""
+        return dict(self._state["config"])
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """Counters and settings, without what only continuing needs, and without paths of this machine."""
+        return {"counters": dataclasses.asdict(self._state["counters"]), "config": without_paths(self.raw_config)}
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """How prompts are put."""
+        return load_recipe(self.folder / "trainer" / "recipe.json")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """With the chat template of the run."""
+        return load_tokenizer(str(self.folder))
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """Of the whole model, read without its weights."""
+        folder = str(self.folder)
+        if self.is_adapter:
+            from grpo.adapters import base_of
+
+            folder = base_of(self.folder)
+        try:
+            return AutoConfig.from_pretrained(resolve(folder), trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"checkpoint: the config of {folder!r} could not be loaded: {reason}") from None
+
+    @property
+    def step(self) -> int:
+        """Steps of training behind the checkpoint."""
+        return int(self._state["counters"].step)
+
+    def model(self) -> PreTrainedModel:
+        """A fresh copy of the whole model, fp32 on CPU: merged, where the checkpoint is an adapter."""
+        if self.is_adapter:
+            from grpo.adapters import merged, open_adapter  # late: peft is needed for adapters alone
+
+            model = merged(open_adapter(self.folder, CPU))
+        else:
+            model = load_model(str(self.folder), CPU)
+        check_vocabulary(model, self.tokenizer)
+        for name, tensor in model.state_dict().items():
+            if not math.isfinite(float(tensor.abs().max())):  # a maximum is NaN where any value is
+                raise UserError(f"checkpoint: {name} of {self.folder} holds NaN or Inf. Choose an earlier checkpoint.")
+        return model
+
+
+def without_paths(value: Any) -> Any:
+    """Settings with absolute paths cut to their last part: an export is for other machines, and other people.
+
+    >>> without_paths({"data": "/home/mia/q.jsonl", "rewards": {"~/r.py:f": 1.0}, "model": "demo/base"})
+    {'data': 'q.jsonl', 'rewards': {'r.py:f': 1.0}, 'model': 'demo/base'}
+    """
+    if isinstance(value, dict):
+        return {without_paths(key): without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_paths(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value else value
