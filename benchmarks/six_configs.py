@@ -49,7 +49,7 @@ FORMS = {
 }  # fmt: skip
 WINDOW = 10  # steps at either end that are compared
 SHARES = [0.3, 0.2, 0.25, 0.25]  # of the forms
-OWN = {  # settings beside those that all tasks share; dapo_math keeps DeepSpeed, stage 3, on two processes
+OWN = {  # settings beside those that all tasks share; dapo_math runs on two processes
     "gsm8k_zh": {"eval_split_size": 16}, "gsm8k": {"eval_split_size": 16, "data_rows": 512, "max_prompt_length": 400},
     "gsm8k_reasoning": {"eval_rows": 16, "max_prompt_length": 400}, "dapo_math": {"eval_split_size": 16},
     "multiple_choice": {"eval_split_size": 16, "max_generate_length": 64}, "json_answers": {},
@@ -97,7 +97,7 @@ def command_line(task: str, folder: Path, data: Path | None, steps: int, lr: flo
         "model": folder / "model", **({} if data is None else {"data": data}), "max_steps": steps, "lr": lr,
         "batch_size": 4, "gradient_accumulation_steps": 1, "num_generations": 8, "max_generate_length": 40,
         "dtype": "fp32", "gradient_checkpointing": "false", "log_samples_steps": 0, "save_steps": 0,
-        "num_threads": 1,
+        "num_threads": 1, "load_in_4bit": False, "optimizer": "adamw",
     }  # fmt: skip
     if cfg.eval_data is not None:
         flat |= {"eval_data": data}

@@ -3,8 +3,9 @@
 A sequence here is a *tree*: a prompt, and the completions that go on from it. Trees lie behind one another in a flat
 row of tokens [1, S]; linear layers and norms see no padding, and only attention knows who belongs to whom:
 
-    prompt token       sees the prompt up to itself
-    completion token   sees the whole prompt and its own completion up to itself
+    header token       what all prompts begin with, such as a system prompt: sees the header up to itself
+    prompt token       sees the header and its prompt up to itself
+    completion token   sees the header, the whole prompt and its own completion up to itself
 
     out = exp(s_prompt - lse) V_prompt + exp(s_own - lse) V_own,   lse = logaddexp(lse_prompt, lse_own)
 
@@ -36,7 +37,7 @@ MAX_DIFFERENCE = {False: 1e-3, True: 5e-2}  # to the model's own hidden states, 
 
 @dataclass(frozen=True)
 class Tree:
-    """One prompt and its completions in the flat row: the prompt's tokens first, then each completion's."""
+    """One prompt and its completions in the flat row: the prompt's tokens after the header, then each completion's."""
 
     start: int
     prompt: int  # tokens
@@ -61,8 +62,10 @@ class Tree:
 class Forest:
     """The trees of one forward, and where their tokens stand."""
 
-    def __init__(self, trees: Sequence[Tree], device: torch.device):
+    def __init__(self, trees: Sequence[Tree], device: torch.device, header: int = 0):
+        """header: tokens at the start of the flat row that all prompts go on from."""
         self.trees = tuple(trees)
+        self.header = header
         self.device = device
         self.calls = 0  # of `attend`; 0 after a forward: the model does not ask
         self.prompts: dict[int, tuple[Tensor, Tensor]] | None = None  # layer -> keys, values [1, kvh, S, d], if kept
@@ -74,11 +77,11 @@ class Forest:
 
     @cached_property
     def position_ids(self) -> Tensor:
-        """[1, S]: a completion goes on where its prompt ends."""
-        parts = [
-            np.concatenate([np.arange(tree.prompt), *(tree.prompt + np.arange(n) for n in tree.branches)])
-            for tree in self.trees
-        ]
+        """[1, S]: a prompt goes on where the header ends, a completion where its prompt ends."""
+        parts = [np.arange(self.header)]
+        for tree in self.trees:
+            parts.append(self.header + np.arange(tree.prompt))
+            parts += [self.header + tree.prompt + np.arange(n) for n in tree.branches]
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None].to(self.device)
 
     @cached_property
@@ -106,15 +109,29 @@ class Forest:
             query, key, value = query.to(kind), key.to(kind), value.to(kind)
         if self.prompts is not None:
             self.prompts[layer] = (key, value)
-        parts = []
+        root = slice(0, self.header)
+        parts = [_causal(query[:, :, root], key[:, :, root], value[:, :, root], scale, window)] if self.header else []
         for tree, (index, here) in zip(self.trees, self.lanes, strict=True):
             stem, crown = tree.stem, tree.crown
-            parts.append(_causal(query[:, :, stem], key[:, :, stem], value[:, :, stem], scale, window))
+            if self.header:
+                lane = torch.arange(tree.prompt, device=self.device)[None]
+                parts.append(self._branch(query, key, value, [root], stem, lane, lane >= 0, scale, window))
+            else:
+                parts.append(_causal(query[:, :, stem], key[:, :, stem], value[:, :, stem], scale, window))
             if crown.start < crown.stop:
-                both = (key[0, :, stem], value[0, :, stem], key[0, :, crown], value[0, :, crown])
-                made: Tensor = Crown.apply(query[0, :, crown], *both, index, here, scale, window)
-                parts.append(made[None])
+                earlier = [root, stem] if self.header else [stem]
+                parts.append(self._branch(query, key, value, earlier, crown, index, here, scale, window))
         return torch.cat(parts, dim=2).transpose(1, 2)
+
+    def _branch(
+        self, query: Tensor, key: Tensor, value: Tensor, earlier: list[slice], here: slice, index: Tensor,
+        real: Tensor, scale: float, window: int | None,
+    ) -> Tensor:  # fmt: skip
+        """Tokens `here`, in lanes, that all go on from the tokens in `earlier`: [1, H, n, d]."""
+        before = [torch.cat([tensor[0, :, part] for part in earlier], dim=1) for tensor in (key, value)]
+        own = (key[0, :, here], value[0, :, here])
+        made: Tensor = Crown.apply(query[0, :, here], *before, *own, index, real, scale, window)
+        return made[None]
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:

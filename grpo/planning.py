@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grpo.config import Config
+from grpo.flattening import common_header
 from grpo.types import Prompt
 
 
@@ -54,12 +55,12 @@ def cut_micro_batches(samples: Sequence[int], lengths: Sequence[int], max_tokens
 
 
 def cut_trees(
-    samples: Sequence[int], prompts: Sequence[int], lengths: Sequence[int], group: int, max_tokens: int
+    samples: Sequence[int], prompts: Sequence[int], lengths: Sequence[int], group: int, max_tokens: int, header: int = 0
 ) -> list[tuple[int, ...]]:
     """Pack rows of whole groups, longest first, so that prompts and completions together stay within the budget.
 
     prompts, lengths: tokens of each row's prompt and completion; a prompt counts once for all rows of its group, row
-    n being of group n // group. One row at least.
+    n being of group n // group, and the `header` that all prompts begin with once a micro-batch. One row at least.
 
     >>> cut_trees([0, 1, 2, 3], prompts=[5, 5, 5, 5], lengths=[4, 3, 9, 2], group=2, max_tokens=16)
     [(2, 3), (0, 1)]
@@ -69,13 +70,14 @@ def cut_trees(
         longest[n // group] = max(longest.get(n // group, 0), prompts[n] + lengths[n])
     micro_batches: list[tuple[int, ...]] = []
     current: list[int] = []
-    used = 0
+    used = header
+    own = [tokens - header for tokens in prompts]
     for n in sorted(samples, key=lambda n: (-longest[n // group], n // group, -lengths[n], n)):
         shared = bool(current) and current[-1] // group == n // group
-        if current and used + lengths[n] + (0 if shared else prompts[n]) > max_tokens:
+        if current and used + lengths[n] + (0 if shared else own[n]) > max_tokens:
             micro_batches.append(tuple(current))
-            current, used, shared = [], 0, False
-        used += lengths[n] + (0 if shared else prompts[n])
+            current, used, shared = [], header, False
+        used += lengths[n] + (0 if shared else own[n])
         current.append(n)
     return [*micro_batches, tuple(current)] if current else micro_batches
 
@@ -106,6 +108,7 @@ def make_plan(
     group = cfg.num_generations
     asked = [len(prompts[n // group].token_ids) for n in range(len(lengths))]
     said = lengths.tolist()
+    header = common_header([prompt.token_ids for prompt in prompts]) if shares else 0
     total = [prompt + int(length) for prompt, length in zip(asked, said, strict=True)]
     carries = [
         bool(length > 0 and (cfg.beta > 0 or gain != 0)) for length, gain in zip(lengths, advantages, strict=True)
@@ -115,10 +118,10 @@ def make_plan(
         samples = range(groups.start * group, groups.stop * group)
         trained = [n for n in samples if carries[n]]
         if shares:
-            micro_batches = cut_trees(trained, asked, said, group, cfg.micro_batch_tokens)
-            asked_once = [{n // group: asked[n] for n in micro} for micro in micro_batches]
+            micro_batches = cut_trees(trained, asked, said, group, cfg.micro_batch_tokens, header)
+            asked_once = [{n // group: asked[n] - header for n in micro} for micro in micro_batches]
             costs = [
-                sum(once.values()) + sum(said[n] for n in micro)
+                header + sum(once.values()) + sum(said[n] for n in micro)
                 for once, micro in zip(asked_once, micro_batches, strict=True)
             ]
         else:

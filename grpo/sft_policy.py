@@ -18,6 +18,7 @@ from grpo.config import Config
 from grpo.distributed import World
 from grpo.losses import row_weights
 from grpo.metrics import Tally
+from grpo.models import arithmetic
 from grpo.packing import check_packing, collate_packs, pack
 from grpo.planning import Minibatch, assign, cut_micro_batches
 from grpo.policy import Policy
@@ -52,7 +53,8 @@ class Student(Policy):
     def __init__(self, cfg: Config, world: World, model: PreTrainedModel, reference: PreTrainedModel | None = None):
         """Raises UserError when rows are to be packed and the model would mix what is in them."""
         if own_settings(cfg).packing:
-            check_packing(model)
+            with arithmetic(cfg.dtype, world.device):
+                check_packing(model)
         super().__init__(cfg, world, model, reference)
         self.scorer.counts_hits = True
 

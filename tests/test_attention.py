@@ -79,6 +79,38 @@ def test_a_forest_equals_its_rows_in_value_and_gradient(architecture, checkpoint
     assert distance(seen.detach(), theirs.detach()) > BROKEN
 
 
+@pytest.mark.parametrize("architecture", SHARING)
+def test_a_common_header_stands_once_and_changes_nothing(architecture):
+    model = model_of(architecture)
+    head = Head(model)
+    header, *rests = texts(17, 3, 1, 9)
+    branches = [texts(4, 2, seed=1), [], texts(5, seed=2)]
+    forest = Forest([Tree(17, 3, (4, 2)), Tree(26, 1), Tree(27, 9, (5,))], model.device, header=17)
+    flat = torch.cat([header, *(part for rest, own in zip(rests, branches, strict=True) for part in (rest, *own))])
+    ours = head.body()(input_ids=flat[None], **forest.inputs()).last_hidden_state[0, 17:]
+    ours, mine = ours.detach(), gradient(model, ours)
+    stems = [torch.cat([header, rest]) for rest in rests]
+    found = by_rows(head.body(), forest.trees, stems, branches)
+    lengths = [n for tree in forest.trees for n in (17 + tree.prompt, *tree.branches)]
+    starts = {0, 3, 4}  # the parts that are prompts: their header is left out of the comparison
+    theirs = torch.cat([part[17:] if i in starts else part for i, part in enumerate(found.split(lengths))])
+    assert distance(ours, theirs.detach()) < LIMIT
+    assert distance(mine, gradient(model, theirs)) < LIMIT
+    # In use: prompts with a common beginning, in the cache and in a micro-batch.
+    prompts = [tuple(stem.tolist()) for stem in stems]
+    requests = [Request(n, n, 0, prompts[n // 2]) for n in range(6)]
+    shared, plain = SharedCache(head, requests, 40), PlainCache(model, requests, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(shared.prefill(), plain.prefill(), rtol=1e-4, atol=1e-4)
+        assert shared.header == 17
+        for t in range(12):
+            if t == 3:
+                keep = torch.tensor([1, 4, 5])
+                shared.keep(keep), plain.keep(keep)
+            token = torch.randint(3, 300, (6 if t < 3 else 3,), generator=torch.Generator().manual_seed(t))
+            torch.testing.assert_close(shared.decode(token), plain.decode(token), rtol=1e-3, atol=1e-3)
+
+
 def test_the_gradient_of_a_crown_by_finite_differences():
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)  # noqa: E731
@@ -145,6 +177,14 @@ def test_a_shared_prompt_stands_once_and_targets_point_at_their_predictors():
     assert flat.input_ids.tolist() == [[5, 6, 7, 1, 8, 4]]
     assert flat.positions.tolist() == [[2, 3], [2, 0], [4, 5]]
     assert flat.forest.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
+    # the same behind a header of 20 tokens: it stands once, for both prompts
+    header = torch.arange(100, 120)
+    longer = torch.cat([header.expand(3, 20), torch.from_numpy(ids)], 1).numpy()
+    flat = flatten(longer, positions + 20 * (positions > 0) + 20 * (positions == 0), torch.tensor([2, 1, 2]).numpy(),
+                   torch.device("cpu"))  # fmt: skip
+    assert flat.input_ids.tolist() == [[*range(100, 120), 5, 6, 7, 1, 8, 4]]
+    assert flat.positions[flat.positions > 0].tolist() == [22, 23, 22, 24, 25]
+    assert flat.forest.position_ids[0, 20:].tolist() == [20, 21, 22, 23, 20, 21]
 
 
 @pytest.mark.parametrize("architecture", SHARING)

@@ -56,7 +56,7 @@ def hub(tmp_path_factory):
 
 
 def run_python(hub, *args, address=None):
-    env = {key: value for key, value in environment().items() if key != "HF_HUB_OFFLINE"}
+    env = {key: value for key, value in environment().items() if not key.endswith("_OFFLINE")}
     env |= {"HF_ENDPOINT": address or hub[0], "HF_HOME": str(hub[2] / "home")}
     env |= {"HF_TOKEN_PATH": str(hub[2] / "none"), "no_proxy": "127.0.0.1"}
     return subprocess.run([sys.executable, *args], cwd=PROJECT, env=env, capture_output=True, text=True, timeout=120)

@@ -72,7 +72,7 @@ def settings(task, folder, **changes):
     small = {"max_steps": 2, "num_generations": 3, "batch_size": 2, "gradient_accumulation_steps": 1,
              "max_prompt_length": 1200, "max_generate_length": 12, "dtype": "fp32", "backend": "ddp", "lr": 1e-3,
              "device": "cpu", "model": folder / "model", "output_dir": folder / "output", "runs_dir": folder / "runs",
-             "num_threads": 1}  # fmt: skip
+             "num_threads": 1, "load_in_4bit": False, "optimizer": "adamw"}  # fmt: skip
     cfg, _ = load_config(["--config", f"configs/{task}.yaml"])
     if data is not None:
         small["data"] = data

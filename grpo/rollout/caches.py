@@ -1,8 +1,8 @@
 """What the engine remembers of B rows while it decodes: the keys and values of their prompts and of their own tokens.
 
-`SharedCache` holds each prompt once for all rows that go on from it, so that a decode step reads it once for the whole
-group; it needs a model whose attention is transformers' (grpo/attention.py). `PlainCache` is transformers' own, a
-prompt's keys and values repeated for each row; it serves every other model.
+`SharedCache` holds each prompt once for all rows that go on from it, and what all prompts begin with once for all rows;
+a decode step reads it as often. It needs a model whose attention is transformers' (grpo/attention.py). `PlainCache` is
+transformers' own, a prompt's keys and values repeated for each row; it serves every other model.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from grpo.attention import Forest, Tree
+from grpo.flattening import common_header
 from grpo.logprobs import Head
 from grpo.rollout import Request
 
@@ -74,7 +75,8 @@ class SharedCache:
         self.device = head.model.device
         self.max_new_tokens = max_new_tokens
         self.requests = requests
-        self.stems: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [kvh, P, Lp, d] of the prompts
+        self.heads: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [kvh, Lh, d] of the header
+        self.stems: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [kvh, P, Lp, d] of prompts after it
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [B, kvh, room, d]
         self.time = 0  # own tokens of every row so far
         self.placeholder = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device)
@@ -82,21 +84,24 @@ class SharedCache:
     def prefill(self) -> Tensor:
         """Compute each distinct prompt once, without padding; logits [B, V] of the first token."""
         distinct, self.prompt_of = _distinct(self.requests, self.device)
+        self.header = common_header(distinct)
+        head, distinct = distinct[0][: self.header], [ids[self.header :] for ids in distinct]
         self.lengths = torch.tensor([len(ids) for ids in distinct], device=self.device)
         longest = int(self.lengths.max())
         at = torch.arange(longest, device=self.device)
         self.before = self.lengths[:, None] - at  # [P, Lp] how far key j lies before its prompt's end; <= 0: padding
         logits: list[Tensor] = []
         for part in _parts(distinct):
-            forest = Forest(_stems(part), self.device)
+            forest = Forest(_stems(part, self.header), self.device, self.header)
             forest.prompts = {}
-            row = torch.tensor([token for ids in part for token in ids], device=self.device)[None]
+            row = torch.tensor([*head, *(token for ids in part for token in ids)], device=self.device)[None]
             hidden = self.head.body()(input_ids=row, **forest.inputs()).last_hidden_state
             ends = torch.tensor([tree.stem.stop for tree in forest.trees], device=self.device)
             logits.append(self.head.logits(hidden[0, ends - 1]))
             starts = torch.tensor([tree.start for tree in forest.trees], device=self.device)
             index = torch.minimum(starts[:, None] + at, ends[:, None] - 1)  # [P, Lp]
             for layer, both in forest.prompts.items():
+                self.heads[layer] = (both[0][0, :, : self.header], both[1][0, :, : self.header])
                 gathered = tuple(tensor[0][:, index] for tensor in both)
                 earlier = self.stems.get(layer)
                 self.stems[layer] = tuple(  # type: ignore[assignment]
@@ -130,7 +135,7 @@ class SharedCache:
 
     def decode(self, token_ids: Tensor) -> Tensor:
         """Take each row's next token [B]; logits [B, V] of the one after."""
-        position_ids = (self.lengths[self.prompt_of] + self.time)[:, None]
+        position_ids = (self.header + self.lengths[self.prompt_of] + self.time)[:, None]
         hidden = self.head.body()(
             input_ids=token_ids[:, None], position_ids=position_ids, attention_mask=self.placeholder, use_cache=False,
             trees=self,
@@ -166,7 +171,9 @@ class SharedCache:
         own_scores = query @ keys.transpose(-1, -2)  # [B, kvh, r, t]
         if window is not None and window <= self.time:
             own_scores[..., : self.time + 1 - window] = NEVER
-        own_top, own_sum, own = _unnormalised(own_scores, values)
+        parts = [_unnormalised(own_scores, values)]
+        if self.header:
+            parts.append(self._header(layer, query, window))
 
         stem_keys, stem_values = self.stems[layer]
         gathered = query[self.slots].permute(2, 0, 1, 3, 4)  # [kvh, P, g, r, d]
@@ -177,14 +184,28 @@ class SharedCache:
         if window is not None:
             hidden = hidden | (self.before + self.time >= window)
         scores.masked_fill_(hidden[:, None], NEVER)
-        top, total, stem = (
+        top, total, out = (
             part.view(kv, prompts, slots, repeats, -1)[:, self.prompt_of, self.slot].transpose(0, 1)  # [B, kvh, r, .]
             for part in _unnormalised(scores, stem_values)
         )
-        most = torch.maximum(top, own_top)
-        a, b = (top - most).exp_(), (own_top - most).exp_()
-        out = (stem * a + own * b) / (total * a + own_sum * b)
-        return out.to(kind).reshape(rows, 1, heads, width)
+        for top_here, total_here, out_here in parts:
+            most = torch.maximum(top, top_here)
+            a, b = (top - most).exp_(), (top_here - most).exp_()
+            top, total, out = most, total * a + total_here * b, out * a + out_here * b
+        return (out / total).to(kind).reshape(rows, 1, heads, width)
+
+    def _header(self, layer: int, query: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """All rows' attention to the header, read once for all of them: as `_unnormalised`, [B, kvh, r, .]."""
+        keys, values = self.heads[layer]
+        rows, kv, repeats, width = query.shape
+        scores = query.transpose(0, 1).reshape(kv, rows * repeats, width) @ keys.transpose(-1, -2)  # [kvh, B r, Lh]
+        if window is not None:
+            at = torch.arange(self.header, device=self.device)
+            far = self.header + self.lengths[self.prompt_of, None] + self.time - at >= window  # [B, Lh]
+            scores.masked_fill_(far.repeat_interleave(repeats, 0), NEVER)
+        found = _unnormalised(scores, values)
+        top, total, out = (part.view(kv, rows, repeats, -1).transpose(0, 1) for part in found)
+        return top, total, out
 
 
 def _unnormalised(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,10 +233,10 @@ def _parts(prompts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
     return parts
 
 
-def _stems(prompts: list[tuple[int, ...]]) -> list[Tree]:
+def _stems(prompts: list[tuple[int, ...]], header: int) -> list[Tree]:
     trees: list[Tree] = []
     for ids in prompts:
-        trees.append(Tree(trees[-1].stem.stop if trees else 0, len(ids)))
+        trees.append(Tree(trees[-1].stem.stop if trees else header, len(ids)))
     return trees
 
 
