@@ -23,7 +23,6 @@ from grpo.hub import fetch_model
 from grpo.untrusted import model_problem, weights_problem
 from grpo.untrusted_adapters import adapter_problem, is_adapter
 
-
 CACHE_LINE = 64  # bytes; where torch's own allocations begin
 
 

@@ -8,7 +8,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 from hypothesis import example, given
-from hypothesis import example, strategies as st
+from hypothesis import strategies as st
 
 import reward_func
 from grpo.config import Config
