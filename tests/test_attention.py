@@ -14,8 +14,10 @@ from grpo.flattening import flatten, flatten_micro_batch
 from grpo.fused_head import HeadLogprobs
 from grpo.logprobs import Head, Scorer, bounded_logits
 from grpo.models import prepare
-from grpo.rollout import Request
-from grpo.rollout.caches import PlainCache, SharedCache
+from grpo.rollout import Request, shared_cache
+from grpo.rollout.caches import PlainCache
+from grpo.rollout.lean import FAMILY
+from grpo.rollout.shared_cache import SharedCache, checked_lean
 from tests.test_logprobs import micro_batch
 from tests.tiny import ARCHITECTURES, tiny_model
 
@@ -80,7 +82,7 @@ def test_a_forest_equals_its_rows_in_value_and_gradient(architecture, checkpoint
 
 
 @pytest.mark.parametrize("architecture", SHARING)
-def test_a_common_header_stands_once_and_changes_nothing(architecture):
+def test_a_common_header_stands_once_and_changes_nothing(architecture, reading):
     model = model_of(architecture)
     head = Head(model)
     header, *rests = texts(17, 3, 1, 9)
@@ -123,6 +125,19 @@ def test_the_gradient_of_a_crown_by_finite_differences():
             lambda *tensors, window=window: Crown.apply(*tensors, index, here, 0.7, window), inputs,
             eps=1e-2, atol=2e-3, rtol=2e-2, nondet_tol=1e-6,
         )  # fmt: skip
+
+
+def test_a_lean_body_that_differs_is_not_used():
+    model = model_of("llama")
+    head = Head(model)
+    with torch.no_grad():
+        assert checked_lean(head) is not None
+        for layer in model.base_model.layers:
+            layer.self_attn.scaling *= 1.5  # a model whose own forward does something else
+        for layer in model.base_model.layers:
+            plain = layer.mlp.forward
+            layer.mlp.forward = lambda hidden, plain=plain: 2 * plain(hidden)
+        assert checked_lean(head) is None
 
 
 def test_models_that_cannot_share_say_so_and_keep_their_own_forward():
@@ -187,13 +202,24 @@ def test_a_shared_prompt_stands_once_and_targets_point_at_their_predictors():
     assert flat.forest.position_ids[0, 20:].tolist() == [20, 21, 22, 23, 20, 21]
 
 
+@pytest.fixture(params=["shared", "by row", "by row at the end"], autouse=False)
+def reading(request, monkeypatch):
+    """How keys are read: one copy a prompt, one a row, or the first until few rows are left."""
+    short, few = {"shared": (0, 0), "by row": (10**6, 0), "by row at the end": (0, 2)}[request.param]
+    monkeypatch.setattr(shared_cache, "SHORT_PROMPT", short)
+    monkeypatch.setattr(shared_cache, "FEW_ROWS", few)
+
+
 @pytest.mark.parametrize("architecture", SHARING)
-def test_shared_and_plain_caches_give_the_same_logits(architecture):
+def test_shared_and_plain_caches_give_the_same_logits(architecture, reading):
     model = model_of(architecture)
     head = Head(model)
     prompts = [tuple(text.tolist()) for text in texts(11, 4, 7)]
     requests = [Request(n, n, 0, prompts[p]) for n, p in enumerate((0, 0, 1, 2, 2, 2))]
-    shared, plain = SharedCache(head, requests, 80), PlainCache(model, requests, 80)
+    with torch.no_grad():
+        lean = checked_lean(head)
+    assert (lean is None) == (architecture not in FAMILY)
+    shared, plain = SharedCache(head, requests, 80, lean), PlainCache(model, requests, 80)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         torch.testing.assert_close(shared.prefill(), plain.prefill(), rtol=1e-4, atol=1e-4)

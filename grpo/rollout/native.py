@@ -20,6 +20,7 @@ from grpo.rollout import Request
 from grpo.rollout.caches import open_cache
 from grpo.rollout.randomness import uniforms
 from grpo.rollout.sampling import Draw, Sampling, draw
+from grpo.rollout.shared_cache import checked_lean
 from grpo.types import Completion, Pulse
 
 LEAVE_SHARE = 1 / 8  # finished rows leave once they are this share of the batch: leaving copies the cache
@@ -39,6 +40,7 @@ class NativeEngine:
         self.head = Head(model, dtype)
         with torch.no_grad(), arithmetic(dtype, model.device):
             self.shares = self.head.usable and can_share(model, self.head.body())
+            self.lean = checked_lean(self.head) if self.shares else None
         self.room = Room("rollout", "rollout_chunk_rows", "rows")
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -90,7 +92,7 @@ class NativeEngine:
         pulse: Pulse,
         on_tokens: Callable[[list[tuple[int, int]]], None] | None,
     ) -> list[Completion]:
-        cache = open_cache(self.head, self.shares, requests, self.max_new_tokens)
+        cache = open_cache(self.head, self.shares, requests, self.max_new_tokens, self.lean)
         logits = cache.prefill()
         randoms = uniforms(
             self.seed,
