@@ -259,7 +259,7 @@ def train(folder: Path, base: Path, data: Path, control: bool, settings: dict[st
             "num_generations": 8, "max_prompt_length": 96, "max_generate_length": 24, "dtype": "fp32",
             "gradient_checkpointing": "false", "num_threads": 1, "lr_schedule": "linear", "save_steps": 0,
             "log_samples_steps": 10, "output_dir": folder / "output", "runs_dir": folder / "runs",
-            "resume": "never", **settings}  # fmt: skip
+            "resume": "never", "lora_r": 0, "sft": "{}", **settings}  # fmt: skip
     flat["reward_parameters"] = json.dumps({} if control else {name: PARAMETERS})
     words = [word for key, value in flat.items() for word in (f"--{key}", value)]
     start_s = time.monotonic()

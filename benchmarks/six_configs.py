@@ -51,8 +51,9 @@ WINDOW = 10  # steps at either end that are compared
 SHARES = [0.3, 0.2, 0.25, 0.25]  # of the forms
 OWN = {  # settings beside those that all tasks share; dapo_math runs on two processes
     "gsm8k_zh": {"eval_split_size": 16}, "gsm8k": {"eval_split_size": 16, "data_rows": 512, "max_prompt_length": 400},
-    "gsm8k_reasoning": {"eval_rows": 16, "max_prompt_length": 400}, "dapo_math": {"eval_split_size": 16},
-    "multiple_choice": {"eval_split_size": 16, "max_generate_length": 64}, "json_answers": {},
+    "gsm8k_reasoning": {"eval_rows": 16, "max_prompt_length": 400, "lr": 3e-3},
+    "dapo_math": {"eval_split_size": 16, "lr": 3e-3},  # adapters, here and in the next, want larger steps
+    "multiple_choice": {"eval_split_size": 16, "max_generate_length": 64, "lr": 3e-3}, "json_answers": {},
 }  # fmt: skip
 
 

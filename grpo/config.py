@@ -194,7 +194,7 @@ class Config:
     reference_offload: bool = False
     """Keep the reference (beta > 0, no LoRA) in CPU memory but while it scores; CUDA only."""
     micro_batch_tokens: int = 4096
-    """Tokens of one backward, padding included: memory and speed only. Smaller shares out better over ranks."""
+    """Tokens of one backward, a shared prompt once: memory and speed only. Smaller shares out better over ranks."""
     rollout_chunk_rows: int = 64
     """Completions decoded together: memory and speed only. Smaller shares out better over ranks."""
     logits_chunk_mb: int = 256

@@ -97,10 +97,10 @@ def head_bytes(shape: Shape, completion_tokens: int, chunk_mb: int, truncates: b
     return max((3 if truncates else 4) * block, 0 if frozen else block + shape.vocab * shape.hidden * 4)
 
 
-def draw_bytes(shape: Shape, rows: int, temperature: float, truncates: bool) -> int:
-    """Logits [rows, V] while a token is drawn: fp32 logits and log-probs, float64 probabilities and sum, int64 rank."""
+def draw_bytes(shape: Shape, rows: int, temperature: float) -> int:
+    """Logits [rows, V] while a token is drawn: fp32 logits, their exponentials, and those padded to whole blocks."""
     scaled = 0 if temperature == 1.0 else 4
-    return rows * shape.vocab * (4 + scaled + (8 if truncates else 36))
+    return rows * shape.vocab * (12 + scaled)
 
 
 def all_reduce(size: float, ranks: int) -> float:
@@ -177,8 +177,8 @@ def _state_rows(cfg: Config, shape: Shape, own: Held, ranks: int, on_gpu: bool, 
         yield Row("gradient bucket", 4 * min(own.trained, ZERO_BUCKET), when)
     if stage == 3 and ranks > 1:
         yield Row("gathered weights", min(own.weights, 4 * ZERO_LIVE), ("update",), "DeepSpeed's live limit")
-    if not off_state:
-        step = (share if stage else whole) if on_gpu else 2 * (share if stage else 4 * own.trained_largest)
+    if stage and not off_state:  # without DeepSpeed the optimizer is fused, and needs none
+        step = share if on_gpu else 2 * share
         yield Row("AdamW's temporaries", step, ("optimizer",))
 
 
@@ -222,7 +222,7 @@ def estimate_shape(cfg: Config, shape: Shape, world_size: int) -> Estimate:
     record = work.rank_rows * (8 * work.row_tokens + completion * (29 + 8 * width))
     rows += [
         Row("KV cache", kv_bytes(shape, work.chunk_rows, work.row_tokens, cfg.dtype), ("rollout",), "one chunk"),
-        Row("drawing a token", draw_bytes(shape, work.chunk_rows, cfg.temperature, width > 0), ("rollout",)),
+        Row("drawing a token", draw_bytes(shape, work.chunk_rows, cfg.temperature), ("rollout",)),
         Row("what was drawn", work.chunk_rows * completion * (16 + 4 * width), ("rollout",)),
         Row("activations", activations, ("update",), "one micro-batch"),
         Row("logits block", logits, ("update",)),
