@@ -18,7 +18,7 @@ Map
     scoring                     Completion -> scores -> the table that every rank sees
     advantages                  rewards of whole groups -> advantages
     planning, batching          rows -> minibatches -> micro-batches, the exchange between ranks
-    flattening, attention       rows without padding, prompts that completions share computed once
+    flattening, attention, crown  rows without padding, prompts that completions share computed once
     logprobs, fused_head, losses  token log-probs without [B, T, V]; PPO clip, k3, denominators
     policy, backends/           the trained model; who sums gradients and steps the optimizer
     guards, replay              numbers that are not finite: skip together, keep the evidence, look again

@@ -110,7 +110,7 @@ def load_lora(cfg: Config, device: torch.device, checkpoint: Path | None = None)
         fill(model, checkpoint)
     if cfg.dtype == "bf16" and cfg.backend != "deepspeed":  # which wants all of a model in one type
         _hold_in_bf16(model)
-    return model
+    return model.eval()  # new layers begin in training mode, with dropout on
 
 
 def _hold_in_bf16(model: PreTrainedModel) -> None:

@@ -7,11 +7,8 @@ row of tokens [1, S]; linear layers and norms see no padding, and only attention
     prompt token       sees the header and its prompt up to itself
     completion token   sees the header, the whole prompt and its own completion up to itself
 
-    out = exp(s_prompt - lse) V_prompt + exp(s_own - lse) V_own,   lse = logaddexp(lse_prompt, lse_own)
-
 Models of transformers that ask their attention interface are told to ask `dispatch`, which computes this where a
-`Forest` travels along and is transformers' own SDPA otherwise. Scores of one tree exist at a time; the backward
-recomputes them from lse (FlashAttention, arXiv 2205.14135, algorithm 4).
+`Forest` travels along and is transformers' own SDPA otherwise. grpo/crown.py is the arithmetic, one tree at a time.
 
 Whether a model's attention is this one is checked against the model itself (`can_share`), never assumed.
 """
@@ -31,7 +28,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from grpo.crown import Crown
+
 NAME = "grpo_trees"
+MAX_SCORES = 2**26  # attention scores that exist at once, if one head has no more: 256 MB
 MAX_DIFFERENCE = {False: 1e-3, True: 5e-2}  # to the model's own hidden states, relative: rounding; True: in bf16
 
 
@@ -85,15 +85,19 @@ class Forest:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None].to(self.device)
 
     @cached_property
-    def lanes(self) -> list[tuple[Tensor, Tensor]]:
-        """For each tree: where in its crown token c of branch b lies [b, c] (padding: 0), and what is no padding."""
+    def lanes(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For each tree: where in its crown token c of branch b lies [b, c] (padding: 0), and what is no padding.
+
+        And, for the way back, where in [b c] each of the crown's n tokens lies.
+        """
         found = []
         for tree in self.trees:
             lengths = np.array(tree.branches, dtype=np.int64)
             steps = np.arange(lengths.max(initial=0))
             here = steps[None] < lengths[:, None]
             index = np.where(here, (np.cumsum(lengths) - lengths)[:, None] + steps[None], 0)
-            found.append((torch.from_numpy(index).to(self.device), torch.from_numpy(here).to(self.device)))
+            on_device = [torch.from_numpy(part).to(self.device) for part in (index, here, np.flatnonzero(here))]
+            found.append((on_device[0], on_device[1], on_device[2]))
         return found
 
     def inputs(self) -> dict[str, Any]:
@@ -111,27 +115,37 @@ class Forest:
             self.prompts[layer] = (key, value)
         root = slice(0, self.header)
         parts = [_causal(query[:, :, root], key[:, :, root], value[:, :, root], scale, window)] if self.header else []
-        for tree, (index, here) in zip(self.trees, self.lanes, strict=True):
+        for tree, lanes in zip(self.trees, self.lanes, strict=True):
             stem, crown = tree.stem, tree.crown
             if self.header:
-                lane = torch.arange(tree.prompt, device=self.device)[None]
-                parts.append(self._branch(query, key, value, [root], stem, lane, lane >= 0, scale, window))
+                order = torch.arange(tree.prompt, device=self.device)
+                lane = (order[None], order[None] >= 0, order)
+                parts.append(self._branch(query, key, value, [root], stem, lane, scale, window))
             else:
                 parts.append(_causal(query[:, :, stem], key[:, :, stem], value[:, :, stem], scale, window))
             if crown.start < crown.stop:
                 earlier = [root, stem] if self.header else [stem]
-                parts.append(self._branch(query, key, value, earlier, crown, index, here, scale, window))
+                parts.append(self._branch(query, key, value, earlier, crown, lanes, scale, window))
         return torch.cat(parts, dim=2).transpose(1, 2)
 
     def _branch(
-        self, query: Tensor, key: Tensor, value: Tensor, earlier: list[slice], here: slice, index: Tensor,
-        real: Tensor, scale: float, window: int | None,
+        self, query: Tensor, key: Tensor, value: Tensor, earlier: list[slice], here: slice,
+        lanes: tuple[Tensor, Tensor, Tensor], scale: float, window: int | None,
     ) -> Tensor:  # fmt: skip
         """Tokens `here`, in lanes, that all go on from the tokens in `earlier`: [1, H, n, d]."""
         before = [torch.cat([tensor[0, :, part] for part in earlier], dim=1) for tensor in (key, value)]
-        own = (key[0, :, here], value[0, :, here])
-        made: Tensor = Crown.apply(query[0, :, here], *before, *own, index, real, scale, window)
-        return made[None]
+        keys = (*before, key[0, :, here], value[0, :, here])
+        kv, repeats = key.shape[1], query.shape[1] // key.shape[1]
+        scores = repeats * (lanes[0].numel() * lanes[0].shape[1] + keys[2].shape[1] * before[0].shape[1])
+        step = max(1, MAX_SCORES // max(1, scores))  # heads at once: they know nothing of each other
+        made = [
+            Crown.apply(
+                query[0, first * repeats : (first + step) * repeats, here],
+                *(part[first : first + step] for part in keys), *lanes, scale, window,
+            )
+            for first in range(0, kv, step)
+        ]  # fmt: skip
+        return torch.cat(made)[None]
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
@@ -143,99 +157,6 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
     at = torch.arange(length, device=query.device)
     seen = (at[:, None] >= at) & (at[:, None] - at < window)
     return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
-
-
-class Crown(torch.autograd.Function):
-    """Completions attending to their shared prompt and to themselves.
-
-    query [H, n, d]; stem keys and values [kvh, Lp, d]; own keys and values [kvh, n, d]; index, here [b, c] as in
-    `Forest.lanes`. Returns [H, n, d]. Softmax in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, query, stem_key, stem_value, key, value, index, here, scale, window):  # noqa: D102
-        stem, own = _scores(query, stem_key, key, index, here, scale, window)
-        stem_lse = stem.logsumexp(-1)  # [kvh, r, n]
-        own_lse = _to_tokens(own.logsumexp(-1), here)  # [kvh, r, n]
-        lse = torch.logaddexp(stem_lse, own_lse)
-        out = _weigh(stem, own, lse, stem_value, value, index, here)
-        ctx.save_for_backward(query, stem_key, stem_value, key, value, index, here, out, lse)
-        ctx.scale, ctx.window = scale, window
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):  # noqa: D102
-        query, stem_key, stem_value, key, value, index, here, out, lse = ctx.saved_tensors
-        stem, own = _scores(query, stem_key, key, index, here, ctx.scale, ctx.window)
-        stem = stem.sub_(lse[..., None]).exp_()  # probabilities
-        own = own.sub_(_to_lanes(lse[..., None], index)).exp_()
-        heads, tokens, width = query.shape
-        kv, repeats = key.shape[0], heads // key.shape[0]
-        grad = gradient.reshape(kv, repeats, tokens, width)
-        inner = (gradient * out).float().sum(-1).view(kv, repeats, tokens)
-        kind = query.dtype
-
-        flat = grad.reshape(kv, repeats * tokens, width)
-        grad_stem_value = stem.to(kind).view(kv, -1, stem.shape[-1]).transpose(1, 2) @ flat
-        slope = (grad @ stem_value[:, None].transpose(-1, -2)).float()
-        slope = (slope.sub_(inner[..., None]).mul_(stem)).to(kind)  # [kvh, r, n, Lp]
-        grad_query = (slope @ stem_key[:, None]).mul_(ctx.scale)
-        queries = query.reshape(kv, repeats * tokens, width)
-        grad_stem_key = (slope.view(kv, -1, slope.shape[-1]).transpose(1, 2) @ queries).mul_(ctx.scale)
-
-        keys, values = key[:, index], value[:, index]  # [kvh, b, c, d]
-        lanes = _to_lanes(grad, index).masked_fill(~here[..., None], 0)  # [kvh, r, b, c, d]
-        grad_value = (own.to(kind).transpose(-1, -2) @ lanes).sum(1)
-        slope = (lanes @ values[:, None].transpose(-1, -2)).float()
-        slope = slope.sub_(_to_lanes(inner[..., None], index)).mul_(own).masked_fill_(~here[..., None], 0).to(kind)
-        own_query = (slope @ keys[:, None]).mul_(ctx.scale)
-        grad_key = (slope.transpose(-1, -2) @ _to_lanes(query.reshape(kv, repeats, tokens, width), index)).sum(1)
-        grad_query = grad_query + _to_tokens(own_query, here)
-        return (
-            grad_query.reshape(heads, tokens, width), grad_stem_key, grad_stem_value,
-            _to_tokens(grad_key.mul_(ctx.scale)[:, None], here)[:, 0], _to_tokens(grad_value[:, None], here)[:, 0],
-            None, None, None, None,
-        )  # fmt: skip
-
-
-def _scores(
-    query: Tensor, stem_key: Tensor, key: Tensor, index: Tensor, here: Tensor, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """Scores, fp32: on the prompt [kvh, r, n, Lp], on the own completion [kvh, r, b, c, c], -inf where unseen."""
-    kv, length = stem_key.shape[:2]
-    grouped = query.reshape(kv, -1, *query.shape[1:]) * scale  # [kvh, r, n, d]
-    stem = (grouped @ stem_key[:, None].transpose(-1, -2)).float()
-    own = (_to_lanes(grouped, index) @ key[:, index][:, None].transpose(-1, -2)).float()
-    at = torch.arange(index.shape[1], device=query.device)
-    seen = at[:, None] >= at
-    if window is not None:
-        seen &= at[:, None] - at < window
-        steps = at.expand_as(here)[here]  # [n] how far into its completion each token is
-        unseen = (length + steps)[:, None] - torch.arange(length, device=query.device) >= window  # [n, Lp]
-        stem = stem.masked_fill(unseen, -torch.inf)
-    return stem, own.masked_fill_(~seen, -torch.inf)
-
-
-def _weigh(
-    stem: Tensor, own: Tensor, lse: Tensor, stem_value: Tensor, value: Tensor, index: Tensor, here: Tensor
-) -> Tensor:
-    """Probabilities from scores, and the values they weigh: [H, n, d]. Overwrites the scores."""
-    kind = value.dtype
-    stem.sub_(lse[..., None]).exp_()
-    own.sub_(_to_lanes(lse[..., None], index)).exp_()
-    out = stem.to(kind) @ stem_value[:, None]  # [kvh, r, n, d]
-    out = out + _to_tokens(own.to(kind) @ value[:, index][:, None], here)
-    return out.reshape(-1, *out.shape[2:])
-
-
-def _to_lanes(values: Tensor, index: Tensor) -> Tensor:
-    """[kvh, r, n, x] -> [kvh, r, b, c, x]; padding repeats a token."""
-    return values[:, :, index]
-
-
-def _to_tokens(lanes: Tensor, here: Tensor) -> Tensor:
-    """[kvh, r, b, c, ...] -> [kvh, r, n, ...], in the crown's order."""
-    return lanes[:, :, here]
 
 
 def dispatch(

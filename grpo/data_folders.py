@@ -6,6 +6,7 @@ or by the `configs` at the head of README.md. Where that leaves a choice, nothin
 
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,16 @@ def _without_numbers(file: Path) -> Path:
 
 def _check_complete(folder: Path, files: list[Path]) -> None:
     """Parts that say how many they are must all be there. Raises UserError."""
-    totals = {int(match[1]) for file in files if (match := re.search(r"-of-(\d+)", file.name))}
-    if totals and totals != {len(files)}:
-        raise UserError(
-            f"data: {folder} holds {len(files)} parts of {files[0].name}, which says {max(totals)}. Fetch all of them."
-        )
+    parts = Counter(
+        (file.parent, file.name[: match.start()], int(match[1]))
+        for file in files
+        if (match := re.search(r"-\d+-of-(\d+)", file.name))
+    )
+    for (_, name, total), found in parts.items():
+        if found != total:
+            raise UserError(
+                f"data: {folder} holds {found} parts of {name}-*-of-{total:05d}, which says {total}. Fetch all of them."
+            )
 
 
 def _configs(folder: Path) -> dict[str, Any]:
@@ -95,6 +101,8 @@ def _configs(folder: Path) -> dict[str, Any]:
             return {}
         check_regular(card, MAX_CARD_BYTES)
         head = re.match(r"---\r?\n(.*?)\r?\n---(?:\r?\n|$)", card.read_text(encoding="utf-8-sig"), re.S)
+        if head and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(head[1], Loader=yaml.SafeLoader)):
+            raise ValueError("references (*name) are not read")  # a few of them unfold into gigabytes
         settings = yaml.safe_load(head[1]) if head else None
         entries = settings.get("configs") if isinstance(settings, dict) else None
         if entries is None:

@@ -24,8 +24,9 @@ class HeadLogprobs(torch.autograd.Function):
         lse = torch.empty_like(logprobs)
         hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         kept = None
+        low = weight.to(hidden.dtype)
         for block in _blocks(len(hidden), block_rows):
-            logits = _logits(hidden[block], weight, scale)
+            logits = _logits(hidden[block], low, scale)
             moved = _bound(logits, clamp)
             if len(hidden) <= block_rows and not moved:
                 kept = logits  # one block only: the backward need not make it again
@@ -48,8 +49,9 @@ class HeadLogprobs(torch.autograd.Function):
         scale, temperature, clamp, block_rows = ctx.numbers
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        low = weight.to(hidden.dtype)
         for block in _blocks(len(hidden), block_rows):
-            logits = _logits(hidden[block], weight, scale) if kept is None else kept.clone()
+            logits = _logits(hidden[block], low, scale) if kept is None else kept.clone()
             outside = None
             if _bound(logits, clamp):
                 outside = logits.abs() >= clamp
@@ -63,11 +65,13 @@ class HeadLogprobs(torch.autograd.Function):
                 logits.masked_fill_(outside, 0.0)
             if scale != temperature:
                 logits.mul_(scale / temperature)
-            slope = logits.to(weight.dtype)
+            slope = logits.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[block] = (slope.to(hidden.dtype) @ weight.to(hidden.dtype)).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight.addmm_(slope.t(), hidden[block].to(slope.dtype))
+                grad_hidden[block] = slope @ low
+            if grad_weight is not None and slope.dtype == torch.float32:
+                grad_weight.addmm_(slope.t(), hidden[block])
+            elif grad_weight is not None:
+                grad_weight.add_(slope.t() @ hidden[block])
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
@@ -81,8 +85,8 @@ def _in_cache(logits: Tensor, offset: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """fp32 [M, V]; the product in hidden's precision."""
-    logits = (hidden @ weight.to(hidden.dtype).t()).float()
+    """fp32 [M, V]; the product in the precision of both."""
+    logits = (hidden @ weight.t()).float()
     return logits.mul_(scale) if scale != 1.0 else logits
 
 

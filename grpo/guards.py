@@ -39,6 +39,7 @@ class Evidence:
     trust_sampler: bool | None  # see Counters
     samples: list[list[int]]  # rows of the step in each micro-batch
     config: dict[str, Any]
+    updates: int = 0  # optimizer steps taken before it: keys the masks of an adapter's dropout
 
 
 def quarantine(folder: Path, evidence: Evidence, minibatch: Sequence[MicroBatch]) -> None:

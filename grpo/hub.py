@@ -42,7 +42,8 @@ def fetch_model(name: str, weights: bool = True) -> Path:
     try:
         if files is None:
             return Path(snapshot_download(name, local_files_only=True, allow_patterns=["config.json"]))
-        wanted = [file for file in files if _is_setting(file)] + (_weights(files, name) if weights else [])
+        adapter = "adapter_config.json" in files and "config.json" not in files  # small, and looked at as a whole
+        wanted = [file for file in files if _is_setting(file)] + (_weights(files, name) if weights or adapter else [])
         if not wanted:
             raise UserError(f"model: {name!r} on the hub holds no model. Give another name, or a local folder.")
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of its retries the error says enough

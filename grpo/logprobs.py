@@ -123,7 +123,7 @@ class Scorer(nn.Module):
         self.head = Head(model, cfg.dtype)
         self.cfg = cfg
         with arithmetic(cfg.dtype, model.device):
-            self.shares = can_share(model, self.head.body())
+            self.shares = self.head.usable and can_share(model, self.head.body())
         self.sharded = cfg.backend == "deepspeed" and cfg.zero_stage == 3  # the head is whole inside its forward only
         self.counts_hits = False  # also find where the target is the likeliest token
         self.hits: Tensor | None = None  # [B, T] bool of the last forward, where they are counted
@@ -138,7 +138,7 @@ class Scorer(nn.Module):
         """
         targets = micro.target_ids[micro.mask]  # [M]
         support = None if micro.support is None else micro.support[micro.mask]  # [M, K]
-        inputs, where = self._flat_inputs(micro) if self.shares and self.head.usable else self._row_inputs(micro)
+        inputs, where = self._flat_inputs(micro) if self.shares else self._row_inputs(micro)
         with arithmetic(self.cfg.dtype, micro.input_ids.device):
             if self.head.usable:
                 hidden = self.head.body()(**inputs).last_hidden_state

@@ -201,8 +201,7 @@ class Policy:
             losses = []
             for i, micro in enumerate(pieces):
                 self.pulse()
-                if self.cfg.lora_dropout:
-                    self._key_dropout(micro)
+                self.key_dropout(micro)
                 with self.parking.around(self.cfg.activation_offload):
                     loss = self.loss(micro, tally, weights_unchanged)
                 losses.append(float(loss.detach()))
@@ -223,10 +222,13 @@ class Policy:
         self.counters.updates += 1
         return norm
 
-    def _key_dropout(self, micro: MicroBatch) -> None:
+    def key_dropout(self, micro: MicroBatch) -> None:
+        """Choose the masks of an adapter's dropout, if it has any, for this micro-batch of the next update."""
+        if not self.cfg.lora_dropout:
+            return
         from grpo.adapters import key_dropout  # late: peft takes seconds
 
-        key_dropout(self.model, self.cfg.seed, self.counters.updates, min(micro.samples, default=0))
+        key_dropout(self.model, self.cfg.seed, self.counters.updates, max(0, min(micro.samples, default=0)))
 
     def train_on(
         self, batches: Sequence[Sequence[MicroBatch]], tally: Tally, total_updates: int, broken: bool,

@@ -79,7 +79,7 @@ def load_policy_of(folder: Path, evidence: Evidence, device: torch.device) -> Po
         raise UserError(f"replay: {file} is not a copy of {cfg.model}'s weights.")
     reference = load_model(cfg.model, device) if cfg.beta > 0 and not cfg.lora_r else None
     policy = (Student if cfg.sft else Policy)(cfg, World(0, 1, 0, 1, device), model, reference)
-    policy.counters.trust_sampler = evidence.trust_sampler
+    policy.counters.trust_sampler, policy.counters.updates = evidence.trust_sampler, evidence.updates
     return policy
 
 
@@ -116,6 +116,7 @@ def replay(folder: Path, device: torch.device) -> bool:
                 same &= _replay_rollout(policy, micro)
                 continue
             policy.backend.train(True)
+            policy.key_dropout(micro)
             loss = policy.loss(micro, Tally(), weights_unchanged=evidence.iteration == 0)
             loss.backward()
             recorded, replayed = float(evidence.losses[i]), float(loss.detach())

@@ -242,7 +242,7 @@ class Run:
             )
             evidence = guards.Evidence(
                 reason=str(skip), rank=rank, weights=weights, losses=[str(loss) for loss in skip.losses],
-                iteration=iteration, trust_sampler=policy.counters.trust_sampler,
+                iteration=iteration, trust_sampler=policy.counters.trust_sampler, updates=policy.counters.updates,
                 samples=[list(micro.samples) for micro in minibatch], config=dataclasses.asdict(self.cfg),
             )  # fmt: skip
             guards.quarantine(folder, evidence, minibatch)

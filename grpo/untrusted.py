@@ -187,7 +187,8 @@ def check_entry(path: Path) -> None:
         check_safetensors(path)
     elif path.name.endswith(".safetensors.index.json"):
         for name in check_index(path):
-            check_safetensors(path.parent / name)
+            if (path.parent / name).exists():  # the tokenizer is looked at before weights are fetched
+                check_safetensors(path.parent / name)
     elif path.suffix in (".json", ".model", ".txt"):
         check_regular(path, MAX_VOCABULARY_BYTES)
 
@@ -215,6 +216,9 @@ def weights_problem(folder: Path) -> str | None:
         if pickled:
             return f"its weights are a pickle ({pickled[0]}), which could run code; only safetensors are read"
         return "it holds no model.safetensors"
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        return f"it holds no {missing[0]}, which its index names"
     tensors = {name: facts for file in names for name, facts in check_safetensors(folder / file).items()}
     largest = max((max(shape, default=0) for _, shape in tensors.values()), default=0)
     config = read_object(folder / "config.json", infinity=True)

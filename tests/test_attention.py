@@ -8,8 +8,9 @@ import dataclasses
 import pytest
 import torch
 
-from grpo.attention import Crown, Forest, Tree, can_share
+from grpo.attention import Forest, Tree, can_share
 from grpo.config import Config
+from grpo.crown import Crown
 from grpo.flattening import flatten, flatten_micro_batch
 from grpo.fused_head import HeadLogprobs
 from grpo.logprobs import Head, Scorer, bounded_logits
@@ -117,12 +118,12 @@ def test_the_gradient_of_a_crown_by_finite_differences():
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)  # noqa: E731
     forest = Forest([Tree(0, 3, (2, 0, 3))], torch.device("cpu"))
-    [(index, here)] = forest.lanes
+    [lanes] = forest.lanes
     inputs = (draw(4, 5, 2), draw(2, 3, 2), draw(2, 3, 2), draw(2, 5, 2), draw(2, 5, 2))
     for window in (None, 2, 4):
         # The softmax is fp32, so steps are wide and the bound loose; a term left out is off by tenths.
         torch.autograd.gradcheck(
-            lambda *tensors, window=window: Crown.apply(*tensors, index, here, 0.7, window), inputs,
+            lambda *tensors, window=window: Crown.apply(*tensors, *lanes, 0.7, window), inputs,
             eps=1e-2, atol=2e-3, rtol=2e-2, nondet_tol=1e-6,
         )  # fmt: skip
 

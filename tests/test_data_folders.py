@@ -90,7 +90,7 @@ def test_cells_of_csv_stay_text(tmp_path):
         ({"main/train.jsonl": jsonl("a")}, "train", "nope", "data_config: "),
         ({"main/train.jsonl": jsonl("a")}, "train", "../main", "data_config: "),
         ({"train-00000-of-00002.jsonl": jsonl("a")}, "train", None,
-         "holds 1 parts of train-00000-of-00002.jsonl, which says 2"),
+         "holds 1 parts of train-*-of-00002, which says 2"),
         ({"main/x.jsonl": jsonl("a"), "other/z.jsonl": jsonl("c"),
           "README.md": CARD.format(first="main", path="main/*")}, "train", None,
          "has the configurations ['main', 'other']. Choose one: --data_config NAME"),
@@ -110,6 +110,21 @@ def test_what_is_ambiguous_or_leads_elsewhere_is_one_line(tmp_path, files, split
     with pytest.raises(UserError) as caught:
         load_rows(str(tmp_path / "data"), split, config)
     assert said in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
+
+
+def test_references_in_a_card_are_not_unfolded(tmp_path):
+    levels = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+    card = f"---\na0: &a0 [x, x, x]\n{levels}configs:\n- config_name: *a11\n  data_files: train.jsonl\n---\n"
+    write(tmp_path, {"README.md": card, "train.jsonl": jsonl("a")})
+    with pytest.raises(UserError, match=r"references \(\*name\) are not read"):
+        load_rows(str(tmp_path), "train")
+
+
+def test_parts_are_counted_by_folder_and_name(tmp_path):
+    card = '---\nconfigs:\n- config_name: all\n  data_files:\n  - split: test\n    path: "*/test-*.jsonl"\n---\n'
+    files = {f"{place}/test-00000-of-00001.jsonl": jsonl(place) for place in ("a", "b")}
+    write(tmp_path, {"README.md": card, **files, "b/test-best-of-5.jsonl": jsonl("c")})
+    assert sorted(questions(tmp_path, "test")) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from tests.launcher import PROJECT, environment
 from tests.local_hub import COMMIT, local_hub
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 NOWHERE = "http://127.0.0.1:9"  # a port that nothing listens on
 ASK = """
@@ -49,8 +52,17 @@ def hub(tmp_path_factory):
     data.mkdir()
     for split in ("train", "test"):
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(split)))
+    sharded = save_tiny(folder / "sharded")
+    AutoModelForCausalLM.from_pretrained(sharded).save_pretrained(sharded, max_shard_size="40KB")
+    (sharded / "model.safetensors").unlink(missing_ok=True)
+    adapter = folder / "adapter"
+    trained = get_peft_model(tiny_model("qwen3"), LoraConfig(target_modules="all-linear"))
+    trained.peft_config["default"].base_model_name_or_path = "user/tiny"
+    trained.save_pretrained(adapter)
+    tiny_tokenizer().save_pretrained(adapter)
+    more = {("models", "user/sharded"): sharded, ("models", "user/adapter"): adapter}
     there = {("models", "user/tiny"): model, ("models", "user/pickled"): pickled, ("models", "user/hostile"): hostile,
-             ("datasets", "user/questions"): data}  # fmt: skip
+             ("datasets", "user/questions"): data, **more}  # fmt: skip
     with local_hub(there, gated={"user/gated"}) as (address, asked):
         yield address, asked, folder
 
@@ -93,6 +105,15 @@ def test_a_run_from_the_hub_and_again_without_it(hub, tmp_path):
     assert no_model.startswith("model: 'user/other' is no local file") and "cannot be reached" in no_model
     [note] = stderr.splitlines()  # and not a line for every retry of every library
     assert note.startswith(f"note: the hub ({NOWHERE}) cannot be reached (")
+
+
+def test_shards_and_adapters_are_fetched_after_their_tokenizer(hub):
+    """The tokenizer comes first, without weights: an index whose shards are not there yet is no damage."""
+    [sharded, adapter], _ = ask(hub, [["model", "user/sharded"], ["model", "user/adapter"]])
+    assert isinstance(sharded, list) and isinstance(adapter, list), (sharded, adapter)
+    found = {path.name for path in Path(sharded[1]).iterdir()}
+    assert len([name for name in found if name.startswith("model-0000")]) > 1, found
+    assert {path.name for path in Path(adapter[1]).iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_a_name_that_is_not_there_ends_a_run_in_one_line(hub, tmp_path):

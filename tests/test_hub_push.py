@@ -18,6 +18,7 @@ import yaml
 from grpo.export import card, hub
 from grpo.export.command import main
 from grpo.export.source import Source
+from grpo.manifest import write_manifest
 from tests.taught import taught_checkpoint
 
 TOKEN = "hf_thisIsNotToBeSeenAnywhere1234"
@@ -126,6 +127,16 @@ def test_an_export_arrives_whole_in_one_commit(server, out, capsys, words):
     assert {key for _, key, _ in server.seen} == {f"Bearer {TOKEN}"}
     said = capsys.readouterr()
     assert f"sent {len(content(out))} files" in said.out and TOKEN not in said.out + said.err
+
+
+@pytest.mark.parametrize("base, said", [("/home/mia/base", "a folder of this machine"), ("mia/base", "sent 2 files")])
+def test_an_adapter_of_a_local_base_is_not_sent(server, tmp_path, capsys, base, said):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    write_manifest(tmp_path, 1)
+    assert main(["--out", str(tmp_path), "--push", "mia/tiny"]) == (2 if base.startswith("/") else 0)
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err
+    assert bool(server.seen) is not base.startswith("/")
 
 
 @pytest.mark.parametrize("status", [401, 403, 500])

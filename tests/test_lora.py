@@ -232,7 +232,7 @@ def test_frozen_layers_in_bf16_change_no_bit_under_bf16_arithmetic(tmp_path):
     assert Scorer(model, settings(dtype="bf16")).head.usable
 
 
-def test_dropout_follows_from_its_key_alone():
+def test_dropout_follows_from_its_key_alone(tmp_path):
     """The same masks again, also in a recomputed forward; others for another key; none while sampling."""
     ids = torch.arange(3, 63).view(2, 30)
 
@@ -252,6 +252,8 @@ def test_dropout_follows_from_its_key_alone():
         assert not torch.allclose(one, gradients(other), rtol=0.1), other
     without = gradients((1, 0, 5), dropout=0.0)
     assert torch.equal(without, gradients((1, 0, 5), training=False)) and not torch.allclose(one, without, rtol=0.1)
+    begun = adapters.load_lora(settings(model=str(save_tiny(tmp_path / "base")), lora_dropout=0.5), torch.device("cpu"))
+    assert not any(module.training for module in begun.modules())  # the first forwards are comparisons and evaluations
     layers = adapters.KeyedDropout(0.25, 0).train()
     kept = layers(torch.ones(200, 200))
     assert float((kept == 0).float().mean()) == pytest.approx(0.25, abs=0.01)

@@ -13,6 +13,7 @@ from grpo.errors import UserError
 from grpo.export.card import HUB_NAME
 from grpo.manifest import MANIFEST, sha256_of
 from grpo.untrusted import location_problem, read_object
+from grpo.untrusted_adapters import ADAPTER_CONFIG
 
 CARD = "README.md"
 
@@ -63,6 +64,14 @@ def push(out: Path, repo: str, private: bool, token: str | None, dry_run: bool) 
         card = (out / CARD).read_text(encoding="utf-8") if CARD in files else ""
         kind = "private" if private else "public"
         return f"would send {len(files)} files to {repo}, {kind} if new:\n{sizes}\n\n{card}"
+    for name in files:
+        if name.endswith(ADAPTER_CONFIG):
+            base = str(read_object(out / name).get("base_model_name_or_path"))
+            if base.startswith(("/", ".", "~")):
+                raise UserError(
+                    f"push: {name} names a folder of this machine as its base, which nobody else has. Export "
+                    "merged_16bit, or train on the base by its hub name."
+                )
     disable_progress_bars()
     try:
         api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)

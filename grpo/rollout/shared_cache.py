@@ -62,7 +62,7 @@ class SharedCache:
             starts = torch.tensor([tree.start for tree in forest.trees], device=self.device)
             index = torch.minimum(starts[:, None] + at, ends[:, None] - 1)  # [P, Lp]
             for layer, both in forest.prompts.items():
-                self.heads[layer] = (both[0][0, :, : self.header], both[1][0, :, : self.header])
+                self.heads[layer] = (both[0][0, :, : self.header].clone(), both[1][0, :, : self.header].clone())
                 gathered = tuple(tensor[0][:, index] for tensor in both)
                 earlier = self.stems.get(layer)
                 self.stems[layer] = tuple(  # type: ignore[assignment]
