@@ -39,7 +39,8 @@ Map
     adapters, adapter_files,
     untrusted_adapters          LoRA: a frozen model and what is trained beside it; its two files
     quantization, offload       4-bit weights, 8-bit moments; what waits in CPU memory
-    distributed, models, types  ranks and collectives; loading models; the nouns that travel
+    distributed, loading,
+    models, types               ranks and collectives; loading models; the nouns that travel
     plan, memory, memory_shape  what a run will need, before it starts
 
 Vocabulary

@@ -34,7 +34,7 @@ from grpo.adapter_files import (
 )
 from grpo.config import Config
 from grpo.errors import UserError
-from grpo.models import load_model, resolve
+from grpo.loading import load_plain, resolve
 from grpo.quantization import is_4bit, nothing_fetched, unpack
 from grpo.untrusted_adapters import is_adapter
 
@@ -54,7 +54,7 @@ def open_adapter(folder: Path | str, device: torch.device) -> PeftModelForCausal
     """
     folder = Path(folder)
     settings, name = settings_of(folder), base_of(folder)
-    base = load_model(name, device, four_bit=held_in_4bit(folder))
+    base = load_plain(name, device, four_bit=held_in_4bit(folder))
     return _with_adapter(base, name, settings, folder)
 
 
@@ -104,7 +104,7 @@ def load_lora(cfg: Config, device: torch.device, checkpoint: Path | None = None)
     path = Path(resolve(cfg.model, weights=False))
     begin = Path(resolve(cfg.model)) if is_adapter(path) else None
     compute = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
-    base = load_model(base_of(begin) if begin else cfg.model, device, compute if cfg.load_in_4bit else None)
+    base = load_plain(base_of(begin) if begin else cfg.model, device, compute if cfg.load_in_4bit else None)
     model = start_lora(base, cfg, begin)
     if checkpoint is not None:
         fill(model, checkpoint)
