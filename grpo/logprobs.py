@@ -24,8 +24,9 @@ from grpo.config import Config
 from grpo.flattening import flatten_micro_batch
 from grpo.fused_head import HeadLogprobs, plain_matrix
 from grpo.models import arithmetic, arithmetic_dtype
-from grpo.types import MicroBatch
+from grpo.types import Flat, MicroBatch
 
+FLAT_BELOW = 0.7  # of the padded tokens: beyond, padded rows in few calls are faster than one row in many
 BLOCK_ELEMENTS_PER_MB = 2**20 // 4  # fp32 logits
 
 
@@ -132,13 +133,14 @@ class Scorer(nn.Module):
     def forward(self, micro: MicroBatch) -> Tensor:
         """Log-probs [B, T] under the sampling distribution; 0 outside the mask.
 
-        Where the model can, rows are flattened first: no padding, each prompt once. Else no attention mask is passed:
-        rows are padded on the right, and no token looks to its right; where position ids start again within a row,
-        transformers masks what came before (grpo/packing.py makes sure that it does).
+        Where the model can, and it spares tokens, rows are flattened first: no padding, each prompt once. Else no
+        attention mask is passed: rows are padded on the right, and no token looks to its right; where position ids
+        start again within a row, transformers masks what came before (grpo/packing.py makes sure that it does).
         """
         targets = micro.target_ids[micro.mask]  # [M]
         support = None if micro.support is None else micro.support[micro.mask]  # [M, K]
-        inputs, where = self._flat_inputs(micro) if self.shares else self._row_inputs(micro)
+        flat = self._worth_flattening(micro)
+        inputs, where = self._row_inputs(micro) if flat is None else self._flat_inputs(micro, flat)
         with arithmetic(self.cfg.dtype, micro.input_ids.device):
             if self.head.usable:
                 hidden = self.head.body()(**inputs).last_hidden_state
@@ -158,9 +160,15 @@ class Scorer(nn.Module):
             inputs["position_ids"] = micro.position_ids
         return inputs, (rows[micro.mask], micro.positions[micro.mask])
 
-    def _flat_inputs(self, micro: MicroBatch) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
-        """The same without padding, as one row."""
+    def _worth_flattening(self, micro: MicroBatch) -> Flat | None:
+        """The micro-batch as one row, where that spares enough tokens for the calls that each prompt costs."""
+        if not self.shares or micro.position_ids is not None:
+            return None
         flat = micro.flat or flatten_micro_batch(micro)
+        return flat if flat.input_ids.numel() <= FLAT_BELOW * micro.input_ids.numel() else None
+
+    def _flat_inputs(self, micro: MicroBatch, flat: Flat) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+        """The same without padding, as one row."""
         where = flat.positions[micro.mask]
         return {"input_ids": flat.input_ids, **flat.forest.inputs()}, (torch.zeros_like(where), where)
 

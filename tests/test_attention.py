@@ -153,7 +153,8 @@ def test_models_that_cannot_share_say_so_and_keep_their_own_forward():
 
 
 @pytest.mark.parametrize("architecture", SHARING)
-def test_sharing_works_in_bf16_too(architecture):
+def test_sharing_works_in_bf16_too(architecture, monkeypatch):
+    monkeypatch.setattr("grpo.logprobs.FLAT_BELOW", 10.0)
     scorers = {dtype: Scorer(model_of(architecture), Config(model="none", dtype=dtype)) for dtype in ("fp32", "bf16")}
     assert all(scorer.shares for scorer in scorers.values())
     found = {}
@@ -166,7 +167,8 @@ def test_sharing_works_in_bf16_too(architecture):
 
 
 @pytest.mark.parametrize("architecture", SHARING)
-def test_log_probs_and_gradient_of_a_micro_batch_do_not_depend_on_the_form(architecture):
+def test_log_probs_and_gradient_of_a_micro_batch_do_not_depend_on_the_form(architecture, monkeypatch):
+    monkeypatch.setattr("grpo.logprobs.FLAT_BELOW", 10.0)  # whatever it spares
     model = model_of(architecture)
     scorer = Scorer(model, Config(model="none"))
     assert scorer.shares
