@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -10,10 +11,17 @@ from torch.utils.tensorboard.summary import hparams
 from grpo.config import Config
 
 
+def _told_once(args: threading.ExceptHookArgs) -> None:
+    """The writer's thread keeps what its disk refused for the next call, where it becomes a warning: no traceback."""
+    if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(args)
+
+
 class TensorBoard:
     """Scalars, sampled completions, the config as text and as hyper-parameters."""
 
     def __init__(self, cfg: Config, folder: Path, done: int):
+        threading.excepthook = _told_once
         self.writer = SummaryWriter(str(folder), purge_step=done + 1)
         settings = dataclasses.asdict(cfg)
         self.writer.add_text("config", "```json\n" + json.dumps(settings, indent=2, ensure_ascii=False) + "\n```", done)

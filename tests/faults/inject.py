@@ -123,8 +123,10 @@ def _turn_clock_back(fault: Fault) -> None:
 
 
 def _remove_runs(fault: Fault) -> None:
-    """Somebody deletes the run's folder of logs."""
-    shutil.rmtree(os.environ["GRPO_FAULTS_RUNS"], ignore_errors=True)
+    """Somebody deletes the run's folder of logs, again where a rank wrote a new file meanwhile."""
+    folder = Path(os.environ["GRPO_FAULTS_RUNS"])
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 AT_A_PHASE: dict[str, Callable[[Fault], None]] = {

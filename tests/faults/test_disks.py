@@ -127,5 +127,5 @@ def test_F37_the_folder_of_curves(arena, record, how):
         told = [line for line in job.text().splitlines() if line.startswith("warning")]
         files = 5  # curves, lines, train.log, and a file of rollouts on each rank
         once = 1 <= len(told) == len(set(told)) <= files
-        wrong += [] if once else [f"not one warning for each file: {told}"]
+        wrong += [] if once and "Traceback" not in job.text() else [f"not one warning for each file: {told}"]
     record("F37", 1, int(not wrong), f"{how}: {wrong or 'as promised'}")
