@@ -31,7 +31,7 @@ from grpo.rewards.pool import open_rewards
 from grpo.rollout import cut_chunks, rollout
 from grpo.rollout.native import NativeEngine
 from grpo.run import Run
-from grpo.scoring import advantages_of, gather, score
+from grpo.scoring import Scoring, advantages_of, gather
 
 
 def train(cfg: Config, world: World) -> None:
@@ -49,11 +49,10 @@ def train(cfg: Config, world: World) -> None:
     policy = load_policy(cfg, world, resumed)  # the trained model, its optimizer, its reference
     check_lengths(policy.model, cfg.max_prompt_length, cfg.max_generate_length)
     check_vocabulary(policy.model, tokenizer)
-    stop_ids = stop_token_ids(policy.model, tokenizer)
-    engine = NativeEngine(load_rollout_model(policy), stop_ids, cfg.max_generate_length, cfg.seed, cfg.dtype)
+    stop_ids, room = stop_token_ids(policy.model, tokenizer), cfg.rollout_tokens
+    engine = NativeEngine(load_rollout_model(policy), stop_ids, cfg.max_generate_length, cfg.seed, cfg.dtype, room)
 
-    P, G = prompts_per_step(cfg), cfg.num_generations
-    total, as_messages = total_steps(cfg, len(questions.items)), cfg.reward_inputs == "messages"
+    P, G, total = prompts_per_step(cfg), cfg.num_generations, total_steps(cfg, len(questions.items))
     first = restore(policy, resumed)
     run.journal.describe(questions, total, policy, len(cut_chunks(P, G, cfg.rollout_chunk_rows)))
 
@@ -76,10 +75,11 @@ def train(cfg: Config, world: World) -> None:
             with tally.phase("rollout"):
                 prompts = questions.prompts(step, P)
                 engine.load_weights(policy.weights())
-                completions = rollout(engine, prompts, step, cfg, world, run.pulse)  # this rank's share of the N
+                scoring = Scoring(cfg, rewards, prompts, tokenizer, warn, run.pulse)  # at once, of what is finished
+                completions = rollout(engine, prompts, step, cfg, world, scoring.pulse, scoring.take)  # our share of N
 
             with tally.phase("reward"):
-                scored = score(rewards, prompts, completions, G, tokenizer, as_messages, warn, run.pulse)
+                scored = scoring.finish(completions)  # waits for the scores that are missing
 
             with tally.phase("exchange"):
                 notices = run.notices(policy, step)  # of this rank: asked to stop, memory that failed

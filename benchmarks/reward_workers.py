@@ -54,7 +54,9 @@ def timed(rewards: Rewards, samples: list[Sample]) -> tuple[float, list]:
     """Seconds to score them one by one, and the answers."""
     calls = [Call(0, (i,)) for i in range(len(samples))]
     start_s = time.perf_counter()
-    answers = rewards.run(samples, calls, lambda: False)
+    rewards.begin()
+    rewards.submit(samples, calls)
+    answers = rewards.collect(lambda: False)
     return time.perf_counter() - start_s, answers
 
 

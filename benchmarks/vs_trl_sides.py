@@ -1,6 +1,6 @@
 """One side of benchmarks/vs_trl.py: a real training run that takes a step whenever the parent says so.
 
-    python -m benchmarks.vs_trl_sides ours|trl workload.json folder
+    python -m benchmarks.vs_trl_sides ours|trl workload.json folder threads [our settings]
 
 Reads `go` lines from stdin; after each step writes one JSON line to the file descriptor STEPS_FD names. Nothing is
 simulated: ours is train.py's own loop, with a gate at the start of each step; TRL's is GRPOTrainer.train() with the
@@ -8,6 +8,7 @@ same gate in a callback. Times are the phases' own; tokens are counted at the em
 resident size since the first step began, above what was resident then (imports, weights and data are loaded).
 """
 
+import functools
 import json
 import os
 import re
@@ -18,8 +19,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.workloads import Workload
-
-NO_RATE = 1e-12  # a learning rate that leaves every fp32 weight as it is: all steps do the same work
 
 
 def resident_mb(which: str) -> float:
@@ -64,6 +63,19 @@ class Gate:
         print(json.dumps(report | self.tokens | self.found), file=self.out, flush=True)
 
 
+def our_settings(work: Workload, folder: Path, threads: int) -> list[str]:
+    """A workload as a command line of train.py."""
+    settings = {
+        "model": work.model, "data": work.data, "question_column": "prompt", "chat_template": False,
+        "rewards": json.dumps({work.reward: 1.0}), "batch_size": work.prompts, "gradient_accumulation_steps": 1,
+        "num_generations": work.group, "max_prompt_length": work.max_prompt, "max_generate_length": work.max_new,
+        "max_steps": 100_000, "lr": work.lr, "seed": work.seed, "save_steps": 0, "num_threads": threads,
+        "backend": "ddp", "output_dir": folder / "output", "runs_dir": folder / "runs", "resume": "never",
+        "report_to": "none",
+    }  # fmt: skip
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
 def ours(work: Workload, folder: Path, threads: int) -> None:
     """train.py, gated."""
     import train
@@ -93,21 +105,14 @@ def ours(work: Workload, folder: Path, threads: int) -> None:
             gate.found = {
                 "rollout_s": metrics["time/rollout_s"], "update_s": metrics["time/update_s"],
                 "reward_s": metrics["time/reward_s"], "new_tokens": metrics["completions/tokens"],
+                "reward": metrics["reward/mean"],
             }  # fmt: skip
             return metrics
 
         run.journal.log_step = logged
 
     Run.tally, Run.__init__, train.load_policy = tally, init, load_policy
-    settings = {
-        "model": work.model, "data": work.data, "question_column": "prompt", "chat_template": False,
-        "rewards": json.dumps({work.reward: 1.0}), "batch_size": work.prompts, "gradient_accumulation_steps": 1,
-        "num_generations": work.group, "max_prompt_length": work.max_prompt, "max_generate_length": work.max_new,
-        "max_steps": 100_000, "lr": NO_RATE, "save_steps": 0, "num_threads": threads, "backend": "ddp",
-        "output_dir": folder / "output", "runs_dir": folder / "runs", "resume": "never", "report_to": "none",
-    }  # fmt: skip
-    argv = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    sys.exit(run_main(train.train, load_config, argv + sys.argv[5:]))
+    sys.exit(run_main(train.train, load_config, our_settings(work, folder, threads) + sys.argv[5:]))
 
 
 def trl(work: Workload, folder: Path, threads: int) -> None:
@@ -123,12 +128,20 @@ def trl(work: Workload, folder: Path, threads: int) -> None:
     spec = importlib.util.spec_from_file_location("rewards", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    reward = getattr(module, name)
+
+    @functools.wraps(reward)
+    def rewarded(*args, **kwargs):
+        scores = reward(*args, **kwargs)
+        gate.found["reward"] = sum(scores) / len(scores)
+        return scores
+
     rows = [json.loads(line) for line in Path(work.data).read_text(encoding="utf-8").splitlines()]
     config = GRPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=work.trl_rows,
         gradient_accumulation_steps=work.prompts * work.group // work.trl_rows, num_generations=work.group,
-        max_completion_length=work.max_new, max_steps=100_000, learning_rate=NO_RATE, lr_scheduler_type="constant",
-        bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none", logging_steps=1000,
+        max_completion_length=work.max_new, max_steps=100_000, learning_rate=work.lr, lr_scheduler_type="constant",
+        seed=work.seed, bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none", logging_steps=1000,
         disable_tqdm=True, save_strategy="no", beta=0.0, disable_dropout=True, loss_type="grpo", temperature=1.0,
         top_k=0, top_p=1.0,
     )  # fmt: skip
@@ -154,7 +167,7 @@ def trl(work: Workload, folder: Path, threads: int) -> None:
 
     trainer = Timed(
         model=AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32),
-        reward_funcs=getattr(module, name), args=config, train_dataset=datasets.Dataset.from_list(rows),
+        reward_funcs=rewarded, args=config, train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(work.model), callbacks=[Gated()],
     )  # fmt: skip
     gate.count(trainer.model)

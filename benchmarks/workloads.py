@@ -34,6 +34,8 @@ class Workload:
     max_prompt: int
     max_new: int
     trl_rows: int = 16  # TRL's per_device_train_batch_size
+    lr: float = 1e-12  # leaves every fp32 weight as it is: all steps do the same work
+    seed: int = 42  # what is sampled, and the order of the questions
 
 
 def word_model(folder: Path, words: int, **body: int) -> list[str]:

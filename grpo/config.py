@@ -196,7 +196,10 @@ class Config:
     micro_batch_tokens: int = 4096
     """Tokens of one backward, a shared prompt once: memory and speed only. Smaller shares out better over ranks."""
     rollout_chunk_rows: int = 64
-    """Completions decoded together: memory and speed only. Smaller shares out better over ranks."""
+    """Completions that a process takes at once: memory and speed only. Smaller shares out better over ranks."""
+    rollout_tokens: int | None = None
+    """Tokens of prompts and longest completions that the KV cache of a process holds at most; null: those of
+    rollout_chunk_rows. Rows wait, and begin as others end: a large chunk then keeps the batch full in little memory."""
     logits_chunk_mb: int = 256
     """Memory of the widest logits block in the loss, MB per process."""
     num_threads: int | None = None

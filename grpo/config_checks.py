@@ -46,7 +46,7 @@ def check(cfg: Config) -> None:
         _require(cfg, name, getattr(cfg, name) >= 0, ">= 0")
     for name in ("max_steps",):
         _require(cfg, name, cfg.max_steps is None or cfg.max_steps >= 0, ">= 0, or null")
-    for name in ("save_total_limit", "num_threads"):
+    for name in ("save_total_limit", "num_threads", "rollout_tokens"):
         _require(cfg, name, getattr(cfg, name) is None or getattr(cfg, name) >= 1, ">= 1, or null")
     for name in ("lr", "temperature", "max_grad_norm", "logit_clamp", "advantage_clip", "max_importance_weight",
                  "reward_timeout_s"):  # fmt: skip

@@ -21,8 +21,8 @@ from grpo.rewards import Reward
 from grpo.rewards.pool import Rewards
 from grpo.rollout import Engine, cut_chunks, requests_of
 from grpo.rollout.sampling import Sampling
-from grpo.scoring import score
-from grpo.types import Pulse
+from grpo.scoring import Scoring
+from grpo.types import Completion, Pulse
 
 
 def worth_of_refusing(cfg: Config, reward: Reward) -> float:
@@ -41,19 +41,25 @@ def evaluate(
 ) -> dict[str, float] | None:  # fmt: skip
     """Answer every held-out question once and score the answers. Equal on every rank; None: asked to stop.
 
-    Questions are taken longest first, so that a chunk's prompts are alike in length.
+    Questions are taken longest first, so that a chunk's prompts are alike in length. Answers are scored while others
+    are still being sampled; `report` gets a reward function's first failures of the whole evaluation.
     """
     prompts = sorted(questions.items, key=lambda prompt: (-len(prompt.token_ids), prompt.row))
     sampling = Sampling(temperature=temperature, logit_clamp=cfg.logit_clamp)
     table = np.zeros((len(prompts) + 1, len(rewards.rewards) + 1))  # the last line: asked to stop
     chunks = cut_chunks(len(prompts), 1, cfg.rollout_chunk_rows)
-    for chunk in (chunks[i] for i in world.deal(len(chunks))):
-        completions = engine.generate(requests_of(chunk, prompts, 1, step=0), sampling, pulse)
-        scored = score(rewards, prompts, completions, 1, tokenizer, cfg.reward_inputs == "messages", report, pulse)
-        if pulse():  # then the answers, or their scores, may be incomplete
-            table[-1] = 1
+    scoring = Scoring(cfg, rewards, prompts, tokenizer, report, pulse, num_generations=1)
+    completions: list[Completion] = []
+    for i in world.deal(len(chunks)):
+        requests = requests_of(chunks[i], prompts, 1, step=0)
+        completions += engine.generate(requests, sampling, scoring.pulse, on_finished=scoring.take)
+        if scoring.pulse():
             break
-        table[chunk] = np.column_stack([scored.scores, [len(c.token_ids) for c in completions]])
+    scores = scoring.finish(completions).scores
+    if scoring.pulse():  # then the answers, or their scores, may be incomplete
+        table[-1] = 1
+    elif completions:
+        table[[one.sample for one in completions]] = np.column_stack([scores, [len(c.token_ids) for c in completions]])
     table, stop = np.split(world.sum_rows(table), [-1])
     if stop.any():
         return None

@@ -33,18 +33,19 @@ BLOCK_ELEMENTS_PER_MB = 2**20 // 4  # fp32 logits
 def bounded_logits(logits: Tensor, temperature: float, clamp: float) -> tuple[Tensor, Tensor]:
     """Centre each row on its mid-range, clamp to ±clamp, divide by the temperature. logits [..., V] fp32.
 
-    softmax is unchanged by a shift, so a row whose range fits is left as it is. Also returns how many
-    logits of each row the clamp moved, [...] int64.
+    softmax is unchanged by a shift, so a row whose range fits is left as it is, whatever other rows hold. Also
+    returns how many logits of each row the clamp moved, [...] int64.
 
     >>> bounded_logits(torch.tensor([1e4, -1e4]), 1.0, 100.0)[0].tolist()
     [100.0, -100.0]
     """
     high, low = logits.detach().amax(-1, keepdim=True), logits.detach().amin(-1, keepdim=True)
     moved = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    if bool((high - low > 2 * clamp).any()):
+    wide = high - low > 2 * clamp
+    if logits.device.type != "cpu" or bool(wide.any()):  # on a GPU the question costs more than the answer
         centred = logits - (high + low) / 2
-        moved = (centred.detach().abs() > clamp).sum(-1)
-        logits = centred.clamp(-clamp, clamp)
+        moved = (wide & (centred.detach().abs() > clamp)).sum(-1)
+        logits = torch.where(wide, centred.clamp(-clamp, clamp), logits)
     return (logits if temperature == 1.0 else logits / temperature), moved
 
 

@@ -128,7 +128,8 @@ class Work:
     row_tokens: int  # of the longest row
     micro_rows: int
     micro_batches: int  # of one optimizer step, on the busiest rank
-    chunk_rows: int
+    decode_rows: int  # that decode at once
+    cache_tokens: int  # of prompts and completions in the KV cache
     rank_rows: int  # rows that one rank trains on, in a step
 
 
@@ -136,7 +137,7 @@ def work_of(cfg: Config, ranks: int) -> Work:
     """Sizes of a step when every row is as long as it may be.
 
     >>> work_of(Config(batch_size=4, gradient_accumulation_steps=1, max_prompt_length=100, max_generate_length=100), 2)
-    Work(row_tokens=200, micro_rows=16, micro_batches=1, chunk_rows=16, rank_rows=16)
+    Work(row_tokens=200, micro_rows=16, micro_batches=1, decode_rows=16, cache_tokens=3200, rank_rows=16)
     """
     row_tokens = cfg.max_prompt_length + cfg.max_generate_length
     rows = prompts_per_step(cfg) * cfg.num_generations
@@ -144,9 +145,11 @@ def work_of(cfg: Config, ranks: int) -> Work:
     micro_rows = min(per_update, max(1, cfg.micro_batch_tokens // row_tokens))
     micro_batches = math.ceil(math.ceil(per_update / micro_rows) / ranks)
     chunk = len(cut_chunks(prompts_per_step(cfg), cfg.num_generations, cfg.rollout_chunk_rows)[0])
-    return Work(
-        row_tokens, micro_rows, micro_batches, chunk, min(rows, micro_batches * micro_rows * cfg.num_minibatches)
-    )
+    limit = cfg.rollout_tokens or chunk * row_tokens
+    decode_rows = min(chunk, max(1, limit // cfg.max_generate_length))  # a prompt counts once for many rows
+    cache_tokens = min(decode_rows * row_tokens, max(limit, row_tokens))
+    rank_rows = min(rows, micro_batches * micro_rows * cfg.num_minibatches)
+    return Work(row_tokens, micro_rows, micro_batches, decode_rows, cache_tokens, rank_rows)
 
 
 def _state_rows(cfg: Config, shape: Shape, own: Held, ranks: int, on_gpu: bool, again: bool) -> Iterator[Row]:
@@ -220,10 +223,11 @@ def estimate_shape(cfg: Config, shape: Shape, world_size: int) -> Estimate:
         away, activations = activations, layer_bytes(*sizes) + 3 * micro_tokens * shape.hidden * 4
     logits = head_bytes(shape, work.micro_rows * completion, cfg.logits_chunk_mb, width > 0, cfg.lora_r > 0)
     record = work.rank_rows * (8 * work.row_tokens + completion * (29 + 8 * width))
+    cache = kv_bytes(shape, 1, work.row_tokens, cfg.dtype) * work.cache_tokens / work.row_tokens
     rows += [
-        Row("KV cache", kv_bytes(shape, work.chunk_rows, work.row_tokens, cfg.dtype), ("rollout",), "one chunk"),
-        Row("drawing a token", draw_bytes(shape, work.chunk_rows, cfg.temperature), ("rollout",)),
-        Row("what was drawn", work.chunk_rows * completion * (16 + 4 * width), ("rollout",)),
+        Row("KV cache", cache, ("rollout",), f"{work.cache_tokens:,} tokens"),
+        Row("drawing a token", draw_bytes(shape, work.decode_rows, cfg.temperature), ("rollout",)),
+        Row("what was drawn", work.decode_rows * completion * (16 + 4 * width), ("rollout",)),
         Row("activations", activations, ("update",), "one micro-batch"),
         Row("logits block", logits, ("update",)),
         Row("rows to train on", record, ("update", "optimizer"), "ids, log-probs, support"),

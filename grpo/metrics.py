@@ -37,6 +37,7 @@ class Tally:
         self.sums = dict.fromkeys((*MEANS, *SUMS, *COUNTS), 0.0)
         self.counts = dict.fromkeys(MEANS, 0.0)
         self.maxima = dict.fromkeys(MAXIMA, 0.0)
+        self.pending: list[tuple[tuple[str, ...], tuple[str, ...], Tensor]] = []  # measured, still on the device
         self.began = time.monotonic()
         self.updates = 0
 
@@ -57,14 +58,22 @@ class Tally:
             self.maxima[name] = max(self.maxima[name], value)
 
     def micro_batch(self, loss: Tensor, means: dict[str, Tensor], maxima: dict[str, Tensor], mask: Tensor) -> None:
-        """Add what a micro-batch measured: means [B, T] over the mask, maxima []. One device synchronisation."""
+        """Note what a micro-batch measured: means [B, T] over the mask, maxima []. Nothing is read before `settle`."""
         totals = [torch.where(mask, values.detach().float(), 0.0).sum() for values in means.values()]
-        numbers = torch.stack([loss, mask.sum().float(), *totals, *maxima.values()]).tolist()
-        self.add("loss", numbers[0])
-        for name, total in zip(means, numbers[2:], strict=False):
-            self.mean(name, total, numbers[1])
-        for name, value in zip(maxima, numbers[2 + len(means) :], strict=True):
-            self.top(name, value)
+        numbers = torch.stack([loss, mask.sum().float(), *totals, *maxima.values()]).detach()
+        self.pending.append((tuple(means), tuple(maxima), numbers))
+
+    def settle(self) -> None:
+        """Add what micro-batches measured since the last time, in their order. One transfer, however many they are."""
+        pending, self.pending = self.pending, []
+        read = iter(torch.cat([numbers for _, _, numbers in pending]).tolist() if pending else ())
+        for means, maxima, _ in pending:
+            self.add("loss", next(read))
+            count = next(read)
+            for name in means:
+                self.mean(name, next(read), count)
+            for name in maxima:
+                self.top(name, next(read))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -79,17 +88,20 @@ class Tally:
 
     def mark(self) -> tuple[dict[str, float], ...]:
         """Where the sums stand, for `rewind`."""
+        self.settle()
         return self.sums.copy(), self.counts.copy(), self.maxima.copy()
 
     def rewind(self, mark: tuple[dict[str, float], ...]) -> None:
         """Forget what was added since `mark`, times excepted: it will be added again."""
         times = {name: value for name, value in self.maxima.items() if name.startswith("time/")}
         self.sums, self.counts, self.maxima = mark[0].copy(), mark[1].copy(), mark[2] | times
+        self.pending = []
 
     def reduce(self, world: World) -> dict[str, float]:
         """Reduce over ranks: means by their counts, sums, maxima. One gather. Means of nothing are left out."""
         if self.on_phase is not None:
             self.on_phase("log")
+        self.settle()
         self.maxima["time/step_s"] = time.monotonic() - self.began
         row = np.array([*self.sums.values(), *self.counts.values(), *self.maxima.values()], dtype=np.float64)
         rows = world.gather_rows(row)

@@ -196,18 +196,21 @@ class Policy:
         tally.updates += 1
         mark = tally.mark()
 
-        def accumulate(pieces: list[MicroBatch]) -> list[float]:
+        def accumulate(pieces: list[MicroBatch]) -> list[Tensor]:
             tally.rewind(mark)
-            losses = []
+            losses: list[Tensor] = []
+            # 1, exactly, until a loss is not finite; NaN from then on. A NaN gradient is how one rank tells all: the
+            # sum over ranks, and so the norm, is NaN everywhere. Nothing is read, so that the device is kept busy.
+            healthy: Tensor | float = 1.0
             for i, micro in enumerate(pieces):
                 self.pulse()
                 self.key_dropout(micro)
                 with self.parking.around(self.cfg.activation_offload):
                     loss = self.loss(micro, tally, weights_unchanged)
-                losses.append(float(loss.detach()))
-                # A NaN gradient is how one rank tells all: the sum over ranks, and so the norm, is NaN everywhere.
-                bad = not all(map(math.isfinite, losses))
-                self.backend.backward(loss * math.nan if bad else loss, last=i + 1 == len(pieces))
+                losses.append(loss.detach())
+                healthy = healthy + 0.0 * losses[-1]
+                self.backend.backward(loss * healthy, last=i + 1 == len(pieces))
+            tally.settle()  # waits for the device once, so that the phase's seconds are those of its work
             return losses
 
         with tally.phase("micro_batches"):
@@ -217,7 +220,7 @@ class Policy:
             norm = self.backend.step(lr, self.cfg.max_grad_norm)
         self.backend.train(False)
         if not math.isfinite(norm):
-            raise SkippedUpdate(f"gradient norm {norm}", losses)
+            raise SkippedUpdate(f"gradient norm {norm}", torch.stack(losses).tolist() if losses else [])
         self.last_lr = lr
         self.counters.updates += 1
         return norm

@@ -34,47 +34,110 @@ class Scored:
     faults: np.ndarray  # [len(completions), K] 0, FAILED or LATE
 
 
-def score(
-    rewards: Rewards, prompts: Sequence[Prompt], completions: Sequence[Completion], num_generations: int,
-    tokenizer: PreTrainedTokenizerBase, as_messages: bool, report: Callable[[str], None],
-    pulse: Pulse = lambda: False,
-) -> Scored:  # fmt: skip
-    """Score this rank's completions: one by one, or by whole groups for rewards that see groups.
+class Scoring:
+    """Scores of a step's, or an evaluation's completions on this rank, asked for while others are still sampled.
 
-    `report` gets a line for each of a function's first failures. When `pulse` says stop, what is not scored yet stays
-    without a score, and counts as no failure.
+    Rewards get a completion as soon as `take` does, and a group once all of it is there; `pulse` moves their calls
+    along, and `finish` waits for what is missing. What comes out does not depend on when completions were taken.
     """
-    samples = [
-        _sample(completion, prompts[completion.sample // num_generations], tokenizer, as_messages)
-        for completion in completions
-    ]
-    groups: dict[int, list[int]] = {}
-    for i in sorted(range(len(completions)), key=lambda i: completions[i].sample):
-        groups.setdefault(completions[i].sample // num_generations, []).append(i)
-    singles = [[i] for i in range(len(samples))]
-    calls = [
-        Call(k, tuple(rows))
-        for k, reward in enumerate(rewards.rewards)
-        for rows in (groups.values() if reward.sees_group else singles)
-    ]
-    scores, faults = (
-        np.full((len(samples), len(rewards.rewards)), NO_SCORE),
-        np.zeros((len(samples), len(rewards.rewards))),
-    )
-    failures: list[list[Failure]] = [[] for _ in rewards.rewards]
-    for made, answer in zip(calls, rewards.run(samples, calls, pulse), strict=True):
-        for row, outcome in zip(made.rows, answer.outcomes if answer else [], strict=answer is not None):
-            if isinstance(outcome, str):
-                assert answer is not None
-                name = rewards.rewards[made.k].name
-                failures[made.k].append(Failure(name, outcome, samples[row], answer.timeout))
-                faults[row, made.k] = LATE if answer.timeout else FAILED
-            elif outcome is not None:
-                scores[row, made.k] = outcome
-    for of_one in failures:
-        for failure in of_one[:REPORTED_FAILURES]:
-            report(str(failure))
-    return Scored(completions, samples, scores, faults)
+
+    def __init__(
+        self, cfg: Config, rewards: Rewards, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase,
+        report: Callable[[str], None], pulse: Pulse = lambda: False, num_generations: int | None = None,
+    ):  # fmt: skip
+        """`report` gets a line for each of a function's first failures. num_generations: of a prompt; None: as in cfg.
+
+        Raises UserError when a worker cannot be started.
+        """
+        self.rewards, self.prompts, self.tokenizer, self.report = rewards, prompts, tokenizer, report
+        self.num_generations = num_generations or cfg.num_generations
+        self.as_messages = cfg.reward_inputs == "messages"
+        self.asked_to_stop = pulse
+        self.stopped = False
+        self.taken: dict[int, Completion] = {}  # by sample, like the next two
+        self.samples: dict[int, Sample] = {}
+        self.rows: dict[int, int] = {}  # in the order of arrival: what calls name
+        self.parts: dict[int, list[int]] = {}  # samples of groups that are not whole yet
+        self.places: dict[tuple[int, tuple[int, ...]], int] = {}  # (function, samples) -> place of the call
+        rewards.begin()
+
+    def pulse(self) -> bool:
+        """For whoever samples, in place of the pulse that was given."""
+        if not self._stop():
+            self.rewards.advance()
+        return self.stopped
+
+    def take(self, completions: Sequence[Completion]) -> None:
+        """Completions that are final, each once. After a request to stop they may be cut, and are left alone."""
+        if self.rewards.apart and not self.stopped:
+            self._submit(completions)
+            self.rewards.advance()
+
+    def finish(self, completions: Sequence[Completion]) -> Scored:
+        """What the rewards say of all completions, in the order in which they are given here.
+
+        When the pulse says stop, what is not scored yet stays without a score, and counts as no failure.
+        """
+        for one in completions:
+            same = one.sample not in self.taken or np.array_equal(one.token_ids, self.taken[one.sample].token_ids)
+            assert same, "a completion that was taken is not the one that was returned"
+        if not self.stopped:
+            self._submit([one for one in completions if one.sample not in self.taken], last=True)
+        answers = self.rewards.collect(self._stop)
+        samples = [self.samples.get(one.sample) or self._sample(one) for one in completions]
+        row_of = {one.sample: row for row, one in enumerate(completions)}
+        whole: dict[int, list[int]] = {}
+        for sample in sorted(row_of):
+            whole.setdefault(sample // self.num_generations, []).append(sample)
+        scores = np.full((len(samples), len(self.rewards.rewards)), NO_SCORE)
+        faults = np.zeros_like(scores)
+        for k, reward in enumerate(self.rewards.rewards):
+            failures: list[Failure] = []
+            for chosen in whole.values() if reward.sees_group else [[sample] for sample in row_of]:
+                place = self.places.get((k, tuple(chosen)))
+                answer = None if place is None else answers[place]
+                for sample, outcome in zip(chosen, answer.outcomes if answer else [], strict=answer is not None):
+                    row = row_of[sample]
+                    if isinstance(outcome, str):
+                        assert answer is not None
+                        failures.append(Failure(reward.name, outcome, samples[row], answer.timeout))
+                        faults[row, k] = LATE if answer.timeout else FAILED
+                    elif outcome is not None:
+                        scores[row, k] = outcome
+            for failure in failures[:REPORTED_FAILURES]:
+                self.report(str(failure))
+        return Scored(completions, samples, scores, faults)
+
+    def _stop(self) -> bool:
+        self.stopped = self.asked_to_stop() or self.stopped
+        return self.stopped
+
+    def _submit(self, completions: Sequence[Completion], last: bool = False) -> None:
+        """Have the calls made that these completions allow; last: groups that are not whole will not become so."""
+        for one in completions:
+            assert one.sample not in self.taken, "a completion was given twice"
+            self.rows[one.sample] = len(self.rows)
+            self.taken[one.sample], self.samples[one.sample] = one, self._sample(one)
+            self.parts.setdefault(one.sample // self.num_generations, []).append(one.sample)
+        ready = sorted(p for p, part in self.parts.items() if last or len(part) == self.num_generations)
+        groups = [tuple(sorted(self.parts.pop(p))) for p in ready]
+        singles = [(one.sample,) for one in completions]
+        calls = []
+        for k, reward in enumerate(self.rewards.rewards):
+            for chosen in groups if reward.sees_group else singles:
+                self.places[k, chosen] = len(self.places)
+                calls.append(Call(k, tuple(self.rows[sample] for sample in chosen)))
+        self.rewards.submit([self.samples[one.sample] for one in completions], calls)
+
+    def _sample(self, completion: Completion) -> Sample:
+        """A completion as rewards see it."""
+        prompt = self.prompts[completion.sample // self.num_generations]
+        ids = completion.token_ids.tolist()
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        if not self.as_messages:
+            return Sample(prompt.text, text, ids, prompt.columns)
+        messages = prompt.messages or [{"role": "user", "content": prompt.text}]
+        return Sample(messages, [{"role": "assistant", "content": text}], ids, prompt.columns)
 
 
 def combine(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
@@ -90,15 +153,6 @@ def combine(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     applies = ~np.isnan(scores)
     total = (np.where(applies, scores, 0.0) * np.asarray(weights)).sum(-1)
     return np.where(applies.any(-1), total, NO_SCORE)
-
-
-def _sample(completion: Completion, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, as_messages: bool) -> Sample:
-    ids = completion.token_ids.tolist()
-    text = str(tokenizer.decode(ids, skip_special_tokens=True))
-    if not as_messages:
-        return Sample(prompt.text, text, ids, prompt.columns)
-    messages = prompt.messages or [{"role": "user", "content": prompt.text}]
-    return Sample(messages, [{"role": "assistant", "content": text}], ids, prompt.columns)
 
 
 def gather(

@@ -73,17 +73,14 @@ class Student(Policy):
         batches = lesson_batches(self.cfg, self.world, rows, self.even_block)
 
         def add_up(pieces: list[MicroBatch]) -> np.ndarray:
-            total = np.zeros(3)
+            totals = []
             for micro in pieces:
                 self.pulse()
                 logprobs = self.backend.score(micro)
                 assert self.scorer.hits is not None
-                total += [
-                    float(-torch.where(micro.mask, logprobs, 0.0).sum(dtype=torch.float64)),
-                    int((self.scorer.hits & micro.mask).sum()),
-                    int(micro.mask.sum()),
-                ]
-            return total
+                lost = -torch.where(micro.mask, logprobs, 0.0).sum(dtype=torch.float64)
+                totals.append(torch.stack([lost, (self.scorer.hits & micro.mask).sum(), micro.mask.sum()]))
+            return torch.stack(totals).cpu().numpy().sum(axis=0) if totals else np.zeros(3)
 
         lost, right, tokens = self.world.sum_rows(self._within_memory(batches, add_up))
         return {"eval/loss": float(lost / tokens), "eval/token_accuracy": float(right / tokens)}

@@ -23,7 +23,7 @@ from grpo.policy import Policy
 from grpo.rewards.pool import InProcess
 from grpo.rollout import rollout
 from grpo.rollout.native import NativeEngine
-from grpo.scoring import advantages_of, gather, score
+from grpo.scoring import Scoring, advantages_of, gather
 from grpo.types import FACTS, Completion, Prompt, Table
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -289,7 +289,7 @@ def counted_step(world: World, out: Path, seed: int = 0, **settings):
     completions = rollout(engine, prompts, 0, cfg, world)
     even = lambda completion_ids, **_: [sum(i % 2 for i in ids) / 9 for ids in completion_ids]  # noqa: E731
     rewards = InProcess.of({"even": even})
-    scored = score(rewards, prompts, completions, cfg.num_generations, tiny_tokenizer(), False, print)
+    scored = Scoring(cfg, rewards, prompts, tiny_tokenizer(), print).finish(completions)
     table = gather(world, cfg, rewards.rewards, scored, (False, False))
     advantages = advantages_of(table, cfg)
     plan = make_plan(cfg, prompts, table.lengths, advantages, world.size)

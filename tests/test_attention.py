@@ -5,6 +5,7 @@ Chance cannot pass: another completion made visible, or a position off by one, i
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,14 +103,13 @@ def test_a_common_header_stands_once_and_changes_nothing(architecture, reading):
     # In use: prompts with a common beginning, in the cache and in a micro-batch.
     prompts = [tuple(stem.tolist()) for stem in stems]
     requests = [Request(n, n, 0, prompts[n // 2]) for n in range(6)]
-    shared, plain = SharedCache(head, requests, 40), PlainCache(model, requests, 40)
+    shared, plain = SharedCache(head, requests, 40), PlainCache(model, 40)
     with torch.no_grad():
-        torch.testing.assert_close(shared.prefill(), plain.prefill(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(shared.join(requests, True), plain.join(requests, True), rtol=1e-4, atol=1e-4)
         assert shared.header == 17
         for t in range(12):
             if t == 3:
-                keep = torch.tensor([1, 4, 5])
-                shared.keep(keep), plain.keep(keep)
+                plain.keep(shared.keep(np.array([1, 4, 5]), last=True), last=True)
             token = torch.randint(3, 300, (6 if t < 3 else 3,), generator=torch.Generator().manual_seed(t))
             torch.testing.assert_close(shared.decode(token), plain.decode(token), rtol=1e-3, atol=1e-3)
 
@@ -222,15 +222,15 @@ def test_shared_and_plain_caches_give_the_same_logits(architecture, reading):
     with torch.no_grad():
         lean = checked_lean(head)
     assert (lean is None) == (architecture not in FAMILY)
-    shared, plain = SharedCache(head, requests, 80, lean), PlainCache(model, requests, 80)
+    shared, plain = SharedCache(head, requests, 80, lean), PlainCache(model, 80)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        torch.testing.assert_close(shared.prefill(), plain.prefill(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(shared.join(requests, True), plain.join(requests, True), rtol=1e-4, atol=1e-4)
         rows = 6
         for t in range(70):  # beyond the first room of 64
             if t in (5, 9, 12):  # rows leave, the first prompt's among them
                 keep = {5: [0, 2, 3, 4, 5], 9: [1, 2, 3], 12: [2, 1]}[t]
-                shared.keep(torch.tensor(keep)), plain.keep(torch.tensor(keep))
+                plain.keep(shared.keep(np.array(keep), last=True), last=True)
                 rows = len(keep)
             token = torch.randint(3, 300, (rows,), generator=generator)
             torch.testing.assert_close(shared.decode(token), plain.decode(token), rtol=1e-3, atol=1e-3)

@@ -30,6 +30,7 @@ from grpo.rewards import Sample
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import InProcess, open_rewards
 from grpo.types import FACTS, Completion, Counters, Prompt, Table
+from tests.asking_rewards import answers_of
 from tests.launcher import PROJECT
 from tests.tiny import tiny_tokenizer
 
@@ -93,7 +94,7 @@ class Answerer:
 
     room = Room("rollout", "rollout_chunk_rows", "rows")
 
-    def generate(self, requests, sampling, pulse):
+    def generate(self, requests, sampling, pulse, on_finished=None):
         one = np.ones(1)
         return [Completion(r.sample, one.astype(np.int32), one.astype(np.float32), "stop") for r in requests]
 
@@ -277,7 +278,7 @@ def test_the_examples_work(tmp_path, monkeypatch):
 
     def scores(name, *pairs):
         samples = [Sample(questions.items[row].text, text, [1], questions.items[row].columns) for row, text in pairs]
-        [answer] = rewards.run(samples, [Call(index[name], tuple(range(len(samples))))], lambda: False)
+        [answer] = answers_of(rewards, samples, [Call(index[name], tuple(range(len(samples))))])
         assert not any(isinstance(outcome, str) for outcome in answer.outcomes)
         return answer.outcomes
 

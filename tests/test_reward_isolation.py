@@ -20,12 +20,12 @@ import pytest
 import reward_func
 from grpo.config import Config
 from grpo.errors import UserError
-from grpo.rewards import Sample
-from grpo.rewards import pool as pool_module
+from grpo.rewards import Sample, warden_process
 from grpo.rewards.calls import Call
 from grpo.rewards.confine import WITHOUT_NAMESPACES
 from grpo.rewards.pool import InProcess, Pool, open_rewards
 from tests import hostile_rewards
+from tests.asking_rewards import answers_of
 from tests.launcher import PROJECT
 
 HOSTILE = str(Path(hostile_rewards.__file__))
@@ -68,7 +68,7 @@ def opened(cfg):
 
 def outcomes(pool, k, *samples):
     """One call for each sample."""
-    answers = pool.run(samples, [Call(k, (i,)) for i in range(len(samples))], lambda: False)
+    answers = answers_of(pool, samples, [Call(k, (i,)) for i in range(len(samples))])
     return [answer.outcomes[0] for answer in answers]
 
 
@@ -171,10 +171,10 @@ def test_an_attack_costs_its_own_sample_only(arena, name):
 def test_what_a_call_leaves_behind_ends_with_it(arena, name):
     pool, _, _ = arena
     harmless = [Call(list(ATTACKS).index(name), (0,)) for name in ("loop", "code_hangs")]  # one for each worker
-    pool.run([sample("hi")], harmless, lambda: False)
+    answers_of(pool, [sample("hi")], harmless)
     before = len(left())
     outcomes(pool, list(ATTACKS).index(name), sample("attack"))
-    pool.run([sample("hi")], harmless, lambda: False)
+    answers_of(pool, [sample("hi")], harmless)
     assert gone(lambda: left()[before:])
 
 
@@ -213,6 +213,7 @@ OWNER = """
 import os, sys, time
 from grpo.config import Config
 from grpo.rewards import Sample
+from grpo.rewards import warden_process
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import open_rewards
 pool = open_rewards(Config(rewards={sys.argv[1]: 1.0}, reward_timeout_s=1000.0), print)
@@ -222,7 +223,9 @@ def pulse():
         print("busy", flush=True)
         sys.stdin.read(1)
     return False
-pool.run([Sample("", "attack", [], {})] * 2, [Call(0, (0,)), Call(0, (1,))], pulse)
+pool.begin()
+pool.submit([Sample("", "attack", [], {})] * 2, [Call(0, (0,)), Call(0, (1,))])
+pool.collect(pulse)
 """
 
 
@@ -253,7 +256,7 @@ def test_a_request_to_stop_leaves_the_rest_undone_at_once(nothing_left):
         return time.monotonic() > started + 1
 
     with opened(cfg_of(["loop"], reward_timeout_s=1000.0, reward_workers=2)) as pool:
-        answers = pool.run(samples, [Call(0, (i,)) for i in range(4)], pulse)
+        answers = answers_of(pool, samples, [Call(0, (i,)) for i in range(4)], pulse)
         assert answers[1:] == [None] * 3 and beats[-1] > started + 1
         assert np.median(np.diff(beats)) < 0.2
         assert outcomes(pool, 0, sample("again")) == [5.0]  # and it can go on
@@ -273,7 +276,7 @@ def test_wardens_that_are_killed_cost_one_call_each_and_are_replaced(nothing_lef
     samples = [sample("attack"), sample("abc"), sample("attack"), sample("abcd")]
     calls = [Call(0, (i,)) for i in range(4)]
     with opened(cfg_of(["code_hangs"], reward_timeout_s=1000.0, reward_workers=2)) as pool:
-        said = [answer.outcomes[0] for answer in pool.run(samples, calls, pulse)]
+        said = [answer.outcomes[0] for answer in answers_of(pool, samples, calls, pulse)]
     assert said[1] == 3.0 and said[3] == 4.0
     assert all("ended from outside" in said[i] for i in (0, 2))
 
@@ -302,7 +305,7 @@ def test_a_new_worker_runs_the_text_that_was_read_at_the_start(tmp_path):
     ids=["exception", "exit", "dies", "hangs", "misnamed", "syntax"],
 )
 def test_a_file_that_cannot_be_imported_is_one_clear_error(nothing_left, tmp_path, monkeypatch, text, said):
-    monkeypatch.setattr(pool_module, "IMPORT_S", 1.5)
+    monkeypatch.setattr(warden_process, "IMPORT_S", 1.5)
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(UserError, match=said):
         Pool(cfg_of(["reward"], file=tmp_path / "mine.py"), print)
@@ -320,7 +323,7 @@ def test_scores_are_bit_equal_to_those_in_process(workers):
     calls = [Call(k, (i,)) for k in range(len(names)) for i in range(len(samples))]
     here = InProcess.of({name: getattr(reward_func, name) for name in names})
     with opened(Config(rewards=dict.fromkeys(names, 1.0), reward_workers=workers)) as pool:
-        assert pool.run(samples, calls, lambda: False) == here.run(samples, calls, lambda: False)
+        assert answers_of(pool, samples, calls) == answers_of(here, samples, calls)
 
 
 MATH_VERIFY = """

@@ -22,6 +22,7 @@ from grpo.reward_library.numeric import number
 from grpo.rewards import Sample
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import open_rewards
+from tests.asking_rewards import answers_of
 from tests.launcher import PROJECT
 from tests.tiny import tiny_config, tiny_tokenizer
 from tests.work import Counted, counted_patterns, patterns_of, work_of
@@ -428,7 +429,7 @@ def test_parameters_arrive_and_columns_do_not_pass_for_them(tmp_path, workers):
     sample = Sample("q", "<answer>", [1], {"answer": "B", "refuse": 7, "options": 9, "limit": 0})
     refusing = Sample("q", "<answer>?</answer>", [1], {"answer": "B", "refuse": 7, "options": 9, "limit": 0})
     with closing(open_rewards(cfg, print)) as pool:
-        answered = pool.run([sample, refusing], [Call(0, (0,)), Call(1, (0,)), Call(2, (1,))], lambda: False)
+        answered = answers_of(pool, [sample, refusing], [Call(0, (0,)), Call(1, (0,)), Call(2, (1,))])
     assert [answer.outcomes for answer in answered] == [[1.0], [0.5], [0.6]]
 
 
@@ -523,7 +524,7 @@ def test_a_classifier_scores_groups(classifiers, name, workers):
     samples = [Sample(prompt, completion, [1], {}) for prompt, completion in PAIRS]
     with closing(open_rewards(cfg, print)) as pool:
         assert pool.rewards[0].sees_group and len(pool.rewards[0].source.splitlines()[-1]) == 64
-        answers = pool.run(samples, [Call(0, (0, 1, 2, 3)), Call(0, (3, 2, 1, 0))], lambda: False)
+        answers = answers_of(pool, samples, [Call(0, (0, 1, 2, 3)), Call(0, (3, 2, 1, 0))])
     want = expected(classifiers[name], 1)
     assert answers[0].outcomes == pytest.approx(want, abs=1e-5) and len({round(score, 3) for score in want}) == 3
     assert answers[1].outcomes == answers[0].outcomes[::-1]

@@ -17,10 +17,12 @@ from grpo.rewards import Failure, Sample
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import InProcess, open_rewards
 from grpo.rewards.protocol import Splitter, cut, dump, frame, load
-from grpo.scoring import FAILED, LATE, check_failures, combine, rollout_metrics, score
+from grpo.scoring import FAILED, LATE, Scoring, check_failures, combine, rollout_metrics
 from grpo.types import FACTS, Completion, Prompt, Table
+from tests.asking_rewards import answers_of
 from tests.tiny import tiny_tokenizer
 
+THREE = Config(num_generations=3)
 SHIPPED = ["final_answer_reward", "correctness_reward", "digit_reward", "hard_format_reward", "mark_reward"]
 
 
@@ -37,7 +39,7 @@ def sample(text="hi", **columns):
 
 def one(function, **how):
     """The outcome of one call, in this process."""
-    [answer] = InProcess.of({"f": function}).run([sample(**how)], [Call(0, (0,))], lambda: False)
+    [answer] = answers_of(InProcess.of({"f": function}), [sample(**how)], [Call(0, (0,))])
     return answer.outcomes[0]
 
 
@@ -122,7 +124,7 @@ def test_calls_are_single_rows_or_whole_groups_in_order():
     group.sees_group = True
     prompts, rows = completions(6, 3)
     rows = [rows[i] for i in (4, 0, 2, 5, 1, 3)]  # sample order must not depend on the order of arrival
-    scored = score(InProcess.of({"s": single, "g": group}), prompts, rows, 3, tiny_tokenizer(), False, print)
+    scored = Scoring(THREE, InProcess.of({"s": single, "g": group}), prompts, tiny_tokenizer(), print).finish(rows)
     assert sorted(calls["single"]) == [["q0"]] * 3 + [["q1"]] * 3
     assert sorted(calls["group"]) == [(["q0"] * 3, [[5], [6], [7]]), (["q1"] * 3, [[8], [9], [10]])]
     assert scored.scores[:, 1].tolist() == [1.0, 0.0, 2.0, 2.0, 1.0, 0.0]
@@ -132,7 +134,7 @@ def test_failures_are_counted_per_completion_and_reported_three_times_a_function
     said: list[str] = []
     prompts, rows = completions(6, 3)
     both = InProcess.of({"bad": exits, "fine": lambda completions, **columns: [1.0], "worse": lambda **columns: None})
-    scored = score(both, prompts, rows, 3, tiny_tokenizer(), False, said.append)
+    scored = Scoring(THREE, both, prompts, tiny_tokenizer(), said.append).finish(rows)
     assert scored.faults.tolist() == [[FAILED, 0.0, FAILED]] * 6
     assert np.isnan(scored.scores[:, [0, 2]]).all() and (scored.scores[:, 1] == 1).all()
     assert [line.split()[1] for line in said] == ["bad"] * 3 + ["worse"] * 3
@@ -142,7 +144,7 @@ def test_a_request_to_stop_is_no_failure():
     prompts, rows = completions(6, 3)
     beats = iter([False, False, True, True])
     one_only = InProcess.of({"fine": lambda completions, **columns: [1.0]})
-    scored = score(one_only, prompts, rows, 3, tiny_tokenizer(), False, print, lambda: next(beats))
+    scored = Scoring(THREE, one_only, prompts, tiny_tokenizer(), print, lambda: next(beats)).finish(rows)
     assert np.isnan(scored.scores[:, 0]).tolist() == [False] * 2 + [True] * 4 and not scored.faults.any()
 
 
@@ -240,14 +242,14 @@ def test_loading_by_name_and_by_file_and_calling(mine, workers):
         ]  # fmt: skip
         assert pool.rewards[0].source.startswith("def mark_reward(")
         calls = [Call(0, (0,)), Call(1, (0,)), Call(2, (0,)), Call(1, (0,))]
-        answers = [answer.outcomes for answer in pool.run([rich], calls, lambda: False)]
+        answers = [answer.outcomes for answer in answers_of(pool, [rich], calls)]
     assert answers == [[0.0], [1.0], [2.0], [1.0]]
 
 
 def test_a_column_that_cannot_travel_is_its_samples_failure(mine):
     samples = [sample("ab"), sample("abc", picture=object()), sample("abcd")]
     with contextlib.closing(open_rewards(Config(rewards={f"{mine}:array_reward": 1.0}), print)) as pool:
-        answers = [a.outcomes[0] for a in pool.run(samples, [Call(0, (i,)) for i in range(3)], lambda: False)]
+        answers = [a.outcomes[0] for a in answers_of(pool, samples, [Call(0, (i,)) for i in range(3)])]
     assert answers == [2.0, "a value of type object cannot be passed to a reward worker", 4.0]
 
 
@@ -269,7 +271,7 @@ def test_group_rewards_need_whole_groups_in_a_chunk(mine):
         open_rewards(Config(rewards=names, num_generations=8, rollout_chunk_rows=8), print)
     ) as pool:
         assert pool.rewards[0].sees_group
-        [answer] = pool.run([sample(), sample()], [Call(0, (0, 1))], lambda: False)
+        [answer] = answers_of(pool, [sample(), sample()], [Call(0, (0, 1))])
         assert answer.outcomes == [0.0, 0.0]
     with pytest.raises(UserError, match="sees whole groups of 8"):
         open_rewards(Config(rewards=names, num_generations=8, rollout_chunk_rows=7), print)

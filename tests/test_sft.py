@@ -63,6 +63,7 @@ def gradient_of(student, batches):
     tally = Tally()
     loss = sum(student.loss(micro, tally, True) for micro in batches)
     loss.backward()
+    tally.settle()
     hits = tally.sums["sft/token_accuracy"] / tally.counts["sft/token_accuracy"]
     gradient = torch.cat([p.grad.flatten().double() for p in student.model.parameters() if p.grad is not None])
     return float(loss.detach()), hits, gradient

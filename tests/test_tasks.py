@@ -21,6 +21,7 @@ from grpo.prompts import build, make_recipe, render
 from grpo.rewards import Sample
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import open_rewards
+from tests.asking_rewards import answers_of
 from tests.launcher import PROJECT, environment, metrics_of, run_script
 from tests.tiny import tiny_config, tiny_tokenizer
 
@@ -119,7 +120,7 @@ def total(cfg, prompt, *completions):
     samples = [Sample(prompt.text, text, [1], prompt.columns) for text in completions]
     calls = [Call(k, (row,)) for k in range(len(rewards.rewards)) for row in range(len(samples))]
     sums = [0.0] * len(samples)
-    for call, answer in zip(calls, rewards.run(samples, calls, lambda: False), strict=True):
+    for call, answer in zip(calls, answers_of(rewards, samples, calls), strict=True):
         [outcome] = answer.outcomes
         assert isinstance(outcome, float), outcome
         sums[call.rows[0]] += outcome * rewards.rewards[call.k].weight

@@ -1,12 +1,12 @@
 """Whole weights on every rank: a single process, or data parallel over ranks.
 
-Gradients are summed in flat buckets after the last micro-batch. torch's DistributedDataParallel is not
-used: it averages where our contract sums, expects the forward to go through its wrapper (ours calls body
-and head apart), and hangs when a rank has no micro-batch.
+Gradients are summed in flat buckets, each sent as soon as the last micro-batch's backward is done with it
+(`BucketSum`). torch's DistributedDataParallel is not used: it averages where our contract sums, expects the
+forward to go through its wrapper (ours calls body and head apart), and hangs when a rank has no micro-batch.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,9 @@ class Replicated:
         self.scorer = scorer
         self.world = world
         self.parameters = trainable(scorer)
-        self.fixed = FixedPointSum(list(self.parameters.values())) if cfg.deterministic else None
+        parameters = list(self.parameters.values())
+        self.fixed = FixedPointSum(parameters) if cfg.deterministic else None
+        self.buckets = BucketSum(parameters) if world.size > 1 and not cfg.deterministic else None
         groups = decay_groups(self.parameters, cfg.weight_decay)
         self.in_8bit = cfg.optimizer != "adamw"
         if self.in_8bit:
@@ -49,22 +51,23 @@ class Replicated:
         self.scorer.train(mode)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add this micro-batch's gradient."""
+        """Add this micro-batch's gradient; during the last one's backward, buckets that are whole leave for the sum."""
+        if self.buckets is not None:
+            self.buckets.sending = last
         loss.backward()
         if self.fixed is not None:
             self.fixed.take()
 
     def step(self, lr: float, max_norm: float) -> float:
         """Sum, clip, step; without a finite norm, only forget the gradients."""
-        gradients = []
+        if self.buckets is not None:
+            self.buckets.give()
         for parameter in self.parameters.values():
             if parameter.grad is None:  # a rank without micro-batches adds zeros
                 parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
         if self.fixed is not None:
             self.fixed.give(self.world.size)
-        elif self.world.size > 1:
-            self._sum_over_ranks(gradients)
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
         if math.isfinite(norm):
             if norm > max_norm:
@@ -74,18 +77,13 @@ class Replicated:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _sum_over_ranks(self, gradients: list[Tensor]) -> None:
-        for bucket in _buckets(gradients):
-            flat = torch.cat([gradient.view(-1) for gradient in bucket])
-            dist.all_reduce(flat)
-            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-
     def forget(self) -> None:
-        """Drop gradients."""
+        """Drop gradients, those excepted that other ranks are adding already: they were whole."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.fixed is not None:
             self.fixed.clear()
+        if self.buckets is not None:
+            self.buckets.forget()
 
     def held(self) -> Iterable[tuple[str, Tensor]]:
         """Weights, frozen ones too, and moments."""
@@ -121,6 +119,85 @@ class Replicated:
         """A parameter's moments, by the names that checkpoints use; nothing before its first update."""
         state = self.optimizer.state.get(parameter, {})
         return moments_of(state) if self.in_8bit else {moment: state[moment] for moment in MOMENTS if moment in state}
+
+
+class BucketSum:
+    """Gradients summed over ranks in flat buckets, which leave while the backward goes on.
+
+    Buckets follow the backward: the last parameters come first. A gradient moves into its bucket when it is first
+    added, and stays there as a view: later micro-batches add to it in place, the sum arrives in it, nothing is copied
+    back. Every rank sends all buckets in one fixed order, each after the one before, whatever becomes ready first; so
+    neither data nor memory nor a rank without work changes which collectives meet.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.buckets = _buckets(parameters[::-1])
+        self.bucket_of = {parameter: i for i, bucket in enumerate(self.buckets) for parameter in bucket}
+        self.sums: list[tuple[Tensor, dist.Work]] = []  # of the buckets that have left
+        self.forget()
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._added)
+
+    def forget(self) -> None:
+        """Start the minibatch anew. Buckets that have left keep what they hold: it was whole, others add to it."""
+        self.sending = False  # whether the backward that runs is the minibatch's last
+        self.kept = len(self.sums)  # buckets that left in an earlier try
+        self.flats: dict[int, Tensor] = {}
+        self.placed: set[Tensor] = set()  # parameters whose gradient is a view of its bucket
+        self.missing: list[set[Tensor]] = [set(bucket) for bucket in self.buckets]  # whose gradient is not final yet
+
+    def give(self) -> None:
+        """Send what has not left, wait for all sums, put them into the gradients, start anew."""
+        while len(self.sums) < len(self.buckets):
+            self._send()
+        for bucket, (flat, work) in zip(self.buckets, self.sums, strict=True):
+            work.wait()
+            for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                parameter.grad = part.view_as(parameter)
+        self.sums = []
+        self.forget()
+
+    def _added(self, parameter: Tensor) -> None:
+        """Called by autograd once a backward for each parameter, when all its uses are in its gradient."""
+        index = self.bucket_of[parameter]
+        if index < self.kept:  # memory ran out after it had left: what it holds serves
+            parameter.grad = None
+            return
+        self._place(parameter)
+        if self.sending:
+            assert parameter in self.missing[index], "a gradient was added to after it was taken for final"
+            self.missing[index].remove(parameter)
+            while len(self.sums) < len(self.buckets) and not self.missing[len(self.sums)]:
+                self._send()
+
+    def _place(self, parameter: Tensor) -> None:
+        """Move a gradient into its bucket, once; one that is a bucket of its own stays where it is."""
+        if parameter in self.placed:
+            return
+        index = self.bucket_of[parameter]
+        bucket, gradient = self.buckets[index], parameter.grad
+        if gradient is None:
+            gradient = torch.zeros_like(parameter)
+        if len(bucket) == 1:
+            self.flats[index] = gradient.view(-1)
+        else:
+            if index not in self.flats:
+                self.flats[index] = gradient.new_empty(sum(p.numel() for p in bucket))
+            parts = self.flats[index].split([p.numel() for p in bucket])
+            view = next(part for p, part in zip(bucket, parts, strict=True) if p is parameter).view_as(parameter)
+            gradient = view.copy_(gradient)
+        parameter.grad = gradient
+        self.placed.add(parameter)
+
+    def _send(self) -> None:
+        """Let the next bucket leave, with zeros for parameters that got no gradient."""
+        index = len(self.sums)
+        for parameter in self.buckets[index]:
+            self._place(parameter)
+        flat = self.flats[index]
+        work = dist.all_reduce(flat, async_op=True)
+        assert work is not None
+        self.sums.append((flat, work))
 
 
 class FixedPointSum:
@@ -190,7 +267,7 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     buckets: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:

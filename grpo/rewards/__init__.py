@@ -8,6 +8,8 @@ of processes.
                     <-answers--         <-answers--
 
     pool        finds the functions, deals calls out to the wardens, reads their answers
+    round       the calls of one step: which wait, what was answered
+    warden_process  a warden as the trainer holds it
     warden      holds the deadline and the limits; kills and replaces its worker; runs nothing of the user's
     worker      the only process that runs the user's file; marked `runs_code`, one process for each sample
     functions   importing a file, one call, what counts as a score

@@ -29,17 +29,23 @@ class Answer:
 class Packed:
     """Samples as they travel; those of one prompt share its columns."""
 
-    def __init__(self, samples: Sequence[Sample]):
-        self.rows = [_dump([sample.completion, sample.token_ids]) for sample in samples]
+    def __init__(self) -> None:
+        self.rows: list[bytes | str] = []
         self.prompts: list[bytes | str] = []
         self.prompt_of: list[int] = []
-        known: dict[tuple[int, int], int] = {}
+        self.known: dict[tuple[int, int], int] = {}
+        self.held: list[Sample] = []  # one of each prompt: while they are here, nothing else gets their objects' ids
+
+    def add(self, samples: Sequence[Sample]) -> None:
+        """More samples; their rows follow those that are here."""
         for sample in samples:
+            self.rows.append(_dump([sample.completion, sample.token_ids]))
             key = (id(sample.columns), id(sample.prompt))
-            if key not in known:
-                known[key] = len(self.prompts)
+            if key not in self.known:
+                self.known[key] = len(self.prompts)
                 self.prompts.append(_dump([sample.prompt, sample.columns]))
-            self.prompt_of.append(known[key])
+                self.held.append(sample)
+            self.prompt_of.append(self.known[key])
 
     def problem(self, rows: Sequence[int]) -> str | None:
         """Why these rows cannot travel, if so."""

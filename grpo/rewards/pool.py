@@ -2,49 +2,49 @@
 
 `open_rewards` gives a Pool of wardens (see `grpo/rewards/__init__.py`), or, with reward_workers 0, functions that are
 called right here, for debugging. Both give the same answers for functions that depend on their arguments alone.
+
+A round of calls is begun, submitted at once or bit by bit, and collected. A pool makes calls from the moment they are
+submitted, as far as `advance` is called now and then: no thread, so that nothing happens while nobody looks.
 """
 
 import atexit
-import contextlib
-import math
-import os
 import selectors
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from grpo.config import PROJECT, Config
-from grpo.errors import UserError
+from grpo.config import Config
 from grpo.rewards import Reward, Sample
-from grpo.rewards.calls import Answer, Call, Packed, failed, read_answer
-from grpo.rewards.confine import WITHOUT_NAMESPACES
+from grpo.rewards.calls import Answer, Call, read_answer
 from grpo.rewards.functions import RewardFunction, call, describe
 from grpo.rewards.loading import locate, make_rewards
-from grpo.rewards.protocol import MAX_ANSWER, MAX_REQUEST, Splitter, dump, frame, load, read_frame
+from grpo.rewards.protocol import dump, frame
+from grpo.rewards.round import Round
+from grpo.rewards.warden_process import GRACE_S, IMPORT_S, Warden
 from grpo.types import Pulse
 
-IMPORT_S = 60.0  # for importing the functions' files
-GRACE_S = 10.0  # beyond all deadlines, before a warden itself counts as lost
 PULSE_S = 0.1
-MAX_BATCH = 64  # calls handed out together
-KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ", "SYSTEMROOT", "VIRTUAL_ENV")  # and LC_*
+LOOK_S = 0.02  # at least, between two looks of `advance`
+UNSEEN_S = 1.0  # more than that between two looks is not held against a warden: nobody was there to hear it
 
 
 class Rewards(Protocol):
     """What scoring needs."""
 
     rewards: list[Reward]
+    apart: bool  # whether calls are made while this process does something else
 
-    def run(self, samples: Sequence[Sample], calls: Sequence[Call], pulse: Pulse) -> list[Answer | None]:
-        """Make the calls. Answers in their order; None for what was left undone because `pulse` said stop."""
+    def begin(self) -> None:
+        """A new round. What was submitted before and never collected is forgotten."""
+
+    def submit(self, samples: Sequence[Sample], calls: Sequence[Call]) -> None:
+        """Have calls made; their rows count all samples of the round so far, these included. Does not wait."""
+
+    def advance(self) -> None:
+        """Move calls along, without waiting. Cheap enough to be called once a token."""
+
+    def collect(self, pulse: Pulse) -> list[Answer | None]:
+        """Wait for the round's answers, in the order of submission; None: left undone because `pulse` said stop."""
 
     def close(self) -> None:
         """End every process that was started."""
@@ -61,23 +61,39 @@ def open_rewards(cfg: Config, notice: Callable[[str], None]) -> Rewards:
 
 
 class InProcess:
-    """Functions called in this process: no deadline, no limits, breakpoints work."""
+    """Functions called in this process, when they are collected: no deadline, no limits, breakpoints work."""
+
+    apart = False
 
     def __init__(self, rewards: list[Reward], functions: Sequence[RewardFunction]):
         self.rewards, self.functions = rewards, functions
+        self.samples: list[Sample] = []
+        self.calls: list[Call] = []
 
     @classmethod
     def of(cls, functions: dict[str, RewardFunction]) -> "InProcess":
         """From functions that are at hand, with weight 1."""
         return cls([Reward(name, 1.0, **describe(f, name)) for name, f in functions.items()], list(functions.values()))
 
-    def run(self, samples: Sequence[Sample], calls: Sequence[Call], pulse: Pulse) -> list[Answer | None]:
+    def begin(self) -> None:
         """See Rewards."""
-        answers: list[Answer | None] = [None] * len(calls)
-        for i, one in enumerate(calls):
+        self.samples, self.calls = [], []
+
+    def submit(self, samples: Sequence[Sample], calls: Sequence[Call]) -> None:
+        """See Rewards."""
+        self.samples += samples
+        self.calls += calls
+
+    def advance(self) -> None:
+        """See Rewards. Nothing moves before `collect`."""
+
+    def collect(self, pulse: Pulse) -> list[Answer | None]:
+        """See Rewards."""
+        answers: list[Answer | None] = [None] * len(self.calls)
+        for i, one in enumerate(self.calls):
             if pulse():
                 break
-            chosen = [samples[row] for row in one.rows]
+            chosen = [self.samples[row] for row in one.rows]
             columns = {key: [sample.columns[key] for sample in chosen] for key in chosen[0].columns}
             outcomes = call(
                 self.functions[one.k], [s.prompt for s in chosen], [s.completion for s in chosen],
@@ -90,40 +106,22 @@ class InProcess:
         """Nothing to end."""
 
 
-@dataclass
-class Warden:
-    """One warden's process, the socket to it, and the calls it is busy with."""
-
-    process: subprocess.Popen[bytes]
-    socket: socket.socket
-    folder: Path
-    splitter: Splitter = field(default_factory=lambda: Splitter(MAX_ANSWER + 1))
-    busy: list[int] = field(default_factory=list)
-    lost_at: float = math.inf  # when no answer by then means that the warden itself is gone
-
-    def close(self) -> None:
-        """Let it end by itself, which takes everything below along; kill it when it does not."""
-        self.socket.close()
-        try:
-            self.process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)  # gone already, unless it was killed
-
-
 class Pool:
     """`reward_workers` wardens. Calls go to whichever is free."""
+
+    apart = True
 
     def __init__(self, cfg: Config, notice: Callable[[str], None]):
         """Start the wardens, all at once. Raises UserError when a function cannot be found or imported."""
         self.functions = locate(cfg)
         self.cfg = cfg
         self.wardens: list[Warden] = []
+        self.round = Round([], cfg.reward_workers)
+        self.looked_at = 0.0
         atexit.register(self.close)
         try:
-            self.wardens += [self._start() for _ in range(cfg.reward_workers)]
-            said = [self._greeting(warden) for warden in self.wardens]
+            self.wardens += [Warden(cfg, self.functions) for _ in range(cfg.reward_workers)]
+            said = [warden.greeting() for warden in self.wardens]
             self.rewards = make_rewards(cfg, said[0]["functions"])
         except BaseException:
             self.close()
@@ -134,64 +132,32 @@ class Pool:
                 "reward starts can hide from its end"
             )
 
-    def _start(self) -> Warden:
-        ours, theirs = socket.socketpair()
-        folder = Path(tempfile.mkdtemp(prefix="reward-"))
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "grpo.rewards.warden", str(os.getpid())],
-                stdin=theirs.fileno(), stdout=subprocess.DEVNULL, cwd=PROJECT, env=_environment(folder),
-                start_new_session=True,
-            )  # fmt: skip
-        finally:
-            theirs.close()
-        warden = Warden(process, ours, folder)
-        hello = {
-            "functions": self.functions, "path": sys.path, "folder": str(folder), "import_s": IMPORT_S,
-            "timeout_s": self.cfg.reward_timeout_s, "memory_mb": self.cfg.reward_memory_mb,
-        }  # fmt: skip
-        ours.settimeout(IMPORT_S + GRACE_S)
-        with contextlib.suppress(OSError):  # it died at once: the greeting will be missing
-            ours.sendall(frame(dump(hello)))
-        return warden
+    def begin(self) -> None:
+        """See Rewards. Wardens that were lost are replaced, those busy with forgotten calls too."""
+        self._drop_busy()
+        self._revive()
+        self.round = Round(self.rewards, self.cfg.reward_workers)
 
-    def _greeting(self, warden: Warden) -> dict[str, Any]:
-        warden.socket.setblocking(True)
-        ready = selectors.DefaultSelector()
-        with ready:
-            ready.register(warden.socket, selectors.EVENT_READ)
-            said = read_frame(warden.socket.fileno(), MAX_REQUEST) if ready.select(IMPORT_S + GRACE_S) else None
-        warden.socket.settimeout(GRACE_S)
-        if said is None:
-            error = UserError(
-                "rewards: a reward worker could not be started; its last words, if any, are above. "
-                "--reward_workers 0 calls reward functions in the trainer's own process."
-            )
-            error.on_one_rank = True
-            raise error
-        return load(said)
+    def submit(self, samples: Sequence[Sample], calls: Sequence[Call]) -> None:
+        """See Rewards."""
+        self.round.add(samples, calls)
 
-    def run(self, samples: Sequence[Sample], calls: Sequence[Call], pulse: Pulse) -> list[Answer | None]:
+    def advance(self) -> None:
+        """See Rewards. A warden that is lost meanwhile is replaced when answers are collected, as that takes time."""
+        if time.monotonic() >= self.looked_at + LOOK_S and (self.round.waits or self._busy()):
+            self._take_answers(0.0)
+            self._hand_out()
+
+    def collect(self, pulse: Pulse) -> list[Answer | None]:
         """See Rewards. Returns at once when `pulse` says stop: the workers that are busy are killed."""
-        answers: list[Answer | None] = [None] * len(calls)
-        packed = Packed(samples)
-        waiting = deque(self._batches(packed, calls, answers))
-        while waiting or any(warden.busy for warden in self.wardens):
+        while self.round.waits or self._busy():
             if pulse():
-                for warden in [warden for warden in self.wardens if warden.busy]:
-                    self._drop(warden)
+                self._drop_busy()
                 break
             self._revive()
-            for warden in self.wardens:
-                if waiting and not warden.busy:
-                    self._hand_out(warden, packed, calls, waiting.popleft())
-            for warden in self._ready(PULSE_S):
-                if not self._receive(warden, calls, answers):
-                    first, *rest = warden.busy
-                    answers[first] = failed(calls[first], "its worker's warden was ended from outside")
-                    if rest:
-                        waiting.appendleft(rest)
-                    self._drop(warden)
+            self._hand_out()
+            self._take_answers(PULSE_S)
+        answers, self.round = self.round.answers, Round(self.rewards, self.cfg.reward_workers)
         return answers
 
     def close(self) -> None:
@@ -208,66 +174,59 @@ class Pool:
 
     def _revive(self) -> None:
         while len(self.wardens) < self.cfg.reward_workers:
-            self.wardens.append(self._start())
-            self._greeting(self.wardens[-1])
+            self.wardens.append(Warden(self.cfg, self.functions))
+            self.wardens[-1].greeting()
 
-    def _batches(self, packed: Packed, calls: Sequence[Call], answers: list[Answer | None]) -> list[list[int]]:
-        """Calls to hand out together: functions that run code apart, neighbouring rows together."""
-        batches = []
-        for runs_code in (False, True):
-            chosen = []
-            for i in sorted(range(len(calls)), key=lambda i: calls[i].rows):
-                if self.rewards[calls[i].k].runs_code is not runs_code:
-                    continue
-                if reason := packed.problem(calls[i].rows):
-                    answers[i] = failed(calls[i], reason)
-                else:
-                    chosen.append(i)
-            size = min(MAX_BATCH, max(1, math.ceil(len(chosen) / (2 * self.cfg.reward_workers))))
-            batches += [chosen[at : at + size] for at in range(0, len(chosen), size)]
-        return batches
+    def _busy(self) -> list[Warden]:
+        return [warden for warden in self.wardens if warden.busy]
 
-    def _hand_out(self, warden: Warden, packed: Packed, calls: Sequence[Call], batch: list[int]) -> None:
-        header, body = packed.request([calls[i] for i in batch])
-        header["runs_code"] = self.rewards[calls[batch[0]].k].runs_code
-        warden.busy = batch
-        warden.lost_at = self._lost_at(calls[batch[0]])
-        with contextlib.suppress(OSError):  # it is gone: reading from it will tell
-            warden.socket.sendall(frame(dump(header)) + frame(body))
+    def _drop_busy(self) -> None:
+        for warden in self._busy():
+            self._drop(warden)
 
-    def _lost_at(self, current: Call) -> float:
-        return time.monotonic() + self.cfg.reward_timeout_s * len(current.rows) + IMPORT_S + GRACE_S
+    def _hand_out(self) -> None:
+        for warden in self.wardens:
+            if self.round.waits and not warden.busy:
+                warden.busy = self.round.next_batch()
+                header, body = self.round.request(warden.busy)
+                warden.patience_s = self._patience_s(warden)
+                warden.send(frame(dump(header)) + frame(body))
+
+    def _patience_s(self, warden: Warden) -> float:
+        current = self.round.calls[warden.busy[0]]
+        return self.cfg.reward_timeout_s * len(current.rows) + IMPORT_S + GRACE_S
+
+    def _take_answers(self, wait_s: float) -> None:
+        """Read what wardens have answered; wait for one of them at most. Those that are lost are dropped."""
+        now = time.monotonic()
+        passed_s, self.looked_at = now - self.looked_at, now
+        for warden in self._busy():
+            warden.patience_s -= min(passed_s, UNSEEN_S)
+        for warden in self._ready(wait_s):
+            if not self._receive(warden):
+                first, *rest = warden.busy
+                self.round.fail(first, "its worker's warden was ended from outside")
+                self.round.put_back(rest)
+                self._drop(warden)
 
     def _ready(self, wait_s: float) -> list[Warden]:
         """Wardens to read from, or that should have been; waits for one."""
         with selectors.DefaultSelector() as selector:
-            for warden in self.wardens:
-                if warden.busy:
-                    selector.register(warden.socket, selectors.EVENT_READ, warden)
+            for warden in self._busy():
+                selector.register(warden.socket, selectors.EVENT_READ, warden)
             ready = [key.data for key, _ in selector.select(wait_s)]
-        return ready or [w for w in self.wardens if w.busy and time.monotonic() > w.lost_at]
+        return ready or [warden for warden in self._busy() if warden.patience_s < 0]
 
-    def _receive(self, warden: Warden, calls: Sequence[Call], answers: list[Answer | None]) -> bool:
+    def _receive(self, warden: Warden) -> bool:
         """Take the answers that are there. False: the warden is gone."""
         try:
-            data = b"" if time.monotonic() > warden.lost_at else warden.socket.recv(1 << 18)
+            data = b"" if warden.patience_s < 0 else warden.socket.recv(1 << 18)
         except OSError:
             data = b""
         warden.splitter.feed(data)
         while warden.busy and (said := warden.splitter.next()) is not None:
             now = warden.busy.pop(0)
-            answers[now] = read_answer(said, calls[now])
+            self.round.answers[now] = read_answer(said, self.round.calls[now])
             if warden.busy:
-                warden.lost_at = self._lost_at(calls[warden.busy[0]])
+                warden.patience_s = self._patience_s(warden)
         return bool(data) or not warden.busy
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    """What workers get of the environment: no tokens, no GPU, one thread, a home of their own."""
-    kept = {key: value for key, value in os.environ.items() if key in KEPT_ENVIRONMENT or key.startswith("LC_")}
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return {
-        **kept, **threads, "HOME": str(folder), "TMPDIR": str(folder), "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        **{key: os.environ[key] for key in (WITHOUT_NAMESPACES,) if key in os.environ},
-    }  # fmt: skip

@@ -3,7 +3,8 @@
 An engine is a class with two methods:
 
     load_weights(weights)                take the policy's tensors, a stream of (name, tensor), once per rollout
-    generate(requests, sampling, pulse)  sample one completion for each request, in their order
+    generate(requests, sampling, pulse,  sample one completion for each request, in their order; tell of those
+             on_finished)                that are final while others are still being sampled
 
 `native.py` is ours, on transformers' models; another engine (vLLM) is another file with the same two.
 
@@ -12,7 +13,7 @@ cut does not depend on the number of ranks. Ranks take the next chunk whenever t
 finish together; what a chunk samples does not depend on who takes it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,8 @@ from grpo.distributed import World
 from grpo.out_of_memory import Room
 from grpo.rollout.sampling import Sampling, sampling_of
 from grpo.types import Completion, Prompt, Pulse
+
+OnFinished = Callable[[list[Completion]], None]
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,15 @@ class Engine(Protocol):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take the policy's current weights."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, pulse: Pulse) -> list[Completion]:
-        """Sample one completion for each request, in their order; fewer when `pulse` says to stop."""
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, pulse: Pulse, *, on_finished: OnFinished | None = None
+    ) -> list[Completion]:
+        """Sample one completion for each request, in their order; fewer when `pulse` says to stop.
+
+        `pulse` is called for each token, or as often as can be: rewards move along in it. `on_finished` gets every
+        completion that is returned, once, as it is returned, in this thread, in any order: as early as it is final, or,
+        where that cannot be told, all at the end. Those that were cut since `pulse` said stop may be among them.
+        """
 
 
 def cut_chunks(num_prompts: int, num_generations: int, chunk_rows: int) -> list[list[int]]:
@@ -75,14 +85,18 @@ def requests_of(chunk: list[int], prompts: Sequence[Prompt], num_generations: in
 
 
 def rollout(
-    engine: Engine, prompts: Sequence[Prompt], step: int, cfg: Config, world: World, pulse: Pulse = lambda: False
-) -> list[Completion]:
-    """Sample this rank's share of a step's completions: chunk after chunk, until none is left or `pulse` says stop."""
+    engine: Engine, prompts: Sequence[Prompt], step: int, cfg: Config, world: World, pulse: Pulse = lambda: False,
+    on_finished: OnFinished | None = None,
+) -> list[Completion]:  # fmt: skip
+    """Sample this rank's share of a step's completions: chunk after chunk, until none is left or `pulse` says stop.
+
+    `on_finished`: see Engine; it sees the completions of every chunk.
+    """
     chunks = cut_chunks(len(prompts), cfg.num_generations, cfg.rollout_chunk_rows)
     completions: list[Completion] = []
     for i in world.deal(len(chunks)):
         requests = requests_of(chunks[i], prompts, cfg.num_generations, step)
-        completions += engine.generate(requests, sampling_of(cfg), pulse)
+        completions += engine.generate(requests, sampling_of(cfg), pulse, on_finished=on_finished)
         if pulse():
             break
     return completions

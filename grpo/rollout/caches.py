@@ -1,6 +1,7 @@
 """What the engine remembers of B rows while it decodes: the keys and values of their prompts and of their own tokens.
 
-A cache has three methods: `prefill` computes the prompts, `decode` takes each row's next token, `keep` lets rows leave.
+A cache has three methods: `join` computes prompts of rows that begin, `decode` takes each row's next token, `keep` lets
+rows leave.
 `SharedCache` (shared_cache.py) holds each prompt once; it needs a model whose attention is transformers'
 (grpo/attention.py). `PlainCache` is transformers' own, a prompt's keys and values repeated for each row; it serves
 every other model.
@@ -8,6 +9,7 @@ every other model.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -21,14 +23,15 @@ from grpo.rollout.shared_cache import SharedCache, distinct_prompts
 class PlainCache:
     """Prompts padded on the left to the longest, one column for all rows; transformers' DynamicCache."""
 
-    def __init__(self, model: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int):
+    joins = False  # all rows begin together
+
+    def __init__(self, model: PreTrainedModel, max_new_tokens: int):
         self.model = model
-        self.requests = requests
         self.max_new_tokens = max_new_tokens
 
-    def prefill(self) -> Tensor:
+    def join(self, requests: Sequence[Request], last: bool) -> Tensor:
         """Compute each distinct prompt once; logits [B, V] of the first token."""
-        distinct, rows = distinct_prompts(self.requests, self.model.device)
+        distinct, rows = distinct_prompts(requests, self.model.device)
         longest = max(map(len, distinct))
         input_ids = torch.zeros(len(distinct), longest, dtype=torch.int64)
         mask = torch.zeros(len(distinct), longest + self.max_new_tokens, dtype=torch.int64)
@@ -42,15 +45,17 @@ class PlainCache:
             input_ids=input_ids, attention_mask=mask[:, :longest], position_ids=positions, past_key_values=self.cache,
             use_cache=True, logits_to_keep=1,
         ).logits[:, -1]  # fmt: skip
-        if len(self.requests) > 1 or len(distinct) > 1:
+        if len(requests) > 1 or len(distinct) > 1:
             self.cache.batch_select_indices(rows)
         self.mask, self.position, self.column = mask[rows], positions[rows, -1] + 1, longest
         return logits[rows]
 
-    def keep(self, rows: Tensor) -> None:
-        """Only these rows go on."""
-        self.cache.batch_select_indices(rows)
-        self.mask, self.position = self.mask[rows], self.position[rows]
+    def keep(self, rows: np.ndarray, last: bool) -> np.ndarray:
+        """Only these rows go on, in this order."""
+        index = torch.from_numpy(rows).to(self.model.device)
+        self.cache.batch_select_indices(index)
+        self.mask, self.position = self.mask[index], self.position[index]
+        return rows
 
     def decode(self, token_ids: Tensor) -> Tensor:
         """Take each row's next token [B]; logits [B, V] of the one after."""
@@ -66,7 +71,7 @@ class PlainCache:
 def open_cache(
     head: Head, shares: bool, requests: Sequence[Request], max_new_tokens: int, lean: LeanBody | None = None
 ) -> PlainCache | SharedCache:
-    """The cache for a model: shared where its attention can, else transformers' own."""
+    """The cache for a model: shared where its attention can, else transformers' own. requests: all that will join."""
     if shares:
         return SharedCache(head, requests, max_new_tokens, lean)
-    return PlainCache(head.model, requests, max_new_tokens)
+    return PlainCache(head.model, max_new_tokens)

@@ -1,8 +1,8 @@
 """Our own engine, on any transformers causal language model, in the training process.
 
 A group's prompt is computed once, and read once a token for all its rows (caches.py); rows that finish leave the
-batch; every completion carries the log-prob of each token and, under truncation, the support it was drawn from. With
-temperature 0 the tokens are those of `transformers.generate`.
+batch and others take their place (admission.py); every completion carries the log-prob of each token and, under
+truncation, the support it was drawn from. With temperature 0 the tokens are those of `transformers.generate`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,31 +17,43 @@ from grpo.logprobs import Head
 from grpo.models import arithmetic
 from grpo.out_of_memory import Room, ran_out
 from grpo.rollout import Request
+from grpo.rollout.admission import Admission
 from grpo.rollout.caches import open_cache
 from grpo.rollout.randomness import uniforms
-from grpo.rollout.sampling import Draw, Sampling, draw
+from grpo.rollout.record import Record
+from grpo.rollout.sampling import Sampling, draw
 from grpo.rollout.shared_cache import checked_lean
 from grpo.types import Completion, Pulse
 
-LEAVE_SHARE = 1 / 8  # finished rows leave once they are this share of the batch: leaving copies the cache
+LEAVE_SHARE = 1 / 32  # finished rows leave once they are this share of the batch
+LOOK_STEPS = {"cpu": 1}  # after how many steps to ask who is done; elsewhere the question waits for the device
+LOOK_ELSEWHERE = 8
+
+OnTokens = Callable[[list[tuple[int, int]]], None]
+OnFinished = Callable[[list[Completion]], None]
 
 
 class NativeEngine:
     """Samples with the given model, sharing the trainer's weights where they are the same tensors."""
 
     def __init__(
-        self, model: PreTrainedModel, stop_ids: Iterable[int], max_new_tokens: int, seed: int, dtype: str = "fp32"
-    ):
+        self, model: PreTrainedModel, stop_ids: Iterable[int], max_new_tokens: int, seed: int, dtype: str = "fp32",
+        max_tokens: int | None = None,
+    ):  # fmt: skip
+        """max_tokens: of prompts and completions in the cache at once; None: no limit."""
         self.model = model
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.dtype = dtype
+        self.max_tokens = max_tokens
         self.head = Head(model, dtype)
         with torch.no_grad(), arithmetic(dtype, model.device):
             self.shares = self.head.usable and can_share(model, self.head.body())
             self.lean = checked_lean(self.head) if self.shares else None
         self.room = Room("rollout", "rollout_chunk_rows", "rows")
+        self.look_steps = LOOK_STEPS.get(model.device.type, LOOK_ELSEWHERE)
+        self.in_flight: Sequence[Request] = ()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy the tensors that are not already ours."""
@@ -56,117 +68,132 @@ class NativeEngine:
         requests: Sequence[Request],
         sampling: Sampling,
         pulse: Pulse = lambda: False,
-        on_tokens: Callable[[list[tuple[int, int]]], None] | None = None,
+        on_tokens: OnTokens | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[Completion]:
         """Sample one completion for each request; `on_tokens` sees (sample, token id) pairs as they come.
 
-        When `pulse` says so, the rest is left: completions are cut, and some requests have none. Where memory does
-        not suffice, requests are taken in smaller parts. Raises OutOfMemory when even one is too much.
+        `on_finished` gets each completion once, when it is final. When `pulse` says so, the rest is left: completions
+        are cut, and some requests have none. Where memory does not suffice, fewer rows decode at once. Raises
+        OutOfMemory when even one is too much.
         """
         was_training = self.model.training
         self.model.eval()
-        completions: list[Completion] = []
+        made: dict[int, Completion] = {}  # by sample
+
+        def finished(completions: list[Completion]) -> None:
+            made.update((completion.sample, completion) for completion in completions)
+            if on_finished is not None:
+                on_finished(completions)
+
         try:
-            while len(completions) < len(requests) and not pulse():
-                part = list(requests[len(completions) :])
-                part = part[: self.room.part(len(part))]
+            while (left := [request for request in requests if request.sample not in made]) and not pulse():
                 try:
                     with arithmetic(self.dtype, self.model.device):
-                        completions += self._generate(part, sampling, pulse, on_tokens)
+                        self._generate(left, sampling, pulse, on_tokens, finished)
                     self.room.fitted()
                     continue
                 except (RuntimeError, MemoryError) as error:
                     if not ran_out(error):
                         raise
-                longest = max(len(request.prompt_ids) for request in part)
-                shape = f"{len(part)} rows of up to {longest} + {self.max_new_tokens} tokens"
-                self.room.halve(len(part), smallest=len(part) == 1, shape=shape)
+                tried = self.in_flight
+                longest = max(len(request.prompt_ids) for request in tried)
+                shape = f"{len(tried)} rows of up to {longest} + {self.max_new_tokens} tokens"
+                self.room.halve(len(tried), smallest=len(tried) == 1, shape=shape)
         finally:
             self.model.train(was_training)
-        return completions
+        return [made[request.sample] for request in requests if request.sample in made]
 
     def _generate(
-        self,
-        requests: list[Request],
-        sampling: Sampling,
-        pulse: Pulse,
-        on_tokens: Callable[[list[tuple[int, int]]], None] | None,
-    ) -> list[Completion]:
-        cache = open_cache(self.head, self.shares, requests, self.max_new_tokens, self.lean)
-        logits = cache.prefill()
-        randoms = uniforms(
-            self.seed,
-            np.array([request.slot for request in requests]),
-            np.array([request.generation for request in requests]),
-            self.max_new_tokens,
+        self, requests: list[Request], sampling: Sampling, pulse: Pulse, on_tokens: OnTokens | None,
+        finished: OnFinished,
+    ) -> None:  # fmt: skip
+        queue = Admission(
+            requests, self.max_new_tokens, self.max_tokens, self.room.part(len(requests)), shares=self.shares
         )
-        device_randoms = torch.from_numpy(randoms).to(logits.device)  # [B, max_new]
-        rows = torch.arange(len(requests), device=logits.device)  # request behind each row still in the batch
-        done = torch.zeros(len(requests), dtype=torch.bool, device=logits.device)
-        record = _Record(len(requests), self.max_new_tokens, sampling, logits.device)
-        for t in range(self.max_new_tokens):
-            drawn = draw(logits, device_randoms[rows, t], sampling)
-            stopped = torch.isin(drawn.token_ids, self.stop_ids)
-            record.add(t, rows, done, drawn, stopped)
+        while queue.waiting and not pulse():  # once, where rows may join; else batch after batch
+            waiting = [request for group in queue.waiting for request in group]
+            Batch(self, queue, waiting, sampling).run(pulse, on_tokens, finished)
+
+
+class Batch:
+    """The rows that decode together: B of them, some leaving, some joining."""
+
+    def __init__(self, engine: NativeEngine, queue: Admission, requests: list[Request], sampling: Sampling):
+        """requests: all that may join."""
+        self.engine, self.queue, self.sampling = engine, queue, sampling
+        self.max_new = engine.max_new_tokens
+        device = engine.model.device
+        self.cache = open_cache(engine.head, engine.shares, requests, self.max_new, engine.lean)
+        self.record = Record(self.max_new, device)
+        self.randoms = torch.zeros(0, self.max_new, dtype=torch.float64, device=device)  # [B, max_new]
+        self.done = torch.zeros(0, dtype=torch.bool, device=device)  # [B]
+        self.ages = np.zeros(0, np.int64)  # [B] tokens of each row
+
+    def run(self, pulse: Pulse, on_tokens: OnTokens | None, finished: OnFinished) -> None:
+        """Decode until nobody is left, or `pulse` says stop."""
+        engine, record, steps = self.engine, self.record, 0
+        logits = self._join()
+        while logits is not None:
+            drawn = draw(logits, self._uniforms(), self.sampling)
+            stopped = (drawn.token_ids[:, None] == engine.stop_ids).any(-1)
+            record.add(drawn, stopped)
             if on_tokens is not None:
-                alive = (~done).tolist()
-                pairs = zip(rows.tolist(), drawn.token_ids.tolist(), alive, strict=True)
-                on_tokens([(requests[row].sample, token) for row, token, here in pairs if here])
-            done = done | stopped | ~drawn.finite
-            num_done = int(done.sum())
-            if num_done == len(rows) or t + 1 == self.max_new_tokens or pulse():
-                break
+                alive = (~self.done).tolist()
+                pairs = zip(record.requests, drawn.token_ids.tolist(), alive, strict=True)
+                on_tokens([(request.sample, token) for request, token, here in pairs if here])
+            self.done = self.done | stopped | ~drawn.finite
+            self.ages += 1
+            steps += 1
             token_ids = drawn.token_ids
-            if num_done >= max(1, LEAVE_SHARE * len(rows)):
-                keep = (~done).nonzero()[:, 0]
-                cache.keep(keep)
-                rows, done, token_ids = rows[keep], done[keep], token_ids[keep]
-            logits = cache.decode(token_ids)
-        return record.completions(requests)
+            old = int(self.ages.max()) == self.max_new
+            if pulse():
+                record.file()
+                finished(record.completions(np.arange(len(self.ages))))
+                return
+            if old or steps % engine.look_steps == 0:
+                leaving = self.done.cpu().numpy() | (self.ages == self.max_new)
+                count = int(leaving.sum())
+                if old or count >= max(1, LEAVE_SHARE * len(leaving)):
+                    order = self._leave(leaving, finished)
+                    if not len(order) and not (self.cache.joins and self.queue.waiting):
+                        return
+                    token_ids = token_ids[torch.from_numpy(order).to(token_ids.device)]
+            parts = [self.cache.decode(token_ids)] if len(token_ids) else []
+            if self.cache.joins and self.queue.waiting and (joined := self._join()) is not None:
+                parts.append(joined)
+            logits = parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _uniforms(self) -> Tensor:
+        """Of each row, the one for its next token, [B]."""
+        youngest, oldest = int(self.ages.min()), int(self.ages.max())
+        if youngest == oldest:
+            return self.randoms[:, oldest]
+        ages = torch.from_numpy(self.ages).to(self.randoms.device)
+        return self.randoms.gather(1, ages[:, None])[:, 0]
 
-class _Record:
-    """What was drawn so far, [B, max_new] on the device; read once at the end."""
+    def _join(self) -> Tensor | None:
+        """Rows begin for which there is room; logits [b, V] of their first tokens. None: there is none."""
+        requests = self.queue.admit(self.record.requests)
+        if not requests:
+            return None
+        self.engine.in_flight = [*self.record.requests, *requests]
+        logits = self.cache.join(requests, last=not self.queue.waiting)
+        self.record.file()
+        self.record.join(requests)
+        slots, generations = (np.array([getattr(r, name) for r in requests]) for name in ("slot", "generation"))
+        randoms = torch.from_numpy(uniforms(self.engine.seed, slots, generations, self.max_new)).to(logits.device)
+        self.randoms = torch.cat([self.randoms, randoms])
+        self.done = torch.cat([self.done, self.done.new_zeros(len(requests))])
+        self.ages = np.concatenate([self.ages, np.zeros(len(requests), np.int64)])
+        return logits
 
-    def __init__(self, num_rows: int, max_new: int, sampling: Sampling, device: torch.device):
-        self.token_ids = torch.zeros(num_rows, max_new, dtype=torch.int32, device=device)
-        self.logprobs = torch.zeros(num_rows, max_new, device=device)
-        self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.clamped = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.stopped = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        self.broken = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        self.supports: list[Tensor] = []  # one [B, K] int32 per token
-
-    def add(self, t: int, rows: Tensor, done: Tensor, drawn: Draw, stopped: Tensor) -> None:
-        """Keep token t of the rows that are not done."""
-        alive = ~done & drawn.finite
-        here = rows[alive]
-        self.token_ids[here, t] = drawn.token_ids[alive].int()
-        self.logprobs[here, t] = drawn.logprobs[alive]
-        self.lengths[here] = t + 1
-        self.clamped[here] += drawn.clamped[alive]
-        self.stopped[here] |= stopped[alive]
-        self.broken[rows[~done & ~drawn.finite]] = True
-        if drawn.support is not None:
-            kept = torch.full((len(self.lengths), drawn.support.shape[1]), -1, dtype=torch.int32, device=rows.device)
-            kept[here] = drawn.support[alive].int()
-            self.supports.append(kept)
-
-    def completions(self, requests: Sequence[Request]) -> list[Completion]:
-        """Cut every row to its length."""
-        token_ids, logprobs = self.token_ids.cpu().numpy(), self.logprobs.cpu().numpy()
-        support = torch.stack(self.supports, 1).cpu().numpy() if self.supports else None  # [B, T, K]
-        lengths, clamped = self.lengths.tolist(), self.clamped.tolist()
-        flags = zip(self.stopped.tolist(), self.broken.tolist(), strict=True)
-        finish = ["error" if broken else "stop" if stopped else "length" for stopped, broken in flags]
-        return [
-            Completion(
-                request.sample,
-                token_ids[i, :length].copy(),
-                logprobs[i, :length].copy(),
-                finish[i],
-                None if support is None else support[i, :length].copy(),
-                clamped[i],
-            )
-            for i, (request, length) in enumerate(zip(requests, lengths, strict=True))
-        ]
+    def _leave(self, leaving: np.ndarray, finished: OnFinished) -> np.ndarray:
+        """Rows that are done go. Returns which row stands where now."""
+        self.record.file()
+        finished(self.record.completions(np.flatnonzero(leaving)))
+        order = self.cache.keep(np.flatnonzero(~leaving), last=not self.queue.waiting)
+        self.record.keep(order)
+        index = torch.from_numpy(order).to(self.done.device)
+        self.randoms, self.done, self.ages = self.randoms[index], self.done[index], self.ages[order]
+        return order

@@ -52,7 +52,7 @@ class Draw:
     token_ids: Tensor  # [B] int64
     logprobs: Tensor  # [B] float32
     finite: Tensor  # [B] bool; False: the row's logits were not finite, its token means nothing
-    clamped: Tensor  # [B] int64, logits that the clamp moved
+    clamped: Tensor | None  # [B] int64, logits that the clamp moved; None: it moved none
     support: Tensor | None = None  # [B, K] int64, ascending, -1 padded
 
 
@@ -79,9 +79,10 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Draw:
     """Draw one token per row from logits [B, V] with uniforms [B] in [0, 1), float64."""
     logits = logits.float()
     low, high = torch.aminmax(logits, dim=-1)  # NaN where any logit is
-    finite = torch.isfinite(low) & torch.isfinite(high)
-    clamped = torch.zeros_like(finite, dtype=torch.int64)
-    if not bool((high - low <= 2 * sampling.logit_clamp).all()):  # also where something is not finite
+    finite, clamped = high - low <= 2 * sampling.logit_clamp, None
+    # On a GPU the question would wait for all work before it; there the clamp is computed, whatever it moves.
+    if logits.device.type != "cpu" or not bool(finite.all()):  # or something is not finite
+        finite = torch.isfinite(low) & torch.isfinite(high)
         logits = torch.where(finite[:, None], logits, torch.zeros((), device=logits.device))
         logits, clamped = bounded_logits(logits, 1.0, sampling.logit_clamp)
     if sampling.temperature not in (0.0, 1.0):
@@ -102,21 +103,27 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Draw:
 def _pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """The token whose share of the cumulative sum holds the uniform, and its log-prob: [B, V], [B] -> [B], [B].
 
-    The sum is taken in two turns, over blocks and then inside one, so that only a block's worth is ever float64.
+    A long sum is taken in two turns, over blocks and then inside one, so that only a block's worth is ever float64.
+    A uniform is at most 1 - 2^-53, and its product with the total below the total: some column exceeds it.
     """
     high = logits.amax(-1, keepdim=True)
     weights = (logits - high).exp_()
-    padding = -weights.shape[-1] % BLOCK
-    if padding:
-        weights = nn.functional.pad(weights, (0, padding))
-    blocks = weights.view(len(weights), -1, BLOCK)
-    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, V / BLOCK]
-    total = sums[:, -1:]
-    threshold = uniforms.to(sums)[:, None] * total
-    block = _first_beyond(sums, threshold)  # [B, 1]
-    before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0.0)
-    inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].double().cumsum(-1)
-    token_ids = block[:, 0] * BLOCK + _first_beyond(inside, threshold - before)[:, 0]
+    if weights.shape[-1] <= BLOCK:
+        inside = weights.cumsum(-1, dtype=torch.float64)
+        total = inside[:, -1:]
+        token_ids = torch.searchsorted(inside, uniforms[:, None] * total, right=True)[:, 0]
+    else:
+        padding = -weights.shape[-1] % BLOCK
+        if padding:
+            weights = nn.functional.pad(weights, (0, padding))
+        blocks = weights.view(len(weights), -1, BLOCK)
+        sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, V / BLOCK]
+        total = sums[:, -1:]
+        threshold = uniforms[:, None] * total
+        block = torch.searchsorted(sums, threshold, right=True)  # [B, 1]
+        before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0.0)
+        inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].double().cumsum(-1)
+        token_ids = block[:, 0] * BLOCK + _first_beyond(inside, threshold - before)[:, 0]
     chosen = logits.gather(-1, token_ids[:, None]) - high
     return token_ids, (chosen - total.log().float())[:, 0]
 

@@ -1,0 +1,17 @@
+"""Reward calls that are all known at once."""
+
+from collections.abc import Sequence
+
+from grpo.rewards import Sample
+from grpo.rewards.calls import Answer, Call
+from grpo.rewards.pool import Rewards
+from grpo.types import Pulse
+
+
+def answers_of(
+    rewards: Rewards, samples: Sequence[Sample], calls: Sequence[Call], pulse: Pulse = lambda: False
+) -> list[Answer | None]:
+    """The answers to one round of calls."""
+    rewards.begin()
+    rewards.submit(samples, calls)
+    return rewards.collect(pulse)
