@@ -210,7 +210,8 @@ def notes() -> str:
     hidden, layers = BASE["model"]
     return (
         f"Elsewhere: {PROMPTS} prompts a step, G = {BASE['group']},\n"
-        f"prompts of {BASE['prompt']} tokens, completions of {BASE['completion']},\n{BASE['vocabulary']:,} words, hidden size {hidden}, {layers} layers.\n\n"
+        f"prompts of {BASE['prompt']} tokens, completions of {BASE['completion']},\n"
+        f"{BASE['vocabulary']:,} words, hidden size {hidden}, {layers} layers.\n\n"
         "Dashed: linear growth through the last point.\nupper: slope of the upper three points."
     )
 

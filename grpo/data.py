@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import datasets
@@ -51,10 +52,13 @@ class Questions:
         [0, 0, 1, 1, 2, 2]
         """
         picks = range(step * num_prompts, (step + 1) * num_prompts)
-        orders = {
-            epoch: permutation(self.seed, epoch, len(self.items)) for epoch in {i // len(self.items) for i in picks}
-        }
+        orders = {epoch: _order(self.seed, epoch, len(self.items)) for epoch in {i // len(self.items) for i in picks}}
         return [self.items[orders[i // len(self.items)][i % len(self.items)]] for i in picks]
+
+
+@lru_cache(maxsize=2)  # an epoch's, and the next one's where a step has of both; all epochs of a run would be a leak
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+    return permutation(seed, epoch, size)
 
 
 def load_questions(

@@ -216,7 +216,7 @@ def architecture_steps(world: World, out: Path, architecture: str, steps: int = 
     cfg = config(**settings)
     policy = make_policy(cfg, world, architecture)
     start_weights = {name: tensor.clone() for name, tensor in policy.weights()}
-    engine = NativeEngine(policy.model, [0, 9], cfg.max_generate_length, cfg.seed, cfg.dtype)
+    engine = NativeEngine(policy.model, [0, 9], cfg.max_generate_length, cfg.seed, cfg.dtype, cfg.rollout_tokens)
     sampled, norms, tally = {}, [], Tally()
     group = cfg.num_generations
     for step in range(steps):

@@ -60,6 +60,8 @@ def jobs_of(world_size: int) -> dict[tuple[str, str], tuple[str, dict]]:
     jobs = {("update", name): ("injected_updates", {"name": f"update {name}", **how}) for name, how in UPDATES.items()}
     jobs |= {("rollout", name): ("free_rollout", how) for name, how in ROLLOUTS.items()}
     jobs["free", "deterministic"] = ("architecture_steps", FREE)
+    refilled = {**FREE, "rollout_chunk_rows": 9, "rollout_tokens": 64}  # rows join while others decode
+    jobs["free", "deterministic, refilled"] = ("architecture_steps", refilled)
     if world_size <= 2:
         jobs |= {("step", name): ("architecture_steps", how) for name, how in STEPS.items()}
     if world_size == 2:
@@ -178,10 +180,11 @@ def test_metrics_do_not_depend_on_the_number_of_ranks(results, name, world_size)
 # --- (c) bits
 
 
+@pytest.mark.parametrize("name", ["deterministic", "deterministic, refilled"])
 @pytest.mark.parametrize("world_size", MORE_THAN_ONE)
-def test_deterministic_mode_is_bit_identical(results, world_size):
+def test_deterministic_mode_is_bit_identical(results, world_size, name):
     """Free-running: sampling, rewards, KL and updates for five steps. Control: the sums of another mode differ."""
-    one, several = results(1)["free", "deterministic"][0], results(world_size)["free", "deterministic"][0]
+    one, several = results(1)["free", name][0], results(world_size)["free", name][0]
     assert {rank["sha256"] for rank in several} == {one[0]["sha256"]}
     assert one[0]["sampled"] == {k: v for rank in several for k, v in rank["sampled"].items()}
     assert all(norm > 0 for norm in one[0]["norms"]) and len(one[0]["norms"]) == 5
