@@ -197,10 +197,10 @@ def plot(found: dict[str, list[Point]], path: Path) -> None:
 def short(x: float) -> str:
     """A number for an axis.
 
-    >>> short(64), short(4000), short(1234567)
-    ('64', '4k', '1.2M')
+    >>> short(64), short(1024), short(4000), short(1234567)
+    ('64', '1024', '4k', '1.2M')
     """
-    if x < 1000:
+    if x < 1000 or (x < 10_000 and x % 100):
         return f"{x:g}"
     return f"{x / 1e3:.3g}k" if x < 1e6 else f"{x / 1e6:.2g}M"
 
