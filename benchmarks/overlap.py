@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen3Con
 from grpo.config import Config
 from grpo.distributed import World
 from grpo.models import load_tokenizer, prepare
+from grpo.rewards import pool as pool_module
 from grpo.rewards.pool import Rewards, open_rewards
 from grpo.rollout import rollout
 from grpo.rollout.native import NativeEngine
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=256)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    pool_module.EARLY_S, pool_module.MEASURED_ROUNDS = 0.0, 10**9  # early from the first round on, always
     tokenizer = load_tokenizer("demo/base")
     engine = engine_of(len(tokenizer), args.max_new_tokens)
     print("| reward | completions | s at the end (of it scoring) | s early (of it scoring) | end / early |")

@@ -37,8 +37,8 @@ class Scored:
 class Scoring:
     """Scores of a step's, or an evaluation's completions on this rank, asked for while others are still sampled.
 
-    Rewards get a completion as soon as `take` does, and a group once all of it is there; `pulse` moves their calls
-    along, and `finish` waits for what is missing. What comes out does not depend on when completions were taken.
+    Where rewards are slow enough (`Rewards.early`) they get a completion as soon as `take` does, and a group once all
+    of it is there; `pulse` moves their calls along, and `finish` waits for what is missing. What comes out does not depend on when completions were taken.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Scoring:
 
     def take(self, completions: Sequence[Completion]) -> None:
         """Completions that are final, each once. After a request to stop they may be cut, and are left alone."""
-        if self.rewards.apart and not self.stopped:
+        if self.rewards.early and not self.stopped:
             self._submit(completions)
             self.rewards.advance()
 

@@ -70,6 +70,12 @@ code.runs_code = True
 G, ROWS = 3, 9
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """Early from the first round on, however cheap the rewards are."""
+    monkeypatch.setattr(pool_module, "EARLY_S", 0.0)
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("rewards") / "mine.py"
@@ -262,6 +268,8 @@ def test_evaluation_scores_while_it_samples(pool, tmp_path):
 
 
 PATCH = """
+import grpo.rewards.pool
+grpo.rewards.pool.EARLY_S = 0.0
 import pathlib, time
 from grpo.rollout.native import NativeEngine
 plain, folder = NativeEngine.generate, pathlib.Path({folder!r})
@@ -297,6 +305,23 @@ def test_a_run_scores_while_it_samples(file, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "log").read_text().split() == ["True"] * 4
     assert [row["reward/failures"] for row in metrics_of(tmp_path / "runs") if "reward/failures" in row] != []
+
+
+def test_only_rewards_that_take_their_time_are_called_early(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool_module, "MEASURED_ROUNDS", 3)
+    made = [completion(n, 9 + 5 * n) for n in range(2)]
+
+    def begins_early(pool):
+        scoring = scoring_of(pool, tmp_path, [])
+        scoring.take(made)
+        early = bool(scoring.taken)
+        scoring.finish(made)
+        return early
+
+    for limit_s, expected in ((1e-9, [False, True, False, True]), (1e9, [False] * 4)):  # the third is measured anew
+        monkeypatch.setattr(pool_module, "EARLY_S", limit_s)
+        with opened(file, "row") as pool:
+            assert [begins_early(pool) for _ in range(4)] == expected
 
 
 # --- when something happens in between

@@ -25,6 +25,8 @@ from grpo.types import Pulse
 
 PULSE_S = 0.1
 LOOK_S = 0.02  # at least, between two looks of `advance`
+EARLY_S = 0.05  # a round that takes so long when all its calls are made in the end: the next ones begin early
+MEASURED_ROUNDS = 16  # after so many rounds that is measured anew
 UNSEEN_S = 1.0  # more than that between two looks is not held against a warden: nobody was there to hear it
 
 
@@ -32,7 +34,10 @@ class Rewards(Protocol):
     """What scoring needs."""
 
     rewards: list[Reward]
-    apart: bool  # whether calls are made while this process does something else
+
+    @property
+    def early(self) -> bool:
+        """Whether it pays to have calls made while completions are still sampled."""
 
     def begin(self) -> None:
         """A new round. What was submitted before and never collected is forgotten."""
@@ -63,7 +68,7 @@ def open_rewards(cfg: Config, notice: Callable[[str], None]) -> Rewards:
 class InProcess:
     """Functions called in this process, when they are collected: no deadline, no limits, breakpoints work."""
 
-    apart = False
+    early = False
 
     def __init__(self, rewards: list[Reward], functions: Sequence[RewardFunction]):
         self.rewards, self.functions = rewards, functions
@@ -109,8 +114,6 @@ class InProcess:
 class Pool:
     """`reward_workers` wardens. Calls go to whichever is free."""
 
-    apart = True
-
     def __init__(self, cfg: Config, notice: Callable[[str], None]):
         """Start the wardens, all at once. Raises UserError when a function cannot be found or imported."""
         self.functions = locate(cfg)
@@ -118,6 +121,8 @@ class Pool:
         self.wardens: list[Warden] = []
         self.round = Round([], cfg.reward_workers)
         self.looked_at = 0.0
+        self.rounds = 0
+        self.whole_s = 0.0  # what the last round took whose calls were all made in the end
         atexit.register(self.close)
         try:
             self.wardens += [Warden(cfg, self.functions) for _ in range(cfg.reward_workers)]
@@ -137,6 +142,12 @@ class Pool:
         self._drop_busy()
         self._revive()
         self.round = Round(self.rewards, self.cfg.reward_workers)
+        self.rounds += 1
+
+    @property
+    def early(self) -> bool:
+        """See Rewards. Workers take turns with the trainer on few processors: it pays where rewards take their time."""
+        return self.whole_s >= EARLY_S and self.rounds % MEASURED_ROUNDS != 0
 
     def submit(self, samples: Sequence[Sample], calls: Sequence[Call]) -> None:
         """See Rewards."""
@@ -150,13 +161,16 @@ class Pool:
 
     def collect(self, pulse: Pulse) -> list[Answer | None]:
         """See Rewards. Returns at once when `pulse` says stop: the workers that are busy are killed."""
+        began, whole, stopped = time.monotonic(), self.round.untouched, False
         while self.round.waits or self._busy():
-            if pulse():
+            if stopped := pulse():
                 self._drop_busy()
                 break
             self._revive()
             self._hand_out()
             self._take_answers(PULSE_S)
+        if whole and not stopped:
+            self.whole_s = time.monotonic() - began
         answers, self.round = self.round.answers, Round(self.rewards, self.cfg.reward_workers)
         return answers
 

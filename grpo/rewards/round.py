@@ -43,6 +43,11 @@ class Round:
         """Whether calls are there that no worker has."""
         return any(self.waiting.values())
 
+    @property
+    def untouched(self) -> bool:
+        """Whether every call still waits."""
+        return sum(map(len, self.waiting.values())) == len(self.calls) > 0
+
     def next_batch(self) -> list[int]:
         """Calls to hand out together: rows that came first, functions that run code apart. At least one must wait."""
         kinds = [kind for kind, waiting in self.waiting.items() if waiting]
