@@ -99,6 +99,7 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
         support=None if support is None else to(support),
         weights=to(token_weights),
         flat=flatten(input_ids, positions, mask.sum(-1).clip(min=1), device),
+        kept=to(np.flatnonzero(mask)),
     )
 
 
@@ -115,6 +116,8 @@ def _rows(micro: MicroBatch, rows: slice) -> MicroBatch:
     def cut(name: str, value: object) -> object:
         if not isinstance(value, torch.Tensor):
             return None if name == "flat" else value
+        if name == "kept":
+            return None
         if name == "advantages":
             return value[rows]
         return value[rows, : length if name in ("input_ids", "position_ids") else width]
@@ -184,4 +187,4 @@ def idle(support_width: int, device: torch.device) -> MicroBatch:
     support = np.zeros((1, support_width), np.int32) if support_width else None
     row = TrainRow(-1, (0,), np.zeros(1, np.int32), np.zeros(1, np.float32), support, 0.0)
     micro = collate([row], {-1: 0.0}, device)
-    return dataclasses.replace(micro, mask=torch.zeros_like(micro.mask))
+    return dataclasses.replace(micro, mask=torch.zeros_like(micro.mask), kept=None)

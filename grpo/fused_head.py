@@ -23,12 +23,12 @@ class HeadLogprobs(torch.autograd.Function):
         logprobs = torch.empty(len(hidden), device=hidden.device)
         lse = torch.empty_like(logprobs)
         hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-        kept = None
+        kept = limit = None
         low = weight.to(hidden.dtype)
         for block in _blocks(len(hidden), block_rows):
             logits = _logits(hidden[block], low, scale)
-            moved = _bound(logits, clamp)
-            if len(hidden) <= block_rows and not moved:
+            limit = _bound(logits, clamp)
+            if len(hidden) <= block_rows:
                 kept = logits  # one block only: the backward need not make it again
             for rows in _in_cache(logits, block.start):
                 z = logits[rows.start - block.start : rows.stop - block.start]
@@ -39,22 +39,22 @@ class HeadLogprobs(torch.autograd.Function):
                 hits[rows] = chosen >= top
                 lse[rows] = (z - top[:, None]).exp_().sum(-1).log_().add_(top)
                 logprobs[rows] = chosen - lse[rows]
-        ctx.save_for_backward(hidden, weight, targets, lse, kept)
+        ctx.save_for_backward(hidden, weight, targets, lse, kept, limit if kept is not None else None)
         ctx.mark_non_differentiable(hits)
         return logprobs, hits
 
     @staticmethod
     def backward(ctx, gradient, _):  # noqa: D102
-        hidden, weight, targets, lse, kept = ctx.saved_tensors
+        hidden, weight, targets, lse, kept, limit = ctx.saved_tensors
         scale, temperature, clamp, block_rows = ctx.numbers
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         low = weight.to(hidden.dtype)
         for block in _blocks(len(hidden), block_rows):
             logits = _logits(hidden[block], low, scale) if kept is None else kept.clone()
-            outside = None
-            if _bound(logits, clamp):
-                outside = logits.abs() >= clamp
+            if kept is None:
+                limit = _bound(logits, clamp)
+            outside = None if limit is None else (logits >= limit).logical_or_(logits <= -limit)
             for rows in _in_cache(logits, block.start):
                 z = logits[rows.start - block.start : rows.stop - block.start]
                 if temperature != 1.0:
@@ -90,13 +90,19 @@ def _logits(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
     return logits.mul_(scale) if scale != 1.0 else logits
 
 
-def _bound(logits: Tensor, clamp: float) -> bool:
-    """Centre each row on its mid-range and clamp it, in place, where any row's range asks for it. Did any?"""
+def _bound(logits: Tensor, clamp: float) -> Tensor | None:
+    """Centre each row whose range asks for it on its mid-range and clamp it, in place.
+
+    Returns what each row was clamped to, [M, 1], inf where it was not; None: no row was. On a GPU it is never None:
+    the question would wait for all work before it, which costs more than to clamp.
+    """
     low, high = torch.aminmax(logits, dim=-1, keepdim=True)
-    if not bool((high - low > 2 * clamp).any()):
-        return False
-    logits.sub_((high + low) / 2).clamp_(-clamp, clamp)
-    return True
+    wide = high - low > 2 * clamp
+    if logits.device.type == "cpu" and not bool(wide.any()):
+        return None
+    limit = torch.where(wide, clamp, torch.inf)
+    logits.sub_(torch.where(wide, (high + low) / 2, 0.0)).clamp_(-limit, limit)
+    return limit
 
 
 def plain_matrix(head: nn.Module) -> Tensor | None:

@@ -49,7 +49,7 @@ def quarantine(folder: Path, evidence: Evidence, minibatch: Sequence[MicroBatch]
     for i, micro in enumerate(minibatch):
         for f in dataclasses.fields(micro):
             value = getattr(micro, f.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and f.name != "kept":  # it follows from the mask
                 copy = value.detach().cpu().contiguous().clone()  # old log-probs may be the sampler's own tensor
                 tensors[f"micro_{i}.{f.name}"] = copy
     save_file(tensors, folder / f"rank_{evidence.rank}.safetensors")

@@ -138,10 +138,11 @@ class Scorer(nn.Module):
         attention mask is passed: rows are padded on the right, and no token looks to its right; where position ids
         start again within a row, transformers masks what came before (grpo/packing.py makes sure that it does).
         """
-        targets = micro.target_ids[micro.mask]  # [M]
-        support = None if micro.support is None else micro.support[micro.mask]  # [M, K]
+        kept = micro.mask.view(-1).nonzero()[:, 0] if micro.kept is None else micro.kept  # [M]
+        targets = micro.target_ids.view(-1)[kept]  # [M]
+        support = None if micro.support is None else micro.support.flatten(0, 1)[kept]  # [M, K]
         flat = self._worth_flattening(micro)
-        inputs, where = self._row_inputs(micro) if flat is None else self._flat_inputs(micro, flat)
+        inputs, where = self._row_inputs(micro, kept) if flat is None else self._flat_inputs(flat, kept)
         with arithmetic(self.cfg.dtype, micro.input_ids.device):
             if self.head.usable:
                 hidden = self.head.body()(**inputs).last_hidden_state
@@ -149,17 +150,17 @@ class Scorer(nn.Module):
             else:
                 logits = self.model(**inputs).logits[where]
                 values, hits = self._pick(logits, targets, support)
-        self.hits = torch.zeros_like(micro.mask).masked_scatter(micro.mask, hits) if self.counts_hits else None
-        logprobs = torch.zeros(micro.mask.shape, dtype=torch.float32, device=values.device)
-        return logprobs.masked_scatter(micro.mask, values)
+        if self.counts_hits:
+            self.hits = torch.zeros_like(micro.mask).view(-1).index_copy(0, kept, hits).view_as(micro.mask)
+        logprobs = torch.zeros(micro.mask.numel(), dtype=torch.float32, device=values.device)
+        return logprobs.index_copy(0, kept, values).view(micro.mask.shape)
 
-    def _row_inputs(self, micro: MicroBatch) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+    def _row_inputs(self, micro: MicroBatch, kept: Tensor) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
         """Padded rows, and where in them the M targets are predicted."""
-        rows = torch.arange(micro.input_ids.shape[0], device=micro.input_ids.device)[:, None].expand_as(micro.positions)
         inputs: dict[str, Any] = {"input_ids": micro.input_ids, "use_cache": False}
         if micro.position_ids is not None:
             inputs["position_ids"] = micro.position_ids
-        return inputs, (rows[micro.mask], micro.positions[micro.mask])
+        return inputs, (kept // micro.mask.shape[1], micro.positions.view(-1)[kept])
 
     def _worth_flattening(self, micro: MicroBatch) -> Flat | None:
         """The micro-batch as one row, where that spares enough tokens for the calls that each prompt costs."""
@@ -168,9 +169,9 @@ class Scorer(nn.Module):
         flat = micro.flat or flatten_micro_batch(micro)
         return flat if flat.input_ids.numel() <= FLAT_BELOW * micro.input_ids.numel() else None
 
-    def _flat_inputs(self, micro: MicroBatch, flat: Flat) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+    def _flat_inputs(self, flat: Flat, kept: Tensor) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
         """The same without padding, as one row."""
-        where = flat.positions[micro.mask]
+        where = flat.positions.view(-1)[kept]
         return {"input_ids": flat.input_ids, **flat.forest.inputs()}, (torch.zeros_like(where), where)
 
     def _in_blocks(

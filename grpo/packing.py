@@ -70,12 +70,14 @@ def collate_packs(
         torch.cat([micro.positions[0] + start for micro, start in zip(row, here, strict=False)])
         for row, here in zip(rows, starts, strict=True)
     ]
+    mask = _padded([torch.cat([micro.mask[0] for micro in row]) for row in rows])
     return MicroBatch(
         samples=tuple(numbers),
         input_ids=joined("input_ids"),
         positions=_padded(places).to(device),
         target_ids=joined("target_ids"),
-        mask=joined("mask"),
+        mask=mask.to(device),
+        kept=mask.view(-1).nonzero()[:, 0].to(device),
         advantages=torch.zeros(len(rows), device=device),
         sampler_logprobs=joined("sampler_logprobs"),
         weights=joined("weights"),

@@ -37,8 +37,9 @@ class Scored:
 class Scoring:
     """Scores of a step's, or an evaluation's completions on this rank, asked for while others are still sampled.
 
-    Where rewards are slow enough (`Rewards.early`) they get a completion as soon as `take` does, and a group once all
-    of it is there; `pulse` moves their calls along, and `finish` waits for what is missing. What comes out does not depend on when completions were taken.
+    Where rewards take their time (`Rewards.early`) they get a completion as soon as `take` does, and a group once all
+    of it is there; `pulse` moves their calls along, and `finish` waits for what is missing. What comes out does not
+    depend on when completions were taken.
     """
 
     def __init__(

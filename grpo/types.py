@@ -130,6 +130,7 @@ class MicroBatch:
     weights: torch.Tensor | None = None  # [B, T] loss weights, divided by the global denominator
     position_ids: torch.Tensor | None = None  # [B, L] int64, from 0 in each of the texts that share a row; None: 0 to L
     flat: Flat | None = None  # the same rows without padding; None: made when it is needed
+    kept: torch.Tensor | None = None  # [M] int64, places of the mask's True in [B T]; None: found when it is needed
     head_blocks: int = 1  # blocks of the head to run at least; backends that shard weights need ranks to agree
 
     def __post_init__(self) -> None:
