@@ -32,6 +32,7 @@ from grpo.crown import Crown
 
 NAME = "grpo_trees"
 MAX_SCORES = 2**26  # attention scores that exist at once, if one head has no more: 256 MB
+SPARED_SCORES = 2**16  # of one head, for which completions of like lengths are computed apart from longer ones
 MAX_DIFFERENCE = {False: 1e-3, True: 5e-2}  # to the model's own hidden states, relative: rounding; True: in bf16
 
 
@@ -52,6 +53,23 @@ class Tree:
     def crown(self) -> slice:
         """All completions."""
         return slice(self.stem.stop, self.stem.stop + sum(self.branches))
+
+    @property
+    def parts(self) -> list[tuple[slice, tuple[int, ...]]]:
+        """The completions in runs of like lengths: where a run lies in the flat row, and its lengths.
+
+        >>> [(part.start, part.stop, lengths) for part, lengths in Tree(0, 4, (600, 500, 20, 9)).parts]
+        [(4, 1104, (600, 500)), (1104, 1133, (20, 9))]
+        """
+        runs: list[list[int]] = []
+        for i, length in enumerate(self.branches):
+            longest = max(runs[-1]) if runs else 0
+            spared = sum(longest**2 - other**2 for other in self.branches[i:])
+            if not runs or (2 * length <= longest and spared >= SPARED_SCORES):
+                runs.append([])
+            runs[-1].append(length)
+        ends = (self.crown.start + np.cumsum([sum(run) for run in runs])).tolist()
+        return [(slice(end - sum(run), end), tuple(run)) for end, run in zip(ends, runs, strict=True)]
 
     @property
     def branch_starts(self) -> list[int]:
@@ -85,20 +103,20 @@ class Forest:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None].to(self.device)
 
     @cached_property
-    def lanes(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For each tree: where in its crown token c of branch b lies [b, c] (padding: 0), and what is no padding.
+    def lanes(self) -> list[list[tuple[slice, tuple[Tensor, Tensor, Tensor]]]]:
+        """For each tree and run: the run, and where in it token c of branch b lies [b, c] (padding: 0).
 
-        And, for the way back, where in [b c] each of the crown's n tokens lies.
+        And what of that is no padding; and, for the way back, where in [b c] each of the run's n tokens lies.
         """
-        found = []
-        for tree in self.trees:
-            lengths = np.array(tree.branches, dtype=np.int64)
-            steps = np.arange(lengths.max(initial=0))
-            here = steps[None] < lengths[:, None]
-            index = np.where(here, (np.cumsum(lengths) - lengths)[:, None] + steps[None], 0)
-            on_device = [torch.from_numpy(part).to(self.device) for part in (index, here, np.flatnonzero(here))]
-            found.append((on_device[0], on_device[1], on_device[2]))
-        return found
+        return [[(here, self._lanes(lengths)) for here, lengths in tree.parts] for tree in self.trees]
+
+    def _lanes(self, branches: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = np.array(branches, dtype=np.int64)
+        steps = np.arange(lengths.max(initial=0))
+        here = steps[None] < lengths[:, None]
+        index = np.where(here, (np.cumsum(lengths) - lengths)[:, None] + steps[None], 0)
+        on_device = [torch.from_numpy(part).to(self.device) for part in (index, here, np.flatnonzero(here))]
+        return on_device[0], on_device[1], on_device[2]
 
     def inputs(self) -> dict[str, Any]:
         """What a model's forward needs beside input_ids. The mask is a placeholder: no mask is built for four axes."""
@@ -115,17 +133,18 @@ class Forest:
             self.prompts[layer] = (key, value)
         root = slice(0, self.header)
         parts = [_causal(query[:, :, root], key[:, :, root], value[:, :, root], scale, window)] if self.header else []
-        for tree, lanes in zip(self.trees, self.lanes, strict=True):
-            stem, crown = tree.stem, tree.crown
+        for tree, runs in zip(self.trees, self.lanes, strict=True):
+            stem = tree.stem
             if self.header:
                 order = torch.arange(tree.prompt, device=self.device)
                 lane = (order[None], order[None] >= 0, order)
                 parts.append(self._branch(query, key, value, [root], stem, lane, scale, window))
             else:
                 parts.append(_causal(query[:, :, stem], key[:, :, stem], value[:, :, stem], scale, window))
-            if crown.start < crown.stop:
-                earlier = [root, stem] if self.header else [stem]
-                parts.append(self._branch(query, key, value, earlier, crown, lanes, scale, window))
+            for here, lanes in runs:
+                if here.start < here.stop:
+                    earlier = [root, stem] if self.header else [stem]
+                    parts.append(self._branch(query, key, value, earlier, here, lanes, scale, window))
         return torch.cat(parts, dim=2).transpose(1, 2)
 
     def _branch(

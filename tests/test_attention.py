@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from grpo import attention
 from grpo.attention import Forest, Tree, can_share
 from grpo.config import Config
 from grpo.crown import Crown
@@ -60,25 +61,27 @@ def distance(ours, theirs):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("spared", [0, attention.SPARED_SCORES], ids=["in runs", "whole"])
 @pytest.mark.parametrize("architecture", SHARING)
-def test_a_forest_equals_its_rows_in_value_and_gradient(architecture, checkpointing):
+def test_a_forest_equals_its_rows_in_value_and_gradient(architecture, spared, checkpointing, monkeypatch):
+    monkeypatch.setattr(attention, "SPARED_SCORES", spared)
     model = model_of(architecture)  # gemma3 and gpt2 among them: windows of 8, learned positions
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
     body = Head(model).body()
-    stems, branches = texts(13, 3, 4), [texts(5, 1, 11, seed=1), texts(2, seed=2), []]
-    trees = [Tree(0, 13, (5, 1, 11)), Tree(30, 3, (2,)), Tree(35, 4)]
+    stems, branches = texts(13, 3, 4), [texts(11, 5, 1, seed=1), texts(2, seed=2), []]
+    trees = [Tree(0, 13, (11, 5, 1)), Tree(30, 3, (2,)), Tree(35, 4)]
     flat = torch.cat([part for stem, own in zip(stems, branches, strict=True) for part in (stem, *own)])[None]
     forest = Forest(trees, model.device)
     ours = body(input_ids=flat, **forest.inputs()).last_hidden_state[0]
-    assert forest.calls > 0
+    assert forest.calls > 0 and len(forest.lanes[0]) == (3 if spared == 0 else 1)
     ours, mine = ours.detach(), gradient(model, ours)
     theirs = by_rows(body, trees, stems, branches)
     assert distance(ours, theirs.detach()) < LIMIT
     assert distance(mine, gradient(model, theirs)) < LIMIT
     # Broken on purpose: the second completion is said to go on from the first.
-    wrong = Forest([Tree(0, 13, (6, 11)), *trees[1:]], model.device)
+    wrong = Forest([Tree(0, 13, (16, 1)), *trees[1:]], model.device)
     seen = body(input_ids=flat, **wrong.inputs()).last_hidden_state[0]
     assert distance(seen.detach(), theirs.detach()) > BROKEN
 
@@ -118,7 +121,7 @@ def test_the_gradient_of_a_crown_by_finite_differences():
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)  # noqa: E731
     forest = Forest([Tree(0, 3, (2, 0, 3))], torch.device("cpu"))
-    [lanes] = forest.lanes
+    [[(_, lanes)]] = forest.lanes
     inputs = (draw(4, 5, 2), draw(2, 3, 2), draw(2, 3, 2), draw(2, 5, 2), draw(2, 5, 2))
     for window in (None, 2, 4):
         # The softmax is fp32, so steps are wide and the bound loose; a term left out is off by tenths.
