@@ -174,7 +174,7 @@ def _state_rows(cfg: Config, shape: Shape, own: Held, ranks: int, on_gpu: bool, 
     if cfg.deterministic:
         yield Row("gradients in int64", 2 * whole, REST, "deterministic")
     if stage == 0 and ranks > 1:
-        yield Row("gradient bucket", 4 * min(max(BUCKET_ELEMENTS, own.trained_largest), own.trained), ("optimizer",))
+        yield Row("gradient bucket", 4 * min(max(BUCKET_ELEMENTS, own.trained_largest), own.trained), ("update",))
     if stage >= 1:
         when = REST if stage == 3 else ("update",)  # stage 3 allocates it once, for good
         yield Row("gradient bucket", 4 * min(own.trained, ZERO_BUCKET), when)

@@ -16,7 +16,7 @@ from grpo.attention import can_share
 from grpo.logprobs import Head
 from grpo.models import arithmetic
 from grpo.out_of_memory import Room, ran_out
-from grpo.rollout import Request
+from grpo.rollout import OnFinished, Request
 from grpo.rollout.admission import Admission
 from grpo.rollout.caches import open_cache
 from grpo.rollout.randomness import uniforms
@@ -30,7 +30,6 @@ LOOK_STEPS = {"cpu": 1}  # after how many steps to ask who is done; elsewhere th
 LOOK_ELSEWHERE = 8
 
 OnTokens = Callable[[list[tuple[int, int]]], None]
-OnFinished = Callable[[list[Completion]], None]
 
 
 class NativeEngine:
@@ -108,9 +107,9 @@ class NativeEngine:
         self, requests: list[Request], sampling: Sampling, pulse: Pulse, on_tokens: OnTokens | None,
         finished: OnFinished,
     ) -> None:  # fmt: skip
-        queue = Admission(
-            requests, self.max_new_tokens, self.max_tokens, self.room.part(len(requests)), shares=self.shares
-        )
+        rows = self.room.part(len(requests))
+        self.in_flight = requests[:rows]
+        queue = Admission(requests, self.max_new_tokens, self.max_tokens, rows, shares=self.shares)
         while queue.waiting and not pulse():  # once, where rows may join; else batch after batch
             waiting = [request for group in queue.waiting for request in group]
             Batch(self, queue, waiting, sampling).run(pulse, on_tokens, finished)
