@@ -120,7 +120,7 @@ def _rows(micro: MicroBatch, rows: slice) -> MicroBatch:
             return None
         if name == "advantages":
             return value[rows]
-        return value[rows, : length if name in ("input_ids", "position_ids") else width]
+        return value[rows, : length if name in ("input_ids", "position_ids") else width].contiguous()
 
     values = {f.name: cut(f.name, getattr(micro, f.name)) for f in dataclasses.fields(micro)}
     return MicroBatch(**{**values, "samples": micro.samples[rows]})  # type: ignore[arg-type]

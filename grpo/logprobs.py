@@ -138,8 +138,8 @@ class Scorer(nn.Module):
         attention mask is passed: rows are padded on the right, and no token looks to its right; where position ids
         start again within a row, transformers masks what came before (grpo/packing.py makes sure that it does).
         """
-        kept = micro.mask.view(-1).nonzero()[:, 0] if micro.kept is None else micro.kept  # [M]
-        targets = micro.target_ids.view(-1)[kept]  # [M]
+        kept = micro.mask.reshape(-1).nonzero()[:, 0] if micro.kept is None else micro.kept  # [M]
+        targets = micro.target_ids.reshape(-1)[kept]  # [M]
         support = None if micro.support is None else micro.support.flatten(0, 1)[kept]  # [M, K]
         flat = self._worth_flattening(micro)
         inputs, where = self._row_inputs(micro, kept) if flat is None else self._flat_inputs(flat, kept)
@@ -160,7 +160,7 @@ class Scorer(nn.Module):
         inputs: dict[str, Any] = {"input_ids": micro.input_ids, "use_cache": False}
         if micro.position_ids is not None:
             inputs["position_ids"] = micro.position_ids
-        return inputs, (kept // micro.mask.shape[1], micro.positions.view(-1)[kept])
+        return inputs, (kept // micro.mask.shape[1], micro.positions.reshape(-1)[kept])
 
     def _worth_flattening(self, micro: MicroBatch) -> Flat | None:
         """The micro-batch as one row, where that spares enough tokens for the calls that each prompt costs."""
@@ -171,7 +171,7 @@ class Scorer(nn.Module):
 
     def _flat_inputs(self, flat: Flat, kept: Tensor) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
         """The same without padding, as one row."""
-        where = flat.positions.view(-1)[kept]
+        where = flat.positions.reshape(-1)[kept]
         return {"input_ids": flat.input_ids, **flat.forest.inputs()}, (torch.zeros_like(where), where)
 
     def _in_blocks(

@@ -69,6 +69,7 @@ def test_halves_are_the_rows_cut_to_their_own_length():
     for part in parts:
         assert part.mask.any(0).all() and part.input_ids.shape[1] == int(part.positions[part.mask].max()) + 1
     torch.testing.assert_close(torch.cat([p.target_ids[p.mask] for p in parts]), micro.target_ids[micro.mask])
+    assert all(getattr(p, name).is_contiguous() for p in parts for name in ("mask", "target_ids", "positions"))
 
 
 @pytest.mark.parametrize("sharded", [False, True])

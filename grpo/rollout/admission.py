@@ -28,8 +28,8 @@ class Admission:
     def cost(self, rows: Sequence[Request]) -> int:
         """Tokens that these rows take room for."""
         prompts = [row.prompt_ids for row in rows]
-        asked = sum(map(len, set(prompts) if self.shares else prompts))
-        return asked + self.max_new_tokens * len(rows)
+        held = len(set(prompts)) if self.shares else len(rows)
+        return held * max(map(len, prompts)) + self.max_new_tokens * len(rows)  # all padded to the longest
 
     def fits(self, rows: Sequence[Request]) -> bool:
         """Whether these rows may be in the cache together."""

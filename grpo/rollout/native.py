@@ -22,7 +22,7 @@ from grpo.rollout.caches import open_cache
 from grpo.rollout.randomness import uniforms
 from grpo.rollout.record import Record
 from grpo.rollout.sampling import Sampling, draw
-from grpo.rollout.shared_cache import checked_lean
+from grpo.rollout.shared_cache import SHORT_PROMPT, checked_lean
 from grpo.types import Completion, Pulse
 
 LEAVE_SHARE = 1 / 32  # finished rows leave once they are this share of the batch
@@ -82,6 +82,7 @@ class NativeEngine:
 
         def finished(completions: list[Completion]) -> None:
             made.update((completion.sample, completion) for completion in completions)
+            self.room.fitted()
             if on_finished is not None:
                 on_finished(completions)
 
@@ -90,7 +91,6 @@ class NativeEngine:
                 try:
                     with arithmetic(self.dtype, self.model.device):
                         self._generate(left, sampling, pulse, on_tokens, finished)
-                    self.room.fitted()
                     continue
                 except (RuntimeError, MemoryError) as error:
                     if not ran_out(error):
@@ -109,7 +109,8 @@ class NativeEngine:
     ) -> None:  # fmt: skip
         rows = self.room.part(len(requests))
         self.in_flight = requests[:rows]
-        queue = Admission(requests, self.max_new_tokens, self.max_tokens, rows, shares=self.shares)
+        shares = self.shares and max(len(request.prompt_ids) for request in requests) > SHORT_PROMPT  # else a row each
+        queue = Admission(requests, self.max_new_tokens, self.max_tokens, rows, shares)
         while queue.waiting and not pulse():  # once, where rows may join; else batch after batch
             waiting = [request for group in queue.waiting for request in group]
             Batch(self, queue, waiting, sampling).run(pulse, on_tokens, finished)
@@ -145,7 +146,7 @@ class Batch:
             self.ages += 1
             steps += 1
             token_ids = drawn.token_ids
-            old = int(self.ages.max()) == self.max_new
+            old, left = int(self.ages.max()) == self.max_new, False
             if pulse():
                 record.file()
                 finished(record.completions(np.arange(len(self.ages))))
@@ -154,12 +155,12 @@ class Batch:
                 leaving = self.done.cpu().numpy() | (self.ages == self.max_new)
                 count = int(leaving.sum())
                 if old or count >= max(1, LEAVE_SHARE * len(leaving)):
-                    order = self._leave(leaving, finished)
+                    order, left = self._leave(leaving, finished), True
                     if not len(order) and not (self.cache.joins and self.queue.waiting):
                         return
                     token_ids = token_ids[torch.from_numpy(order).to(token_ids.device)]
             parts = [self.cache.decode(token_ids)] if len(token_ids) else []
-            if self.cache.joins and self.queue.waiting and (joined := self._join()) is not None:
+            if left and self.cache.joins and self.queue.waiting and (joined := self._join()) is not None:
                 parts.append(joined)
             logits = parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -193,6 +194,7 @@ class Batch:
         finished(self.record.completions(np.flatnonzero(leaving)))
         order = self.cache.keep(np.flatnonzero(~leaving), last=not self.queue.waiting)
         self.record.keep(order)
+        self.engine.in_flight = self.record.requests or self.engine.in_flight
         index = torch.from_numpy(order).to(self.done.device)
         self.randoms, self.done, self.ages = self.randoms[index], self.done[index], self.ages[order]
         return order

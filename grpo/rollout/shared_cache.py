@@ -39,7 +39,8 @@ class SharedCache:
         self.device = head.model.device
         distinct = list(dict.fromkeys(request.prompt_ids for request in requests))
         self.header = common_header(distinct)
-        self.limit = max(map(len, distinct)) + max_new_tokens
+        self.longest = max(map(len, distinct))
+        self.limit = self.longest + max_new_tokens
         self.heads: dict[int, KeysValues] = {}  # layer -> keys, values [kvh, Lh, d] of the header
         self.stems: dict[int, KeysValues] = {}  # layer -> keys, values [kvh, P, Lp, d] of prompts after it
         self.own = RowBuffer(max_new_tokens)
@@ -93,10 +94,10 @@ class SharedCache:
 
     def _choose(self, last: bool) -> None:
         """Few keys, or few rows where no others will join, are faster read by row."""
-        columns = self.header + int(self.lengths.max())
-        if self.by_row or (columns > SHORT_PROMPT and not (last and len(self.prompt_of) <= FEW_ROWS)):
+        if self.by_row or (self.longest > SHORT_PROMPT and not (last and len(self.prompt_of) <= FEW_ROWS)):
             return
         self.by_row = True
+        columns = self.header + int(self.lengths.max())
         self.own.join(0, columns, int(self.born.min()))
         for layer, stem in self.stems.items():
             self.own.copy_prompts(layer, 0, self.heads[layer], stem, self.prompt_of)
@@ -129,8 +130,9 @@ class SharedCache:
         return torch.zeros(hidden.shape, dtype=self.kind, device=self.device).masked_fill_(hidden, -torch.inf)
 
     def keep(self, rows: np.ndarray, last: bool) -> np.ndarray:
-        """Only these rows go on; prompts that no row needs leave once they are half of all. last: none will join.
+        """Only these rows go on; prompts that no row needs leave, at the latest when they are half of all.
 
+               last: none will join.
         Returns which row stands where now.
         """
         order = self.own.keep(rows)
@@ -142,7 +144,7 @@ class SharedCache:
             return order
         if not self.by_row:
             used = torch.unique(self.prompt_of)
-            if 2 * len(used) <= len(self.lengths):
+            if 2 * len(used) <= len(self.lengths) or not last:  # others need the room
                 self.lengths = self.lengths[used]
                 longest = int(self.lengths.max())
                 for layer, (keys, values) in self.stems.items():
