@@ -88,6 +88,7 @@ class NativeEngine:
 
         try:
             while (left := [request for request in requests if request.sample not in made]) and not pulse():
+                self.in_flight = left[: self.room.part(len(left))]
                 try:
                     with arithmetic(self.dtype, self.model.device):
                         self._generate(left, sampling, pulse, on_tokens, finished)
@@ -108,7 +109,6 @@ class NativeEngine:
         finished: OnFinished,
     ) -> None:  # fmt: skip
         rows = self.room.part(len(requests))
-        self.in_flight = requests[:rows]
         shares = self.shares and max(len(request.prompt_ids) for request in requests) > SHORT_PROMPT  # else a row each
         queue = Admission(requests, self.max_new_tokens, self.max_tokens, rows, shares)
         while queue.waiting and not pulse():  # once, where rows may join; else batch after batch
