@@ -59,16 +59,18 @@ def _nan_logits(fault: Fault) -> None:
 
 def _little_memory_to_sample(fault: Fault) -> None:
     """Sampling more than `value` rows at once runs out of memory."""
-    from grpo.rollout.native import NativeEngine
+    from grpo.rollout.shared_cache import SharedCache
 
-    plain = NativeEngine._generate
+    plain = SharedCache.join
 
-    def generate(self: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(requests) > fault.value:
+    def join(self: Any, requests: Any, last: bool) -> Any:
+        if (
+            len(self.born) + len(requests) > fault.value and self.own.max_new_tokens > 2
+        ):  # not the trial of a few tokens
             raise torch.OutOfMemoryError(f"no memory for {len(requests)} rows")
-        return plain(self, requests, *args, **kwargs)
+        return plain(self, requests, last)
 
-    NativeEngine._generate = generate  # type: ignore[method-assign]
+    SharedCache.join = join  # type: ignore[method-assign]
 
 
 def _little_memory_to_train(fault: Fault) -> None:
