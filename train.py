@@ -49,8 +49,7 @@ def train(cfg: Config, world: World) -> None:
     policy = load_policy(cfg, world, resumed)  # the trained model, its optimizer, its reference
     check_lengths(policy.model, cfg.max_prompt_length, cfg.max_generate_length)
     check_vocabulary(policy.model, tokenizer)
-    stop_ids, room = stop_token_ids(policy.model, tokenizer), cfg.rollout_tokens
-    engine = NativeEngine(load_rollout_model(policy), stop_ids, cfg.max_generate_length, cfg.seed, cfg.dtype, room)
+    engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_token_ids(policy.model, tokenizer))
 
     P, G, total = prompts_per_step(cfg), cfg.num_generations, total_steps(cfg, len(questions.items))
     first = restore(policy, resumed)

@@ -8,8 +8,10 @@ one and then of the other, who goes first alternates; the first pair warms up an
 1e-12 on both sides, so that the work stays the same. Ratios are TRL's over ours (tokens a second: ours over TRL's),
 lowest - median - highest over the pairs; memory is each side's peak above its own idle process.
 
-Settings on TRL's side: fp32, no gradient checkpointing, no dropout, beta 0, loss_type grpo, generation over the whole
-step at once. Control: `--control` runs TRL on both sides; every ratio must be near 1.
+Settings on TRL's side: no gradient checkpointing, no dropout, beta 0, loss_type grpo, generation over the whole step at
+once; fp32, or, with `--dtype bf16` (workload `gpu`: always), weights and optimizer in bf16, where ours are fp32 with
+bf16 products. Where there is a GPU both sides use one, unless `--device cpu`, and memory is the GPU's. Control:
+`--control` runs TRL on both sides; every ratio must be near 1.
 """
 
 import argparse
@@ -21,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
 
 from benchmarks.workloads import PROJECT, Workload, make
 
@@ -100,6 +104,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trl_python", default=sys.executable)
     parser.add_argument("--trl_rows", type=int, help="rows of TRL's micro-batch")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of both sides; default: the workload's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gsm8k", type=Path)
     parser.add_argument("--control", action="store_true", help="TRL against TRL")
     args, more = parser.parse_known_args()
@@ -107,8 +113,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         work = make(args.workload, folder, args.gsm8k)
-        if args.trl_rows:
-            work = dataclasses.replace(work, trl_rows=args.trl_rows)
+        work = dataclasses.replace(
+            work, trl_rows=args.trl_rows or work.trl_rows, dtype=args.dtype or work.dtype, device=args.device
+        )
         first = ("trl", args.trl_python) if args.control else ("ours", sys.executable)
         sides = [
             Side(*first, work, folder / "first", args.threads, more),

@@ -5,7 +5,8 @@
 Reads `go` lines from stdin; after each step writes one JSON line to the file descriptor STEPS_FD names. Nothing is
 simulated: ours is train.py's own loop, with a gate at the start of each step; TRL's is GRPOTrainer.train() with the
 same gate in a callback. Times are the phases' own; tokens are counted at the embedding; memory is the highest
-resident size since the first step began, above what was resident then (imports, weights and data are loaded).
+resident size since the first step began, above what was resident then (imports, weights and data are loaded); on a GPU,
+of what its tensors take.
 """
 
 import functools
@@ -27,12 +28,30 @@ def resident_mb(which: str) -> float:
     return int(re.search(rf"{which}:\s+(\d+) kB", status)[1]) / 1024
 
 
+class Memory:
+    """The highest there has been, above what there was at first, MB."""
+
+    def __init__(self, on_gpu: bool):
+        self.on_gpu = on_gpu
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self.idle_mb = torch.cuda.memory_allocated() / 2**20
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.idle_mb = resident_mb("VmRSS")
+
+    def peak_mb(self) -> float:
+        """So far."""
+        return (torch.cuda.max_memory_allocated() / 2**20 if self.on_gpu else resident_mb("VmHWM")) - self.idle_mb
+
+
 class Gate:
     """Between two steps: report the last one, wait for the word, begin the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
         self.out = os.fdopen(int(os.environ["STEPS_FD"]), "w")
-        self.idle_mb: float | None = None
+        self.memory: Memory | None = None
         self.tokens = {"no_grad": 0, "grad": 0}
         self.found: dict[str, float] = {}
 
@@ -46,20 +65,21 @@ class Gate:
 
     def __call__(self) -> None:
         """Report the step that ends here, if any, and wait until the next one may begin."""
-        if self.idle_mb is None:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.idle_mb = resident_mb("VmRSS")
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        if self.memory is None:
+            self.memory = Memory(self.on_gpu)
         else:
-            self.close()
+            self.close(self.memory)
         if sys.stdin.readline().strip() != "go":
             os._exit(0)
         self.tokens.update(no_grad=0, grad=0)
         self.found = {}
         self.began = time.perf_counter()
 
-    def close(self) -> None:
+    def close(self, memory: Memory) -> None:
         """Report the step that ends here."""
-        report = {"step_s": time.perf_counter() - self.began, "peak_mb": resident_mb("VmHWM") - (self.idle_mb or 0.0)}
+        report = {"step_s": time.perf_counter() - self.began, "peak_mb": memory.peak_mb()}
         print(json.dumps(report | self.tokens | self.found), file=self.out, flush=True)
 
 
@@ -71,7 +91,7 @@ def our_settings(work: Workload, folder: Path, threads: int) -> list[str]:
         "num_generations": work.group, "max_prompt_length": work.max_prompt, "max_generate_length": work.max_new,
         "max_steps": 100_000, "lr": work.lr, "seed": work.seed, "save_steps": 0, "num_threads": threads,
         "backend": "ddp", "output_dir": folder / "output", "runs_dir": folder / "runs", "resume": "never",
-        "report_to": "none",
+        "report_to": "none", "dtype": work.dtype, "device": work.device,
     }  # fmt: skip
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
@@ -83,7 +103,7 @@ def ours(work: Workload, folder: Path, threads: int) -> None:
     from grpo.launch import run_main
     from grpo.run import Run
 
-    gate = Gate()
+    gate = Gate(work.device)
     plain_tally, plain_load = Run.tally, train.load_policy
     plain_log = train.Run.__init__
 
@@ -116,7 +136,7 @@ def ours(work: Workload, folder: Path, threads: int) -> None:
 
 
 def trl(work: Workload, folder: Path, threads: int) -> None:
-    """TRL's GRPOTrainer at its fairest: fp32, no gradient checkpointing, no dropout, beta 0, no logging of texts."""
+    """TRL's GRPOTrainer at its fairest: no gradient checkpointing, no dropout, beta 0, no logging of texts."""
     import importlib.util
 
     import datasets
@@ -141,11 +161,12 @@ def trl(work: Workload, folder: Path, threads: int) -> None:
         output_dir=str(folder / "trl"), per_device_train_batch_size=work.trl_rows,
         gradient_accumulation_steps=work.prompts * work.group // work.trl_rows, num_generations=work.group,
         max_completion_length=work.max_new, max_steps=100_000, learning_rate=work.lr, lr_scheduler_type="constant",
-        seed=work.seed, bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none", logging_steps=1000,
+        seed=work.seed, bf16=work.dtype == "bf16", use_cpu=work.device == "cpu", gradient_checkpointing=False,
+        report_to="none", logging_steps=1000,
         disable_tqdm=True, save_strategy="no", beta=0.0, disable_dropout=True, loss_type="grpo", temperature=1.0,
         top_k=0, top_p=1.0,
     )  # fmt: skip
-    gate = Gate()
+    gate = Gate(work.device)
 
     class Gated(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
@@ -166,7 +187,9 @@ def trl(work: Workload, folder: Path, threads: int) -> None:
             return made
 
     trainer = Timed(
-        model=AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(
+            work.model, dtype=torch.bfloat16 if work.dtype == "bf16" else torch.float32
+        ),
         reward_funcs=rewarded, args=config, train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(work.model), callbacks=[Gated()],
     )  # fmt: skip

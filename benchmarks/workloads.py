@@ -2,7 +2,7 @@
 
 Models are made here: random Qwen3 bodies, or the demo's base. A random model spreads its probability, so lengths are
 decided by the vocabulary: with 96 words one token in 96 ends a completion, which spreads lengths far; with
-150,000 hardly any does.
+150,000 hardly any does. `gpu` has the shape of Qwen3-0.6B, and wants a GPU.
 """
 
 import json
@@ -16,6 +16,10 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 PROJECT = Path(__file__).resolve().parent.parent
 REWARDS = Path(__file__).resolve().with_name("workload_rewards.py")
+QWEN3_06B = {
+    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "head_dim": 128,
+}  # fmt: skip
 BODY = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64,
@@ -36,6 +40,8 @@ class Workload:
     trl_rows: int = 16  # TRL's per_device_train_batch_size
     lr: float = 1e-12  # leaves every fp32 weight as it is: all steps do the same work
     seed: int = 42  # what is sampled, and the order of the questions
+    dtype: str = "fp32"  # or bf16
+    device: str = "cpu"  # or cuda
 
 
 def word_model(folder: Path, words: int, **body: int) -> list[str]:
@@ -94,6 +100,9 @@ def make(name: str, folder: Path, gsm8k: Path | None = None) -> Workload:
         body = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
         data = random_questions(folder, word_model(folder, 150_000, **body), 20, 60)
         return Workload(own, data, f"{REWARDS}:spread_reward", 4, 8, 64, 32, trl_rows=8)
+    if name == "gpu":
+        data = random_questions(folder, word_model(folder, 151_936, **QWEN3_06B), 200, 256)
+        return Workload(own, data, f"{REWARDS}:spread_reward", 32, 8, 256, 512, trl_rows=32, dtype="bf16")
     if name == "gsm8k":
         if gsm8k is None:
             raise SystemExit("gsm8k: give --gsm8k train.jsonl")
@@ -103,4 +112,4 @@ def make(name: str, folder: Path, gsm8k: Path | None = None) -> Workload:
         make_model(rows, folder / "model")
         asked = [{"prompt": row["question"] + "\n", "answer": row["answer"]} for row in rows[:512]]
         return Workload(own, write_questions(folder, asked), f"{REWARDS}:spread_reward", 8, 8, 320, 96)
-    raise SystemExit(f"no workload {name!r}: demo, easy, long_prompt, heavy_tail, big_vocab or gsm8k")
+    raise SystemExit(f"no workload {name!r}: demo, easy, long_prompt, heavy_tail, big_vocab, gpu or gsm8k")

@@ -96,11 +96,7 @@ class Forest:
     @cached_property
     def position_ids(self) -> Tensor:
         """[1, S]: a prompt goes on where the header ends, a completion where its prompt ends."""
-        parts = [np.arange(self.header)]
-        for tree in self.trees:
-            parts.append(self.header + np.arange(tree.prompt))
-            parts += [self.header + tree.prompt + np.arange(n) for n in tree.branches]
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None].to(self.device)
+        return self._placed[0]
 
     @cached_property
     def lanes(self) -> list[list[tuple[slice, tuple[Tensor, Tensor, Tensor]]]]:
@@ -108,15 +104,24 @@ class Forest:
 
         And what of that is no padding; and, for the way back, where in [b c] each of the run's n tokens lies.
         """
-        return [[(here, self._lanes(lengths)) for here, lengths in tree.parts] for tree in self.trees]
+        places = iter(self._placed[1:])
+        return [
+            [(here, (next(places), next(places).bool(), next(places))) for here, _ in tree.parts] for tree in self.trees
+        ]
 
-    def _lanes(self, branches: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        lengths = np.array(branches, dtype=np.int64)
-        steps = np.arange(lengths.max(initial=0))
-        here = steps[None] < lengths[:, None]
-        index = np.where(here, (np.cumsum(lengths) - lengths)[:, None] + steps[None], 0)
-        on_device = [torch.from_numpy(part).to(self.device) for part in (index, here, np.flatnonzero(here))]
-        return on_device[0], on_device[1], on_device[2]
+    @cached_property
+    def _placed(self) -> list[Tensor]:
+        """`position_ids`, and the three parts of each run's lanes, int64: in one copy, for which the device stops."""
+        parts = [np.arange(self.header)]
+        for tree in self.trees:
+            parts.append(self.header + np.arange(tree.prompt))
+            parts += [self.header + tree.prompt + np.arange(n) for n in tree.branches]
+        arrays = [np.concatenate(parts)[None]]
+        for tree in self.trees:
+            arrays += [lane for _, lengths in tree.parts for lane in _lanes(lengths)]
+        values = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]).astype(np.int64)).to(self.device)
+        split = values.split([array.size for array in arrays])
+        return [part.view(array.shape) for part, array in zip(split, arrays, strict=True)]
 
     def inputs(self) -> dict[str, Any]:
         """What a model's forward needs beside input_ids. The mask is a placeholder: no mask is built for four axes."""
@@ -165,6 +170,15 @@ class Forest:
             for first in range(0, kv, step)
         ]  # fmt: skip
         return torch.cat(made)[None]
+
+
+def _lanes(branches: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of one run, as `Forest.lanes` says."""
+    lengths = np.array(branches, dtype=np.int64)
+    steps = np.arange(lengths.max(initial=0))
+    here = steps[None] < lengths[:, None]
+    index = np.where(here, (np.cumsum(lengths) - lengths)[:, None] + steps[None], 0)
+    return index, here, np.flatnonzero(here)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:

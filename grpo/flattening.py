@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from grpo.attention import Forest, Tree
+from grpo.models import asking_is_free
 from grpo.types import Flat, MicroBatch
 
 SHORTEST_HEADER = 16  # tokens; below, the bookkeeping costs more than it saves
@@ -101,4 +102,7 @@ def _flat(
     trees: list[Tree], tokens: list[np.ndarray], where: np.ndarray, device: torch.device, header: int = 0
 ) -> Flat:
     row = torch.from_numpy(np.concatenate(tokens).astype(np.int64))[None]
-    return Flat(Forest(trees, device, header), row.to(device), torch.from_numpy(where).to(device))
+    forest = Forest(trees, device, header)
+    if not asking_is_free(device):
+        forest.position_ids  # noqa: B018  copied now: in the midst of an update the device would run dry meanwhile
+    return Flat(forest, row.to(device), torch.from_numpy(where).to(device))

@@ -23,7 +23,7 @@ from grpo.attention import can_share
 from grpo.config import Config
 from grpo.flattening import flatten_micro_batch
 from grpo.fused_head import HeadLogprobs, plain_matrix
-from grpo.models import arithmetic, arithmetic_dtype
+from grpo.models import arithmetic, arithmetic_dtype, asking_is_free
 from grpo.types import Flat, MicroBatch
 
 FLAT_BELOW = 0.7  # of the padded tokens: beyond, padded rows in few calls are faster than one row in many
@@ -42,7 +42,7 @@ def bounded_logits(logits: Tensor, temperature: float, clamp: float) -> tuple[Te
     high, low = logits.detach().amax(-1, keepdim=True), logits.detach().amin(-1, keepdim=True)
     moved = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     wide = high - low > 2 * clamp
-    if logits.device.type != "cpu" or bool(wide.any()):  # on a GPU the question costs more than the answer
+    if not asking_is_free(logits.device) or bool(wide.any()):
         centred = logits - (high + low) / 2
         moved = (wide & (centred.detach().abs() > clamp)).sum(-1)
         logits = torch.where(wide, centred.clamp(-clamp, clamp), logits)

@@ -91,6 +91,11 @@ def check_lengths(model: PreTrainedModel, max_prompt_length: int, max_generate_l
         )
 
 
+def asking_is_free(device: torch.device) -> bool:
+    """Whether to ask for a number costs nothing. A GPU would first finish all work before it: there nobody asks."""
+    return device.type == "cpu"
+
+
 def is_lora(model: nn.Module) -> bool:
     """Whether a model is frozen and trained through an adapter inside it (grpo/adapters.py)."""
     return hasattr(model, "lora_config")

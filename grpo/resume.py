@@ -22,7 +22,7 @@ FREE_TO_CHANGE = {  # settings that do not change what is trained; all others mu
     "output_dir", "save_steps", "save_total_limit", "resume", "runs_dir", "run_name", "report_to",
     "log_samples_steps", "log_completions_steps", "console_language", "tracker_project", "tracker_mode", "eval_data",
     "eval_split", "eval_rows", "eval_steps", "num_threads", "device",
-    "micro_batch_tokens", "rollout_chunk_rows", "rollout_tokens", "logits_chunk_mb",
+    "micro_batch_tokens", "rollout_chunk_rows", "rollout_tokens", "cuda_graphs", "logits_chunk_mb",
     "gradient_checkpointing", "max_bad_steps",
     "max_reward_failures", "inference_questions", "backend", "zero_stage", "offload", "deepspeed_config",
     "activation_offload", "reference_offload",

@@ -63,8 +63,7 @@ def teach(cfg: Config, world: World) -> None:
         answered = None  # greedy accuracy on held-out questions, where there are rewards to judge it
         if held_out is not None and cfg.rewards:
             rewards = parts.enter_context(closing(open_rewards(cfg, warn if world.is_main else lambda _: None)))
-            sampler, room = load_rollout_model(policy), cfg.rollout_tokens
-            engine = NativeEngine(sampler, stop_ids, cfg.max_generate_length, cfg.seed, cfg.dtype, room)
+            engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids)
             answered = partial(evaluate, engine, held_out, rewards, tokenizer, cfg, world, warn, pulse=run.pulse)
 
         def evaluate_if_due(step: int) -> None:

@@ -18,9 +18,9 @@ from grpo.fused_head import HeadLogprobs
 from grpo.logprobs import Head, Scorer, bounded_logits
 from grpo.models import prepare
 from grpo.rollout import Request, shared_cache
-from grpo.rollout.caches import PlainCache
+from grpo.rollout.caches import PlainCache, checked_lean
 from grpo.rollout.lean import FAMILY
-from grpo.rollout.shared_cache import SharedCache, checked_lean
+from grpo.rollout.shared_cache import SharedCache
 from tests.test_logprobs import micro_batch
 from tests.tiny import ARCHITECTURES, tiny_model
 
@@ -114,7 +114,9 @@ def test_a_common_header_stands_once_and_changes_nothing(architecture, reading):
             if t == 3:
                 plain.keep(shared.keep(np.array([1, 4, 5]), last=True), last=True)
             token = torch.randint(3, 300, (6 if t < 3 else 3,), generator=torch.Generator().manual_seed(t))
-            torch.testing.assert_close(shared.decode(token), plain.decode(token), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                shared.decode(token, torch.clone), plain.decode(token, torch.clone), rtol=1e-3, atol=1e-3
+            )
 
 
 def test_the_gradient_of_a_crown_by_finite_differences():
@@ -236,7 +238,9 @@ def test_shared_and_plain_caches_give_the_same_logits(architecture, reading):
                 plain.keep(shared.keep(np.array(keep), last=True), last=True)
                 rows = len(keep)
             token = torch.randint(3, 300, (rows,), generator=generator)
-            torch.testing.assert_close(shared.decode(token), plain.decode(token), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                shared.decode(token, torch.clone), plain.decode(token, torch.clone), rtol=1e-3, atol=1e-3
+            )
 
 
 @pytest.mark.parametrize("block_rows", [8, 64])

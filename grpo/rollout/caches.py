@@ -7,23 +7,30 @@ rows leave.
 every other model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from grpo.attention import MAX_DIFFERENCE
 from grpo.logprobs import Head
 from grpo.rollout import Request
-from grpo.rollout.lean import LeanBody
-from grpo.rollout.shared_cache import SharedCache, distinct_prompts
+from grpo.rollout.lean import LeanBody, lean_body
+from grpo.rollout.prefill import distinct_prompts
+from grpo.rollout.shared_cache import SharedCache
+from grpo.rollout.step_graph import StepGraph
+
+T = TypeVar("T")
 
 
 class PlainCache:
     """Prompts padded on the left to the longest, one column for all rows; transformers' DynamicCache."""
 
     joins = False  # all rows begin together
+    graph = None
 
     def __init__(self, model: PreTrainedModel, max_new_tokens: int):
         self.model = model
@@ -57,21 +64,41 @@ class PlainCache:
         self.mask, self.position = self.mask[index], self.position[index]
         return rows
 
-    def decode(self, token_ids: Tensor) -> Tensor:
-        """Take each row's next token [B]; logits [B, V] of the one after."""
+    def decode(self, token_ids: Tensor, then: Callable[[Tensor], T]) -> T:
+        """Take each row's next token [B]; what `then` makes of the logits [B, V] of the one after."""
         self.column += 1
         logits = self.model(
             input_ids=token_ids[:, None], attention_mask=self.mask[:, : self.column],
             position_ids=self.position[:, None], past_key_values=self.cache, use_cache=True,
         ).logits[:, -1]  # fmt: skip
         self.position = self.position + 1
-        return logits
+        return then(logits)
 
 
 def open_cache(
-    head: Head, shares: bool, requests: Sequence[Request], max_new_tokens: int, lean: LeanBody | None = None
-) -> PlainCache | SharedCache:
+    head: Head, shares: bool, requests: Sequence[Request], max_new_tokens: int, lean: LeanBody | None = None,
+    graph: StepGraph | None = None,
+) -> PlainCache | SharedCache:  # fmt: skip
     """The cache for a model: shared where its attention can, else transformers' own. requests: all that will join."""
     if shares:
-        return SharedCache(head, requests, max_new_tokens, lean)
+        return SharedCache(head, requests, max_new_tokens, lean, graph)
     return PlainCache(head.model, max_new_tokens)
+
+
+def checked_lean(head: Head) -> LeanBody | None:
+    """The lean body, when it is the model's own forward up to rounding; None where there is none, or it is not."""
+    body = lean_body(head.model, head.body())
+    if body is None:
+        return None
+    requests = [Request(0, 0, 0, tuple(i % head.vocab_size for i in range(5)))]
+    own = SharedCache(head, requests, 2)
+    token = own.join(requests, last=True).argmax(-1)
+    try:
+        lean = SharedCache(head, requests, 2, body)
+        lean.join(requests, last=True)
+        expected, found = own.decode(token, Tensor.float), lean.decode(token, Tensor.float)
+    except (AttributeError, TypeError, RuntimeError):  # a member of the family that is built otherwise
+        return None
+    size = float(expected.abs().amax().clamp(min=1.0))
+    close = float((found - expected).abs().amax()) <= MAX_DIFFERENCE[torch.is_autocast_enabled(own.device.type)] * size
+    return body if close or not bool(torch.isfinite(expected).all()) else None

@@ -13,21 +13,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.attention import can_share
+from grpo.config import Config
 from grpo.logprobs import Head
-from grpo.models import arithmetic
+from grpo.models import arithmetic, asking_is_free
 from grpo.out_of_memory import Room, ran_out
 from grpo.rollout import OnFinished, Request
 from grpo.rollout.admission import Admission
-from grpo.rollout.caches import open_cache
+from grpo.rollout.caches import checked_lean, open_cache
 from grpo.rollout.randomness import uniforms
 from grpo.rollout.record import Record
-from grpo.rollout.sampling import Sampling, draw
-from grpo.rollout.shared_cache import SHORT_PROMPT, checked_lean
+from grpo.rollout.sampling import Draw, Sampling, draw
+from grpo.rollout.shared_cache import SHORT_PROMPT
+from grpo.rollout.step_graph import StepGraph
 from grpo.types import Completion, Pulse
 
 LEAVE_SHARE = 1 / 32  # finished rows leave once they are this share of the batch
-LOOK_STEPS = {"cpu": 1}  # after how many steps to ask who is done; elsewhere the question waits for the device
-LOOK_ELSEWHERE = 8
+LEAVE_SHARE_GRAPH = 1 / 4  # where each new shape costs a graph
+LOOK_STEPS = 8  # between two questions who is done, where they are not free
 
 OnTokens = Callable[[list[tuple[int, int]]], None]
 
@@ -37,9 +39,9 @@ class NativeEngine:
 
     def __init__(
         self, model: PreTrainedModel, stop_ids: Iterable[int], max_new_tokens: int, seed: int, dtype: str = "fp32",
-        max_tokens: int | None = None,
+        max_tokens: int | None = None, cuda_graphs: bool = True,
     ):  # fmt: skip
-        """max_tokens: of prompts and completions in the cache at once; None: no limit."""
+        """max_tokens: of prompts and completions in the cache at once; None: no limit. cuda_graphs: on CUDA only."""
         self.model = model
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
         self.max_new_tokens = max_new_tokens
@@ -50,9 +52,16 @@ class NativeEngine:
         with torch.no_grad(), arithmetic(dtype, model.device):
             self.shares = self.head.usable and can_share(model, self.head.body())
             self.lean = checked_lean(self.head) if self.shares else None
+        graphs = cuda_graphs and self.shares and model.device.type == "cuda"
+        self.graph = StepGraph() if graphs else None
         self.room = Room("rollout", "rollout_chunk_rows", "rows")
-        self.look_steps = LOOK_STEPS.get(model.device.type, LOOK_ELSEWHERE)
+        self.look_steps = 1 if asking_is_free(model.device) else LOOK_STEPS
         self.in_flight: Sequence[Request] = ()
+
+    @classmethod
+    def of(cls, cfg: Config, model: PreTrainedModel, stop_ids: Iterable[int]) -> "NativeEngine":
+        """The engine that a run's settings ask for."""
+        return cls(model, stop_ids, cfg.max_generate_length, cfg.seed, cfg.dtype, cfg.rollout_tokens, cfg.cuda_graphs)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy the tensors that are not already ours."""
@@ -102,6 +111,8 @@ class NativeEngine:
                 self.room.halve(len(tried), smallest=len(tried) == 1, shape=shape)
         finally:
             self.model.train(was_training)
+            if self.graph is not None:
+                self.graph.forget()
         return [made[request.sample] for request in requests if request.sample in made]
 
     def _generate(
@@ -124,28 +135,32 @@ class Batch:
         self.engine, self.queue, self.sampling = engine, queue, sampling
         self.max_new = engine.max_new_tokens
         device = engine.model.device
-        self.cache = open_cache(engine.head, engine.shares, requests, self.max_new, engine.lean)
+        graph = engine.graph if engine.graph is not None and engine.graph.usable else None
+        self.cache = open_cache(engine.head, engine.shares, requests, self.max_new, engine.lean, graph)
         self.record = Record(self.max_new, device)
         self.randoms = torch.zeros(0, self.max_new, dtype=torch.float64, device=device)  # [B, max_new]
         self.done = torch.zeros(0, dtype=torch.bool, device=device)  # [B]
         self.ages = np.zeros(0, np.int64)  # [B] tokens of each row
+        self.aged = torch.zeros(0, dtype=torch.int64, device=device)  # [B] the same, as a step may read it
+        self.leave_share = LEAVE_SHARE if self.cache.graph is None else LEAVE_SHARE_GRAPH
 
     def run(self, pulse: Pulse, on_tokens: OnTokens | None, finished: OnFinished) -> None:
         """Decode until nobody is left, or `pulse` says stop."""
         engine, record, steps = self.engine, self.record, 0
-        logits = self._join()
-        while logits is not None:
-            drawn = draw(logits, self._uniforms(), self.sampling)
-            stopped = (drawn.token_ids[:, None] == engine.stop_ids).any(-1)
+        first = self._join()
+        drawn = None if first is None else self._draw(first)
+        while drawn is not None:
+            token_ids = drawn.token_ids
+            stopped = (token_ids[:, None] == engine.stop_ids).any(-1)
             record.add(drawn, stopped)
             if on_tokens is not None:
                 alive = (~self.done).tolist()
-                pairs = zip(record.requests, drawn.token_ids.tolist(), alive, strict=True)
+                pairs = zip(record.requests, token_ids.tolist(), alive, strict=True)
                 on_tokens([(request.sample, token) for request, token, here in pairs if here])
             self.done = self.done | stopped | ~drawn.finite
             self.ages += 1
+            self.aged += 1
             steps += 1
-            token_ids = drawn.token_ids
             old, left = int(self.ages.max()) == self.max_new, False
             if pulse():
                 record.file()
@@ -154,23 +169,30 @@ class Batch:
             if old or steps % engine.look_steps == 0:
                 leaving = self.done.cpu().numpy() | (self.ages == self.max_new)
                 count = int(leaving.sum())
-                if old or count >= max(1, LEAVE_SHARE * len(leaving)):
+                if old or count >= max(1, self.leave_share * len(leaving)):
                     order, left = self._leave(leaving, finished), True
                     if not len(order) and not (self.cache.joins and self.queue.waiting):
                         return
                     token_ids = token_ids[torch.from_numpy(order).to(token_ids.device)]
-            parts = [self.cache.decode(token_ids)] if len(token_ids) else []
-            if left and self.cache.joins and self.queue.waiting and (joined := self._join()) is not None:
-                parts.append(joined)
-            logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+            drawn = self._next(token_ids, left and self.cache.joins and bool(self.queue.waiting))
+
+    def _next(self, token_ids: Tensor, joins: bool) -> Draw:
+        """One more token of each row, and the first one of rows that may join now."""
+        if not joins:
+            return self.cache.decode(token_ids, self._draw)
+        parts = [self.cache.decode(token_ids, _as_they_are)] if len(token_ids) else []
+        joined = self._join()
+        return self._draw(torch.cat(parts if joined is None else [*parts, joined]))
+
+    def _draw(self, logits: Tensor) -> Draw:
+        return draw(logits, self._uniforms(), self.sampling)
 
     def _uniforms(self) -> Tensor:
         """Of each row, the one for its next token, [B]."""
         youngest, oldest = int(self.ages.min()), int(self.ages.max())
-        if youngest == oldest:
+        if youngest == oldest and self.cache.graph is None:
             return self.randoms[:, oldest]
-        ages = torch.from_numpy(self.ages).to(self.randoms.device)
-        return self.randoms.gather(1, ages[:, None])[:, 0]
+        return self.randoms.gather(1, self.aged[:, None])[:, 0]
 
     def _join(self) -> Tensor | None:
         """Rows begin for which there is room; logits [b, V] of their first tokens. None: there is none."""
@@ -186,6 +208,7 @@ class Batch:
         self.randoms = torch.cat([self.randoms, randoms])
         self.done = torch.cat([self.done, self.done.new_zeros(len(requests))])
         self.ages = np.concatenate([self.ages, np.zeros(len(requests), np.int64)])
+        self.aged = torch.cat([self.aged, self.aged.new_zeros(len(requests))])
         return logits
 
     def _leave(self, leaving: np.ndarray, finished: OnFinished) -> np.ndarray:
@@ -196,5 +219,10 @@ class Batch:
         self.record.keep(order)
         self.engine.in_flight = self.record.requests or self.engine.in_flight
         index = torch.from_numpy(order).to(self.done.device)
-        self.randoms, self.done, self.ages = self.randoms[index], self.done[index], self.ages[order]
+        self.randoms, self.done = self.randoms[index], self.done[index]
+        self.ages, self.aged = self.ages[order], self.aged[index]
         return order
+
+
+def _as_they_are(logits: Tensor) -> Tensor:
+    return logits

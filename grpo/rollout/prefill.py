@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from grpo.attention import Forest, Tree
 from grpo.logprobs import Head
+from grpo.rollout import Request
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -24,6 +25,13 @@ class Prefilled:
     lengths: Tensor  # [P] tokens after the header
     heads: dict[int, KeysValues]  # layer -> keys, values [kvh, Lh, d]
     stems: dict[int, KeysValues]  # layer -> keys, values [kvh, P, Lp, d]; after a prompt's end its last token, repeated
+
+
+def distinct_prompts(requests: Sequence[Request], device: torch.device) -> tuple[list[tuple[int, ...]], Tensor]:
+    """The distinct prompts, and which of them each request has, [B]."""
+    distinct = list(dict.fromkeys(request.prompt_ids for request in requests))
+    which = {ids: i for i, ids in enumerate(distinct)}
+    return distinct, torch.tensor([which[request.prompt_ids] for request in requests], device=device)
 
 
 def prefill(head: Head, prompts: Sequence[tuple[int, ...]], header: int) -> Prefilled:

@@ -4,6 +4,9 @@
 
 All rows write the token of step t into column front + t - base. A row that began later has nothing in the columns
 before; `base` moves on when the oldest rows have left.
+
+Where steps are to be replayed (step_graph.py) the buffers are *steady*: a step reads all columns, those to come too,
+and the column it writes is a number on the device.
 """
 
 import numpy as np
@@ -13,23 +16,46 @@ from torch import Tensor
 from grpo.rollout.prefill import KeysValues
 
 FIRST_ROOM = 64  # own tokens that room is made for at first; then for twice as many as there are
+WHOLE = 8  # columns of steady buffers are a multiple of this: attention kernels want aligned rows
 
 
 class RowBuffer:
     """Rows 0 … rows-1 of buffers that may hold more."""
 
-    def __init__(self, max_new_tokens: int):
+    def __init__(self, max_new_tokens: int, steady_on: torch.device | None = None):
+        """steady_on: the device of steady buffers; None: they are not."""
         self.max_new_tokens = max_new_tokens
         self.layers: dict[int, KeysValues] = {}
         self.rows = self.capacity = 0
         self.front = 0
         self.room = min(max_new_tokens, FIRST_ROOM)
         self.base = self.time = 0
+        self.clock: Tensor | None = None  # [1] the time, where buffers are steady
+        self.at: Tensor | None = None  # [1] the step's own column
+        if steady_on is not None:
+            self.clock, self.at = (torch.zeros(1, dtype=torch.int64, device=steady_on) for _ in range(2))
 
     @property
     def columns(self) -> int:
         """In use, without the step's own."""
         return self.front + self.time - self.base
+
+    @property
+    def now(self) -> int | Tensor:
+        """The time, as a step may read it."""
+        return self.time if self.clock is None else self.clock
+
+    @property
+    def column(self) -> int | Tensor:
+        """The step's own, as a step may read it."""
+        return self.columns if self.at is None else self.at
+
+    def advance(self) -> None:
+        """After a step."""
+        self.time += 1
+        if self.clock is not None and self.at is not None:
+            self.clock += 1
+            self.at += 1
 
     def join(self, count: int, front: int, oldest: int) -> None:
         """Append rows that have nothing yet. front: columns that prompts need now; oldest: see `make_room`."""
@@ -58,11 +84,16 @@ class RowBuffer:
         return True
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> KeysValues:
-        """Put a step's keys and values [B, kvh, d]; those of all columns so far, [B, kvh, n, d]."""
+        """Put a step's keys and values [B, kvh, d]; those of all columns so far, [B, kvh, n, d]; steady: of all."""
         if layer not in self.layers:
             self._make(layer, key.shape[1], key, value)
         at = self.columns
         keys, values = self.layers[layer]
+        if self.at is not None:
+            keys, values = keys[: self.rows], values[: self.rows]
+            keys.index_copy_(2, self.at, key[:, :, None])
+            values.index_copy_(2, self.at, value[:, :, None])
+            return keys, values
         keys[: self.rows, :, at] = key
         values[: self.rows, :, at] = value
         return keys[: self.rows, :, : at + 1], values[: self.rows, :, : at + 1]
@@ -93,6 +124,8 @@ class RowBuffer:
     def _move(self, capacity: int, front: int, base: int) -> None:
         """Into buffers of another size, without the own columns before `base`."""
         begun, ended = self.front + base - self.base, self.columns
+        if self.at is not None:
+            self.room += -(front + self.room) % WHOLE
         for layer, both in self.layers.items():
             larger = tuple(t.new_zeros(capacity, t.shape[1], front + self.room, t.shape[3]) for t in both)
             for old, new in zip(both, larger, strict=True):
@@ -100,6 +133,8 @@ class RowBuffer:
                 new[: self.rows, :, front : front + ended - begun] = old[: self.rows, :, begun:ended]
             self.layers[layer] = (larger[0], larger[1])
         self.capacity, self.front, self.base = capacity, front, base
+        if self.at is not None:
+            self.at.fill_(self.columns)
 
     def _tensors(self) -> list[Tensor]:
         return [tensor for both in self.layers.values() for tensor in both]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from grpo.config import Config
 from grpo.logprobs import bounded_logits
+from grpo.models import asking_is_free
 
 BLOCK = 512  # columns summed at once
 
@@ -80,8 +81,7 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Draw:
     logits = logits.float()
     low, high = torch.aminmax(logits, dim=-1)  # NaN where any logit is
     finite, clamped = high - low <= 2 * sampling.logit_clamp, None
-    # On a GPU the question would wait for all work before it; there the clamp is computed, whatever it moves.
-    if logits.device.type != "cpu" or not bool(finite.all()):  # or something is not finite
+    if not asking_is_free(logits.device) or not bool(finite.all()):  # too wide, or not finite
         finite = torch.isfinite(low) & torch.isfinite(high)
         logits = torch.where(finite[:, None], logits, torch.zeros((), device=logits.device))
         logits, clamped = bounded_logits(logits, 1.0, sampling.logit_clamp)

@@ -5,20 +5,23 @@ step reads them as often. Where prompts are short or rows are few, each row has 
 attention is faster than several. Rows leave when they are done, and others join.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from grpo.attention import MAX_DIFFERENCE
 from grpo.flattening import common_header
 from grpo.logprobs import Head
 from grpo.rollout import Request
-from grpo.rollout.lean import LeanBody, lean_body
-from grpo.rollout.prefill import KeysValues, Prefilled, prefill
+from grpo.rollout.lean import LeanBody
+from grpo.rollout.prefill import KeysValues, Prefilled, distinct_prompts, prefill
 from grpo.rollout.row_buffer import RowBuffer
+from grpo.rollout.step_graph import StepGraph
+
+T = TypeVar("T")
 
 SHORT_PROMPT = 128  # tokens; such prompts are copied for each row: one attention reads them faster than several
 FEW_ROWS = 4  # so few rows, the last ones, get copies of any prompt
@@ -30,12 +33,16 @@ class SharedCache:
 
     joins = True
 
-    def __init__(self, head: Head, requests: Sequence[Request], max_new_tokens: int, lean: LeanBody | None = None):
-        """requests: all that will join. lean: the body in a form that decodes with fewer calls."""
+    def __init__(
+        self, head: Head, requests: Sequence[Request], max_new_tokens: int, lean: LeanBody | None = None,
+        graph: StepGraph | None = None,
+    ):  # fmt: skip
+        """requests: all that will join. lean: the body in a form of fewer calls. graph: replays steps."""
         self.head = head
         self.lean = lean
         if lean is not None:
             lean.open()
+        self.graph = graph
         self.device = head.model.device
         distinct = list(dict.fromkeys(request.prompt_ids for request in requests))
         self.header = common_header(distinct)
@@ -43,12 +50,13 @@ class SharedCache:
         self.limit = self.longest + max_new_tokens
         self.heads: dict[int, KeysValues] = {}  # layer -> keys, values [kvh, Lh, d] of the header
         self.stems: dict[int, KeysValues] = {}  # layer -> keys, values [kvh, P, Lp, d] of prompts after it
-        self.own = RowBuffer(max_new_tokens)
+        self.own = RowBuffer(max_new_tokens, None if graph is None else self.device)
         self.by_row = False  # whether each row has a copy of its prompt, in front of its own tokens
         none = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.lengths = self.prompt_of = self.asked = self.start = none  # [P]; [B] each
         self.born = np.zeros(0, np.int64)  # [B] the step at which a row began
         self.kind = torch.float32  # of keys and values
+        self.biases: dict[int | None, Tensor | None] = {}  # window -> see `_bias`, of the step
         self.placeholder = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device)
 
     def join(self, requests: Sequence[Request], last: bool) -> Tensor:
@@ -105,9 +113,10 @@ class SharedCache:
 
     def _place(self) -> None:
         """After rows came or went: which columns of a row are its own, and where rows stand gathered by prompt."""
-        self.seen = self._own_columns()
+        self._see()
         if self.by_row:
             return
+        self.born_at = torch.from_numpy(self.born).to(self.device)
         at = torch.arange(int(self.lengths.max()), device=self.device)
         self.before = self.lengths[:, None] - at  # [P, Lp] how far key j lies before its prompt's end; <= 0: padding
         counts = torch.bincount(self.prompt_of, minlength=len(self.lengths))
@@ -118,11 +127,17 @@ class SharedCache:
         self.slots = torch.zeros(len(counts), int(counts.max()), dtype=torch.int64, device=self.device)
         self.slots[self.prompt_of, slot] = torch.arange(len(slot), device=self.device)  # [P, g] -> row
 
+    def _see(self) -> None:
+        """After buffers or their rows have changed."""
+        self.seen = self._own_columns()
+        if self.graph is not None:
+            self.graph.forget()
+
     def _own_columns(self) -> Tensor | None:
         """What of the buffer each row sees, as a bias [B, front + room] of 0 and -inf; None: all of it."""
         own = self.own
         padded = self.by_row and bool((self.header + self.asked < own.front).any())
-        if not padded and bool((self.born == own.base).all()):
+        if not padded and bool((self.born == own.base).all()) and self.graph is None:
             return None
         at = torch.arange(own.front + own.room, device=self.device)
         born = torch.from_numpy(self.born).to(self.device)[:, None] - own.base
@@ -141,6 +156,8 @@ class SharedCache:
         self.born = self.born[order]
         if not len(order):
             self.lengths, self.stems = self.lengths[:0], {}
+            if self.graph is not None:
+                self.graph.forget()
             return order
         if not self.by_row:
             used = torch.unique(self.prompt_of)
@@ -154,19 +171,24 @@ class SharedCache:
         self._place()
         return order
 
-    def decode(self, token_ids: Tensor) -> Tensor:
-        """Take each row's next token [B]; logits [B, V] of the one after."""
+    def decode(self, token_ids: Tensor, then: Callable[[Tensor], T]) -> T:
+        """Take each row's next token [B]; what `then` makes of the logits [B, V] of the one after."""
         if self.own.make_room(int(self.born.min())):
-            self.seen = self._own_columns()
-        position_ids = self.start + self.own.time
+            self._see()
+        made = then(self._logits(token_ids)) if self.graph is None else self.graph.run(self._logits, then, token_ids)
+        self.own.advance()
+        return made
+
+    def _logits(self, token_ids: Tensor) -> Tensor:
+        """Called again before `advance`, it gives the same again."""
+        self.biases = {}
+        position_ids = self.start + self.own.now
         if self.lean is not None:
-            hidden = self.lean(token_ids, position_ids, self, self.limit)
-        else:
-            hidden = self.head.body()(
-                input_ids=token_ids[:, None], position_ids=position_ids[:, None], attention_mask=self.placeholder,
-                use_cache=False, trees=self,
-            ).last_hidden_state[:, 0]  # fmt: skip
-        self.own.time += 1
+            return self.head.logits(self.lean(token_ids, position_ids, self, self.limit))
+        hidden = self.head.body()(
+            input_ids=token_ids[:, None], position_ids=position_ids[:, None], attention_mask=self.placeholder,
+            use_cache=False, trees=self,
+        ).last_hidden_state[:, 0]  # fmt: skip
         return self.head.logits(hidden)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
@@ -200,13 +222,21 @@ class SharedCache:
 
     def _bias(self, window: int | None, columns: int) -> Tensor | None:
         """What of its first columns each row sees at this step, as a bias [B, columns]; None: all of it."""
-        seen = None if self.seen is None else self.seen[:, :columns]
-        own = self.own
-        if window is None:
+        if window not in self.biases:
+            self.biases[window] = self._bias_of(window, columns)
+        return self.biases[window]
+
+    def _bias_of(self, window: int | None, columns: int) -> Tensor | None:
+        seen, own = None if self.seen is None else self.seen[:, :columns], self.own
+        if window is None and own.at is None:
             return seen
         at = torch.arange(columns, device=self.device)
+        if seen is not None and own.at is not None:
+            seen = seen.masked_fill(at > own.at, -torch.inf)  # columns to come
+        if window is None:
+            return seen
         # Columns of the prompt are positions; own columns end with the one that asks.
-        distance = torch.where(at < own.front, (self.start + own.time)[:, None] - at, columns - 1 - at)
+        distance = torch.where(at < own.front, (self.start + own.now)[:, None] - at, own.column - at)
         far = torch.zeros(distance.shape, dtype=self.kind, device=self.device).masked_fill_(distance >= window, NEVER)
         return far if seen is None else far + seen
 
@@ -234,7 +264,7 @@ class SharedCache:
         if window is None:
             scores.masked_fill_((self.before <= 0)[:, None], NEVER)
         else:
-            ahead = (self.own.time - torch.from_numpy(self.born).to(self.device))[self.slots]  # [P, g]
+            ahead = (self.own.now - self.born_at)[self.slots]  # [P, g]
             far = self.before[:, None] + ahead[..., None] >= window
             hidden = (far | (self.before <= 0)[:, None]).repeat_interleave(repeats, 1)  # [P, g r, Lp]
             scores.masked_fill_(hidden, NEVER)
@@ -255,7 +285,7 @@ class SharedCache:
         scores = query.transpose(0, 1).reshape(kv, rows * repeats, width) @ keys.transpose(-1, -2)  # [kvh, B r, Lh]
         if window is not None:
             at = torch.arange(self.header, device=self.device)
-            far = (self.start + self.own.time)[:, None] - at >= window  # [B, Lh]
+            far = (self.start + self.own.now)[:, None] - at >= window  # [B, Lh]
             scores.masked_fill_(far.repeat_interleave(repeats, 0), NEVER)
         found = _unnormalised(scores, values)
         top, total, out = (part.view(kv, rows, repeats, -1).transpose(0, 1) for part in found)
@@ -268,29 +298,3 @@ def _unnormalised(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tenso
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
     return top, weights.sum(-1, keepdim=True), (weights.to(values.dtype) @ values).float()
-
-
-def distinct_prompts(requests: Sequence[Request], device: torch.device) -> tuple[list[tuple[int, ...]], Tensor]:
-    """The distinct prompts, and which of them each request has, [B]."""
-    distinct = list(dict.fromkeys(request.prompt_ids for request in requests))
-    which = {ids: i for i, ids in enumerate(distinct)}
-    return distinct, torch.tensor([which[request.prompt_ids] for request in requests], device=device)
-
-
-def checked_lean(head: Head) -> LeanBody | None:
-    """The lean body, when it is the model's own forward up to rounding; None where there is none, or it is not."""
-    body = lean_body(head.model, head.body())
-    if body is None:
-        return None
-    requests = [Request(0, 0, 0, tuple(i % head.vocab_size for i in range(5)))]
-    own = SharedCache(head, requests, 2)
-    token = own.join(requests, last=True).argmax(-1)
-    try:
-        lean = SharedCache(head, requests, 2, body)
-        lean.join(requests, last=True)
-        expected, found = own.decode(token).float(), lean.decode(token).float()
-    except (AttributeError, TypeError, RuntimeError):  # a member of the family that is built otherwise
-        return None
-    size = float(expected.abs().amax().clamp(min=1.0))
-    close = float((found - expected).abs().amax()) <= MAX_DIFFERENCE[torch.is_autocast_enabled(own.device.type)] * size
-    return body if close or not bool(torch.isfinite(expected).all()) else None
