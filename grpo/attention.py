@@ -207,6 +207,10 @@ def dispatch(
     return trees.attend(module.layer_idx, query, key, value, scale, sliding_window), None
 
 
+# cuDNN's attention, which torch prefers on the newest GPUs, has given silently wrong numbers with a mask (pytorch issue
+# 193893, forward; 196678, backward), and it plans anew for every length. The other kernels remain.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 AttentionInterface.register(NAME, dispatch)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 

@@ -105,6 +105,8 @@ class NativeEngine:
                 except (RuntimeError, MemoryError) as error:
                     if not ran_out(error):
                         raise
+                if self.graph is not None:
+                    self.graph.forget()  # it keeps the cache alive
                 tried = self.in_flight
                 longest = max(len(request.prompt_ids) for request in tried)
                 shape = f"{len(tried)} rows of up to {longest} + {self.max_new_tokens} tokens"

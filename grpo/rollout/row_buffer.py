@@ -75,13 +75,15 @@ class RowBuffer:
             mine[:, :, : begin.shape[1]] = begin
             mine[:, :, begin.shape[1] : begin.shape[1] + rest.shape[2]] = rest[:, which].transpose(0, 1)
 
-    def make_room(self, oldest: int) -> bool:
-        """Before a step: a column for its tokens; whether columns moved. oldest: when the oldest row began."""
-        if self.time - self.base < self.room:
-            return False
+    @property
+    def full(self) -> bool:
+        """Whether there is no column for another step."""
+        return self.time - self.base >= self.room
+
+    def make_room(self, oldest: int) -> None:
+        """When full: columns for further steps. oldest: when the oldest row began."""
         self.room = min(self.max_new_tokens, max(FIRST_ROOM, 2 * (self.time - oldest)))
         self._move(self.rows, self.front, oldest)
-        return True
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> KeysValues:
         """Put a step's keys and values [B, kvh, d]; those of all columns so far, [B, kvh, n, d]; steady: of all."""

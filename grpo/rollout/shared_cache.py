@@ -19,6 +19,7 @@ from grpo.rollout import Request
 from grpo.rollout.lean import LeanBody
 from grpo.rollout.prefill import KeysValues, Prefilled, distinct_prompts, prefill
 from grpo.rollout.row_buffer import RowBuffer
+from grpo.rollout.softmax_parts import Part, merged, part_of
 from grpo.rollout.step_graph import StepGraph
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class SharedCache:
 
         last: no others will join.
         """
+        self._forget()
         distinct, which = distinct_prompts(requests, self.device)
         made = prefill(self.head, distinct, self.header)
         self.kind = next(iter(made.stems.values()))[0].dtype
@@ -113,7 +115,7 @@ class SharedCache:
 
     def _place(self) -> None:
         """After rows came or went: which columns of a row are its own, and where rows stand gathered by prompt."""
-        self._see()
+        self.seen = self._own_columns()
         if self.by_row:
             return
         self.born_at = torch.from_numpy(self.born).to(self.device)
@@ -127,9 +129,9 @@ class SharedCache:
         self.slots = torch.zeros(len(counts), int(counts.max()), dtype=torch.int64, device=self.device)
         self.slots[self.prompt_of, slot] = torch.arange(len(slot), device=self.device)  # [P, g] -> row
 
-    def _see(self) -> None:
-        """After buffers or their rows have changed."""
-        self.seen = self._own_columns()
+    def _forget(self) -> None:
+        """Before buffers or their rows change, so that the graph's memory is free for what comes."""
+        self.biases = {}
         if self.graph is not None:
             self.graph.forget()
 
@@ -150,14 +152,13 @@ class SharedCache:
                last: none will join.
         Returns which row stands where now.
         """
+        self._forget()
         order = self.own.keep(rows)
         index = torch.from_numpy(order).to(self.device)
         self.prompt_of, self.asked, self.start = self.prompt_of[index], self.asked[index], self.start[index]
         self.born = self.born[order]
         if not len(order):
             self.lengths, self.stems = self.lengths[:0], {}
-            if self.graph is not None:
-                self.graph.forget()
             return order
         if not self.by_row:
             used = torch.unique(self.prompt_of)
@@ -173,9 +174,14 @@ class SharedCache:
 
     def decode(self, token_ids: Tensor, then: Callable[[Tensor], T]) -> T:
         """Take each row's next token [B]; what `then` makes of the logits [B, V] of the one after."""
-        if self.own.make_room(int(self.born.min())):
-            self._see()
-        made = then(self._logits(token_ids)) if self.graph is None else self.graph.run(self._logits, then, token_ids)
+        if self.own.full:
+            self._forget()
+            self.own.make_room(int(self.born.min()))
+            self.seen = self._own_columns()
+        if self.graph is None:
+            made = then(self._logits(token_ids))
+        else:
+            made = self.graph.run(self._logits, then, token_ids, self.by_row)
         self.own.advance()
         return made
 
@@ -243,19 +249,13 @@ class SharedCache:
     def _by_prompt(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        """Attention to the prompt, gathered by prompt, and to the row's own tokens, merged by their sums.
-
-        (e^(a-m) A + e^(b-m) B) / (e^(a-m) sum A + e^(b-m) sum B), with a, b the largest score of each and m of both.
-        """
+        """Attention to the header, to the prompt, gathered by prompt, and to the row's own tokens, merged."""
         query = query * scale
         own_scores = query @ keys.transpose(-1, -2)  # [B, kvh, r, t]
         bias = self._bias(window, keys.shape[2])
         if bias is not None:
             own_scores += bias[:, None, None]
-        parts = [_unnormalised(own_scores, values)]
-        if self.header:
-            parts.append(self._header(layer, query, window))
-
+        own = part_of(own_scores, values)
         stem_keys, stem_values = self.stems[layer]
         gathered = query[self.slots].permute(2, 0, 1, 3, 4)  # [kvh, P, g, r, d]
         kv, prompts, slots, repeats, width = gathered.shape
@@ -270,16 +270,13 @@ class SharedCache:
             scores.masked_fill_(hidden, NEVER)
         top, total, out = (
             part.view(kv, prompts, slots, repeats, -1)[:, self.prompt_of, self.slot].transpose(0, 1)  # [B, kvh, r, .]
-            for part in _unnormalised(scores, stem_values)
+            for part in part_of(scores, stem_values)
         )
-        for top_here, total_here, out_here in parts:
-            most = torch.maximum(top, top_here)
-            a, b = (top - most).exp_(), (top_here - most).exp_()
-            top, total, out = most, total * a + total_here * b, out * a + out_here * b
-        return (out / total).to(self.kind)
+        header = [self._header(layer, query, window)] if self.header else []
+        return merged([(top, total, out), own, *header]).to(self.kind)
 
-    def _header(self, layer: int, query: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """All rows' attention to the header, read once for all of them: as `_unnormalised`, [B, kvh, r, .]."""
+    def _header(self, layer: int, query: Tensor, window: int | None) -> Part:
+        """All rows' attention to the header, read once for all of them: [B, kvh, r, .]."""
         keys, values = self.heads[layer]
         rows, kv, repeats, width = query.shape
         scores = query.transpose(0, 1).reshape(kv, rows * repeats, width) @ keys.transpose(-1, -2)  # [kvh, B r, Lh]
@@ -287,14 +284,5 @@ class SharedCache:
             at = torch.arange(self.header, device=self.device)
             far = (self.start + self.own.now)[:, None] - at >= window  # [B, Lh]
             scores.masked_fill_(far.repeat_interleave(repeats, 0), NEVER)
-        found = _unnormalised(scores, values)
-        top, total, out = (part.view(kv, rows, repeats, -1).transpose(0, 1) for part in found)
+        top, total, out = (part.view(kv, rows, repeats, -1).transpose(0, 1) for part in part_of(scores, values))
         return top, total, out
-
-
-def _unnormalised(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [..., q, k], values [..., k, d] -> largest score, sum of exponentials (both [..., q, 1]), weighted sum."""
-    scores = scores.float()
-    top = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(top).exp_()
-    return top, weights.sum(-1, keepdim=True), (weights.to(values.dtype) @ values).float()
