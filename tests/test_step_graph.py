@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo import logprobs
-from grpo.rollout import Request, sampling, shared_cache, step_graph
+from grpo.rollout import Request, row_buffer, sampling, shared_cache, step_graph
 from grpo.rollout.native import NativeEngine
 from grpo.rollout.row_buffer import WHOLE, RowBuffer
 from grpo.rollout.sampling import Sampling
@@ -23,7 +23,7 @@ from grpo.rollout.step_graph import WARM_STEPS, StepGraph
 from tests.step_tape import Refused, note
 from tests.tiny import tiny_model
 
-NEW = 90  # beyond the first room of 64
+NEW = 44
 HEADER = tuple(range(20, 40))
 LENGTHS = (3, 9, 5, 14)
 
@@ -44,7 +44,8 @@ def engine_of(architecture, graph=None, **settings):
 
 @pytest.fixture
 def like_a_gpu(monkeypatch):
-    """Nothing is asked of the device where a GPU would have to wait."""
+    """Nothing is asked of the device where a GPU would have to wait. Buffers grow early."""
+    monkeypatch.setattr(row_buffer, "FIRST_ROOM", 16)
     for module in (logprobs, sampling):
         monkeypatch.setattr(module, "asking_is_free", lambda device: False)
 
@@ -67,23 +68,25 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize("draws", list(DRAWS))
+@pytest.mark.parametrize("header", [(), HEADER], ids=["no header", "header"])
 @pytest.mark.parametrize("reading", ["by row", "by prompt"])
-@pytest.mark.parametrize("architecture", ["qwen3", "gemma3", "llama"])
-def test_replayed_steps_sample_the_same(architecture, reading, draws, like_a_gpu, monkeypatch):
+@pytest.mark.parametrize(
+    "architecture, draws",
+    [("qwen3", "plain"), ("gemma3", "plain"), ("qwen3", "greedy"), ("qwen3", "truncated"), ("qwen3", "clamped"),
+     *(pytest.param("llama", name, marks=pytest.mark.full) for name in DRAWS)],
+)  # fmt: skip
+def test_replayed_steps_sample_the_same(architecture, draws, reading, header, like_a_gpu, monkeypatch):
     """gemma3 has windows of 8 tokens, and no lean body."""
     monkeypatch.setattr(shared_cache, "SHORT_PROMPT", 10**6 if reading == "by row" else 0)
     monkeypatch.setattr(shared_cache, "FEW_ROWS", 0 if reading == "by prompt" else 4)
     graph = StepGraph(note)
-    for header in ((), HEADER):
-        requests, how = requests_of(header), DRAWS[draws]
-        expected = engine_of(architecture).generate(requests, how)
-        assert draws == "greedy" or {c.finish for c in expected} == {"stop", "length"}
-        before = graph.replays
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            same(expected, engine_of(architecture, graph).generate(requests, how))
-        assert graph.replays - before > max(len(c.token_ids) for c in expected) / 2, "few steps were replayed"
+    requests, how = requests_of(header), DRAWS[draws]
+    expected = engine_of(architecture).generate(requests, how)
+    assert draws == "greedy" or {c.finish for c in expected} == {"stop", "length"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(expected, engine_of(architecture, graph).generate(requests, how))
+    assert graph.replays > max(len(c.token_ids) for c in expected) / 2, "few steps were replayed"
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
@@ -96,7 +99,7 @@ def test_rows_that_join_are_replayed_too(architecture, reading, like_a_gpu, monk
     graph = StepGraph(note)
     budget = 5 * (len(HEADER) + max(LENGTHS) + NEW)
     same(expected, engine_of(architecture, graph, max_tokens=budget).generate(requests, Sampling()))
-    assert graph.captures > 4 and graph.replays > 50
+    assert graph.captures > 4 and graph.replays > 30
 
 
 def test_half_precision_is_replayed(like_a_gpu, monkeypatch):
@@ -113,7 +116,7 @@ def test_rows_that_are_no_numbers_end_alone(like_a_gpu):
     requests = requests_of()
     clean = engine_of("qwen3").generate(requests, Sampling())
     engine = engine_of("qwen3", StepGraph(note))
-    hit = next(c for c in clean if len(c.token_ids) > 30).token_ids[20]
+    hit = next(c for c in clean if len(c.token_ids) > 20).token_ids[10]
     with torch.no_grad():  # embeddings are tied: this token's logit is no number either, once it stands in a row
         engine.model.get_input_embeddings().weight[int(hit)] = torch.nan
     found = engine.generate(requests, Sampling())
@@ -207,7 +210,7 @@ def test_a_graph_keeps_nothing_alive_that_is_about_to_be_exchanged(like_a_gpu, m
     moved, failed = RowBuffer._move, []
 
     def failing(buffer, *args):
-        if buffer.time > 60 and not failed:
+        if buffer.time > 10 and not failed:
             failed.append(len(caches))
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return moved(buffer, *args)
@@ -224,7 +227,7 @@ def test_a_graph_keeps_nothing_alive_that_is_about_to_be_exchanged(like_a_gpu, m
 
     monkeypatch.setattr(engine.room, "halve", halve)
     engine.generate(requests_of(), Sampling())
-    assert min(met.values()) >= 1 and set(met) == {"_move", "keep", "prefill", "halve"} and graph.replays > 60
+    assert min(met.values()) >= 1 and set(met) == {"_move", "keep", "prefill", "halve"} and graph.replays > NEW / 2
 
 
 def test_the_attention_that_has_been_wrong_is_off():

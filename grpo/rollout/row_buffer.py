@@ -105,17 +105,17 @@ class RowBuffer:
         count = len(rows)
         order = np.arange(count)
         order[~np.isin(order, rows)] = rows[rows >= count]
+        device = next((tensor.device for tensor in self._tensors()), torch.device("cpu"))
         if 2 * count <= self.capacity:
             self.capacity = count
-            index = torch.from_numpy(order)
+            index = torch.from_numpy(order).to(device)
             for layer, (keys, values) in self.layers.items():
-                self.layers[layer] = (keys[index.to(keys.device)], values[index.to(keys.device)])
-        else:
-            gaps = np.flatnonzero(order != np.arange(count))
-            to, source = torch.from_numpy(gaps), torch.from_numpy(order[gaps])
-            for tensor in self._tensors() if len(gaps) else ():
+                self.layers[layer] = (keys[index], values[index])
+        elif len(gaps := np.flatnonzero(order != np.arange(count))):
+            to, source = torch.from_numpy(np.stack([gaps, order[gaps]])).to(device)
+            for tensor in self._tensors():
                 used = tensor[:, :, : self.columns]
-                used[to.to(used.device)] = used[source.to(used.device)]
+                used[to] = used[source]
         self.rows = count
         return order
 

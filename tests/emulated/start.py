@@ -1,0 +1,29 @@
+"""A script of the project on the emulated device: `start.py train|sft DEVICE [--key value ...]`; else on the CPU."""
+
+import sys
+
+import grpo.distributed
+from tests import emulated
+
+
+def on_device() -> None:
+    """Make the device the one that the machine has."""
+    grpo.distributed.pick_device = lambda name, local_rank: emulated.register()
+
+
+if __name__ == "__main__":
+    script, device = sys.argv[1:3]
+    if device == emulated.NAME:
+        on_device()
+    from grpo.command_line import load_config, load_sft_config
+    from grpo.launch import run_main
+
+    if script == "train":
+        from train import train
+
+        sys.exit(run_main(train, load_config, sys.argv[3:]))
+    if script == "sft":
+        from grpo.sft import teach
+
+        sys.exit(run_main(teach, load_sft_config, sys.argv[3:]))
+    raise SystemExit(f"no such script: {script}")

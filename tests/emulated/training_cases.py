@@ -1,0 +1,230 @@
+"""Training on the emulated device: ends where the CPU ends, leaves nothing there, and waits for the device once."""
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from grpo import attention, checkpoint, flattening, logprobs, saving
+from grpo.batching import collate, deliver
+from grpo.distributed import World
+from grpo.guards import SkippedUpdate
+from grpo.metrics import Tally
+from grpo.planning import make_plan
+from grpo.policy import Policy
+from grpo.prompts import Recipe
+from grpo.resume import restore
+from grpo.rollout.native import NativeEngine
+from grpo.rollout.sampling import Sampling
+from grpo.types import TrainRow
+from tests import emulated
+from tests.emulated.rollout_cases import CPU, LONG, NEW, SHORT, requests_of
+from tests.rank_jobs import VOCAB, config, injected, injected_step, table_of, with_adapter
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def device():
+    torch.set_num_threads(1)
+    return emulated.register()
+
+
+def policy_on(where, cfg, architecture="qwen3", seed=0, spread=2.0):
+    reference = (
+        tiny_model(architecture, VOCAB, seed=1, spread=2.0).to(where) if cfg.beta > 0 and not cfg.lora_r else None
+    )
+    model = tiny_model(architecture, VOCAB, seed=seed, spread=spread).to(where)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Policy(cfg, World(0, 1, 0, 1, where), with_adapter(cfg, model), reference)
+
+
+def weights_of(policy):
+    return {name: tensor.cpu().clone() for name, tensor in policy.weights()}
+
+
+def distance(a, b):
+    return sum(float((a[name] - b[name]).square().sum()) for name in a) ** 0.5
+
+
+def trained(where, cfg, architecture, steps=3):
+    """Weights before and after, gradient norms, the reduced tally."""
+    policy, tally, norms = policy_on(where, cfg, architecture), Tally(), []
+    before = weights_of(policy)
+    for step in range(steps):
+        norms += injected_step(cfg, policy.world, policy, step, steps, 0, tally)
+    return before, weights_of(policy), norms, tally.reduce(policy.world)
+
+
+SETTINGS = {
+    "plain": {},
+    "kl": {"beta": 0.1},
+    "deterministic": {"deterministic": True},
+    "truncated": {"temperature": 0.7, "top_p": 0.9},
+    "dapo": {"loss": "dapo", "clip_eps_high": 0.3},
+    "checkpointing": {"gradient_checkpointing": True},
+    "several updates": {"num_iterations": 2, "num_minibatches": 2},
+    "blocks": {"logits_chunk_mb": 1, "micro_batch_tokens": 200},
+    "lora": {"lora_r": 4, "beta": 0.1},
+    "clipped": {"weight_decay": 0.1, "max_grad_norm": 0.01},
+    "sealed": {"check_weights_steps": 1},
+    "parked": {"activation_offload": True},
+}
+
+
+@pytest.mark.parametrize("settings", list(SETTINGS))
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gpt2"])
+def test_training_ends_where_it_ends_on_the_cpu(architecture, settings, device):
+    if architecture in ("gemma2", "gpt2") and settings not in ("plain", "truncated", "blocks"):
+        pytest.skip("two architectures suffice for the rest")
+    cfg = config(**SETTINGS[settings])
+    start, expected, norms, told = trained(CPU, dataclasses.replace(cfg, activation_offload=False), architecture)
+    _, found, our_norms, our_told = trained(device, cfg, architecture)
+    assert distance(expected, found) < 1e-3 * distance(expected, start)
+    np.testing.assert_allclose(our_norms, norms, rtol=1e-4)
+    for name in ("loss", "kl_old", "clip/low", "clip/high"):
+        assert our_told[name] == pytest.approx(told[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gemma3"])
+def test_bf16_trains_in_the_same_direction(architecture, device):
+    cfg = config(dtype="bf16")
+    start, expected, _, _ = trained(CPU, config(), architecture, steps=1)
+    _, found, norms, _ = trained(device, cfg, architecture, steps=1)
+    way = distance(expected, start)
+    assert np.isfinite(norms).all() and 0 < distance(expected, found) < 0.5 * way, distance(expected, found) / way
+
+
+def minibatch_of(policy, cfg):
+    prompts, completions, advantages = injected(cfg, 0)
+    lengths = np.array([len(completion.token_ids) for completion in completions])
+    plan = make_plan(cfg, prompts, lengths, advantages, 1)
+    table = table_of(cfg, lengths, np.zeros(len(completions)))
+    [minibatch] = policy.annotate(deliver(policy.world, cfg, plan, prompts, completions, table, advantages, 0))
+    return minibatch
+
+
+@pytest.mark.parametrize("settings", ["plain", "kl", "truncated", "checkpointing", "lora"])
+def test_an_update_waits_for_the_device_once_however_many_micro_batches(settings, device, monkeypatch):
+    """Read are the measurements and the norm; nothing is copied to the device. Every micro-batch is made flat."""
+    monkeypatch.setattr(logprobs, "FLAT_BELOW", 10.0)
+    cfg = config(**SETTINGS[settings])
+    policy = policy_on(device, cfg)
+    for count in (1, 3):
+        minibatch = minibatch_of(policy, cfg)[:count]  # new each time: what a first forward makes is not there yet
+        assert len(minibatch) == count and all(micro.flat is not None for micro in minibatch)
+        with emulated.counted() as reads:
+            policy.update(minibatch, Tally(), 10, True)
+        assert {(what, where.split(":")[0]): n for (what, where), n in reads.seen.items()} == {
+            ("to host", "metrics.py"): 1, ("item", "replicated.py"): 1,
+        }  # fmt: skip
+
+
+def test_a_number_that_is_not_finite_skips_the_update_and_a_flipped_bit_is_found(device):
+    cfg = config(check_weights_steps=1)
+    policy = policy_on(device, cfg)
+    injected_step(cfg, policy.world, policy, 0, 3, 0, Tally())
+    assert policy.broken_seal() is None
+    for name, tensor in policy.backend.held():
+        bits = tensor.view(-1)[-1:].view(torch.int32)
+        bits ^= 1 << 11
+        assert policy.broken_seal() is not None, name
+        bits ^= 1 << 11
+    before, true_loss = weights_of(policy), policy.loss
+    policy.loss = lambda *args: true_loss(*args) * float("nan")
+    with pytest.raises(SkippedUpdate):
+        policy.update(minibatch_of(policy, cfg), Tally(), 10, True)
+    assert distance(before, weights_of(policy)) == 0.0
+    policy.loss = true_loss
+    policy.update(minibatch_of(policy, cfg), Tally(), 10, True)
+    assert distance(before, weights_of(policy)) > 0.0
+
+
+def test_a_micro_batch_that_is_too_large_is_tried_in_halves(device):
+    cfg = config()
+    start, expected, _, _ = trained(CPU, cfg, "qwen3")
+    policy, tally = policy_on(device, cfg), Tally()
+    true_loss = policy.loss
+
+    def loss(micro, *args):
+        if micro.input_ids.numel() > 30:
+            raise torch.OutOfMemoryError("out of memory")
+        return true_loss(micro, *args)
+
+    policy.loss = loss
+    for step in range(3):
+        injected_step(cfg, policy.world, policy, step, 3, 0, tally)
+    assert policy.room.halvings > 0
+    assert distance(expected, weights_of(policy)) < 1e-3 * distance(expected, start)
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_checkpoint_goes_from_one_device_to_the_other(lora, device, tmp_path):
+    cfg = config(lora_r=lora)
+    whole = policy_on(CPU, cfg)
+    start = weights_of(whole)
+    for step in range(4):
+        injected_step(cfg, whole.world, whole, step, 4, 0, Tally())
+    for first, second in ((CPU, device), (device, CPU), (device, device)):
+        half, folder = policy_on(first, cfg), tmp_path / f"{first.type}-{second.type}"
+        for step in range(2):
+            injected_step(cfg, half.world, half, step, 4, 0, Tally())
+        half.counters.step = 2
+        checkpoint.make_output(folder)
+        taken = checkpoint.take(2, half, saving.files_of(tiny_tokenizer()), Recipe("", "{question}", []), cfg, {})
+        assert all(tensor.is_cpu for tensor in (*taken.weights.values(), *taken.moments.values()))
+        assert checkpoint.write(taken, folder, half.world, None, lambda phase: None) is None
+        rest = policy_on(second, cfg)
+        with torch.no_grad():
+            for (_, ours), (_, theirs) in zip(rest.weights(), half.weights(), strict=True):
+                ours.copy_(theirs)
+        assert restore(rest, folder / "checkpoint_2") == 2
+        assert {tensor.device for _, tensor in rest.backend.held()} == {second}
+        for step in (2, 3):
+            injected_step(cfg, rest.world, rest, step, 4, 0, Tally())
+        assert distance(weights_of(rest), weights_of(whole)) < 1e-3 * distance(weights_of(whole), start)
+
+
+@pytest.mark.parametrize("lengths", [SHORT, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gemma3", "gpt2"])
+def test_in_bf16_sampler_and_trainer_agree(architecture, lengths, device):
+    """Autocast as on CUDA; the control is another model's log-probs."""
+    cfg = config(dtype="bf16", max_generate_length=NEW)
+    requests = requests_of((), lengths)
+    policy = policy_on(device, cfg, architecture, spread=1.5)
+    completions = NativeEngine(policy.model, range(12), NEW, 3, "bf16").generate(requests, Sampling())
+    gaps = [gap_of(p, requests, completions, cfg) for p in (policy, policy_on(device, cfg, architecture, seed=3))]
+    assert gaps[0] < 0.02 < gaps[1], gaps
+
+
+def gap_of(policy, requests, completions, cfg):
+    """Mean distance of sampler's and trainer's log-probs."""
+    rows = [
+        TrainRow(c.sample, r.prompt_ids, c.token_ids, c.sampler_logprobs, None, 1.0)
+        for r, c in zip(requests, completions, strict=True)
+    ]
+    micro = collate(rows, {row.sample: 1.0 for row in rows}, policy.world.device)
+    with torch.no_grad():
+        gap = (policy.backend.score(micro) - micro.sampler_logprobs).abs()
+    return float(gap[micro.mask].mean())
+
+
+@pytest.mark.parametrize("forgotten", ["where", "lanes", "mask"])
+def test_an_update_with_a_tensor_left_on_the_cpu_is_refused(forgotten, device, monkeypatch):
+    cfg = config()
+    policy = policy_on(device, cfg)
+    if forgotten == "where":
+        plain = flattening.flatten
+        moved = lambda *args: dataclasses.replace(plain(*args), positions=plain(*args).positions.cpu())  # noqa: E731
+        monkeypatch.setattr("grpo.batching.flatten", moved)
+    elif forgotten == "lanes":
+        lanes = attention.Forest.lanes.func
+        on_cpu = lambda forest: [[(at, tuple(t.cpu() for t in lane)) for at, lane in runs] for runs in lanes(forest)]  # noqa: E731
+        monkeypatch.setattr(attention.Forest, "lanes", property(on_cpu))
+    minibatch = minibatch_of(policy, cfg)
+    if forgotten == "mask":
+        minibatch = [dataclasses.replace(micro, mask=micro.mask.cpu()) for micro in minibatch]
+    with pytest.raises(RuntimeError, match=r"same device|on cpu or on"):
+        policy.update(minibatch, Tally(), 10, True)
