@@ -36,14 +36,14 @@ class Parking:
         if tensor.numel() < SMALL or tuple(tensor.shape) in self.weights:
             return tensor.device, tensor
         away = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-        away.copy_(tensor)
+        away.copy_(tensor, non_blocking=True)  # in pinned memory, in the order of the stream, as the way back is
         self.parked += away.nbytes
         return tensor.device, away
 
     @staticmethod
     def _fetch(parked: tuple[torch.device, Tensor]) -> Tensor:
         device, tensor = parked
-        return tensor.to(device)
+        return tensor.to(device, non_blocking=True)
 
 
 @contextmanager
