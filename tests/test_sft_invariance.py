@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from grpo import sft_policy
 from grpo.config import Config
+from grpo.data import Questions
 from grpo.distributed import World, start, stop
 from grpo.metrics import Tally
+from grpo.sft_data import Lessons
 from grpo.sft_policy import Student, lesson_batches
-from grpo.types import TrainRow
+from grpo.types import Prompt, TrainRow
 from tests.launcher import run_script
 from tests.tiny import tiny_model
 
@@ -46,26 +48,26 @@ def config(packing: bool = False, loss_on: str = "completion", **settings) -> Co
     return Config(**{**defaults, **settings})
 
 
-def texts(step: int, seed: int, count: int = TEXTS) -> list[TrainRow]:
+def texts(step: int, seed: int, count: int = TEXTS, whole: bool = False) -> list[TrainRow]:
     """The texts of a step, the same on every rank: prompts of 1 to 16 tokens, completions of 1 to 16."""
     rng = np.random.default_rng([seed, step])
     draw = lambda: rng.integers(1, VOCAB, rng.integers(1, 17))  # noqa: E731
     pairs = [(draw(), draw().astype(np.int32)) for _ in range(count)]
-    return [
-        TrainRow(n, tuple(a.tolist()), b, np.zeros(len(b), np.float32), None, 0.0) for n, (a, b) in enumerate(pairs)
-    ]
+    prompts = [Prompt(n, "", tuple(asked.tolist()), {}) for n, (asked, _) in enumerate(pairs)]
+    return Lessons(Questions(prompts, 0), [solution for _, solution in pairs], whole).all()
 
 
 def updates(world: World, out: Path, name: str, seed: int = 0, broken: str = "", **settings):
     """Teach; rank 0 saves the weights. `broken` names a deliberate defect, for controls."""
     cfg = config(**settings)
     student = Student(cfg, world, tiny_model("qwen3", VOCAB, spread=2.0).to(world.device))
+    whole = settings.get("loss_on") == "all"
     tally, norms, true_collate = Tally(), [], sft_policy.collate_packs
     if broken == "denominator":  # each micro-batch weighs by its own tokens, not by the whole step's
         tokens = lambda packs: sum(len(row.token_ids) for texts in packs for row in texts)  # noqa: E731
         sft_policy.collate_packs = lambda n, packs, weight, device: true_collate(n, packs, 1 / tokens(packs), device)
     for step in range(STEPS):
-        batches = lesson_batches(cfg, world, texts(step, seed), student.even_block)
+        batches = lesson_batches(cfg, world, texts(step, seed, whole=whole), student.even_block)
         if broken == "mixed":
             batches = [dataclasses.replace(micro, position_ids=None) for micro in batches]
         norms += student.train_on([batches], tally, STEPS, False, on_skip=lambda *_: None)

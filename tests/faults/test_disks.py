@@ -52,13 +52,18 @@ def test_F10_disk_full_while_saving(arena, record):
     record("F10", 1, int(not wrong), f"{wrong or 'told, trained on, kept the first; with room the same end'}")
 
 
+def small_files(rank: int) -> list[Fault]:
+    """From step 6 to 9; the saves of steps 3 and 6 have time to end before."""
+    limit = [Fault("file size", "rollout", rank, 6, 60_000), Fault("file size", "rollout", rank, 9, 0)]
+    return [*limit, *(Fault("sleep", "reward", rank, step, 1.5) for step in (5, 8))]
+
+
 SAVES = {
     "EIO in tensors, rank 0": [Fault("tensor file error", rank=0, step=6, value=errno.EIO)],
     "EIO in tensors, rank 1": [Fault("tensor file error", rank=1, step=6, value=errno.EIO)],
     "ENOSPC in tensors, rank 1": [Fault("tensor file error", rank=1, step=6, value=errno.ENOSPC)],
     "EIO in fsync": [Fault("sync error", step=6, value=errno.EIO)],
-    "EFBIG, rank 0": [Fault("file size", "rollout", 0, 6, 60_000), Fault("file size", "rollout", 0, 9, 0)],
-    "EFBIG, rank 1": [Fault("file size", "rollout", 1, 6, 60_000), Fault("file size", "rollout", 1, 9, 0)],
+    **{f"EFBIG, rank {rank}": small_files(rank) for rank in (0, 1)},
 }
 
 
