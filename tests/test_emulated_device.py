@@ -17,12 +17,13 @@ from tests.launcher import PROJECT, environment, metrics_of, run_ranks, run_scri
 from tests.rank_jobs import VOCAB
 from tests.tiny import tiny_model
 
-pytestmark = pytest.mark.full
-CASES = [PROJECT / "tests" / "emulated" / f"{part}_cases.py" for part in ("device", "rollout", "training")]
+SHORT, LONG = ("device", "training"), ("rollout",)  # cases of each tier
 NAMES = [
-    f"{path.stem}::{line[4 : line.index('(')]}"
-    for path in CASES for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("def test_")
-]  # fmt: skip
+    pytest.param(f"{part}_cases::{line[4 : line.index('(')]}", marks=[pytest.mark.full] if part in LONG else [])
+    for part in (*SHORT, *LONG)
+    for line in (PROJECT / "tests" / "emulated" / f"{part}_cases.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("def test_")
+]
 DEMO = {"model": "demo/base", "data": "demo/train.jsonl", "answer_format": "hash", "prompt_template": "{question}\n",
         "max_prompt_length": 96, "max_steps": 3, "save_steps": 2, "num_threads": 1, "run_name": "run",
         "eval_data": "demo/test.jsonl", "eval_rows": 8, "lr": 5e-4}  # fmt: skip
@@ -44,10 +45,12 @@ def ready():
 
 
 @pytest.fixture(scope="module")
-def outcomes(ready, tmp_path_factory):
+def outcomes(ready, tmp_path_factory, request):
     """Name of a case -> what pytest says of each of its parameters: "", or the failure."""
     report = tmp_path_factory.mktemp("emulated") / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *map(str, CASES)]
+    parts = (*SHORT, *LONG) if request.config.getoption("--full") else SHORT
+    cases = [f"tests/emulated/{part}_cases.py" for part in parts]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *cases]
     done = subprocess.run(command, cwd=PROJECT, env=environment(), capture_output=True, text=True, timeout=1800)
     assert report.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     found: dict[str, dict[str, str]] = defaultdict(dict)
@@ -76,6 +79,7 @@ def ran(stage, device, folder, **settings):
     return metrics_of(folder / "runs")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_a_whole_run_is_that_of_the_cpu(stage, ready, tmp_path):
     """Loading, rollout or texts, rewards, updates, evaluation, checkpoints; and a second start resumes."""
@@ -91,6 +95,7 @@ def test_a_whole_run_is_that_of_the_cpu(stage, ready, tmp_path):
     assert [row["step"] for row in longer if "grad_norm" in row] == [1, 2, 3, 4]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_two_ranks_sum_gradients_of_the_device(deterministic, ready, tmp_path):
     """Buckets that leave during the backward, in a thread of the device; one rank on the CPU is the measure."""

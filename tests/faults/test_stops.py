@@ -140,8 +140,8 @@ def test_F7_asked_to_stop_during_a_long_reward(arena, record):
     flag = arena.folder / "slow"
     (arena.folder / "slow_reward.py").write_text(SLOW_REWARD.format(flag=str(flag)))
     run = arena.run(rewards={f"{arena.folder}/slow_reward.py:score": 1.0}, reward_timeout_s=120)
-    job = run.launch()
-    wait_for(lambda: phase_of(run, 0)[1] >= 3)
+    job = run.launch([Fault("sleep", "rollout", None, 4, 5.0)])  # steps are shorter than a look at the heartbeat
+    wait_for(lambda: phase_of(run, 0)[1] >= 4)
     flag.touch()
     wait_for(lambda: all(phase_of(run, rank)[0] in ("reward", "exchange") for rank in (0, 1)))
     time.sleep(0.5)
