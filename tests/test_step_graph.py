@@ -182,7 +182,8 @@ def test_rows_for_whose_graph_memory_does_not_suffice_go_on_without_one(like_a_g
     assert tried[0] == len(requests) and tried.count(len(requests)) <= 2, "tried again only where a buffer has grown"
 
 
-def test_a_graph_keeps_nothing_alive_that_is_about_to_be_exchanged(like_a_gpu, monkeypatch):
+@pytest.mark.parametrize("where", ["a buffer", "a step"])
+def test_a_graph_keeps_nothing_alive_that_is_about_to_be_exchanged(where, like_a_gpu, monkeypatch):
     """A graph has its own memory, and holds the cache: both must be free before something larger is asked for."""
     graph = StepGraph(note)
     met = Counter()
@@ -207,15 +208,20 @@ def test_a_graph_keeps_nothing_alive_that_is_about_to_be_exchanged(like_a_gpu, m
         return plain_join(cache, *args, **named)
 
     monkeypatch.setattr(shared_cache.SharedCache, "join", join)
-    moved, failed = RowBuffer._move, []
+    failed = []
 
-    def failing(buffer, *args):
-        if buffer.time > 10 and not failed:
+    def fail(time):
+        if time > 0 and not failed:
             failed.append(len(caches))
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return moved(buffer, *args)
 
-    monkeypatch.setattr(RowBuffer, "_move", failing)
+    moved, step = RowBuffer._move, shared_cache.SharedCache._logits
+    if where == "a buffer":
+        monkeypatch.setattr(RowBuffer, "_move", lambda own, *args: (fail(own.time), moved(own, *args))[1])
+    else:
+        monkeypatch.setattr(
+            shared_cache.SharedCache, "_logits", lambda cache, ids: (fail(cache.own.time), step(cache, ids))[1]
+        )
     engine = engine_of("qwen3", graph)
     plain_halve = engine.room.halve
 
