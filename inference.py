@@ -17,16 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo.asking import Answer, Asker, BaseModel, choose
-from grpo.best import best_folder
-from grpo.console import warn
-from grpo.distributed import World, pick_device
-from grpo.errors import UserError
-from grpo.extraction import is_marker
-from grpo.labels import label, language_of
-from grpo.models import quiet
-from grpo.predict import predict
-from grpo.resume import read_state
+from grpo.checkpoints.best import best_folder
+from grpo.checkpoints.choose import choose
+from grpo.checkpoints.resume import read_state
+from grpo.errors import UserError, warn
+from grpo.evaluate.ask import Answer, Asker, BaseModel
+from grpo.evaluate.extract import is_marker
+from grpo.evaluate.multiple_choice import predict
+from grpo.models.checks import quiet
+from grpo.run.languages import label, language_of
+from grpo.runtime.distributed import World, pick_device
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

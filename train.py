@@ -10,28 +10,29 @@ import sys
 from contextlib import closing
 from functools import partial
 
-from grpo.command_line import load_config, refuse_bad_settings
+from grpo.config.command_line import load_config, refuse_bad_settings
 
 if __name__ == "__main__":
     refuse_bad_settings(sys.argv[1:])  # before the seconds that the imports below take
 
-from grpo.batching import deliver
-from grpo.config import Config, prompts_per_step, total_steps, updates_per_step
-from grpo.console import warn
-from grpo.data import load_questions
-from grpo.distributed import World
-from grpo.evaluate import evaluate
-from grpo.launch import run_main
-from grpo.models import check_lengths, check_vocabulary, load_tokenizer, stop_token_ids
-from grpo.planning import make_plan
-from grpo.policy import load_policy, load_rollout_model
-from grpo.prompts import keep_questions, make_recipe
-from grpo.resume import restore
+from grpo.checkpoints.resume import restore
+from grpo.config.settings import Config, prompts_per_step, total_steps, updates_per_step
+from grpo.data.questions import load_questions
+from grpo.data.recipe import keep_questions, make_recipe
+from grpo.errors import warn
+from grpo.evaluate.held_out import evaluate
+from grpo.models.checks import check_lengths, check_vocabulary, stop_token_ids
+from grpo.models.loading import load_tokenizer
 from grpo.rewards.pool import open_rewards
 from grpo.rollout import cut_chunks, rollout
-from grpo.rollout.native import NativeEngine
-from grpo.run import Run
-from grpo.scoring import Scoring, advantages_of, gather
+from grpo.rollout.engine import NativeEngine
+from grpo.run.launch import run_main
+from grpo.run.run import Run
+from grpo.runtime.distributed import World
+from grpo.training.exchange import deliver
+from grpo.training.minibatches import make_plan
+from grpo.training.policy import load_policy, load_rollout_model
+from grpo.training.scoring import Scoring, advantages_of, gather
 
 
 def train(cfg: Config, world: World) -> None:

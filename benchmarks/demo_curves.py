@@ -22,15 +22,16 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from grpo.command_line import load_config  # noqa: E402
-from grpo.data import load_questions  # noqa: E402
-from grpo.distributed import start  # noqa: E402
-from grpo.evaluate import evaluate  # noqa: E402
-from grpo.metrics import PHASES  # noqa: E402
-from grpo.models import load_model, load_tokenizer, quiet, stop_token_ids  # noqa: E402
-from grpo.prompts import make_recipe  # noqa: E402
+from grpo.config.command_line import load_config  # noqa: E402
+from grpo.data.questions import load_questions  # noqa: E402
+from grpo.data.recipe import make_recipe  # noqa: E402
+from grpo.evaluate.held_out import evaluate  # noqa: E402
+from grpo.models.checks import load_model, quiet, stop_token_ids  # noqa: E402
+from grpo.models.loading import load_tokenizer  # noqa: E402
 from grpo.rewards.pool import open_rewards  # noqa: E402
-from grpo.rollout.native import NativeEngine  # noqa: E402
+from grpo.rollout.engine import NativeEngine  # noqa: E402
+from grpo.runtime.distributed import start  # noqa: E402
+from grpo.training.metrics import PHASES  # noqa: E402
 
 SHUFFLED = {"benchmarks/shuffled_reward.py:shuffled_final_answer_reward": 1.0}
 BLUES, GREY = ("#12395f", "#2f7fc4", "#7db8e8"), "#a8a8a8"

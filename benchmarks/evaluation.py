@@ -25,12 +25,13 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from benchmarks.gsm8k_random import make_model  # noqa: E402
-from grpo.asking import Asker  # noqa: E402
-from grpo.command_line import load_config  # noqa: E402
-from grpo.distributed import World  # noqa: E402
-from grpo.manifest import write_manifest  # noqa: E402
-from grpo.models import load_tokenizer, quiet  # noqa: E402
-from grpo.prompts import make_recipe, recipe_text  # noqa: E402
+from grpo.checkpoints.manifest import write_manifest  # noqa: E402
+from grpo.config.command_line import load_config  # noqa: E402
+from grpo.data.recipe import make_recipe, recipe_text  # noqa: E402
+from grpo.evaluate.ask import Asker  # noqa: E402
+from grpo.models.checks import quiet  # noqa: E402
+from grpo.models.loading import load_tokenizer  # noqa: E402
+from grpo.runtime.distributed import World  # noqa: E402
 from grpo.types import Counters  # noqa: E402
 
 BATCH = 64

@@ -28,14 +28,15 @@ from torch.nn import functional as F
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from grpo.command_line import load_config  # noqa: E402
+from grpo.checkpoints.manifest import write_manifest  # noqa: E402
+from grpo.config.command_line import load_config  # noqa: E402
+from grpo.data.recipe import make_recipe, recipe_text  # noqa: E402
 from grpo.export import gguf_model  # noqa: E402
 from grpo.export.command import main as run_export  # noqa: E402
-from grpo.manifest import write_manifest  # noqa: E402
-from grpo.models import load_model, load_tokenizer, prepare, quiet  # noqa: E402
-from grpo.prompts import make_recipe, recipe_text  # noqa: E402
+from grpo.models.checks import load_model, quiet  # noqa: E402
+from grpo.models.loading import load_tokenizer, prepare  # noqa: E402
 from grpo.rollout import Request  # noqa: E402
-from grpo.rollout.native import NativeEngine  # noqa: E402
+from grpo.rollout.engine import NativeEngine  # noqa: E402
 from grpo.rollout.sampling import Sampling  # noqa: E402
 from grpo.types import Counters  # noqa: E402
 

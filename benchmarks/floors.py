@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from grpo.flattening import common_header
+from grpo.forward.flat_rows import common_header
 
 FP32 = 4  # bytes
 TRIES = 5

@@ -23,10 +23,10 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "benchmarks")]
 
 from gsm8k_random import make_tokenizer  # noqa: E402
 
-from grpo.command_line import load_config  # noqa: E402
-from grpo.data import length_summary, load_questions  # noqa: E402
+from grpo.config.command_line import load_config  # noqa: E402
+from grpo.data.questions import length_summary, load_questions  # noqa: E402
+from grpo.data.recipe import make_recipe  # noqa: E402
 from grpo.errors import UserError  # noqa: E402
-from grpo.prompts import make_recipe  # noqa: E402
 
 
 def second_parse(answer: str) -> int:

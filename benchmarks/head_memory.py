@@ -3,7 +3,7 @@
     python benchmarks/head_memory.py [--pairs 5] [--chunk_mb 256] [--vocab 150000] [--tokens 2048]
 
     naive     logits [B, T, V] of the completion positions, log_softmax, gather, backward
-    chunked   grpo.logprobs.token_logprobs, backward
+    chunked   grpo.forward.logprobs.token_logprobs, backward
     idle      nothing: the same imports, the same model and batch
 
 Every measurement is a process of its own, naive and chunked in turn. Memory is the process's highest resident
@@ -38,7 +38,7 @@ def build(vocab: int, tokens: int):
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from grpo.batching import collate
+    from grpo.training.exchange import collate
     from grpo.types import TrainRow
 
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def naive_logprobs(model, micro):
 
 def chunked_logprobs(head, micro, chunk_mb: int):
     """[B, T] by the trainer's head."""
-    from grpo.logprobs import token_logprobs
+    from grpo.forward.logprobs import token_logprobs
 
     return token_logprobs(head, micro, temperature=1.0, clamp=100.0, chunk_mb=chunk_mb)
 
@@ -82,7 +82,7 @@ def backward(logprobs, micro) -> None:
 
 def measure(what: str, args: argparse.Namespace) -> dict[str, float]:
     """One measurement, in this process."""
-    from grpo.logprobs import Head
+    from grpo.forward.logprobs import Head
 
     model, micro, one_row = build(args.vocab, args.tokens)
     head = Head(model)

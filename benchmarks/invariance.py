@@ -1,11 +1,11 @@
-"""The figures behind tests/test_invariance.py: its jobs, its measures, as a table.
+"""The figures behind tests/training/test_invariance.py: its jobs, its measures, as a table.
 
     python benchmarks/invariance.py [--max_ranks 4] [--folder FOLDER]
 
 For each number of processes W and each backend: (a) whether equal weights gave equal tokens; (b) how far 20 updates on
 injected rollouts end from those of one process, as a share of the way travelled; (c) whether the weights are the same
 bits. Then the broken controls, and the deterministic mode. With --folder, what an earlier run left there is read
-(`pytest tests/test_invariance.py --full --basetemp FOLDER` leaves it in FOLDER/invariance0).
+(`pytest tests/training/test_invariance.py --full --basetemp FOLDER` leaves it in FOLDER/invariance0).
 """
 
 import argparse
@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors.torch import load_file
 
-from tests.launcher import run_ranks
-from tests.test_invariance import BACKENDS, BROKEN, VARIANTS, distance, flat, jobs_of
+from tests.support.launcher import run_ranks
+from tests.training.test_invariance import BACKENDS, BROKEN, VARIANTS, distance, flat, jobs_of
 
 NAMES = {"ddp": "ddp (W = 1: single)", **{f"zero{stage}": f"ZeRO-{stage}" for stage in range(4)}}
 

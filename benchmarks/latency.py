@@ -149,10 +149,10 @@ def run_ours(latency: Latency, folder: Path, steps: int) -> None:
     """train.py, with completions that never stop early."""
     sys.path.insert(0, str(PROJECT))
     import train
-    from grpo.command_line import load_config
-    from grpo.launch import run_main
-    from grpo.metrics import Tally
-    from grpo.run import Run
+    from grpo.config.command_line import load_config
+    from grpo.run.launch import run_main
+    from grpo.run.run import Run
+    from grpo.training.metrics import Tally
 
     reduce = Tally.reduce
 

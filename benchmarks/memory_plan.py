@@ -103,7 +103,7 @@ def make(case: dict, folder: Path) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from tests.tiny import tiny_tokenizer
+    from tests.support.tiny import tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
@@ -136,13 +136,13 @@ def arguments(case: dict, folder: Path) -> list[str]:
 
 def measure_training(case: dict, folder: Path, phases: bool) -> None:
     """Train; each rank leaves its highest resident size, and that of each phase when asked."""
-    import grpo.metrics
-    from grpo.run import Run
+    import grpo.training.metrics
+    from grpo.run.run import Run
 
     Run.save = lambda *args, **how: None  # type: ignore[method-assign]  # checkpoints are not what is measured
     found: dict[str, float] = {}
     if phases:
-        phase = grpo.metrics.Tally.phase
+        phase = grpo.training.metrics.Tally.phase
 
         def watched(self, name):
             Path("/proc/self/clear_refs").write_text("5")
@@ -159,10 +159,10 @@ def measure_training(case: dict, folder: Path, phases: bool) -> None:
 
             return Watch()
 
-        grpo.metrics.Tally.phase = watched  # type: ignore[method-assign, assignment]
+        grpo.training.metrics.Tally.phase = watched  # type: ignore[method-assign, assignment]
     import train
-    from grpo.command_line import load_config
-    from grpo.launch import run_main
+    from grpo.config.command_line import load_config
+    from grpo.run.launch import run_main
 
     code = run_main(train.train, load_config, arguments(case, folder))
     found["peak"] = high_water_mb()
@@ -180,7 +180,7 @@ def measure_idle(case: dict) -> None:
     import train  # noqa: F401
 
     if case["settings"].get("lora_r"):
-        import grpo.adapters  # noqa: F401
+        pass
     if case["settings"].get("backend") == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed  # noqa: F401
@@ -194,8 +194,8 @@ def print_estimate(case: dict, folder: Path) -> None:
     """The plan's peak, with and without the row that the control leaves out; and every row."""
     from transformers import AutoConfig
 
-    from grpo.command_line import load_config
-    from grpo.plan import PHASES, estimate
+    from grpo.config.command_line import load_config
+    from grpo.plan.command import PHASES, estimate
 
     cfg, _ = load_config(arguments(case, folder))
     found = estimate(cfg, AutoConfig.from_pretrained(folder), case["ranks"])
@@ -209,8 +209,8 @@ def print_table(limit_gb: float = 80.0) -> None:
     """Memory and bytes sent for five shapes, 1 to 1,024 GPUs and three ways to share them, as Markdown."""
     from transformers import AutoConfig
 
-    from grpo.config import Config
-    from grpo.memory import estimate_shape, shape_of
+    from grpo.config.settings import Config
+    from grpo.plan.memory import estimate_shape, shape_of
 
     ways = {"ddp": {}, "ZeRO-2": {"zero_stage": 2}, "ZeRO-3": {"zero_stage": 3}}
     print("| model | GPUs | " + " | ".join(f"{way}: GB, highest in, GB sent" for way in ways) + " |")

@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen3Config
 
-from grpo.config import Config
-from grpo.distributed import World
-from grpo.models import load_tokenizer, prepare
+from grpo.config.settings import Config
+from grpo.models.loading import load_tokenizer, prepare
 from grpo.rewards import pool as pool_module
 from grpo.rewards.pool import Rewards, open_rewards
 from grpo.rollout import rollout
-from grpo.rollout.native import NativeEngine
-from grpo.scoring import Scored, Scoring
+from grpo.rollout.engine import NativeEngine
+from grpo.runtime.distributed import World
+from grpo.training.scoring import Scored, Scoring
 from grpo.types import Prompt
 
 GROUP = 8

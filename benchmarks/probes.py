@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from grpo.metrics import Tally
 from grpo.rollout import caches
+from grpo.training.metrics import Tally
 
 PREFILLS = ("join", "prefill")  # what a cache calls the method that computes prompts
 

@@ -120,7 +120,7 @@ def write_csv(path: Path, rows: Iterator[dict[str, str]], count: int) -> None:
 
 def template() -> str:
     """The prompt of the configuration."""
-    from grpo.command_line import load_config
+    from grpo.config.command_line import load_config
 
     return load_config(["--config", str(CONFIG)])[0].prompt_template
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from grpo.config import Config
+from grpo.config.settings import Config
 from grpo.rewards import Sample
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import Rewards, open_rewards
@@ -106,7 +106,7 @@ def main() -> None:
         start_s = time.perf_counter()
         kinds["2 workers"] = opened(rewards=demo)
         start_s = time.perf_counter() - start_s
-        count, megabytes = resident_mb(f"grpo.rewards.warden\0{os.getpid()}\0")
+        count, megabytes = resident_mb(f"grpo.rewards.supervisor\0{os.getpid()}\0")
         kinds["1 worker"] = opened(rewards=demo, reward_workers=1)
         kinds["code, 2 workers"] = opened(rewards={f"{file}:code_reward": 1.0})
         print("| completions | scored by | ms a step (lowest - highest) | completions/s | ms added |")

@@ -28,9 +28,9 @@ START = """
 import sys, time
 sys.path.insert(0, {project!r})
 import train
-from grpo.command_line import load_config
-from grpo.journal import Journal
-from grpo.launch import run_main
+from grpo.config.command_line import load_config
+from grpo.run.log import Journal
+from grpo.run.launch import run_main
 plain = Journal.log_step
 
 def log_step(self, step, *args):

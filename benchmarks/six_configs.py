@@ -28,7 +28,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "demo")]
 
 from benchmarks import refusal  # noqa: E402
-from grpo.command_line import load_config  # noqa: E402
+from grpo.config.command_line import load_config  # noqa: E402
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
@@ -111,8 +111,8 @@ def make_model(task: str, folder: Path, words: list[str], num_steps: int) -> Non
     import torch
     from make_base import train_tokenizer
 
-    from grpo.data import load_questions
-    from grpo.prompts import make_recipe
+    from grpo.data.questions import load_questions
+    from grpo.data.recipe import make_recipe
 
     cfg, _ = load_config(words)
     rng = random.Random(0)

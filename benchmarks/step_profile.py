@@ -34,13 +34,13 @@ from benchmarks import floors
 from benchmarks.probes import Probes
 from benchmarks.vs_trl_sides import our_settings
 from benchmarks.workloads import make
-from grpo.command_line import load_config
-from grpo.config import Config
-from grpo.data import Questions
-from grpo.distributed import start
-from grpo.launch import run_main
-from grpo.metrics import PHASES, Tally
-from grpo.run import Run
+from grpo.config.command_line import load_config
+from grpo.config.settings import Config
+from grpo.data.questions import Questions
+from grpo.run.launch import run_main
+from grpo.run.run import Run
+from grpo.runtime.distributed import start
+from grpo.training.metrics import PHASES, Tally
 
 NAMES = {
     "prefill": "rollout: prefill", "decode": "rollout: decode", "drawing": "rollout: draw, keep", "reward": "reward",

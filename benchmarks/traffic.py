@@ -118,10 +118,10 @@ def measure(case: dict, folder: Path) -> int:
     traffic = Traffic()
     traffic.install()
     import train
-    from grpo.command_line import load_config
-    from grpo.launch import run_main
-    from grpo.metrics import Tally
-    from grpo.run import Run
+    from grpo.config.command_line import load_config
+    from grpo.run.launch import run_main
+    from grpo.run.run import Run
+    from grpo.training.metrics import Tally
 
     reduce = Tally.reduce
 
@@ -143,8 +143,8 @@ def planned(case: dict, folder: Path) -> float:
     """Bytes that grpo.plan says each process sends in a step."""
     from transformers import AutoConfig
 
-    from grpo.command_line import load_config
-    from grpo.plan import estimate
+    from grpo.config.command_line import load_config
+    from grpo.plan.command import estimate
 
     cfg, _ = load_config(arguments(case, folder))
     return sum(row.bytes for row in estimate(cfg, AutoConfig.from_pretrained(folder), case["ranks"]).moved)

@@ -29,9 +29,9 @@ import numpy as np
 import grpo.data, grpo.distributed
 from reward_func import final_answer_reward
 
-grpo.data.permutation = lambda seed, epoch, size: np.arange(size)  # file order
+grpo.data.questions.permutation = lambda seed, epoch, size: np.arange(size)  # file order
 if os.environ["CHUNKS"] == "fixed":
-    grpo.distributed.World.deal = lambda world, count: iter(range(world.rank, count, world.size))
+    grpo.runtime.distributed.World.deal = lambda world, count: iter(range(world.rank, count, world.size))
 """
 
 

@@ -99,9 +99,9 @@ def our_settings(work: Workload, folder: Path, threads: int) -> list[str]:
 def ours(work: Workload, folder: Path, threads: int) -> None:
     """train.py, gated."""
     import train
-    from grpo.command_line import load_config
-    from grpo.launch import run_main
-    from grpo.run import Run
+    from grpo.config.command_line import load_config
+    from grpo.run.launch import run_main
+    from grpo.run.run import Run
 
     gate = Gate(work.device)
     plain_tally, plain_load = Run.tally, train.load_policy

@@ -1,5 +1,7 @@
 """What we say to users: one line (what, got, allowed, what to do), an exit code, no traceback."""
 
+import sys
+
 EXIT_USER = 2  # config, data, reward or checkpoint: the user can mend it
 EXIT_STALLED = 74  # no progress on any rank
 EXIT_PREEMPTED = 75  # asked to stop; the same command continues
@@ -30,3 +32,8 @@ class Corrupted(UserError):
     """A rank's weights or optimizer state are not what its last update left."""
 
     code = EXIT_CORRUPTED
+
+
+def warn(line: str) -> None:
+    """A line on stderr, from any rank."""
+    print(line, file=sys.stderr, flush=True)

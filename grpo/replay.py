@@ -21,15 +21,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo.config import Config
-from grpo.console import warn
-from grpo.distributed import World, pick_device
-from grpo.errors import UserError
-from grpo.guards import Evidence
-from grpo.metrics import Tally
-from grpo.models import load_model, quiet
-from grpo.policy import Policy, load_trained
-from grpo.sft_policy import Student
+from grpo.config.settings import Config
+from grpo.errors import UserError, warn
+from grpo.models.checks import load_model, quiet
+from grpo.runtime.distributed import World, pick_device
+from grpo.sft.policy import Student
+from grpo.training.metrics import Tally
+from grpo.training.policy import Policy, load_trained
+from grpo.training.skipped_updates import Evidence
 from grpo.types import MicroBatch
 
 CLOSE = 1e-4  # relative; other hardware, or fewer ranks, sum in another order

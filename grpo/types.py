@@ -106,9 +106,9 @@ class TrainRow:
 
 @dataclass(frozen=True)
 class Flat:
-    """A micro-batch as one row without padding, each prompt once (grpo/flattening.py)."""
+    """A micro-batch as one row without padding, each prompt once (grpo/forward/flat_rows.py)."""
 
-    forest: Any  # grpo.attention.Forest: who belongs to whom
+    forest: Any  # grpo.forward.shared_attention.Forest: who belongs to whom
     input_ids: torch.Tensor  # [1, S] int64
     positions: torch.Tensor  # [B, T] int64, where in S each target is predicted; 0 outside the mask
 

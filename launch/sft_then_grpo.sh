@@ -62,8 +62,8 @@ taught=$(PYTHONPATH=$root "$python" - ${first[@]+"${first[@]}"} <<'PYTHON'
 import sys
 from pathlib import Path
 
-from grpo.checkpoint import newest_valid
-from grpo.command_line import load_sft_config
+from grpo.checkpoints.checkpoint import newest_valid
+from grpo.config.command_line import load_sft_config
 
 cfg, _ = load_sft_config(sys.argv[1:])
 folder = newest_valid(Path(cfg.output_dir), lambda line: print(line, file=sys.stderr))

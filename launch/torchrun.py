@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from grpo.command_line import load_config, load_sft_config
+from grpo.config.command_line import load_config, load_sft_config
 from grpo.errors import EXIT_PREEMPTED, EXIT_STALLED, EXIT_USER, UserError
 
 

@@ -6,13 +6,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from grpo.replay import main
-from tests.launcher import patched_train, run_script
-from tests.tiny import save_tiny
+from tests.support.launcher import patched_train, run_script
+from tests.support.tiny import save_tiny
 
 # On rank 1 alone, after the rollout of step 2: a weight becomes infinite, or huge; checks for flipped bits are off.
 POISON = """
 import torch
-from grpo.policy import Policy
+from grpo.training.policy import Policy
 plain = Policy.annotate
 
 def annotate(self, batches):
@@ -34,7 +34,7 @@ def anomaly(tmp_path_factory):
         patched_train(folder, POISON), "--config", "configs/demo.yaml", "--model", str(folder / "model"),
         "--eval_data", "null", "--max_steps", "2", "--max_generate_length", "8", "--check_weights_steps", "0",
         "--output_dir", str(folder / "output"), "--runs_dir", str(folder / "runs"), "--micro_batch_tokens", "512",
-        "--rewards", '{"tests/rewards_for_tests.py:varied": 1.0}', nproc=2,
+        "--rewards", '{"tests/support/rewards_for_tests.py:varied": 1.0}', nproc=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "step 2: update skipped on all ranks (gradient norm nan)" in done.stdout

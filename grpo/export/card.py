@@ -14,7 +14,7 @@ import yaml
 
 from grpo.errors import UserError
 from grpo.export.source import Source
-from grpo.untrusted import check_regular
+from grpo.strict_json import check_regular
 
 MAX_METRICS_BYTES = 2**28
 ROWS = 12  # of the curve

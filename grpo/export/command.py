@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from grpo.asking import choose
-from grpo.console import warn
-from grpo.errors import UserError
-from grpo.export import card, hub
+from grpo.checkpoints.choose import choose
+from grpo.checkpoints.manifest import NAME, files_in, sync, write_manifest
+from grpo.errors import UserError, warn
+from grpo.export import card
+from grpo.export import push as hub
 from grpo.export.folders import (
     DTYPES,
     add_recipe,
@@ -30,8 +31,7 @@ from grpo.export.folders import (
     write_merged_16bit,
 )
 from grpo.export.source import Source
-from grpo.manifest import NAME, files_in, sync, write_manifest
-from grpo.models import quiet
+from grpo.models.checks import quiet
 
 METHODS = ("merged_16bit", "merged_4bit", "lora", "gguf")
 

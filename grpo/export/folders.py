@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from grpo.checkpoints.background import files_of
+from grpo.checkpoints.manifest import write_manifest
+from grpo.data.recipe import recipe_text
 from grpo.errors import UserError
 from grpo.export.source import Source
-from grpo.manifest import write_manifest
-from grpo.prompts import recipe_text
-from grpo.quantization import library
-from grpo.saving import files_of
-from grpo.untrusted_adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from grpo.models.lora_checks import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from grpo.models.quantization import library
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -32,7 +32,7 @@ def check_lora(source: Source) -> None:
             f"to: lora needs an adapter, and {source.folder} holds whole weights. Use --to merged_16bit, or train "
             "an adapter."
         )
-    from grpo.adapters import refuse_empty
+    from grpo.models.lora import refuse_empty
 
     refuse_empty(source.folder, load_file(source.folder / ADAPTER_WEIGHTS))
 
@@ -91,7 +91,7 @@ def write_merged_4bit(source: Source, folder: Path) -> str:
 
 def write_lora(source: Source, folder: Path) -> str:
     """The adapter alone, for the base that it was trained on. Returns what to say about it."""
-    from grpo.adapters import refuse_empty
+    from grpo.models.lora import refuse_empty
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo.errors import UserError
 from grpo.export.gguf_model import ARCHITECTURES, add_settings, encoded, kind_for, tensors
 from grpo.export.gguf_tokenizer import PROBES, add_tokenizer
-from grpo.models import stop_token_ids
+from grpo.models.checks import stop_token_ids
 
 WRITTEN_HERE = {"f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
 BY_LLAMA_CPP = {"q5_k_m": LlamaFileType.MOSTLY_Q5_K_M, "q4_k_m": LlamaFileType.MOSTLY_Q4_K_M}

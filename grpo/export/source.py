@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo.checkpoints.resume import read_state
+from grpo.data.recipe import Recipe, load_recipe
 from grpo.errors import UserError
-from grpo.models import check_vocabulary, load_model, load_tokenizer, resolve
-from grpo.prompts import Recipe, load_recipe
-from grpo.resume import read_state
-from grpo.untrusted_adapters import is_adapter
+from grpo.models.checks import check_vocabulary, load_model
+from grpo.models.loading import load_tokenizer, resolve
+from grpo.models.lora_checks import is_adapter
 
 CPU = torch.device("cpu")
 
@@ -59,7 +60,7 @@ class Source:
         """Of the whole model, read without its weights."""
         folder = str(self.folder)
         if self.is_adapter:
-            from grpo.adapters import base_of
+            from grpo.models.lora import base_of
 
             folder = base_of(self.folder)
         try:
@@ -76,7 +77,7 @@ class Source:
     def model(self) -> PreTrainedModel:
         """A fresh copy of the whole model, fp32 on CPU: merged, where the checkpoint is an adapter."""
         if self.is_adapter:
-            from grpo.adapters import merged, open_adapter  # late: peft is needed for adapters alone
+            from grpo.models.lora import merged, open_adapter  # late: peft is needed for adapters alone
 
             model = merged(open_adapter(self.folder, CPU))
         else:

@@ -1,5 +1,8 @@
 """Reward functions to choose from. reward_func.py offers all of them by name; docs/rewards.md says what each rewards.
 
+In: completions as text, the gold answer and other data columns. Out: one number, or None, for each completion. A new
+function goes into one of the files, its name into `__all__` below and a row into docs/rewards.md.
+
     think_answer      <think> and <answer>: two recipes for GSM8K, rule by rule
     reasoning_answer  <reasoning> and <answer>
     working_out       <end_working_out> and <SOLUTION>

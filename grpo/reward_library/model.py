@@ -52,8 +52,9 @@ def load_classifier(folder: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from grpo.models import load_tokenizer, prepare, quiet, resolve
-    from grpo.untrusted import weights_problem
+    from grpo.models.checks import quiet
+    from grpo.models.folder_checks import weights_problem
+    from grpo.models.loading import load_tokenizer, prepare, resolve
 
     quiet()
     path = resolve(folder)  # looks at it first

@@ -4,17 +4,20 @@ A function is called with one completion (lists of length 1), or, when marked `s
 group in sample order; never with whatever a rank happens to hold. So a score cannot depend on the number
 of processes.
 
-    trainer (pool)  --calls-->  warden  --calls-->  worker: imports the user's file, calls the function
-                    <-answers--         <-answers--
+In: completions as text, with their data columns. Out: one number, None or a failure for each function and completion.
+What functions there are to choose from: grpo/reward_library/. Another way to isolate them is another file here.
 
-    pool        finds the functions, deals calls out to the wardens, reads their answers
-    round       the calls of one step: which wait, what was answered
-    warden_process  a warden as the trainer holds it
-    warden      holds the deadline and the limits; kills and replaces its worker; runs nothing of the user's
-    worker      the only process that runs the user's file; marked `runs_code`, one process for each sample
-    functions   importing a file, one call, what counts as a score
-    protocol    frames of JSON between them
-    confine     what the kernel offers: namespaces, limits, finding and killing all descendants
+    trainer (pool)  --calls-->  supervisor  --calls-->  worker: imports the user's file, calls the function
+                    <-answers--             <-answers--
+
+    pool               finds the functions, deals calls out to the supervisors, reads their answers
+    pending_calls      the calls of one step: which wait, what was answered
+    supervisor_handle  a supervisor process as the trainer holds it
+    supervisor         holds the deadline and the limits; kills and replaces its worker; runs no user code
+    worker             the only process that runs the user's file; marked `runs_code`, one process for each sample
+    functions          importing a file, one call, what counts as a score
+    protocol           frames of JSON between them
+    sandbox            what the kernel offers: namespaces, limits, finding and killing all descendants
 
 A call that raises, hangs, dies, or returns something that is no usable number is a failure: its score is None,
 the function's name, the reason and the sample are reported, and too many failures stop the run.

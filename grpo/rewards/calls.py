@@ -7,7 +7,7 @@ from typing import Any
 from grpo.rewards import Sample
 from grpo.rewards.functions import LARGEST, MAX_REASON, Outcome
 from grpo.rewards.protocol import dump, frame, load
-from grpo.rewards.warden import ANSWER, LATE
+from grpo.rewards.supervisor import ANSWER, LATE
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo.config import PROJECT, Config, find_path
+from grpo.config.settings import PROJECT, Config, find_path
 from grpo.errors import UserError
 from grpo.rewards import Reward
 

@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from grpo.config import Config
+from grpo.config.settings import Config
 from grpo.rewards import Reward, Sample
 from grpo.rewards.calls import Answer, Call, read_answer
 from grpo.rewards.functions import RewardFunction, call, describe
 from grpo.rewards.loading import locate, make_rewards
+from grpo.rewards.pending_calls import Round
 from grpo.rewards.protocol import dump, frame
-from grpo.rewards.round import Round
-from grpo.rewards.warden_process import GRACE_S, IMPORT_S, Warden
+from grpo.rewards.supervisor_handle import GRACE_S, IMPORT_S, Warden
 from grpo.types import Pulse
 
 PULSE_S = 0.1

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo.errors import UserError
-from grpo.rewards import confine
+from grpo.rewards import sandbox as confine
 from grpo.rewards.functions import Outcome, RewardFunction, bind, call, describe, find, load_module, raised
 from grpo.rewards.protocol import MAX_ANSWER, MAX_REQUEST, cut, dump, frame, load, read_frame, write_all
 

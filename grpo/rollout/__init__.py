@@ -1,5 +1,8 @@
 """Rollouts: prompts -> completions.
 
+In: the step's `Prompt`s and the policy's weights. Out: this rank's `Completion`s: token ids, the log-prob of every
+token, why it stopped. An engine is a file here and its line in train.py.
+
 An engine is a class with two methods:
 
     load_weights(weights)                take the policy's tensors, a stream of (name, tensor), once per rollout
@@ -19,10 +22,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from grpo.config import Config
-from grpo.distributed import World
-from grpo.out_of_memory import Room
+from grpo.config.settings import Config
 from grpo.rollout.sampling import Sampling, sampling_of
+from grpo.runtime.distributed import World
+from grpo.runtime.out_of_memory import Room
 from grpo.types import Completion, Prompt, Pulse
 
 OnFinished = Callable[[list[Completion]], None]

@@ -3,7 +3,7 @@
 A cache has three methods: `join` computes prompts of rows that begin, `decode` takes each row's next token, `keep` lets
 rows leave.
 `SharedCache` (shared_cache.py) holds each prompt once; it needs a model whose attention is transformers'
-(grpo/attention.py). `PlainCache` is transformers' own, a prompt's keys and values repeated for each row; it serves
+(forward/shared_attention.py). `PlainCache` is transformers' own, a prompt's keys and values repeated for each row; it serves
 every other model.
 """
 
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from grpo.attention import MAX_DIFFERENCE
-from grpo.logprobs import Head
+from grpo.forward.logprobs import Head
+from grpo.forward.shared_attention import MAX_DIFFERENCE
 from grpo.rollout import Request
-from grpo.rollout.lean import LeanBody, lean_body
+from grpo.rollout.cuda_graph import StepGraph
+from grpo.rollout.fast_llama import LeanBody, lean_body
 from grpo.rollout.prefill import distinct_prompts
 from grpo.rollout.shared_cache import SharedCache
-from grpo.rollout.step_graph import StepGraph
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from grpo.attention import Forest, Tree
-from grpo.logprobs import Head
+from grpo.forward.logprobs import Head
+from grpo.forward.shared_attention import Forest, Tree
 from grpo.rollout import Request
 
 KeysValues = tuple[Tensor, Tensor]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grpo.config import Config
-from grpo.logprobs import bounded_logits
-from grpo.models import asking_is_free
+from grpo.config.settings import Config
+from grpo.forward.logprobs import bounded_logits
+from grpo.forward.precision import asking_is_free
 
 BLOCK = 512  # columns summed at once
 

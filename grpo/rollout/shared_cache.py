@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from grpo.flattening import common_header
-from grpo.logprobs import Head
+from grpo.forward.flat_rows import common_header
+from grpo.forward.logprobs import Head
 from grpo.rollout import Request
-from grpo.rollout.lean import LeanBody
+from grpo.rollout.cuda_graph import StepGraph
+from grpo.rollout.fast_llama import LeanBody
+from grpo.rollout.merge_softmax import Part, merged, part_of
 from grpo.rollout.prefill import KeysValues, Prefilled, distinct_prompts, prefill
 from grpo.rollout.row_buffer import RowBuffer
-from grpo.rollout.softmax_parts import Part, merged, part_of
-from grpo.rollout.step_graph import StepGraph
 
 T = TypeVar("T")
 
@@ -198,7 +198,7 @@ class SharedCache:
         return self.head.logits(hidden)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        """As grpo/attention.py calls it: query [B, H, 1, d], key and value [B, kvh, 1, d] -> [B, 1, H, d]."""
+        """As forward/shared_attention.py calls it: query [B, H, 1, d], key and value [B, kvh, 1, d] -> [B, 1, H, d]."""
         return self.mix(layer, query[:, :, 0], key[:, :, 0], value[:, :, 0], scale, window)[:, None]
 
     def mix(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Jobs of tests/rank_jobs.py on several ranks, each with an emulated device of its own.
+"""Jobs of tests/support/rank_jobs.py on several ranks, each with an emulated device of its own.
 
 Gloo knows no such device, so that a sum takes the way through the CPU's memory. As with NCCL it is there after `wait`
 and not before: until then the tensor holds no number.
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tests import emulated
 from tests.emulated.start import on_device
-from tests.rank_jobs import main
+from tests.support.rank_jobs import main
 
 plain = dist.all_reduce
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from grpo.rollout import Request, row_buffer, shared_cache
-from grpo.rollout.native import NativeEngine
+from grpo.rollout.cuda_graph import StepGraph
+from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import Sampling
-from grpo.rollout.step_graph import StepGraph
 from tests import emulated
-from tests.step_tape import note
-from tests.tiny import tiny_model
+from tests.support.step_tape import note
+from tests.support.tiny import tiny_model
 
 CPU = torch.device("cpu")
 NEW = 40
@@ -125,7 +125,7 @@ def test_a_rollout_with_a_tensor_left_on_the_cpu_is_refused(forgotten, device, m
     engine = engine_on(device, "qwen3")
     if forgotten == "uniforms":
         uniforms = lambda batch: torch.full((len(batch.ages),), 0.5, dtype=torch.float64)  # noqa: E731
-        monkeypatch.setattr("grpo.rollout.native.Batch._uniforms", uniforms)
+        monkeypatch.setattr("grpo.rollout.engine.Batch._uniforms", uniforms)
     elif forgotten == "lengths":
         plain = shared_cache.prefill
         moved = lambda *args: dataclasses.replace(plain(*args), lengths=plain(*args).lengths.cpu())  # noqa: E731

@@ -2,28 +2,28 @@
 
 import sys
 
-import grpo.distributed
+import grpo.runtime.distributed
 from tests import emulated
 
 
 def on_device() -> None:
     """Make the device the one that the machine has."""
-    grpo.distributed.pick_device = lambda name, local_rank: emulated.register()
+    grpo.runtime.distributed.pick_device = lambda name, local_rank: emulated.register()
 
 
 if __name__ == "__main__":
     script, device = sys.argv[1:3]
     if device == emulated.NAME:
         on_device()
-    from grpo.command_line import load_config, load_sft_config
-    from grpo.launch import run_main
+    from grpo.config.command_line import load_config, load_sft_config
+    from grpo.run.launch import run_main
 
     if script == "train":
         from train import train
 
         sys.exit(run_main(train, load_config, sys.argv[3:]))
     if script == "sft":
-        from grpo.sft import teach
+        from grpo.sft.train import teach
 
         sys.exit(run_main(teach, load_sft_config, sys.argv[3:]))
     raise SystemExit(f"no such script: {script}")

@@ -7,22 +7,26 @@ import numpy as np
 import pytest
 import torch
 
-from grpo import attention, checkpoint, flattening, logprobs, saving
-from grpo.batching import collate, deliver
-from grpo.distributed import World
-from grpo.guards import SkippedUpdate
-from grpo.metrics import Tally
-from grpo.planning import make_plan
-from grpo.policy import Policy
-from grpo.prompts import Recipe
-from grpo.resume import restore
-from grpo.rollout.native import NativeEngine
+from grpo.checkpoints import background as saving
+from grpo.checkpoints import checkpoint
+from grpo.checkpoints.resume import restore
+from grpo.data.recipe import Recipe
+from grpo.forward import flat_rows as flattening
+from grpo.forward import logprobs
+from grpo.forward import shared_attention as attention
+from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import Sampling
+from grpo.runtime.distributed import World
+from grpo.training.exchange import collate, deliver
+from grpo.training.metrics import Tally
+from grpo.training.minibatches import make_plan
+from grpo.training.policy import Policy
+from grpo.training.skipped_updates import SkippedUpdate
 from grpo.types import TrainRow
 from tests import emulated
 from tests.emulated.rollout_cases import CPU, LONG, NEW, SHORT, requests_of
-from tests.rank_jobs import VOCAB, config, injected, injected_step, table_of, with_adapter
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.rank_jobs import VOCAB, config, injected, injected_step, table_of, with_adapter
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +222,7 @@ def test_an_update_with_a_tensor_left_on_the_cpu_is_refused(forgotten, device, m
     if forgotten == "where":
         plain = flattening.flatten
         moved = lambda *args: dataclasses.replace(plain(*args), positions=plain(*args).positions.cpu())  # noqa: E731
-        monkeypatch.setattr("grpo.batching.flatten", moved)
+        monkeypatch.setattr("grpo.training.exchange.flatten", moved)
     elif forgotten == "lanes":
         lanes = attention.Forest.lanes.func
         on_cpu = lambda forest: [[(at, tuple(t.cpu() for t in lane)) for at, lane in runs] for runs in lanes(forest)]  # noqa: E731

@@ -38,7 +38,7 @@ def install(faults: Sequence[Fault], rank: int) -> None:
 
 
 def _remember_policies() -> None:
-    from grpo.policy import Policy
+    from grpo.training.policy import Policy
 
     plain = Policy.__init__
 
@@ -50,7 +50,7 @@ def _remember_policies() -> None:
 
 
 def _wrap_heartbeat(pending: list[list[Any]]) -> None:
-    from grpo.liveness import Heartbeat
+    from grpo.runtime.heartbeat import Heartbeat
 
     def fire(step: int, phase: str) -> None:
         for entry in pending:

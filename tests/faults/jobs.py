@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.fault import Fault, as_json
-from tests.launcher import PROJECT, environment
+from tests.support.launcher import PROJECT, environment
 
 SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.rows import ELSEWHERE, ROWS
-from tests.launcher import PROJECT, environment
+from tests.support.launcher import PROJECT, environment
 
 LINES = "GRPO_FAULT_LINES"  # the file that the fixture `record` appends to
 

@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from grpo import checkpoint
+from grpo.checkpoints import checkpoint
 from tests.faults.fault import Fault
 from tests.faults.jobs import Job, Zygote
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 
 STEPS = 12
 QUESTIONS = 10  # 12 steps of 3 prompts are 3.6 epochs, whose borders lie inside steps

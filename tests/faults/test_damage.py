@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from grpo import checkpoint
-from grpo.manifest import MANIFEST
+from grpo.checkpoints import checkpoint
+from grpo.checkpoints.manifest import MANIFEST
 from tests.faults.runs import STEPS
 
 

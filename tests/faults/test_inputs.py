@@ -79,7 +79,7 @@ STOPS = {  # name -> (ids that end a completion, a pad token, share of completio
 
 def stopping_model(folder, ids, pad):
     """A model folder with these stop tokens, and no other."""
-    from tests.tiny import tiny_model, tiny_tokenizer
+    from tests.support.tiny import tiny_model, tiny_tokenizer
 
     tokenizer = tiny_tokenizer(pad=pad)
     model = tiny_model("qwen3", len(tokenizer), spread=2.0)

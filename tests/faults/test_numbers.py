@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from grpo.advantages import group_advantages
-from grpo.distributed import World
-from grpo.metrics import Tally
+from grpo.runtime.distributed import World
+from grpo.training.advantages import group_advantages
+from grpo.training.metrics import Tally
 from tests.faults.fault import EVERY, Fault
 from tests.faults.runs import STEPS
 
@@ -60,13 +60,13 @@ def test_F21_nan_in_every_step(arena, record):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e38])
 def test_F22_nan_where_nothing_counts(record, poison):
     """Values in masked positions change neither loss nor gradients by a bit. Control: one that counts does."""
-    from tests.rank_jobs import config, injected, make_policy, table_of
+    from tests.support.rank_jobs import config, injected, make_policy, table_of
 
     def loss_and_gradients(change):
         import numpy as np
 
-        from grpo.batching import deliver
-        from grpo.planning import make_plan
+        from grpo.training.exchange import deliver
+        from grpo.training.minibatches import make_plan
 
         cfg = config(beta=0.1, num_iterations=2, micro_batch_tokens=256)
         policy = make_policy(cfg, ALONE)

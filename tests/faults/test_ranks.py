@@ -17,7 +17,7 @@ from tests.faults.fault import FAULTS, Fault, as_json
 from tests.faults.jobs import descendants, wait_for
 from tests.faults.runs import STEPS, as_argv
 from tests.faults.test_stops import phase_of
-from tests.launcher import PROJECT, environment
+from tests.support.launcher import PROJECT, environment
 
 ONE_GROUP = """def score(completions, **columns):
     return [float(len(text)) if columns["answer"][0] == "5" else 1.0 for text in completions]

@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.fault import Fault
 from tests.faults.runs import STEPS, flat
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 
 ZERO3 = {"backend": "deepspeed", "zero_stage": 3}
 CHAINS = {

@@ -15,7 +15,7 @@ from tests.faults.fault import Fault, policies
 
 def _trace(fault: Fault) -> None:
     """Append to trace_R.jsonl, when a rollout begins: step, hash of weights, hash of moments, open files, memory."""
-    from grpo.liveness import Heartbeat
+    from grpo.runtime.heartbeat import Heartbeat
 
     plain = Heartbeat.__call__
     folder = Path(os.environ["GRPO_FAULTS_OUT"])

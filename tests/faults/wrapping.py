@@ -15,7 +15,7 @@ def _each_loss(change: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[
     """A fault in the losses of one step: change(policy, loss) -> loss."""
 
     def wrap(fault: Fault) -> None:
-        from grpo.policy import Policy
+        from grpo.training.policy import Policy
 
         plain = Policy.loss
         left = [fault.times]
@@ -75,7 +75,7 @@ def _little_memory_to_sample(fault: Fault) -> None:
 
 def _little_memory_to_train(fault: Fault) -> None:
     """Training on more than `value` rows at once runs out of memory."""
-    from grpo.policy import Policy
+    from grpo.training.policy import Policy
 
     plain = Policy.loss
 
@@ -150,7 +150,7 @@ def _lose_trust(policy: Any) -> None:
 
 def _lose_cursor(policy: Any) -> None:
     """The steps go on, the questions start again from the first."""
-    from grpo.data import Questions
+    from grpo.data.questions import Questions
 
     plain, first = Questions.prompts, policy.counters.step
 

@@ -44,7 +44,7 @@ def preload() -> None:
     """Import what a run imports, down to what is imported late."""
     for name in (
         "train",
-        "tests.tiny",
+        "tests.support.tiny",
         "torch._dynamo",  # the first optimizer step imports it
         "torch.utils.tensorboard",
         "transformers.models.qwen3.modeling_qwen3",
@@ -138,8 +138,8 @@ def run_rank(rank: int, request: dict[str, Any], port: int) -> int:
     os.environ.update(request["environment"])
 
     import train
-    from grpo.command_line import load_config
-    from grpo.launch import run_main
+    from grpo.config.command_line import load_config
+    from grpo.run.launch import run_main
     from tests.faults.fault import from_json
     from tests.faults.inject import install
 

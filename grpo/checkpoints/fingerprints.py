@@ -1,0 +1,47 @@
+"""What identifies a run beside its settings: base model, data, chat template, rewards. A resume must meet the same."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from grpo.checkpoints.manifest import tree_sha256
+from grpo.config.settings import Config, find_path
+from grpo.data.questions import Questions
+from grpo.models.lora_checks import check_adapter, is_adapter
+from grpo.rewards import Reward
+
+
+def fingerprints(
+    cfg: Config, questions: Questions, rewards: Sequence[Reward], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Hashes of what decides the trajectory; versions are kept for the reader."""
+    assert cfg.model is not None
+    path = find_path(cfg.model)
+    beneath = ""
+    if path and is_adapter(path):  # the model that it belongs to counts as well
+        base = find_path(str(check_adapter(path)["base_model_name_or_path"]))
+        beneath = f" on {tree_sha256(base)}" if base else ""
+    rows = hashlib.sha256()
+    for prompt in questions.items:
+        rows.update(json.dumps([prompt.token_ids, prompt.columns], default=str, sort_keys=True).encode())
+    return {
+        "base_model": tree_sha256(path) + beneath if path else cfg.model,
+        "data": rows.hexdigest(),
+        "chat_template": _sha256(str(getattr(tokenizer, "chat_template", None))),
+        "reward_source": _sha256("".join(reward.source for reward in rewards)),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

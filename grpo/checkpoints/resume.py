@@ -1,0 +1,127 @@
+"""Continuing from a checkpoint: the same run, or a clear refusal; weights, moments and counters as they were.
+
+The optimizer state is read piece by piece, by parameter name and offset, so it does not matter which backend
+and how many ranks wrote it.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from grpo.config.settings import Config
+from grpo.errors import UserError
+from grpo.models.folder_checks import TRAINABLE, check_safetensors
+from grpo.strict_json import read_object
+from grpo.training.policy import Policy
+from grpo.types import Counters
+
+FREE_TO_CHANGE = {  # settings that do not change what is trained; all others must match on resume
+    "output_dir", "save_steps", "save_total_limit", "resume", "runs_dir", "run_name", "report_to",
+    "log_samples_steps", "log_completions_steps", "console_language", "tracker_project", "tracker_mode", "eval_data",
+    "eval_split", "eval_rows", "eval_steps", "num_threads", "device",
+    "micro_batch_tokens", "rollout_chunk_rows", "rollout_tokens", "cuda_graphs", "logits_chunk_mb",
+    "gradient_checkpointing", "max_bad_steps",
+    "max_reward_failures", "inference_questions", "backend", "zero_stage", "offload", "deepspeed_config",
+    "activation_offload", "reference_offload",
+    "save_in_background", "check_weights_steps", "stall_timeout_s", "preempt_grace_s",
+    "reward_workers", "reward_timeout_s", "reward_memory_mb",
+}  # fmt: skip
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """trainer/state.json of a checkpoint. Raises UserError."""
+    try:
+        state = read_object(folder / "trainer" / "state.json")
+        counters = Counters(**state["counters"])
+        for name, value in vars(counters).items():
+            if name == "trust_sampler":
+                if not (value is None or isinstance(value, bool)):
+                    raise ValueError(f"counters: {name} must be true, false or null, got {value!r}")
+            elif type(value) is not int or not 0 <= value < 2**62:
+                raise ValueError(f"counters: {name} must be a whole number >= 0, got {value!r}")
+        if not isinstance(state["config"], dict):
+            raise ValueError("config must be an object")
+        return {**state, "counters": counters}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"checkpoint: {folder} has no usable trainer/state.json ({error}). Use --resume never."
+        ) from None
+
+
+def check_same_run(folder: Path, state: dict[str, Any], cfg: Config, facts: dict[str, Any]) -> None:
+    """Refuse to resume when something would change the trajectory. Raises UserError naming the difference."""
+    free = set(FREE_TO_CHANGE)
+    if cfg.lr_schedule == "constant" and not cfg.warmup_ratio:
+        free |= {"max_steps", "epoch"}  # the rate does not depend on the run's length: it may be extended
+    before = {**dataclasses.asdict(Config()), **state["config"]}  # an older checkpoint does not know newer settings
+    now = dataclasses.asdict(cfg)
+    differences = [
+        f"{key}: {before.get(key)!r} there, {now[key]!r} now"
+        for key in now
+        if key not in free and before.get(key) != now[key]
+    ]
+    differences += [f"{key} has changed" for key in facts if key != "versions" and state.get(key) != facts[key]]
+    if differences:
+        raise UserError(
+            f"resume: {folder} was trained with other settings ({'; '.join(differences[:3])}). Use the same ones, "
+            "another --output_dir, or --resume never, which sets the old checkpoints aside."
+        )
+
+
+class SavedMoments:
+    """The optimizer state of a checkpoint, whichever backend and world size wrote it. Raises UserError."""
+
+    def __init__(self, folder: Path):
+        self.pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
+        for path in sorted((folder / "trainer").glob("optimizer-*.safetensors")):
+            try:
+                self._list(path)
+            except (OSError, ValueError, SafetensorError) as error:
+                raise UserError(f"checkpoint: {path} holds no optimizer state ({error}). Use --resume never.") from None
+        for pieces in self.pieces.values():
+            pieces.sort(key=lambda piece: piece[0])
+
+    def _list(self, path: Path) -> None:
+        described = check_safetensors(path)
+        file = safe_open(path, framework="pt")
+        for key, (dtype, shape) in described.items():
+            name, moment, start = ["", "", "", *key.rsplit("|", 2)][-3:]
+            if not name or not re.fullmatch(r"\d{1,15}", start, re.A) or dtype not in TRAINABLE or len(shape) != 1:
+                raise ValueError(f"{key[:80]!r} is no piece of a moment")
+            self.pieces.setdefault((name, moment), []).append((int(start), file, key))
+
+    def read(self, name: str, moment: str, start: int, length: int) -> torch.Tensor:
+        """Elements start … start+length of a flattened moment. Raises UserError when they are not all there, once."""
+        values = torch.zeros(length)
+        reached = start
+        for first, file, key in self.pieces.get((name, moment), []):
+            piece = file.get_slice(key)
+            low, high = max(start, first), min(start + length, first + piece.get_shape()[0])
+            if low < high:
+                if low != reached:  # a gap, or a piece that is there twice
+                    break
+                values[low - start : high - start] = piece[low - first : high - first].float()
+                reached = high
+        if reached != start + length:
+            raise UserError(
+                f"checkpoint: optimizer state of {name} holds {reached - start} of {length} elements in a row: it "
+                "belongs to another model. Use --resume never."
+            )
+        if not bool(torch.isfinite(values).all()):
+            raise UserError(f"checkpoint: optimizer state of {name} holds NaN or Inf. Use --resume never.")
+        return values
+
+
+def restore(policy: Policy, folder: Path | None) -> int:
+    """Put a checkpoint's moments and counters into a policy built on its weights. Returns the steps done.
+
+    Raises UserError when they do not fit.
+    """
+    if folder is not None:
+        policy.counters = read_state(folder)["counters"]
+        policy.backend.load_moments(SavedMoments(folder).read, policy.counters.updates)
+    return policy.counters.step

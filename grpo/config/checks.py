@@ -1,0 +1,210 @@
+"""Checks of the settings that need no data and no model: ranges, and what contradicts what."""
+
+import dataclasses
+import math
+import types
+import typing
+from pathlib import PurePath
+from typing import Any, Literal, Union
+
+from grpo.config.settings import Config, prompts_per_step, tracker_names
+from grpo.errors import UserError
+
+MAX_WHOLE = 2**31  # sizes and counts stay below; only the seed may be larger
+MAY_BE_EMPTY = ("system_prompt", "prompt_template")
+
+
+def check(cfg: Config) -> None:
+    """Cross-field checks, before anything loads. Raises UserError naming the setting."""
+    for name, kind in typing.get_type_hints(Config).items():
+        check_kind(name, getattr(cfg, name), kind)
+    if cfg.run_name is not None and (PurePath(cfg.run_name).is_absolute() or ".." in PurePath(cfg.run_name).parts):
+        raise UserError(f"run_name: must be a name below runs_dir, got {cfg.run_name!r}. Choose --runs_dir instead.")
+    if cfg.model is None:
+        raise UserError("model: none given. Say which: --model <folder or hub name> (nothing at all runs the demo).")
+    if cfg.data is None:
+        raise UserError("data: none given. Say which: --data <file, folder or hub name>.")
+    taught = bool(cfg.sft)  # the supervised stage: rewards only measure, and may be missing
+    if not cfg.rewards and not taught:
+        raise UserError("rewards: none given. Say which, with weights: --rewards '{\"correctness_reward\": 1.0}'.")
+    if not any(cfg.rewards.values()) and not taught:
+        raise UserError(f"rewards: every weight is 0, got {cfg.rewards}. Nothing would be learned: weigh at least one.")
+    if not all(math.isfinite(weight) for weight in cfg.rewards.values()):
+        raise UserError(f"rewards: weights must be finite numbers, got {cfg.rewards}.")
+    _check_parameters(cfg)
+    if cfg.num_generations < 2:
+        raise UserError(
+            f"num_generations: must be >= 2, got {cfg.num_generations}: a group of one has no baseline. Try 8."
+        )
+    for name in ("batch_size", "gradient_accumulation_steps", "epoch", "num_minibatches", "num_iterations",
+                 "max_prompt_length", "max_generate_length", "max_support", "max_bad_steps", "micro_batch_tokens",
+                 "rollout_chunk_rows", "logits_chunk_mb"):  # fmt: skip
+        _require(cfg, name, getattr(cfg, name) >= 1, ">= 1")
+    _check_data(cfg)
+    for name in ("save_steps", "eval_steps", "eval_rows", "log_samples_steps", "log_completions_steps",
+                 "check_weights_steps", "top_k", "seed", "reward_workers"):  # fmt: skip
+        _require(cfg, name, getattr(cfg, name) >= 0, ">= 0")
+    for name in ("max_steps",):
+        _require(cfg, name, cfg.max_steps is None or cfg.max_steps >= 0, ">= 0, or null")
+    for name in ("save_total_limit", "num_threads", "rollout_tokens"):
+        _require(cfg, name, getattr(cfg, name) is None or getattr(cfg, name) >= 1, ">= 1, or null")
+    for name in ("lr", "temperature", "max_grad_norm", "logit_clamp", "advantage_clip", "max_importance_weight",
+                 "reward_timeout_s"):  # fmt: skip
+        value = getattr(cfg, name)
+        _require(cfg, name, math.isfinite(value) and value > 0, "a finite number > 0")
+    _require(cfg, "stall_timeout_s", 1 <= cfg.stall_timeout_s < math.inf, "a finite number of seconds >= 1")
+    for name in ("beta", "weight_decay", "clip_eps", "preempt_grace_s"):
+        value = getattr(cfg, name)
+        _require(cfg, name, math.isfinite(value) and value >= 0, "a finite number >= 0")
+    _require(cfg, "clip_eps_high", cfg.clip_eps_high is None or 0 <= cfg.clip_eps_high < math.inf, ">= 0, or null")
+    _require(cfg, "reward_memory_mb", cfg.reward_memory_mb >= 64, ">= 64")
+    _require(cfg, "top_p", 0 < cfg.top_p <= 1, "in (0, 1]")
+    for name in ("min_p", "warmup_ratio", "adam_beta1", "adam_beta2"):
+        _require(cfg, name, 0 <= getattr(cfg, name) < 1, "in [0, 1)")
+    _require(cfg, "max_reward_failures", 0 <= cfg.max_reward_failures <= 1, "in [0, 1]")
+    if len(set(tracker_names(cfg))) != len(tracker_names(cfg)):
+        raise UserError(f"report_to: each tracker once, got {cfg.report_to}.")
+    if cfg.top_k > cfg.max_support:
+        raise UserError(f"top_k: must be at most max_support {cfg.max_support}, got {cfg.top_k}. Raise --max_support.")
+    if cfg.deterministic and (cfg.backend == "deepspeed" or (cfg.num_threads or 1) != 1):
+        raise UserError("deterministic: it needs --backend ddp or single, and num_threads 1 or null.")
+    if cfg.backend != "deepspeed" and (cfg.offload != "none" or cfg.deepspeed_config is not None):
+        raise UserError("offload, deepspeed_config: they need --backend deepspeed, got ddp.")
+    if cfg.offload != "none" and cfg.zero_stage < (3 if cfg.offload == "all" else 1):
+        raise UserError(
+            f"offload: {cfg.offload} needs zero_stage >= {3 if cfg.offload == 'all' else 1}, got {cfg.zero_stage}."
+        )
+    _check_adapter(cfg)
+    if cfg.num_minibatches > prompts_per_step(cfg):
+        raise UserError(
+            f"num_minibatches: at most one per prompt of a step, {prompts_per_step(cfg)}, got {cfg.num_minibatches}. "
+            "Raise batch_size or gradient_accumulation_steps."
+        )
+
+
+def _check_adapter(cfg: Config) -> None:
+    """LoRA, 4-bit weights, 8-bit moments, what moves to CPU memory: each refused where it would have no effect."""
+    _require(cfg, "lora_r", 0 <= cfg.lora_r <= 2**14, f"0 to {2**14}")
+    alpha = cfg.lora_alpha
+    _require(cfg, "lora_alpha", alpha is None or (math.isfinite(alpha) and alpha > 0), "a finite number > 0, or null")
+    _require(cfg, "lora_dropout", 0 <= cfg.lora_dropout < 1, "in [0, 1)")
+    _require(cfg, "lora_target_modules", bool(cfg.lora_target_modules), "all-linear, or a list of names")
+    default = Config()
+    for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"):
+        if not cfg.lora_r and getattr(cfg, name) != getattr(default, name):
+            raise UserError(f"{name}: it needs an adapter, got lora_r 0. Say --lora_r 16, or leave {name} out.")
+    if cfg.backend == "deepspeed" and (cfg.load_in_4bit or cfg.optimizer != "adamw"):
+        name = "load_in_4bit" if cfg.load_in_4bit else "optimizer"
+        raise UserError(f"{name}: {str(getattr(cfg, name)).lower()} needs --backend ddp or single, got deepspeed.")
+    if cfg.reference_offload and (not cfg.beta or cfg.lora_r):
+        raise UserError("reference_offload: there is no reference to move, it needs beta > 0 and lora_r 0.")
+
+
+def _check_data(cfg: Config) -> None:
+    """Settings of grpo/data/questions.py and grpo/data/recipe.py. Raises UserError."""
+    _require(cfg, "data_rows", cfg.data_rows >= 0, ">= 0")
+    _require(cfg, "prompt_length_quantile", 0 < cfg.prompt_length_quantile <= 1, "in (0, 1]")
+    longest = cfg.max_answer_length
+    _require(cfg, "max_answer_length", longest is None or longest >= 1, ">= 1, or null")
+    size = cfg.eval_split_size
+    whole = size >= 1 and size == int(size) if math.isfinite(size) else False
+    _require(cfg, "eval_split_size", 0 <= size < 1 or whole, "a share below 1 or a whole number of rows")
+    if size and cfg.eval_data is not None:
+        raise UserError(f"eval_split_size: must be 0 beside eval_data {cfg.eval_data!r}, got {size:g}. Choose one.")
+    if cfg.answer_column is None and longest is not None:
+        raise UserError(f"max_answer_length: {longest} needs an answer_column, got null.")
+    if cfg.chat_template_file is not None and cfg.chat_template is False:
+        raise UserError(f"chat_template_file: {cfg.chat_template_file!r} has no effect beside chat_template false.")
+    if (cfg.example_question is None) != (cfg.example_answer is None):
+        raise UserError("example_question, example_answer: set both, or neither.")
+    if len(set(cfg.column_names.values())) != len(cfg.column_names):
+        raise UserError(f"column_names: two columns get the same name, got {cfg.column_names}.")
+
+
+def check_kind(name: str, value: Any, kind: Any) -> None:
+    """Refuse a value of another type than the field's, or one that no field can use."""
+    if not _fits(value, kind):
+        raise UserError(f"{name}: must be {in_words(kind)}, got {str(value)[:60]!r}.")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    limit = 2**63 if name == "seed" else MAX_WHOLE
+    if whole and not -limit < value < limit:
+        raise UserError(f"{name}: must be less than {limit}, got {str(value)[:30] if abs(value) < 10**40 else 'more'}.")
+    for text in [value] if isinstance(value, str) else [*value] if isinstance(value, (list, dict)) else []:
+        if not text.strip() and name not in MAY_BE_EMPTY:
+            raise UserError(f"{name}: must not be empty. Say null to leave it out, where that is allowed.")
+        if "\0" in text or (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)):
+            raise UserError(f"{name}: must be text in UTF-8 without NUL, got {ascii(text)[:60]}.")
+
+
+def _check_parameters(cfg: Config) -> None:
+    """Refuse parameters of no reward, and values that JSON has no word for. Raises UserError."""
+    for name, parameters in cfg.reward_parameters.items():
+        if name not in cfg.rewards:
+            raise UserError(
+                f"reward_parameters: {name[:60]!r} is none of the rewards {', '.join(cfg.rewards)[:200]}. Name one of "
+                "them, spelt as in rewards."
+            )
+        for key, value in parameters.items():
+            if not isinstance(key, str) or not key.isidentifier() or not _is_json(value):
+                raise UserError(
+                    f"reward_parameters: {name[:60]}: {ascii(key)[:60]} must be a name, and its value text, a number, "
+                    f"true, false, null, or a list or mapping of those, got {ascii(value)[:60]}."
+                )
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(key) and _is_json(inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    if isinstance(value, str):
+        return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) < MAX_WHOLE)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if kind is float:
+        return type(value) is float or (type(value) is int and abs(value) < 2**63)
+    return type(value) is kind
+
+
+def in_words(kind: Any) -> str:
+    """What a field takes, in words.
+
+    >>> in_words(int | None), in_words(Literal["a", "b"])
+    ('a whole number or null', 'one of a, b')
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(in_words(one) for one in inner)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return words.get(kind) or ("a list of texts" if origin is list else _mapping_in_words(inner))
+
+
+def _mapping_in_words(kinds: tuple[Any, ...]) -> str:
+    return "a mapping from names to " + {str: "names", float: "numbers", Any: "values"}.get(kinds[1], "mappings")
+
+
+def field_names() -> list[str]:
+    """Every setting."""
+    return [field.name for field in dataclasses.fields(Config)]
+
+
+def _require(cfg: Config, name: str, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"{name}: must be {allowed}, got {getattr(cfg, name)}.")

@@ -1,0 +1,259 @@
+"""Reading the command line: defaults < --config file.yaml < --key value, whatever their order; one line on errors."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from grpo.config.checks import check, field_names, in_words
+from grpo.config.settings import DEMO, Config, find_path
+from grpo.config.sft_section import (
+    OF_ROLLOUTS,
+    SftSettings,
+    check_section,
+    check_stage,
+    refuse_rollout_setting,
+    stage_config,
+    stage_values,
+)
+from grpo.errors import UserError
+
+MAX_YAML_BYTES = 2**18
+MAX_YAML_DEPTH = 4
+MANY_DIGITS = re.compile(r"[-+]?[\d_]{20,}")
+
+
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = _empty_parser(
+        "train.py",
+        "GRPO training. Defaults < --config file.yaml < --key value. --show_prompt N prints the prompt of question N, "
+        "counted from 0, and ends.",
+    )
+    parser.add_class_arguments(Config, as_group=False)
+    return parser
+
+
+def _sft_parser() -> jsonargparse.ArgumentParser:
+    parser = _empty_parser(
+        "python -m grpo.sft",
+        "Supervised training before GRPO. Defaults < --config file.yaml < its sft section < --key value.",
+    )
+    parser.add_class_arguments(Config, as_group=False, skip={"sft", *OF_ROLLOUTS})
+    parser.add_class_arguments(SftSettings, as_group=False)
+    return parser
+
+
+def _empty_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,  # --mod is a slip, not --model
+    )
+    parser.add_argument("--config", action="config", help="YAML file with settings, applied before the command line")
+    return parser
+
+
+def load_config(argv: list[str]) -> tuple[Config, str | None]:
+    """Read the command line. Returns the config and, when the demo applies, a notice to show first.
+
+    Raises UserError for anything that does not fit; `--help` and `--print_config` exit with 0.
+    """
+    argv, _ = take_show_prompt(argv)
+    names = {arg.split("=")[0] for arg in argv}
+    notice = None
+    if not names & {"--config", "--model", "--data", "--help", "-h"}:
+        notice = "No --config, --model or --data given: running the demo, configs/demo.yaml."
+        argv = ["--config", str(DEMO), *argv]
+    argv = _files_first(argv)
+    values = _parse(_parser(), argv)
+    _name_run(values, argv, "grpo")
+    section = values.pop("sft")
+    config = Config(**values)
+    check(config)
+    if section:
+        check_stage(values, section)
+    return config, notice
+
+
+def load_sft_config(argv: list[str]) -> tuple[Config, str | None]:
+    """Read the command line of the supervised stage; its own settings are in the field `sft`. See `load_config`."""
+    for arg in argv:
+        refuse_rollout_setting(arg.removeprefix("--").partition("=")[0].partition(".")[0] if arg[:2] == "--" else "")
+    argv = _files_first(argv)
+    files = [word for i, arg in enumerate(argv[:-1]) if arg == "--config" for word in argv[i : i + 2]]
+    values = _parse(_parser(), files)
+    section = values.pop("sft")
+    check_section(section)
+    _name_run(values, files, "grpo")
+    parser = _sft_parser()
+    parser.set_defaults(stage_values(values, section))
+    return stage_config(_parse(parser, argv[len(files) :])), None
+
+
+def _parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str, Any]:
+    """Settings by name. Raises UserError."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            parsed = vars(parser.instantiate(parser.parse_args(argv)))
+    except (jsonargparse.ArgumentError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise UserError(_one_line(error, f"config: {_too_long(argv)}", parser.prog)) from None
+    return {name: value for name, value in parsed.items() if name != "config"}
+
+
+def _name_run(values: dict[str, Any], argv: list[str], default: str) -> None:
+    if values["run_name"] is None:
+        files = [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg == "--config"]
+        values["run_name"] = Path(files[-1]).stem if files else default
+
+
+def take_show_prompt(argv: list[str]) -> tuple[list[str], int | None]:
+    """Split `--show_prompt N` off: it is no setting. Raises UserError when N is no row.
+
+    >>> take_show_prompt(["--lr", "1", "--show_prompt", "3"]), take_show_prompt(["--show_prompt=0"])
+    ((['--lr', '1'], 3), ([], 0))
+    """
+    rest: list[str] = []
+    row = None
+    args = iter(argv)
+    for arg in args:
+        if arg != "--show_prompt" and not arg.startswith("--show_prompt="):
+            rest.append(arg)
+            continue
+        value = arg.partition("=")[2] if "=" in arg else next(args, "")
+        if not re.fullmatch(r"\d{1,9}", value, re.A):
+            raise UserError(f"show_prompt: must be the number of a question, from 0 on, got {value[:60]!r}.")
+        row = int(value)
+    return rest, row
+
+
+def refuse_bad_settings(argv: list[str], load: Callable[[list[str]], object] = load_config) -> None:
+    """End the process with one line when the settings are wrong, before the seconds that importing torch takes.
+
+    Under a launcher that is left to `run_main`: there one rank speaks for all, and exit.json tells the launcher.
+    """
+    if "RANK" in os.environ:
+        return
+    try:
+        load(argv)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.code)
+
+
+def _check_yaml(file: Path) -> None:
+    """Refuse what a YAML reader would let pass or choke on: keys given twice, references, tags, depth.
+
+    Only the stream of events is read: nothing is built, whatever the file says. Raises UserError.
+    """
+    try:
+        if file.stat().st_size > MAX_YAML_BYTES:
+            raise UserError(f"config: {file} has more than {MAX_YAML_BYTES} bytes. Give a YAML file of settings.")
+        levels: list[_Level] = []
+        for event in yaml.parse(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
+            problem = _yaml_problem(event, levels)
+            if problem is not None:
+                raise UserError(f"config: {file}, line {event.start_mark.line + 1}: {problem}")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(_one_line(error, f"config: {file}: ")) from None
+
+
+@dataclasses.dataclass
+class _Level:
+    """A mapping or a sequence that is open."""
+
+    keys: set[str] | None  # of a mapping
+    key_follows: bool = True
+
+
+def _yaml_problem(event: yaml.Event, levels: list[_Level]) -> str | None:
+    if isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+        levels.pop()
+    if isinstance(event, yaml.AliasEvent):
+        return "references (*name) are not read. Write the value out."
+    if not isinstance(event, yaml.NodeEvent):
+        return None
+    if getattr(event, "tag", None) is not None:
+        return f"tags are not read, got {str(event.tag)[:60]!r}. Write the plain value."
+    top = levels[-1] if levels else None
+    if top is None and (isinstance(event, yaml.SequenceStartEvent) or getattr(event, "value", None)):
+        return "expected settings, one `name: value` a line."
+    if top is not None and top.keys is not None:
+        top.key_follows = not top.key_follows
+        if not top.key_follows:  # this was the key
+            key = event.value if isinstance(event, yaml.ScalarEvent) else None
+            if key is None or key in top.keys:
+                return "a key must be a name." if key is None else f"{key[:60]!r} is set twice. Keep one of them."
+            top.keys.add(key)
+            if len(levels) == 1 and key.split(".")[0] not in field_names():
+                near = difflib.get_close_matches(key, field_names(), 1)
+                return (
+                    f"unknown setting {key[:60]!r}{f'; did you mean {near[0]}?' if near else ' (see train.py --help)'}"
+                )
+    if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+        if len(levels) >= MAX_YAML_DEPTH:
+            return "nested too deeply for any setting."
+        levels.append(_Level(set() if isinstance(event, yaml.MappingStartEvent) else None))
+    elif isinstance(event, yaml.ScalarEvent) and event.implicit[0] and MANY_DIGITS.fullmatch(event.value):
+        return f"a number of {len(event.value)} digits fits no setting, got {event.value[:20]}…"
+    return None
+
+
+def _files_first(argv: list[str]) -> list[str]:
+    """`_config_first`, with files that were found and looked at. Raises UserError."""
+    argv = _config_first(argv)
+    for here, arg in enumerate(argv):
+        if arg == "--config":
+            file = find_path(argv[here + 1])
+            if file is None or not file.is_file():
+                raise UserError(
+                    f"config: no such file {argv[here + 1][:200]!r}. Give a YAML file, such as configs/gsm8k.yaml."
+                )
+            _check_yaml(file)
+            argv[here + 1] = str(file)
+    return argv
+
+
+def _config_first(argv: list[str]) -> list[str]:
+    """Move `--config file` before the overrides, so that their order does not matter."""
+    files: list[str] = []
+    rest: list[str] = []
+    args = iter(argv)
+    for arg in args:
+        if arg.startswith("--local_rank=") or arg.startswith("--local-rank="):
+            continue  # the deepspeed launcher says it here; LOCAL_RANK in the environment says the same
+        if arg == "--config":
+            files += [arg, next(args, "")]
+        elif arg.startswith("--config="):
+            files += ["--config", arg.removeprefix("--config=")]
+        else:
+            rest.append(arg)
+    return files + rest
+
+
+def _too_long(argv: list[str]) -> str:
+    """Name the setting whose number no type can hold: the error of the conversion does not."""
+    for before, arg in zip(["", *argv], argv):
+        name, _, value = arg.rpartition("=")
+        if MANY_DIGITS.fullmatch(value):
+            return f"{name or before}: at most 19 digits: "
+    return ""
+
+
+def _one_line(error: Exception, start: str = "config: ", prog: str = "train.py") -> str:
+    text = " ".join(str(error).split())
+    found = re.search(r'Parser key "(\w+)', text)
+    kind = typing.get_type_hints(Config).get(found[1]) if found else None
+    allowed = f"; {found[1]} must be {in_words(kind)}" if found and kind else ""
+    return f"{start}{text if len(text) <= 400 else text[:400] + ' …'}{allowed} (see {prog} --help)"

@@ -1,0 +1,323 @@
+"""Every setting: its meaning, its default. command_line.py reads them, config_checks.py checks them.
+
+`Config` is frozen; derived numbers are functions of it, never fields. Under each field: meaning, unit,
+allowed range (this is `--help`, and the table in README.md, which a test compares).
+"""
+
+import ast
+import dataclasses
+import inspect
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+PROJECT = Path(__file__).resolve().parents[2]
+DEMO = PROJECT / "configs" / "demo.yaml"
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    # --- what is trained, on what
+    model: str | None = None
+    """Causal language model: a hub name or a local folder."""
+    data: str | None = None
+    """Questions: a .jsonl, .json, .csv or .parquet file, a folder of such or saved by datasets, or a hub name."""
+    data_config: str | None = None
+    """Configuration of a hub dataset or of a folder of files, such as main."""
+    data_split: str = "train"
+    """Split to train on; a plain file is all one split."""
+    question_column: str = "question"
+    """Column with the question: text, or a list of messages."""
+    answer_column: str | None = "answer"
+    """Column with the gold answer, shown to rewards as `answer`. null: the task has none."""
+    answer_format: Literal["text", "hash", "letter", "number", "json"] = "text"
+    """text: as it is. hash: after the last ####. letter: A to D. number: rows without are dropped. json: an object."""
+    column_names: dict[str, str] = field(default_factory=dict)
+    """New names for columns: {Option A: option_a}; in data and eval_data, where they are not called so already."""
+    id_column: str | None = None
+    """Column whose cells must all be different, such as ID; null: not checked."""
+    strip_cells: bool = False
+    """Take white space off both ends of what goes into prompt_template."""
+    data_rows: int = 0
+    """Questions to use, from the first on, after the length filters; 0: all."""
+    eval_data: str | None = None
+    """Held-out questions, evaluated greedily before and after training; same forms as data."""
+    eval_split: str = "test"
+    """Split of eval_data."""
+    eval_rows: int = 0
+    """Held-out questions to use, from the first on; 0: all."""
+    eval_steps: int = 0
+    """Also evaluate every so many steps; 0: only before and after."""
+    eval_split_size: float = 0.0
+    """Hold this part of data out instead of eval_data: a share below 1, or a number of rows; 0: nothing."""
+
+    # --- how a question is put
+    system_prompt: str | None = None
+    """System message; without a chat template it stands before the question."""
+    prompt_template: str = "{question}"
+    """Text of the user's turn; {name} stands for a column, {question} for the question."""
+    chat_template: bool | None = None
+    """Render through the tokenizer's chat template; null: if it has one."""
+    chat_template_file: str | None = None
+    """A Jinja file that replaces the tokenizer's chat template; it goes into every checkpoint."""
+    example_question: str | None = None
+    """One-shot example, the user's turn as it stands; it comes before the question. Needs example_answer."""
+    example_answer: str | None = None
+    """One-shot example, the answer to example_question."""
+
+    # --- rewards
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Name to weight: a function of reward_func.py, or path.py:function."""
+    reward_parameters: dict[str, dict] = field(default_factory=dict)
+    """Name, as in rewards, to that function's parameters, such as {refusal_reward: {refuse: 0.5}}."""
+    reward_inputs: Literal["text", "messages"] = "text"
+    """Completions reach rewards as strings, or as message lists as in TRL's conversational mode."""
+    max_reward_failures: float = 0.2
+    """Largest share of a step's completions on which one function may fail before the run stops, 0 to 1."""
+    reward_workers: int = 2
+    """Processes of each rank that call reward functions; 0: the rank itself, without time limit, for debugging."""
+    reward_timeout_s: float = 10.0
+    """Seconds a reward function has for one completion, > 0; a group has as many times more."""
+    reward_memory_mb: int = 2048
+    """Memory of a reward worker beyond what it needs idle, MB; >= 64."""
+
+    # --- batch: P = batch_size * gradient_accumulation_steps prompts a step, over all processes together
+    batch_size: int = 1
+    """Prompts, global, times gradient_accumulation_steps; >= 1."""
+    gradient_accumulation_steps: int = 2
+    """Multiplies batch_size: equal products train identically; >= 1."""
+    num_generations: int = 4
+    """G, completions of each prompt; >= 2."""
+    epoch: int = 3
+    """Passes over the data when max_steps is not given; >= 1."""
+    max_steps: int | None = None
+    """Steps of the run; null: from epoch."""
+    num_minibatches: int = 1
+    """Optimizer steps in one pass over a step's rows; 1 to P."""
+    num_iterations: int = 1
+    """Passes over a step's rows (mu); >= 1."""
+
+    # --- lengths and sampling
+    max_prompt_length: int = 256
+    """Tokens; longer prompts are left out, with a count."""
+    prompt_length_quantile: float = 1.0
+    """Also leave out prompts longer than this quantile of all prompts' lengths, in (0, 1]; 1: off."""
+    max_answer_length: int | None = None
+    """Tokens of the answer column's cell; questions with longer ones are left out, with a count. null: any."""
+    max_generate_length: int = 256
+    """Tokens of a completion, at most."""
+    temperature: float = 1.0
+    """Sampling temperature, > 0; log-probs use it too."""
+    top_p: float = 1.0
+    """Nucleus sampling, in (0, 1]; 1: off."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0: off."""
+    min_p: float = 0.0
+    """Drop tokens below min_p times the likeliest, in [0, 1); 0: off."""
+    max_support: int = 128
+    """Tokens kept at most when top_p, top_k or min_p truncates; part of the distribution, stored per token."""
+
+    # --- the algorithm
+    loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    """grpo: mean over rows of the row's token mean. dapo: global token mean. dr_grpo: sum over a constant length."""
+    clip_eps: float = 0.2
+    """PPO clip below: ratio >= 1 - clip_eps."""
+    clip_eps_high: float | None = None
+    """PPO clip above: ratio <= 1 + clip_eps_high; null: clip_eps."""
+    beta: float = 0.0
+    """KL coefficient against the frozen start; 0 loads no reference."""
+    scale_rewards: Literal["group", "none"] = "group"
+    """Divide by the group's standard deviation, or not; dr_grpo implies none."""
+    advantage_clip: float = 10.0
+    """Largest absolute advantage."""
+    logit_clamp: float = 100.0
+    """Logits are centred on their mid-range and clamped to this, sampling and scoring alike."""
+    max_importance_weight: float = 2.0
+    """Truncation of the weight that corrects a sampler whose log-probs differ from the trainer's."""
+
+    # --- optimizer (AdamW)
+    lr: float = 1e-6
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warmup: hold, or decay to zero at the last step."""
+    warmup_ratio: float = 0.0
+    """Share of the optimizer steps with a rising rate, in [0, 1)."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    adam_beta1: float = 0.9
+    """AdamW's first moment decay."""
+    adam_beta2: float = 0.999
+    """AdamW's second moment decay."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm is clipped to this; > 0."""
+    max_bad_steps: int = 5
+    """Updates skipped in a row (NaN or Inf) before the run stops with code 76."""
+
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """8-bit moments take a quarter of the memory; paged ones, on CUDA, may also leave it. Need bitsandbytes."""
+
+    # --- LoRA: small matrices trained beside a frozen model
+    lora_r: int = 0
+    """Rank of the adapter; 0: the whole model is trained."""
+    lora_alpha: float | None = None
+    """The adapter counts lora_alpha / lora_r times; null: twice."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's inputs left out in SFT, in [0, 1); GRPO scores what it samples and needs 0."""
+    lora_target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Layers that get an adapter: all linear ones but the head, or a list of names such as [q_proj, v_proj]."""
+    load_in_4bit: bool = False
+    """Hold the frozen model's linear layers in 4 bits (QLoRA). Needs lora_r and bitsandbytes; not with deepspeed."""
+
+    # --- processes
+    backend: Literal["single", "ddp", "deepspeed"] = "ddp"
+    """ddp: whole weights on every process, one process included. single: insists on one. deepspeed: ZeRO shards."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """With deepspeed: 1 shards optimizer state, 2 gradients too, 3 weights too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """With deepspeed: optimizer state, or weights too (stage 3), live in CPU memory."""
+    deepspeed_config: str | None = None
+    """A DeepSpeed JSON of your own; auto is filled in, what contradicts these settings is refused."""
+
+    # --- machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a GPU."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward passes; weights and optimizer state are fp32 either way."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, about a third more time."""
+    activation_offload: bool = False
+    """Keep what the backward needs in CPU memory meanwhile; CUDA only."""
+    reference_offload: bool = False
+    """Keep the reference (beta > 0, no LoRA) in CPU memory but while it scores; CUDA only."""
+    micro_batch_tokens: int = 4096
+    """Tokens of one backward, a shared prompt once: memory and speed only. Smaller shares out better over ranks."""
+    rollout_chunk_rows: int = 64
+    """Completions that a process takes at once: memory and speed only. Smaller shares out better over ranks."""
+    rollout_tokens: int | None = None
+    """Tokens of prompts and longest completions that the KV cache of a process holds at most; null: those of
+    rollout_chunk_rows. Rows wait, and begin as others end: a large chunk then keeps the batch full in little memory."""
+    cuda_graphs: bool = True
+    """Launch a decode step as one CUDA graph: faster, a little more memory. CUDA only; what cannot be one says so."""
+    logits_chunk_mb: int = 256
+    """Memory of the widest logits block in the loss, MB per process."""
+    num_threads: int | None = None
+    """CPU threads of each process; null: the machine's cores shared among its processes."""
+    deterministic: bool = False
+    """Bit-identical weights for any number of processes on CPU (ddp): one thread, sums in fixed point; slower."""
+    seed: int = 42
+    """Decides data order and every sampled token; >= 0."""
+
+    # --- what may happen to a run
+    check_weights_steps: int = 1
+    """Look for flipped bits in weights and optimizer state before the update of every so many steps; 0: never."""
+    stall_timeout_s: float = 600.0
+    """Seconds without progress on any rank before the run ends with code 74, naming the rank; >= 1."""
+    preempt_grace_s: float = 25.0
+    """Seconds that SIGTERM leaves for saving. torchrun kills after 30."""
+
+    # --- the stage before
+    sft: dict[str, Any] = field(default_factory=dict)
+    """Settings of `python -m grpo.sft`, laid over these; train.py checks them and does not use them."""
+
+    # --- what is written
+    output_dir: str = "./output"
+    """Checkpoints: output_dir/checkpoint_N."""
+    save_steps: int = 100
+    """Checkpoint every so many steps; the last step always saves. 0: only the last."""
+    save_total_limit: int | None = None
+    """Checkpoints kept, the newest; null: all."""
+    save_in_background: bool = True
+    """Write checkpoints while training goes on; costs a copy of weights and optimizer state in CPU memory."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: continue from the newest valid checkpoint if there is one. never: set aside what is there."""
+    runs_dir: str = "./runs"
+    """TensorBoard events, metrics.jsonl, train.log: runs_dir/run_name."""
+    run_name: str | None = None
+    """Folder of the run; null: the config file's name."""
+    report_to: Literal["tensorboard", "wandb", "swanlab", "none"] | list[Literal["tensorboard", "wandb", "swanlab"]] = (
+        "tensorboard"
+    )
+    """Where metrics go, beside the console, train.log and metrics.jsonl: one, or a list of several."""
+    tracker_project: str = "grpo"
+    """Project in wandb and swanlab."""
+    tracker_mode: Literal["online", "offline"] = "online"
+    """offline: wandb and swanlab only write to runs_dir/run_name, to be synced later."""
+    log_samples_steps: int = 10
+    """Keep completions with rewards and advantages every so many steps: JSON lines, a few as text; 0: never."""
+    log_completions_steps: int = 0
+    """Show a few of them as a table on the console every so many steps; 0: never."""
+    console_language: Literal["en", "zh", "zh-Hant"] = "en"
+    """Language of what is said about completions, in training, evaluation and inference (grpo/run/languages.py)."""
+    inference_questions: list[str] = field(default_factory=list)
+    """Built-in cases of inference.py, kept in the checkpoint; empty: the first held-out (or training) questions."""
+
+
+def prompts_per_step(cfg: Config) -> int:
+    """P."""
+    return cfg.batch_size * cfg.gradient_accumulation_steps
+
+
+def total_steps(cfg: Config, num_rows: int) -> int:
+    """Steps of the whole run over `num_rows` usable questions."""
+    if cfg.max_steps is not None:
+        return cfg.max_steps
+    return math.ceil(cfg.epoch * num_rows / prompts_per_step(cfg))
+
+
+def tracker_names(cfg: Config) -> list[str]:
+    """What `report_to` names, without none.
+
+    >>> tracker_names(Config(report_to="none")), tracker_names(Config(report_to=["wandb", "tensorboard"]))
+    ([], ['wandb', 'tensorboard'])
+    """
+    names = [cfg.report_to] if isinstance(cfg.report_to, str) else list(cfg.report_to)
+    return [name for name in names if name != "none"]
+
+
+def updates_per_step(cfg: Config) -> int:
+    """Optimizer steps in one step."""
+    return cfg.num_minibatches * cfg.num_iterations
+
+
+def find_path(name: str) -> Path | None:
+    """A path of the user's: as given, else from the project's folder. None: no such file (a hub name?).
+
+    >>> find_path("configs/demo.yaml").name
+    'demo.yaml'
+    """
+    for base in (Path(), PROJECT):
+        try:
+            path = base / Path(name).expanduser()
+            if path.exists():
+                return path
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL, no such home: no path at all
+            continue
+    return None
+
+
+def field_docs(settings: type = Config) -> dict[str, str]:
+    """Field name -> the docstring under it.
+
+    >>> field_docs()["lr"]
+    'Peak learning rate.'
+    """
+    body = ast.parse(inspect.getsource(settings)).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for before, after in zip(body, body[1:], strict=False):
+        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            docs[before.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
+    return docs
+
+
+def markdown_table() -> str:
+    """The configuration table of README.md. Written by `python -m grpo.config`."""
+    docs = field_docs()
+    lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    for f in dataclasses.fields(Config):
+        default = getattr(Config(), f.name)
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        lines.append(f"| `{f.name}` | `{shown}` | {docs[f.name]} |")
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""The `sft:` section of a configuration: what differs in the supervised stage, and the settings that only it has.
+
+One file describes both stages. The settings at its top level are GRPO's; `python -m grpo.sft` lays the section over
+them. What has no meaning without rollouts is left out on the way, so that it may change between the stages; within
+the section it is refused.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from grpo.config.checks import check, check_kind
+from grpo.config.settings import Config, field_docs
+from grpo.errors import UserError
+
+OF_ROLLOUTS = frozenset({  # settings without meaning here: a supervised step samples nothing
+    "num_generations", "num_minibatches", "num_iterations", "temperature", "top_p", "top_k", "min_p", "max_support",
+    "loss", "clip_eps", "clip_eps_high", "beta", "scale_rewards", "advantage_clip", "max_importance_weight",
+    "max_reward_failures", "reference_offload", "log_samples_steps", "log_completions_steps",
+})  # fmt: skip
+SUFFIX = "_sft"  # of output_dir and run_name, unless the section or the command line names others
+
+
+@dataclass(frozen=True)
+class SftSettings:
+    """Settings of the supervised stage alone."""
+
+    solution_column: str | None = None
+    """Column with the reference solution, as it stands in the data; null: solution_template says all."""
+    solution_template: str | None = None
+    """Text to be learned; {name} stands for a column, {answer} for the gold answer, {solution} for solution_column."""
+    solution_remove: list[str] = field(default_factory=list)
+    """Texts that are taken out of the cells of solution_template, such as <think>."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """completion: on the solution and the end token. all: on the prompt too, but its first token."""
+    packing: bool = False
+    """Put several texts into one row, none of which sees another: less padding where lengths differ much."""
+
+
+OWN = typing.get_type_hints(SftSettings)
+KINDS = {
+    name: kind for name, kind in typing.get_type_hints(Config).items() if name not in OF_ROLLOUTS and name != "sft"
+}
+
+
+def own_settings(cfg: Config) -> SftSettings:
+    """What a Config of the supervised stage keeps in its field `sft`."""
+    return SftSettings(**cfg.sft)
+
+
+def refuse_rollout_setting(name: str) -> None:
+    """Raises UserError for a setting that has no effect in the supervised stage."""
+    if name in OF_ROLLOUTS:
+        raise UserError(f"sft: {name} has no effect there: no completions are sampled. Set it outside of sft.")
+
+
+def check_section(section: dict[str, Any]) -> None:
+    """Names and kinds of an `sft:` section. Raises UserError, whose text begins with `sft:`."""
+    for name, value in section.items():
+        refuse_rollout_setting(name)
+        kind = {**KINDS, **OWN}.get(name)
+        if kind is None:
+            near = difflib.get_close_matches(str(name), [*KINDS, *OWN], 1)
+            hint = f"; did you mean {near[0]}?" if near else " (see python -m grpo.sft --help)"
+            raise UserError(f"sft: unknown setting {ascii(name)[:60]}{hint}")
+        with _named():
+            check_kind(name, value, kind)
+
+
+def stage_values(values: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the supervised stage by name, its own included: the shared ones, with the section over them.
+
+    >>> values = stage_values({"output_dir": "./output/", "run_name": "a", "lr": 1.0, "beta": 2.0}, {"lr": 3.0})
+    >>> values["output_dir"], values["run_name"], values["lr"], "beta" in values
+    ('./output_sft', 'a_sft', 3.0, False)
+    """
+    shared = {name: value for name, value in values.items() if name in KINDS}
+    for name in ("output_dir", "run_name"):
+        if shared.get(name) is not None:
+            shared[name] = shared[name].rstrip("/") + SUFFIX
+    return {**dataclasses.asdict(SftSettings()), **shared, **section}
+
+
+def stage_config(values: dict[str, Any]) -> Config:
+    """The Config of the supervised stage from what `stage_values` gave. Raises UserError."""
+    own = {name: values[name] for name in OWN}
+    for name, kind in OWN.items():
+        check_kind(name, own[name], kind)
+    cfg = Config(**{name: value for name, value in values.items() if name in KINDS}, sft=own)
+    check(cfg)
+    if cfg.rewards and cfg.eval_split_size == 0 and cfg.eval_data is None:
+        cfg = dataclasses.replace(cfg, rewards={}, reward_parameters={})  # they only measure held-out answers
+    if own["solution_column"] is None and own["solution_template"] is None:
+        raise UserError("solution_column: none given, nor a solution_template. Say which column holds the solution.")
+    if "" in own["solution_remove"]:
+        raise UserError("solution_remove: must not hold an empty text.")
+    return cfg
+
+
+def check_stage(values: dict[str, Any], section: dict[str, Any]) -> None:
+    """All that can be said about the supervised stage without its command line. Raises UserError."""
+    check_section(section)
+    with _named():
+        stage_config(stage_values(values, section))
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Let the text of a UserError begin with `sft:`."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(error).startswith("sft:") else UserError(f"sft: {error}") from None
+
+
+def markdown_rows() -> str:
+    """The rows of README.md's table of these settings."""
+    docs = field_docs(SftSettings)
+    shown = {name: "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+             for name, value in dataclasses.asdict(SftSettings()).items()}  # fmt: skip
+    return "\n".join(f"| `{name}` | `{shown[name]}` | {docs[name]} |" for name in OWN)

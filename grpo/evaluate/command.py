@@ -1,0 +1,215 @@
+"""`python -m grpo.evaluate`: a checkpoint answers held-out questions, alone or shared over ranks by torchrun."""
+
+import argparse
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from grpo.checkpoints.best import best_folder
+from grpo.checkpoints.choose import choose
+from grpo.checkpoints.resume import read_state
+from grpo.config.checks import check
+from grpo.config.settings import Config
+from grpo.data.questions import load_questions
+from grpo.errors import UserError, warn
+from grpo.evaluate import report
+from grpo.evaluate.ask import Asker
+from grpo.evaluate.extract import is_marker, marker_of, marks_of, task_of
+from grpo.models.checks import quiet
+from grpo.run.console import Console
+from grpo.runtime.distributed import World, start, stop
+from grpo.runtime.heartbeat import die_with_parent
+from grpo.types import Prompt
+
+Verdicts = list[tuple[str, str, bool]]  # question, gold, correct
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line. Raises UserError for values that do not fit; unknown flags end with code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo.evaluate", allow_abbrev=False,
+        description="Accuracy of a checkpoint on questions with gold answers. Data settings default to the run's own.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--checkpoint", "--model_dir", type=Path, help="checkpoint folder (default: the newest valid one)")
+    add("--best", action="store_true", help="the checkpoint that best.json in --output_dir names")
+    add("--output_dir", type=Path, default=Path("output"), help="where to look for checkpoints")
+    add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two checkpoints, or files written with --out")
+    add("--data", help="file, folder or hub name (default: the run's eval_data)")
+    add("--limit", type=int, default=0, help="questions, from the first on; 0: all")
+    add("--split", help="split of a hub dataset or a saved folder")
+    add("--data_config", help="configuration of a hub dataset")
+    add("--question_column")
+    add("--answer_column")
+    add("--answer_format", help="as in the configuration; the gold answer in its column")
+    add("--task", choices=["auto", "number", "choice", "text"], default="auto", help="auto: by the gold answers")
+    add("--marks", choices=["auto", "answer", "SOLUTION", "hash"], default="auto", help="auto: by the prompt")
+    add("--refusal", help="what stands for a refusal to choose (default: the marker of the run's rewards, or ?)")
+    add("--samples", type=int, default=1, help="completions of each question; above 1: pass@k and maj@k")
+    add("--temperature", type=float, help="default: 0, or 1 with several samples")
+    add("--top_p", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+    add("--max_new_tokens", "--max_tokens", type=int, help="default: as in training")
+    add("--batch_rows", type=int, default=64, help="completions decoded together")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--dtype", choices=["fp32", "bf16"], help="default: as in training")
+    add("--num_threads", type=int, help="CPU threads of each process (default: the cores shared among them)")
+    add("--out", type=Path, help="JSONL of results: q, gold, pred, full, correct")
+    args = parser.parse_args(argv)
+    if args.temperature is None:
+        args.temperature = 1.0 if args.samples > 1 else 0.0
+    _check(args)
+    return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    holds = {
+        "limit: must be >= 0": args.limit >= 0,
+        "samples: must be 1 to 1024": 1 <= args.samples <= 1024,
+        "batch_rows: must be 1 to 4096": 1 <= args.batch_rows <= 4096,
+        "max_new_tokens: must be >= 1": args.max_new_tokens is None or 1 <= args.max_new_tokens < 2**31,
+        "num_threads: must be >= 1": args.num_threads is None or args.num_threads >= 1,
+        "temperature: must be a finite number >= 0": 0 <= args.temperature < float("inf"),
+        "top_p: must be in (0, 1]": 0 < args.top_p <= 1,
+        "seed: must be 0 to 2^63 - 1": 0 <= args.seed < 2**63,
+        "refusal: must be a text other than A to D": args.refusal is None or is_marker(args.refusal),
+    }
+    for said, right in holds.items():
+        if not right:
+            name = said.partition(":")[0]
+            raise UserError(f"{said}, got {getattr(args, name)!r}.")
+    if args.samples > 1 and args.temperature == 0:
+        raise UserError(f"samples: {args.samples} greedy completions are all the same. Use --temperature 1.")
+    if (args.checkpoint is not None) + args.best + (args.compare is not None) > 1:
+        raise UserError("checkpoint, best, compare: choose one.")
+    if args.compare is not None and args.out is not None:
+        raise UserError("out: --compare writes no results. Evaluate A and B apart, each with --out.")
+    for path in args.compare or []:
+        if not path.exists():
+            raise UserError(f"compare: no such checkpoint or file {str(path)[:200]!r}. Give what --out has written.")
+
+
+def data_settings(folder: Path, args: argparse.Namespace, asker: Asker) -> Config:
+    """The run's own settings, the recipe's prompt, and what the command line says. Raises UserError."""
+    saved: dict[str, Any] = read_state(folder)["config"]
+    known = {field.name for field in dataclasses.fields(Config)}
+    recipe = asker.recipe
+    own = {key: value for key, value in saved.items() if key in known} | {
+        "system_prompt": recipe.system_prompt, "prompt_template": recipe.prompt_template,
+        "max_prompt_length": recipe.max_prompt_length, "max_generate_length": recipe.max_generate_length,
+        "eval_rows": args.limit,
+    }  # fmt: skip
+    if args.data is not None:
+        own["eval_split_size"] = 0.0  # not the part of the training data that the run held out
+    said = {
+        "eval_data": args.data, "eval_split": args.split, "data_config": args.data_config, "dtype": args.dtype,
+        "question_column": args.question_column, "answer_column": args.answer_column,
+        "answer_format": args.answer_format,
+    }  # fmt: skip
+    cfg = Config(**own | {key: value for key, value in said.items() if value is not None})
+    check(cfg)
+    if cfg.eval_data is None and not cfg.eval_split_size:
+        raise UserError(f"data: none given, and {folder} was trained without eval_data. Say which: --data FILE.")
+    if cfg.answer_column is None:
+        raise UserError("answer_column: none, and without gold answers there is no accuracy. Use --answer_column NAME.")
+    return cfg
+
+
+def question_of(prompt: Prompt) -> str:
+    """The question as it stands in the data; a conversation as the model reads it."""
+    question = prompt.columns.get("question")
+    return question if isinstance(question, str) else prompt.text
+
+
+def examine(folder: Path, args: argparse.Namespace, world: World) -> Verdicts:
+    """Evaluate one checkpoint: lines on stdout, results to --out, from rank 0. Returns its verdicts there."""
+    sampling = {"temperature": args.temperature, "top_p": args.top_p}
+    asker = Asker(folder, world.device, sampling, args.max_new_tokens, args.seed)
+    cfg = data_settings(folder, args, asker)
+    asker.engine.dtype = cfg.dtype
+    questions = load_questions(cfg, asker.recipe, asker.tokenizer, held_out=True)
+    golds = [str(prompt.columns["answer"]) for prompt in questions.items]
+    rules = report.Rules(
+        task_of(golds) if args.task == "auto" else args.task,
+        marks_of(questions.items[0].text) if args.marks == "auto" else args.marks,
+        args.refusal or marker_of(dataclasses.asdict(cfg)),
+        cfg.console_language,
+    )
+    if world.is_main:
+        left_out = f"; {questions.num_dropped} left out as too long" if questions.num_dropped else ""
+        warn(f"checkpoint: {folder}; {len(golds)} questions{left_out}; task {rules.task}, answers in {rules.marks}")
+    results: list[report.Result] = []
+    num_tokens, began = 0, time.monotonic()
+    console, progress = Console(world.is_main), report.Progress(len(golds), rules.language)
+    prompts = [prompt.token_ids for prompt in questions.items]
+    with console:
+        console.start(len(golds), 0, "questions")
+        for wave in asker.answer_all(prompts, args.samples, args.batch_rows, world):
+            for i, answers in wave:
+                graded = report.grade(question_of(questions.items[i]), golds[i], answers, rules)
+                num_tokens += sum(answer.num_tokens for answer in answers)
+                console.say(progress.line(graded[0]))
+                console.advance("questions")
+                results += graded
+    if not world.is_main:
+        return []
+    seconds = time.monotonic() - began
+    warn(f"{num_tokens} tokens in {seconds:.1f} s: {num_tokens / max(seconds, 1e-9):.0f} tokens/s")
+    if args.out is not None:
+        _write(args, results)
+    print("\n".join(report.final_lines(results, rules)), flush=True)
+    return [(result.question, result.gold, result.correct) for result in results if result.sample == 0]
+
+
+def _write(args: argparse.Namespace, results: list[report.Result]) -> None:
+    """The results beside their place, then there: half a file never stands under its name."""
+    aside = args.out.with_name(f".{args.out.name}-{os.getpid()}")
+    try:
+        report.write_results(aside, results, args.samples > 1)
+        os.replace(aside, args.out)
+    except OSError as error:
+        refused = UserError(f"out: {args.out} cannot be written: {error}. Choose another --out.")
+        refused.on_one_rank = True
+        raise refused from None
+
+
+def verdicts_of(path: Path, args: argparse.Namespace, world: World) -> Verdicts:
+    """What --compare was given: results in a file, or a checkpoint to evaluate."""
+    if path.is_file():
+        return report.read_results(path)
+    return examine(choose(path, args.output_dir), args, world)
+
+
+def run(args: argparse.Namespace, world: World) -> None:
+    """Evaluate one checkpoint, or compare two."""
+    if args.compare is None:
+        folder = best_folder(args.output_dir) if args.best else args.checkpoint
+        examine(choose(folder, args.output_dir), args, world)
+        return
+    first, second = (verdicts_of(path, args, world) for path in args.compare)
+    if world.is_main:
+        print(report.comparison([str(path) for path in args.compare], first, second), flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """Evaluate, under torchrun or alone. Returns the exit code."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        die_with_parent()
+        args = parse(argv)
+        quiet()
+        world = start(args.device, args.num_threads)
+        try:
+            run(args, world)
+        finally:
+            stop()
+    except KeyboardInterrupt:
+        warn("stopped: nothing was written")
+        return 130
+    except UserError as error:
+        if is_main or error.on_one_rank:
+            warn(f"error: {error}")
+        return error.code
+    return 0

@@ -1,0 +1,181 @@
+"""What an evaluation says: a line a question, the figures at the end, the JSONL of results, two of them compared."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from grpo.errors import UserError
+from grpo.evaluate import statistics as estimates
+from grpo.evaluate.ask import Answer
+from grpo.evaluate.extract import Marks, Task, lenient, number, right, strict
+from grpo.run.languages import label
+from grpo.strict_json import parse_json
+
+MAX_LINE = 2**24  # characters of one result that is read
+SHOWN = 60  # characters of an answer on the console
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How completions are read."""
+
+    task: Task
+    marks: Marks
+    refusal: str = "?"
+    language: str = "en"  # of what is said
+
+
+@dataclass(frozen=True)
+class Result:
+    """One completion, read strictly and leniently."""
+
+    question: str
+    gold: str
+    full: str
+    pred: str | None
+    correct: bool
+    lenient_pred: str | None
+    lenient_correct: bool
+    sample: int
+
+
+def grade(question: str, gold: str, answers: Sequence[Answer], rules: Rules) -> list[Result]:
+    """Read and compare every completion of one question."""
+    results = []
+    for sample, answer in enumerate(answers):
+        exact = strict(answer.text, rules.task, rules.marks, rules.refusal)
+        loose = lenient(answer.text, rules.task, rules.marks, rules.refusal)
+        verdicts = (right(pred, gold, rules.task) for pred in (exact, loose))
+        results.append(Result(question, gold, answer.text, exact, next(verdicts), loose, next(verdicts), sample))
+    return results
+
+
+class Progress:
+    """The running count, and the line that shows it."""
+
+    def __init__(self, total: int, language: str = "en"):
+        self.total = total
+        self.language = language
+        self.done = self.correct = 0
+
+    def line(self, first: Result) -> str:
+        """Count a question by its first completion.
+
+        >>> Progress(100).line(Result("3*9?", "27", "", "27", True, "27", True, 0))
+        '[001/100] ✅=1 | Acc=100.00% | Pred: 27 | GT: 27'
+        """
+        self.done += 1
+        self.correct += first.correct
+        none = label(self.language, "none")
+        return f"[{self.done:0{len(str(self.total))}d}/{self.total}] " + label(
+            self.language, "progress", correct=self.correct, share=self.correct / self.done,
+            pred=_short(first.pred or none), gold=_short(first.gold or none),
+        )  # fmt: skip
+
+
+def _short(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= SHOWN else words[:SHOWN] + "…"
+
+
+def share(part: int, whole: int) -> str:
+    """A share with its counts.
+
+    >>> share(88, 100), share(0, 0)
+    ('88.00% (88/100)', 'none (0/0)')
+    """
+    return f"{part / whole:.2%} ({part}/{whole})" if whole else f"none ({part}/{whole})"
+
+
+def final_lines(results: Sequence[Result], rules: Rules) -> list[str]:
+    """The figures, from the first completion of each question; what sampling adds, from all of them."""
+    firsts = [result for result in results if result.sample == 0]
+    total, exact = len(firsts), sum(result.correct for result in firsts)
+    say = partial(label, rules.language)
+    lines = [say("final", share=share(exact, total))]
+    for name, correct in (("strict", exact), ("lenient", sum(result.lenient_correct for result in firsts))):
+        low, high = estimates.wilson(correct, total)
+        lines.append(say(name, share=share(correct, total), low=low, high=high))
+    if rules.task == "choice":
+        refused = sum(result.pred == rules.refusal for result in firsts)
+        unreadable = sum(result.pred is None for result in firsts)
+        answered = total - refused - unreadable
+        shares = {"refused": share(refused, total), "answered": share(exact, answered)}
+        lines.append(say("choices", **shares, unreadable=share(unreadable, total)))
+    if len(results) > len(firsts):
+        lines.append("; ".join(f"{name}: {value:.2%}" for name, value in sampled(results, rules).items()))
+    return lines
+
+
+def sampled(results: Sequence[Result], rules: Rules) -> dict[str, float]:
+    """pass@k for k = 1, 2, 4 … K and maj@K, means over the questions, by strict extraction."""
+    num_samples = max(result.sample for result in results) + 1
+    groups = [results[at : at + num_samples] for at in range(0, len(results), num_samples)]
+    counts = [sum(result.correct for result in group) for group in groups]
+    ks = sorted({2**i for i in range(num_samples.bit_length()) if 2**i <= num_samples} | {num_samples})
+    figures = {
+        f"pass@{k}": sum(estimates.pass_at_k(num_samples, correct, k) for correct in counts) / len(groups) for k in ks
+    }
+    votes = 0
+    for group in groups:
+        winner = estimates.majority([_vote(result.pred, rules.task) for result in group])
+        votes += right(winner, group[0].gold, rules.task)
+    return figures | {f"maj@{num_samples}": votes / len(groups)}
+
+
+def _vote(pred: str | None, task: Task) -> str | None:
+    """An answer in one spelling, so that 4 and 4.0 are one vote."""
+    if pred is None or task != "number":
+        return None if pred is None else " ".join(pred.split())
+    return str(number(pred))
+
+
+def write_results(path: Path, results: Iterable[Result], with_samples: bool) -> None:
+    """One JSON object a completion: q, gold, pred, full, correct (and sample). Raises OSError."""
+    with path.open("w", encoding="utf-8") as file:
+        for result in results:
+            row = {"q": result.question, "gold": result.gold, "pred": result.pred, "full": result.full,
+                   "correct": result.correct}  # fmt: skip
+            file.write(json.dumps(row | ({"sample": result.sample} if with_samples else {}), ensure_ascii=False) + "\n")
+
+
+def read_results(path: Path) -> list[tuple[str, str, bool]]:
+    """(question, gold, correct) of each question's first completion. Raises UserError naming the line."""
+    rows = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in iter(lambda: file.readline(MAX_LINE), ""):
+                row = parse_json(line)
+                if not isinstance(row, dict) or not isinstance(row.get("correct"), bool):
+                    raise ValueError("expected an object with q, gold and correct")
+                if row.get("sample", 0) == 0:
+                    rows.append((str(row["q"]), str(row["gold"]), row["correct"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"compare: {path}, after {len(rows)} results: {error}. Give a file written with --out, or a checkpoint."
+        ) from None
+    return rows
+
+
+def comparison(names: Sequence[str], first: list[tuple[str, str, bool]], second: list[tuple[str, str, bool]]) -> str:
+    """Two systems on the same questions, paired. Raises UserError when the questions differ."""
+    if [row[:2] for row in first] != [row[:2] for row in second]:
+        raise UserError(
+            f"compare: {names[0]} and {names[1]} did not answer the same questions ({len(first)} and {len(second)}). "
+            "Evaluate both on one file: --data."
+        )
+    if not first:
+        raise UserError(f"compare: {names[0]} holds no results. Evaluate at least one question.")
+    pairs = [(a[2], b[2]) for a, b in zip(first, second, strict=True)]
+    only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
+    difference, low, high = estimates.paired_difference(only_a, only_b, len(pairs))
+    both, neither = pairs.count((True, True)), pairs.count((False, False))
+    return (
+        f"A: {names[0]}: {share(both + only_a, len(pairs))}\n"
+        f"B: {names[1]}: {share(both + only_b, len(pairs))}\n"
+        f"paired on {len(pairs)} questions: both right {both}, only A {only_a}, only B {only_b}, neither {neither}\n"
+        f"B - A: {100 * difference:+.2f} points, 95% interval {100 * low:+.2f} to {100 * high:+.2f}; "
+        f"McNemar exact p = {estimates.mcnemar(only_a, only_b):.4g}"
+    )

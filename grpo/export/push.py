@@ -1,0 +1,93 @@
+"""Sending an export to a hub. The token comes from HF_TOKEN or from `hf auth login`, and is never shown.
+
+HF_ENDPOINT names another hub. Nothing here changes the export: whatever the hub answers, it stays as it is.
+"""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.utils import disable_progress_bars
+
+from grpo.checkpoints.manifest import MANIFEST, sha256_of
+from grpo.errors import UserError
+from grpo.export.card import HUB_NAME
+from grpo.models.folder_checks import location_problem
+from grpo.models.lora_checks import ADAPTER_CONFIG
+from grpo.strict_json import read_object
+
+CARD = "README.md"
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot be a repository's name. Raises UserError."""
+    bad = HUB_NAME.fullmatch(name) is None or "--" in name or ".." in name or name.endswith((".git", ".", "-"))
+    if bad:
+        raise UserError(f"push: must be user/name of letters, digits, -, _ and ., got {name[:80]!r}.")
+
+
+def find_token() -> str:
+    """The token of HF_TOKEN or of a login. Raises UserError when there is none."""
+    token = get_token()
+    if not token:
+        raise UserError("push: no token. Set HF_TOKEN, or run `hf auth login`.")
+    return token
+
+
+def listed(out: Path) -> list[str]:
+    """Files of an export, by its manifest, with the manifest and the card. Raises UserError when they do not hold.
+
+    The card may have been edited; of everything else size and hash are compared.
+    """
+    try:
+        files = read_object(out / MANIFEST)["files"]
+        for name, entry in files.items():
+            problem = location_problem(out, name)
+            path = out / name
+            if problem is None and (path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]):
+                problem = f"{name} is not as it was written"
+            if problem is not None:
+                raise ValueError(problem)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"push: {out} is no whole export: {str(error)[:200]}. Export again.") from None
+    inner = [path.relative_to(out).as_posix() for path in out.glob(f"*/{MANIFEST}") if not path.is_symlink()]
+    return sorted({*files, MANIFEST, *inner, *([CARD] if (out / CARD).is_file() else [])})
+
+
+def push(out: Path, repo: str, private: bool, token: str | None, dry_run: bool) -> str:
+    """Send the export in one commit, or only say what would be sent. Returns what to say.
+
+    Raises UserError for whatever the hub or the network answers; the export stays.
+    """
+    files = listed(out)
+    if dry_run:
+        sizes = "\n".join(f"{(out / name).stat().st_size:>14,} {name}" for name in files)
+        card = (out / CARD).read_text(encoding="utf-8") if CARD in files else ""
+        kind = "private" if private else "public"
+        return f"would send {len(files)} files to {repo}, {kind} if new:\n{sizes}\n\n{card}"
+    for name in files:
+        if name.endswith(ADAPTER_CONFIG):
+            base = str(read_object(out / name).get("base_model_name_or_path"))
+            if base.startswith(("/", ".", "~")):
+                raise UserError(
+                    f"push: {name} names a folder of this machine as its base, which nobody else has. Export "
+                    "merged_16bit, or train on the base by its hub name."
+                )
+    disable_progress_bars()
+    try:
+        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+        api.create_repo(repo, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=out / name) for name in files]
+        done = api.create_commit(repo, operations, commit_message="Export")
+    except Exception as error:  # the client, its HTTP library and its upload library raise a dozen kinds
+        raise UserError(
+            f"push: {repo} refused, or not reached: {_without(token, error)}. The export in {out} is whole; to try "
+            f"again: python -m grpo.export --out {out} --push {repo}"
+        ) from None
+    return f"sent {len(files)} files to {done.repo_url or repo}"
+
+
+def _without(token: str | None, error: Exception) -> str:
+    """An error's first line, never with the token in it."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (line.replace(token, "***") if token else line)[:300].rstrip(".")

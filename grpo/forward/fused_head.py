@@ -1,0 +1,114 @@
+"""Head and log-softmax in one: hidden [M, H] -> log-probs [M], with blocks of logits that live for a moment only.
+
+    logits = scale W h,  z = clamp(logits - mid-range) / T,  logp = z_target - logsumexp(z)
+    dlogp/dz = onehot(target) - softmax(z)
+
+The backward computes a block's logits again and adds its share to one gradient of W, in place: neither logits nor a
+[V, H] gradient exist once per block. It serves heads that are one plain matrix on this process; others go through
+autograd (grpo/forward/logprobs.py).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from grpo.forward.precision import asking_is_free
+
+ROWS_IN_CACHE = 2**20  # elements of logits worked on at once: they stay in the processor's cache
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """hidden [M, H], weight [V, H], targets [M] -> log-probs [M] fp32, and whether the target is likeliest [M] bool."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, scale, temperature, clamp, block_rows):  # noqa: D102
+        ctx.numbers = (scale, temperature, clamp, block_rows)
+        logprobs = torch.empty(len(hidden), device=hidden.device)
+        lse = torch.empty_like(logprobs)
+        hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        kept = limit = None
+        low = weight.to(hidden.dtype)
+        for block in _blocks(len(hidden), block_rows):
+            logits = _logits(hidden[block], low, scale)
+            limit = _bound(logits, clamp)
+            if len(hidden) <= block_rows:
+                kept = logits  # one block only: the backward need not make it again
+            for rows in _in_cache(logits, block.start):
+                z = logits[rows.start - block.start : rows.stop - block.start]
+                if temperature != 1.0:
+                    z = z / temperature
+                chosen = z.gather(-1, targets[rows, None])[:, 0]
+                top = z.amax(-1)
+                hits[rows] = chosen >= top
+                lse[rows] = (z - top[:, None]).exp_().sum(-1).log_().add_(top)
+                logprobs[rows] = chosen - lse[rows]
+        ctx.save_for_backward(hidden, weight, targets, lse, kept, limit if kept is not None else None)
+        ctx.mark_non_differentiable(hits)
+        return logprobs, hits
+
+    @staticmethod
+    def backward(ctx, gradient, _):  # noqa: D102
+        hidden, weight, targets, lse, kept, limit = ctx.saved_tensors
+        scale, temperature, clamp, block_rows = ctx.numbers
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        low = weight.to(hidden.dtype)
+        for block in _blocks(len(hidden), block_rows):
+            logits = _logits(hidden[block], low, scale) if kept is None else kept.clone()
+            if kept is None:
+                limit = _bound(logits, clamp)
+            outside = None if limit is None else (logits >= limit).logical_or_(logits <= -limit)
+            for rows in _in_cache(logits, block.start):
+                z = logits[rows.start - block.start : rows.stop - block.start]
+                if temperature != 1.0:
+                    z.div_(temperature)
+                z.sub_(lse[rows, None]).exp_().mul_(-gradient[rows, None])
+                z.scatter_add_(-1, targets[rows, None], gradient[rows, None])
+            if outside is not None:
+                logits.masked_fill_(outside, 0.0)
+            if scale != temperature:
+                logits.mul_(scale / temperature)
+            slope = logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[block] = slope @ low
+            if grad_weight is not None and slope.dtype == torch.float32:
+                grad_weight.addmm_(slope.t(), hidden[block])
+            elif grad_weight is not None:
+                grad_weight.add_(slope.t() @ hidden[block])
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _blocks(total: int, size: int) -> list[slice]:
+    return [slice(i, min(total, i + size)) for i in range(0, total, size)]
+
+
+def _in_cache(logits: Tensor, offset: int) -> list[slice]:
+    size = max(1, ROWS_IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return [slice(offset + part.start, offset + part.stop) for part in _blocks(len(logits), size)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """fp32 [M, V]; the product in the precision of both."""
+    logits = (hidden @ weight.t()).float()
+    return logits.mul_(scale) if scale != 1.0 else logits
+
+
+def _bound(logits: Tensor, clamp: float) -> Tensor | None:
+    """Centre each row whose range asks for it on its mid-range and clamp it, in place.
+
+    Returns what each row was clamped to, [M, 1], inf where it was not; None: no row was. On a GPU it is never None:
+    the question would wait for all work before it, which costs more than to clamp.
+    """
+    low, high = torch.aminmax(logits, dim=-1, keepdim=True)
+    wide = high - low > 2 * clamp
+    if asking_is_free(logits.device) and not bool(wide.any()):
+        return None
+    limit = torch.where(wide, clamp, torch.inf)
+    logits.sub_(torch.where(wide, (high + low) / 2, 0.0)).clamp_(-limit, limit)
+    return limit
+
+
+def plain_matrix(head: nn.Module) -> Tensor | None:
+    """The weight of a head that is one matrix and nothing else; None for any other."""
+    if type(head) is nn.Linear and head.bias is None and not head._forward_hooks and not head._forward_pre_hooks:
+        return head.weight
+    return None

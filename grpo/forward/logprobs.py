@@ -1,0 +1,211 @@
+"""Log-probs of completion tokens without ever holding [B, T, V].
+
+    hidden [B, L, H] -> the positions that predict completion tokens [M, H] -> blocks of the head -> [M]
+
+Only completion positions meet the head, in blocks of at most `logits_chunk_mb`; a block's logits are
+recomputed in the backward (torch.utils.checkpoint), so that one block is alive at a time. The softmax is
+fp32. Sampling and scoring share `bounded_logits`: one distribution.
+
+How a model turns hidden states into logits is read from its output embeddings and config, and checked
+against the model's own logits once; a head we do not understand falls back to the whole forward.
+"""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from grpo.config.settings import Config
+from grpo.forward.flat_rows import flatten_micro_batch
+from grpo.forward.fused_head import HeadLogprobs, plain_matrix
+from grpo.forward.precision import arithmetic, arithmetic_dtype, asking_is_free
+from grpo.forward.shared_attention import can_share
+from grpo.types import Flat, MicroBatch
+
+FLAT_BELOW = 0.7  # of the padded tokens: beyond, padded rows in few calls are faster than one row in many
+BLOCK_ELEMENTS_PER_MB = 2**20 // 4  # fp32 logits
+
+
+def bounded_logits(logits: Tensor, temperature: float, clamp: float) -> tuple[Tensor, Tensor]:
+    """Centre each row on its mid-range, clamp to ±clamp, divide by the temperature. logits [..., V] fp32.
+
+    softmax is unchanged by a shift, so a row whose range fits is left as it is, whatever other rows hold. Also
+    returns how many logits of each row the clamp moved, [...] int64.
+
+    >>> bounded_logits(torch.tensor([1e4, -1e4]), 1.0, 100.0)[0].tolist()
+    [100.0, -100.0]
+    """
+    high, low = logits.detach().amax(-1, keepdim=True), logits.detach().amin(-1, keepdim=True)
+    moved = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    wide = high - low > 2 * clamp
+    if not asking_is_free(logits.device) or bool(wide.any()):
+        centred = logits - (high + low) / 2
+        moved = (wide & (centred.detach().abs() > clamp)).sum(-1)
+        logits = torch.where(wide, centred.clamp(-clamp, clamp), logits)
+    return (logits if temperature == 1.0 else logits / temperature), moved
+
+
+class Head:
+    """hidden [M, H] -> logits [M, V] for one model."""
+
+    def __init__(self, model: PreTrainedModel, dtype: str = "fp32"):
+        self.model = model
+        self.dtype = dtype
+        config = model.config.get_text_config()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0)
+        if getattr(config, "logits_scaling", None):
+            self.scale /= float(config.logits_scaling)
+        self.usable = self._matches_the_model()
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def matrix(self) -> Tensor | None:
+        """The head's weight [V, H] where the head is that and a scale; None for any other."""
+        return None if self.softcap is not None else plain_matrix(self.model.get_output_embeddings())
+
+    def body(self) -> nn.Module:
+        """The model without its head."""
+        return self.model.base_model if self.model.base_model is not self.model else self.model.get_decoder()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head alone, as the model applies it."""
+        logits = self.model.get_output_embeddings()(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    @torch.no_grad()
+    def _matches_the_model(self) -> bool:
+        """Compare with the model's own logits on a few tokens; a mismatch means whole logits, and a notice.
+
+        Done once, at construction, on every rank alike: a sharded model's forward is a collective.
+        """
+        with arithmetic(self.dtype, self.model.device):
+            return self._compare()
+
+    def _compare(self) -> bool:
+        ids = torch.arange(8, device=self.model.device)[None]
+        own = self.model(input_ids=ids, use_cache=False).logits.float()
+        if not bool(torch.isfinite(own).all()):
+            return True  # broken weights tell nothing about the head; the guards will meet them
+        try:
+            ours = self.logits(self.body()(input_ids=ids, use_cache=False).last_hidden_state).float()
+            scale = own.abs().amax().clamp(min=1.0)
+            matches = ours.shape == own.shape and bool((ours - own).abs().amax() <= 1e-2 * scale)
+        except (AttributeError, TypeError, RuntimeError):
+            matches = False
+        if not matches:
+            warnings.warn(
+                f"{type(self.model).__name__}: the head could not be applied in blocks, whole logits are used: "
+                "more memory, same numbers.",
+                stacklevel=2,
+            )
+        return matches
+
+
+class Scorer(nn.Module):
+    """The model as the loss needs it: a micro-batch in, log-probs [B, T] of its completion tokens out.
+
+    A module, so that a sharded backend can wrap it and its forward is the root of what the backend sees.
+    """
+
+    def __init__(self, model: PreTrainedModel, cfg: Config):
+        super().__init__()
+        self.model = model
+        self.head = Head(model, cfg.dtype)
+        self.cfg = cfg
+        with arithmetic(cfg.dtype, model.device):
+            self.shares = self.head.usable and can_share(model, self.head.body())
+        self.sharded = cfg.backend == "deepspeed" and cfg.zero_stage == 3  # the head is whole inside its forward only
+        self.counts_hits = False  # also find where the target is the likeliest token
+        self.hits: Tensor | None = None  # [B, T] bool of the last forward, where they are counted
+        self.block_tokens = max(1, cfg.logits_chunk_mb * BLOCK_ELEMENTS_PER_MB // self.head.vocab_size)
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        """Log-probs [B, T] under the sampling distribution; 0 outside the mask.
+
+        Where the model can, and it spares tokens, rows are flattened first: no padding, each prompt once. Else no
+        attention mask is passed: rows are padded on the right, and no token looks to its right; where position ids
+        start again within a row, transformers masks what came before (grpo/sft/packing.py makes sure that it does).
+        """
+        kept = micro.mask.reshape(-1).nonzero()[:, 0] if micro.kept is None else micro.kept  # [M]
+        targets = micro.target_ids.reshape(-1)[kept]  # [M]
+        support = None if micro.support is None else micro.support.flatten(0, 1)[kept]  # [M, K]
+        flat = self._worth_flattening(micro)
+        inputs, where = self._row_inputs(micro, kept) if flat is None else self._flat_inputs(flat, kept)
+        with arithmetic(self.cfg.dtype, micro.input_ids.device):
+            if self.head.usable:
+                hidden = self.head.body()(**inputs).last_hidden_state
+                values, hits = self._in_blocks(hidden[where], targets, support, micro.head_blocks)
+            else:
+                logits = self.model(**inputs).logits[where]
+                values, hits = self._pick(logits, targets, support)
+        if self.counts_hits:
+            self.hits = torch.zeros_like(micro.mask).view(-1).index_copy(0, kept, hits).view_as(micro.mask)
+        logprobs = torch.zeros(micro.mask.numel(), dtype=torch.float32, device=values.device)
+        return logprobs.index_copy(0, kept, values).view(micro.mask.shape)
+
+    def _row_inputs(self, micro: MicroBatch, kept: Tensor) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+        """Padded rows, and where in them the M targets are predicted."""
+        inputs: dict[str, Any] = {"input_ids": micro.input_ids, "use_cache": False}
+        if micro.position_ids is not None:
+            inputs["position_ids"] = micro.position_ids
+        return inputs, (kept // micro.mask.shape[1], micro.positions.reshape(-1)[kept])
+
+    def _worth_flattening(self, micro: MicroBatch) -> Flat | None:
+        """The micro-batch as one row, where that spares enough tokens for the calls that each prompt costs."""
+        if not self.shares or micro.position_ids is not None:
+            return None
+        flat = micro.flat or flatten_micro_batch(micro)
+        return flat if flat.input_ids.numel() <= FLAT_BELOW * micro.input_ids.numel() else None
+
+    def _flat_inputs(self, flat: Flat, kept: Tensor) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+        """The same without padding, as one row."""
+        where = flat.positions.reshape(-1)[kept]
+        return {"input_ids": flat.input_ids, **flat.forest.inputs()}, (torch.zeros_like(where), where)
+
+    def _in_blocks(
+        self, hidden: Tensor, targets: Tensor, support: Tensor | None, num_blocks: int
+    ) -> tuple[Tensor, Tensor]:
+        """[M, H] -> what `_pick` gives, at least `num_blocks` blocks (see MicroBatch.head_blocks)."""
+        matrix = None if self.sharded or support is not None else self.head.matrix()
+        if matrix is not None:
+            values, hits = HeadLogprobs.apply(
+                hidden.to(arithmetic_dtype(self.cfg.dtype)), matrix, targets, self.head.scale, self.cfg.temperature,
+                self.cfg.logit_clamp, self.block_tokens,
+            )  # fmt: skip
+            return values, hits if self.counts_hits else hits[:0]
+        num_blocks = max(num_blocks, math.ceil(len(targets) / self.block_tokens), 1)
+        recompute = num_blocks > 1 and torch.is_grad_enabled()
+        parts = []
+        for i in range(0, num_blocks * self.block_tokens, self.block_tokens):
+            block = slice(i, i + self.block_tokens)
+            inputs = (hidden[block], targets[block], None if support is None else support[block])
+            if recompute:
+                parts.append(checkpoint(self._block, *inputs, use_reentrant=False, preserve_rng_state=False))
+            else:
+                parts.append(self._block(*inputs))
+        values, hits = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(hits)
+
+    def _block(self, hidden: Tensor, targets: Tensor, support: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._pick(self.head.logits(hidden), targets, support)
+
+    def _pick(self, logits: Tensor, targets: Tensor, support: Tensor | None) -> tuple[Tensor, Tensor]:
+        """logits [M, V], targets [M] -> log-probs [M], over the support where there is one; hits [M], or none."""
+        bounded, _ = bounded_logits(logits.float(), self.cfg.temperature, self.cfg.logit_clamp)
+        chosen = bounded.gather(-1, targets[:, None])[:, 0]
+        hits = (chosen >= bounded.amax(-1)).detach() if self.counts_hits else torch.zeros(0, dtype=torch.bool)
+        if support is not None:
+            bounded = bounded.gather(-1, support.clamp(min=0)).masked_fill(support < 0, -torch.inf)
+        return chosen - torch.logsumexp(bounded, dim=-1), hits

@@ -1,0 +1,95 @@
+"""Models and tokenizers, and what the rest needs to know about them."""
+
+import logging
+import os
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo.errors import UserError
+from grpo.models.loading import load_plain, resolve
+from grpo.models.loading import load_tokenizer as load_tokenizer
+from grpo.models.loading import prepare as prepare
+from grpo.models.lora_checks import is_adapter
+
+
+def quiet() -> None:
+    """No loading bars, no library chatter: what a run says, it says itself."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on stdout that it guessed so
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs errors that it also raises
+
+
+def load_model(name: str, device: torch.device) -> PreTrainedModel:
+    """Load a causal language model in fp32 with dropout off. Raises UserError.
+
+    An adapter's folder gives its model with the adapter added to the weights. See `load_plain` in loading.py.
+    """
+    if is_adapter(Path(resolve(name))):
+        from grpo.models.lora import merged, open_adapter  # late: peft takes seconds
+
+        return merged(open_adapter(resolve(name), device))
+    return load_plain(name, device)
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """All ids that end a completion: the generation config's, the model config's and the tokenizer's.
+
+    Raises UserError for an id that is no token of the model.
+    """
+    limit = vocabulary_size(model)
+    ids: set[int] = set()
+    for source in (model.generation_config, model.config, tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        for here in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+            if type(here) is not int or not 0 <= here < limit:
+                raise UserError(
+                    f"model: eos_token_id must be tokens of the model, 0 to {limit - 1}, got {str(here)[:60]!r}. "
+                    "Mend generation_config.json, config.json or the tokenizer."
+                )
+            ids.add(here)
+    return frozenset(ids)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Tokens that the model has embeddings for, also where its weights are sharded."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with tokens that the model has no embedding for. Raises UserError."""
+    limit = vocabulary_size(model)
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if not 0 <= i < limit}
+    if beyond:
+        token = min(beyond, key=lambda token: beyond[token])
+        raise UserError(
+            f"model: its tokenizer has {len(beyond)} tokens beyond the model's {limit}, such as {token[:40]!r} with id "
+            f"{beyond[token]}. Use the model's own tokenizer, or resize the model's embeddings."
+        )
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Longest sequence the model has positions for; None if it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_lengths(model: PreTrainedModel, max_prompt_length: int, max_generate_length: int) -> None:
+    """Refuse lengths that the model has no positions for. Raises UserError."""
+    limit = max_positions(model)
+    if limit is not None and max_prompt_length + max_generate_length > limit:
+        raise UserError(
+            f"max_prompt_length + max_generate_length: must be at most the model's {limit} positions, "
+            f"got {max_prompt_length} + {max_generate_length}. Lower one."
+        )
+
+
+def is_lora(model: nn.Module) -> bool:
+    """Whether a model is frozen and trained through an adapter inside it (grpo/models/lora.py)."""
+    return hasattr(model, "lora_config")

@@ -1,0 +1,114 @@
+"""What rank 0 says: one line a step on stdout and in runs/<name>/train.log; on a terminal, a live bar below it."""
+
+import io
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from grpo.errors import warn
+from grpo.training.metrics import PHASES
+
+WIDTH = 120  # of a table where no terminal says how wide it is
+
+
+class Console:
+    """Lines and the progress bar of a run; silent on other ranks."""
+
+    def __init__(self, is_main: bool, log: Path | None = None):
+        self.is_main = is_main
+        self.file = log.open("a", encoding="utf-8") if is_main and log is not None else None
+        self.rich = RichConsole(highlight=False, soft_wrap=True)
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+
+    def say(self, line: str) -> None:
+        """Print a line and keep it in train.log."""
+        if not self.is_main:
+            return
+        if self.progress is not None:
+            self.progress.console.print(line, markup=False)
+        else:
+            print(line, flush=True)
+        self._keep(line + "\n")
+
+    def _keep(self, text: str) -> None:
+        try:
+            if self.file is not None:
+                self.file.write(text)
+                self.file.flush()
+        except OSError as error:  # a full disk: a log is not worth a run
+            warn(f"warning: train.log cannot be written ({error}); it is left out from now on")
+            self.file = None
+
+    def show(self, table: Table) -> None:
+        """Print a table, in colour on a terminal, and keep it in train.log."""
+        width = self.rich.width if self.rich.is_terminal else WIDTH
+        plain = RichConsole(file=io.StringIO(), width=width, color_system=None)
+        plain.print(table)
+        assert isinstance(plain.file, io.StringIO)
+        if self.is_main and self.rich.is_terminal:
+            (self.progress.console if self.progress else self.rich).print(table, soft_wrap=False)
+        elif self.is_main:
+            print(plain.file.getvalue(), end="", flush=True)
+        self._keep(plain.file.getvalue())
+
+    def start(self, total: int, done: int, what: str = "training") -> None:
+        """Show the bar, where there is a terminal to show it on."""
+        if self.is_main and self.rich.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                       TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+            self.progress = Progress(*columns, console=self.rich, transient=True)
+            self.task = self.progress.add_task(what, total=total, completed=done)
+            self.progress.start()
+
+    def advance(self, description: str) -> None:
+        """Move the bar by one step."""
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, advance=1, description=description)
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        if self.file is not None:
+            self.file.close()
+
+
+def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
+    """The line of one step."""
+    parts = [
+        f"step: {step}/{total}  grpo_loss: {metrics['loss']:.4f}",
+        f"reward {metrics['reward/mean']:.3f}±{metrics['reward/std']:.3f}",
+        f"length {metrics['completions/length_mean']:.1f}",
+    ]
+    if "kl" in metrics:
+        parts.append(f"kl {metrics['kl']:.5f}")
+    parts.append(f"grad {metrics['grad_norm']:.3f}" if "grad_norm" in metrics else "update skipped")
+    parts.append(f"{metrics['tokens_per_s']:.0f} tok/s")
+    seconds = [f"{phase} {metrics[f'time/{phase}_s']:.2f}" for phase in PHASES if metrics[f"time/{phase}_s"] >= 0.005]
+    return "  ".join(parts) + f"  {metrics['time/step_s']:.2f} s ({', '.join(seconds)})"
+
+
+def lesson_line(step: int, total: int, metrics: dict[str, float]) -> str:
+    """The line of one supervised step."""
+    parts = [f"step: {step}/{total}  sft_loss: {metrics['sft/loss']:.4f}"]
+    if "sft/token_accuracy" in metrics:
+        parts.append(f"tokens right {metrics['sft/token_accuracy']:.1%}")
+    parts.append(f"grad {metrics['grad_norm']:.3f}" if "grad_norm" in metrics else "update skipped")
+    parts.append(f"{metrics['tokens_per_s']:.0f} tok/s  {metrics['time/step_s']:.2f} s")
+    return "  ".join(parts)

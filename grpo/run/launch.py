@@ -1,0 +1,53 @@
+"""From the command line to a running job and its exit code."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from grpo.config.settings import Config
+from grpo.data.show_prompt import show_prompt
+from grpo.errors import Preempted, UserError, warn
+from grpo.models.checks import quiet
+from grpo.runtime.distributed import World, start, stop
+from grpo.runtime.heartbeat import die_with_parent
+from grpo.runtime.signals import forget_exit, write_exit
+
+
+def run_main(
+    job: Callable[[Config, World], None], load_config: Callable[[list[str]], tuple[Config, str | None]], argv: list[str]
+) -> int:
+    """Read the settings, join the ranks, do the job. Returns the exit code.
+
+    What the user can mend ends in one line, from rank 0, and a code of its own (grpo/errors.py).
+    """
+    if any(arg.partition("=")[0] == "--show_prompt" for arg in argv):
+        return show_prompt(argv)  # instead of the job
+    rank = int(os.environ.get("RANK", 0))
+    is_main = rank == 0
+    cfg = None
+    world = None
+    try:
+        die_with_parent()
+        cfg, notice = load_config(argv)
+        if is_main:
+            forget_exit(Path(cfg.output_dir))
+            if notice:
+                print(notice, flush=True)
+        quiet()
+        world = start(cfg.device, 1 if cfg.deterministic else cfg.num_threads)
+        try:
+            job(cfg, world)
+        finally:
+            stop()
+    except UserError as error:
+        if error.on_one_rank or is_main:
+            rank_named = f"rank {rank}: " if error.on_one_rank else ""
+            kind = "stopped" if isinstance(error, Preempted) else "error"
+            warn(f"{kind}: {rank_named}{error}")
+            write_exit(Path(cfg.output_dir if cfg else "output"), error.code, str(error))
+        elif cfg is not None and world is None:  # joining failed: each rank has reasons of its own
+            warn(f"error: rank {rank}: {error}")
+        return error.code
+    if is_main:
+        write_exit(Path(cfg.output_dir), 0, "done")
+    return 0

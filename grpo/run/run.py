@@ -1,0 +1,251 @@
+"""A run's surroundings: its folders, what identifies it, where it starts, what it logs and saves.
+
+train.py is the algorithm; this is the clerk beside it. Only rank 0 writes.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+
+from grpo.checkpoints import checkpoint
+from grpo.checkpoints.background import Saver
+from grpo.checkpoints.fingerprints import fingerprints
+from grpo.checkpoints.resume import check_same_run, read_state
+from grpo.config.settings import Config
+from grpo.data.questions import Questions
+from grpo.data.recipe import Recipe
+from grpo.errors import EXIT_STALLED, Corrupted, Preempted, UserError, warn
+from grpo.rewards import Reward
+from grpo.run.log import Journal
+from grpo.runtime.distributed import World
+from grpo.runtime.heartbeat import Heartbeat, Watchdog
+from grpo.runtime.signals import StopRequest, write_exit
+from grpo.runtime.startup import OutputLock, check_folder_shared, check_ranks_agree
+from grpo.training import skipped_updates as guards
+from grpo.training.exchange import broken_rows
+from grpo.training.metrics import Tally
+from grpo.training.policy import Policy
+from grpo.types import Completion, MicroBatch, Noticed, Prompt, Pulse
+
+SAVE_MARGIN = 1.5  # a save is begun only when this many times what the last one took is left
+
+
+class Run:
+    """Folders, resume point, logs and checkpoints of one training run."""
+
+    def __init__(self, cfg: Config, world: World):
+        self.cfg = cfg
+        self.world = world
+        self.output_dir = Path(cfg.output_dir)
+        assert cfg.run_name is not None
+        self.folder = Path(cfg.runs_dir) / cfg.run_name
+        self.facts: dict[str, Any] = {}
+        self._prepare_folders()
+        self.heartbeat = Heartbeat(self.output_dir, world)
+        self.stop = StopRequest(self.heartbeat, self.output_dir, cfg.preempt_grace_s)
+        check_folder_shared(world, self.output_dir)
+        self.heartbeat(0, "start")
+        self.journal = Journal(cfg, world, self.folder)
+        self.saver = Saver(cfg, self.output_dir, self.heartbeat, self.journal.say)
+        self.journal.extras = self.saver.take_seconds
+        self.kept = guards.KeptWeights(self.output_dir / "anomalies", world.rank)
+        self.resumed_step = -1
+
+    def _prepare_folders(self) -> None:
+        """On rank 0, for all. Raises UserError, on every rank alike."""
+        problem = None
+        if self.world.is_main:
+            try:
+                checkpoint.make_output(self.output_dir)
+                self.lock = OutputLock(self.output_dir, warn)  # before anything there is touched
+                checkpoint.prepare_output(self.output_dir, self.cfg.resume)
+                self._make_folder()
+            except UserError as error:
+                problem = error
+        (failed,) = self.world.any_rank(problem is not None)
+        if failed:
+            raise problem or UserError("output_dir, runs_dir: rank 0 could not prepare them, and says why.")
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not checkpoint.checkpoints(self.output_dir):  # a fresh run: keep the curves of the one before
+                old = [path for path in self.folder.iterdir() if path.is_file()]
+                if old:
+                    previous = checkpoint.unused(self.folder.with_name(f"{self.folder.name}-previous"))
+                    previous.mkdir()
+                    for path in old:
+                        path.rename(previous / path.name)
+        except OSError as error:
+            raise UserError(f"runs_dir: {self.folder} cannot be written: {error}. Choose another --runs_dir.") from None
+
+    def identify(
+        self, questions: Questions, rewards: Sequence[Reward], tokenizer: PreTrainedTokenizerBase, **more: str
+    ) -> None:
+        """Fingerprint what decides the trajectory; make sure that all ranks mean the same run. Raises UserError.
+
+        more: fingerprints of what only this kind of run has.
+        """
+        self.facts = fingerprints(self.cfg, questions, rewards, tokenizer) | more
+        check_ranks_agree(self.world, self.cfg, self.facts)
+
+    def resume_point(self) -> Path | None:
+        """The checkpoint to continue from, as `resume` says; the same on every rank. Raises UserError."""
+        folder = None
+        if self.world.is_main and self.cfg.resume != "never":
+            folder = checkpoint.newest_valid(self.output_dir, warn)
+        chosen = np.array([checkpoint.step_of(folder) if folder else -1.0 if self.world.is_main else 0.0])
+        step = int(self.world.sum_rows(chosen)[0])
+        if step < 0:
+            if self.cfg.resume == "must":
+                raise UserError(
+                    f"resume: must, but {self.output_dir} holds no valid checkpoint. Use --resume auto to start afresh."
+                )
+            return None
+        folder = self.output_dir / f"checkpoint_{step}"
+        check_same_run(folder, read_state(folder), self.cfg, self.facts)
+        self.journal.say(f"resuming from {folder}")
+        self.resumed_step = step
+        return folder
+
+    @contextlib.contextmanager
+    def training(
+        self, total: int, done: int, policy: Policy, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> Iterator[None]:
+        """Trackers, the progress bar, the watchdog and the ear for signals, for the steps from `done` on.
+
+        policy, tokenizer and recipe: what checkpoints are made of.
+        """
+        self.parts = (policy, tokenizer, recipe)
+        self.heartbeat(done, "start")
+        watchdog = Watchdog(self.heartbeat, self.cfg.stall_timeout_s, self._stalled)
+        watchdog.start()
+        policy.pulse = self.pulse
+        policy.seal()
+        self.stop.training = True
+        with self.journal.console:
+            self.journal.open(total, done)
+            try:
+                yield
+                self.saver.finish()
+                self.heartbeat.leave()
+            except UserError as error:
+                if not error.on_one_rank:  # all ranks leave together: let the save in flight end
+                    self.saver.wait()
+                    self.heartbeat.leave()
+                raise
+            except Exception as error:
+                self._report(error)
+                raise
+            finally:
+                watchdog.stop()
+                self.journal.close()
+
+    def _stalled(self, line: str) -> None:
+        write_exit(self.output_dir, EXIT_STALLED, line)
+
+    @property
+    def pulse(self) -> Pulse:
+        """Called for each piece of work: notes it, and says whether it should be the last."""
+        return self.stop.pulse
+
+    def _report(self, error: Exception) -> None:
+        """One line that names rank, phase and step, before the traceback; and which rank went first, if one did."""
+        first = " ".join(str(error).split())[:200]
+        for line in self.heartbeat.gone():
+            warn(f"error: {line}")
+        warn(f"error: {self.heartbeat.where()}: {type(error).__name__}: {first}")
+
+    def tally(self, step: int) -> Tally:
+        """The metrics of step `step` (counted from 1); its phases show in this rank's heartbeat."""
+        return Tally(on_phase=lambda phase: self.heartbeat(step, phase))
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether step `step` (counted from 1) saves: every save_steps, and the last."""
+        return step == total or (self.cfg.save_steps > 0 and step % self.cfg.save_steps == 0)
+
+    def save(self, last: bool = False) -> None:
+        """Begin to write checkpoint_<steps done>, all ranks together. last: no other save will follow."""
+        self.saver.save(*self.parts, self.facts, last)
+
+    def notices(self, policy: Policy, step: int) -> tuple[bool, bool]:
+        """What this rank has to tell all others before an update: asked to stop, and weights that have changed."""
+        every = self.cfg.check_weights_steps
+        broken = policy.broken_seal() if every and step % every == 0 else None
+        if broken is not None:
+            warn(f"error: {self.heartbeat.where()}: {broken} is not what the last update left: a bit has flipped")
+        return self.stop.asked, broken is not None
+
+    def heed(self, told: Noticed) -> None:
+        """Act on the notices of all ranks, on every rank alike. Raises Corrupted or Preempted."""
+        if ranks := told.corrupted_ranks:
+            raise Corrupted(
+                f"memory: weights or optimizer state of rank {', '.join(map(str, ranks))} changed between two updates: "
+                "a bit has flipped. Nothing of it was saved. Check that machine's memory, then run the same command."
+            )
+        if told.asked_to_stop:
+            self.preempt()
+
+    def preempt(self) -> NoReturn:
+        """Save if there is something new and time for it. Raises Preempted."""
+        self.saver.wait()
+        step = self.parts[0].counters.step
+        name = f"{self.output_dir}/checkpoint_{step}"
+        (late,) = self.world.any_rank(self.stop.seconds_left() < SAVE_MARGIN * self.saver.expected_s)
+        if step in (0, self.resumed_step) or (self.saver.step == step and self.saver.failure is None):
+            said = f"{name} holds all that was done" if step else "before the first step was done, nothing to save"
+        elif late:
+            said = f"no time left to save step {step}: the newest checkpoint is what there is"
+        else:
+            self.save(last=True)
+            self.saver.wait()
+            failure = self.saver.failure
+            said = f"saved {name}" if failure is None else f"{name} could not be written: {failure}"
+        raise Preempted(f"asked to stop after step {step}; {said}. The same command continues.")
+
+    def finish(self, first: int, total: int) -> None:
+        """The last word."""
+        if not self.world.is_main:
+            return
+        newest = checkpoint.checkpoints(self.output_dir)
+        if first >= total > 0:
+            print(f"nothing to do: {newest[0]} is already the last of {total} steps. Ask it: python inference.py "
+                  "\"question\"; train anew: --resume never.")  # fmt: skip
+        elif newest:
+            print(f'done: {newest[0]}. Ask it: python inference.py --checkpoint {newest[0]} "question"')
+
+    def quarantine(
+        self,
+        rollouts: tuple[Sequence[Prompt], Sequence[Completion]],
+        policy: Policy,
+        minibatch: Sequence[MicroBatch],
+        skip: guards.SkippedUpdate,
+        iteration: int,
+    ) -> None:
+        """Keep this rank's part of a skipped update, with the weights. A disk that refuses costs the evidence only."""
+        step, rank = policy.counters.step + 1, self.world.rank
+        folder = self.output_dir / "anomalies" / f"step_{step}"
+        if not skip.losses:
+            minibatch = broken_rows(*rollouts, self.cfg.num_generations, self.world.device)
+        whole = not (self.cfg.backend == "deepspeed" and self.cfg.zero_stage == 3)
+        own = whole and not all(map(math.isfinite, skip.losses))
+        try:
+            weights = self.kept.keep(
+                folder, policy.weights(), policy.counters.updates, self.world.is_main or own, whole
+            )
+            evidence = guards.Evidence(
+                reason=str(skip), rank=rank, weights=weights, losses=[str(loss) for loss in skip.losses],
+                iteration=iteration, trust_sampler=policy.counters.trust_sampler, updates=policy.counters.updates,
+                samples=[list(micro.samples) for micro in minibatch], config=dataclasses.asdict(self.cfg),
+            )  # fmt: skip
+            guards.quarantine(folder, evidence, minibatch)
+        except (OSError, SafetensorError) as error:
+            warn(f"warning: rank {rank}: {folder} could not be written: {error}")
+        self.journal.say(f"step {step}: update skipped on all ranks ({skip}); python -m grpo.replay {folder}")

@@ -1,0 +1,13 @@
+"""`torchrun ... -m grpo.sft`: supervised training (train.py)."""
+
+import sys
+
+from grpo.config.command_line import load_sft_config, refuse_bad_settings
+
+if __name__ == "__main__":
+    refuse_bad_settings(sys.argv[1:], load_sft_config)  # before the seconds that the imports below take
+
+    from grpo.run.launch import run_main
+    from grpo.sft.train import teach
+
+    sys.exit(run_main(teach, load_sft_config, sys.argv[1:]))

@@ -1,0 +1,151 @@
+"""Questions with reference solutions -> texts to learn: the prompt as GRPO asks it, and what has to follow.
+
+The solution goes through the chat template as the assistant's turn and ends with the token that ends a completion,
+so that the model learns to stop. `Lessons.of_step` is a pure function of (seed, step), like `Questions.prompts`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from grpo.config.settings import Config
+from grpo.config.sft_section import SftSettings, own_settings
+from grpo.data.chat_templates import end_renderers, render_chat
+from grpo.data.questions import Questions
+from grpo.data.recipe import Recipe, fill
+from grpo.errors import UserError
+from grpo.types import Prompt, TrainRow
+
+TOO_LONG = "solutions longer than max_generate_length"
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Prompts with their solutions, and their order."""
+
+    questions: Questions
+    solutions: list[np.ndarray]  # [C] int32 each, by Prompt.row, the end token included
+    whole: bool = False  # learn the prompt as well
+
+    def of_step(self, step: int, num_texts: int) -> list[TrainRow]:
+        """The texts of a step."""
+        return [self._row(n, prompt) for n, prompt in enumerate(self.questions.prompts(step, num_texts))]
+
+    def all(self) -> list[TrainRow]:
+        """Every text once."""
+        return [self._row(n, prompt) for n, prompt in enumerate(self.questions.items)]
+
+    def _row(self, sample: int, prompt: Prompt) -> TrainRow:
+        before, learned = prompt.token_ids, self.solutions[prompt.row]
+        if self.whole:  # the first token of all has nothing before it that could predict it
+            learned = np.concatenate([np.array(before[1:], np.int32), learned])
+            before = before[:1]
+        return TrainRow(sample, before, learned, np.zeros(len(learned), np.float32), None, 0.0)
+
+
+def load_lessons(
+    cfg: Config, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, questions: Questions, stop_ids: frozenset[int]
+) -> Lessons:
+    """Give every question its solution; leave out, with a count, those that are too long. Raises UserError."""
+    own = own_settings(cfg)
+    if not stop_ids:
+        raise UserError("model: it names no eos_token_id, so its answers could not end. Give one in config.json.")
+    texts = [(item.text, _completion(item, solution_of(item, own, cfg), recipe, tokenizer)) for item in questions.items]
+    end_renderers()
+    eos = tokenizer.eos_token_id
+    end = eos if eos in stop_ids else min(stop_ids)
+    plain = lambda some, special: tokenizer(some, add_special_tokens=special)["input_ids"]  # noqa: E731
+    wholes = plain([before + after for before, after in texts], not recipe.chat)
+    kept: list[Prompt] = []
+    solutions: list[np.ndarray] = []
+    for item, (_, after), whole in zip(questions.items, texts, wholes, strict=True):
+        asked = list(item.token_ids)
+        # Tokens that reach over the border would leave no prompt to ask: then the solution stands alone.
+        ids = whole[len(asked) :] if whole[: len(asked)] == asked else plain(after, False)
+        ids = _ended(ids, stop_ids, end)
+        if len(ids) <= cfg.max_generate_length:
+            kept.append(dataclasses.replace(item, row=len(kept)))
+            solutions.append(np.array(ids, np.int32))
+    dropped = len(questions.items) - len(kept)
+    if not kept:
+        raise UserError(
+            f"data: every solution ({dropped}) is longer than max_generate_length {cfg.max_generate_length}. Raise it."
+        )
+    drops = {**questions.drops, **({TOO_LONG: dropped} if dropped else {})}
+    left = Questions(kept, questions.num_dropped + dropped, questions.seed, drops)
+    return Lessons(left, solutions, own.loss_on == "all")
+
+
+def solutions_sha256(questions: Questions) -> str:
+    """What identifies the solutions beside the questions: the cells as they stand, of which columns keep a part."""
+    digest = hashlib.sha256()
+    for item in questions.items:
+        digest.update(json.dumps(item.reference, default=str, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def solution_of(item: Prompt, own: SftSettings, cfg: Config) -> str:
+    """The text that solution_column and solution_template make of a row. Raises UserError naming the row."""
+    cells: dict[str, Any] = dict(item.columns)
+    column = own.solution_column
+    if column is not None:
+        if column != cfg.answer_column and column not in cells:
+            raise UserError(f"solution_column: the data has no column {column!r}, only {sorted(cells)}.")
+        cells["solution"] = item.reference if column == cfg.answer_column else cells[column]
+    template = "{solution}" if own.solution_template is None else own.solution_template
+    for name in re.findall(r"\{(\w+)\}", template):
+        if name not in cells:
+            raise UserError(
+                f"solution_template: the data has no column {name!r}, only {sorted(cells)}. Mend it; held-out "
+                "questions need the same columns (eval_data: null leaves them out)."
+            )
+        cells[name] = _cleaned(cells[name], own.solution_remove, cfg.strip_cells)
+        if not str(cells[name]).strip():
+            raise UserError(f"data: question {item.row + 1}, column {name!r}: the cell is empty. Mend or drop the row.")
+    return fill(template, cells)
+
+
+def _cleaned(cell: Any, remove: list[str], strip: bool) -> Any:
+    if cell is None:
+        return ""
+    text = str(cell)
+    for unwanted in remove:
+        text = text.replace(unwanted, "")
+    return text.strip() if strip else text
+
+
+def _completion(item: Prompt, solution: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the model has to say after the prompt's text, and, under a chat template, what ends its turn."""
+    try:
+        solution.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"data: question {item.row + 1}: its solution holds half of a surrogate pair.") from None
+    if not recipe.chat:
+        return solution
+    assert item.messages is not None
+    turns = [*item.messages, {"role": "assistant", "content": solution}]
+    text = render_chat(tokenizer.get_chat_template(), tokenizer.special_tokens_map, turns, opening=False)
+    if not text.startswith(item.text):
+        raise UserError(
+            f"chat_template: question {item.row + 1}: with the solution in its place the conversation does not begin "
+            "with the prompt, so the prompt cannot be learned from. Try --chat_template false, or chat_template_file."
+        )
+    return text[len(item.text) :]
+
+
+def _ended(ids: list[int], stop_ids: frozenset[int], end: int) -> list[int]:
+    """Up to the first token that ends a completion; with one where there is none.
+
+    >>> _ended([5, 0, 8], frozenset({0}), 0), _ended([5], frozenset({0, 2}), 2)
+    ([5, 0], [5, 2])
+    """
+    for here, token in enumerate(ids):
+        if token in stop_ids:
+            return ids[: here + 1]
+    return [*ids, end]

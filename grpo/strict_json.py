@@ -1,0 +1,72 @@
+"""JSON of unknown origin, read strictly: bounded size and depth, no duplicate keys, no NaN.
+
+Imports neither torch nor transformers.
+"""
+
+import json
+import math
+import stat
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 2**24  # settings, indices, manifests: kilobytes in practice
+
+
+def parse_json(text: str | bytes, infinity: bool = False) -> Any:
+    """JSON as the standard has it: no NaN, no duplicate keys, no number beyond a float's range, bounded depth.
+
+    infinity: let Infinity pass, which configs of some models hold. Raises ValueError.
+
+    >>> parse_json('{"a": 1, "a": 2}')
+    Traceback (most recent call last):
+    ValueError: the key 'a' stands there twice
+    """
+
+    def constant(word: str) -> float:
+        if infinity and word != "NaN":
+            return float(word)
+        raise ValueError(f"{word} is no JSON number")
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else constant(digits if not infinity else "Infinity")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise ValueError(f"the key {twice[:60]!r} stands there twice")
+        return found
+
+    try:
+        return json.loads(
+            text if isinstance(text, str) else text.decode("utf-8"),
+            parse_constant=constant, parse_float=number, object_pairs_hook=unique,
+        )  # fmt: skip
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def check_regular(path: Path, limit: int | None = None) -> int:
+    """Size in bytes of a regular file, links followed. Raises OSError when there is none."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no regular file")
+    if limit is not None and found.st_size > limit:
+        raise ValueError(f"it has {found.st_size} bytes, more than {limit}")
+    return found.st_size
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES, infinity: bool = False) -> Any:
+    """Read a JSON file strictly. Raises OSError or ValueError."""
+    check_regular(path, limit)
+    return parse_json(path.read_bytes(), infinity)
+
+
+def read_object(path: Path, infinity: bool = False) -> dict[str, Any]:
+    """Read a JSON file that must hold an object. Raises OSError or ValueError."""
+    value = read_json(path, infinity=infinity)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    return value

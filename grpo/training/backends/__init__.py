@@ -1,0 +1,85 @@
+"""Backends: who sums gradients over ranks, and who steps the optimizer.
+
+The gradient contract, one sentence, tested on every backend: the loss passed to `backward` is already
+divided by the global denominator, and the optimizer steps on the *sum* of gradients over ranks.
+
+`replicated` keeps whole weights on every rank: a single process, or data parallel. `zero` hands them to
+DeepSpeed's ZeRO. Another backend is another file with the same methods, and a line in `load_backend`.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from grpo.config.settings import Config
+from grpo.errors import UserError
+from grpo.forward.logprobs import Scorer
+from grpo.runtime.distributed import World
+from grpo.types import MicroBatch
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous part of one parameter's flattened optimizer moment, held by this rank."""
+
+    name: str  # of the parameter
+    moment: str  # one of MOMENTS
+    start: int  # first element
+    values: Tensor  # [n]
+
+
+ReadMoment = Callable[[str, str, int, int], Tensor]  # name, moment, start, length -> [length]
+
+
+class Backend(Protocol):
+    """What the policy needs of a backend."""
+
+    even_work: bool
+    """Whether every rank must run equally many micro-batches and head blocks, because each is a collective."""
+
+    def score(self, micro: MicroBatch) -> Tensor:
+        """Log-probs [B, T] by the trained model."""
+
+    def train(self, mode: bool) -> None:
+        """Switch between training and evaluation."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add this micro-batch's gradient; `last` of its minibatch."""
+
+    def step(self, lr: float, max_norm: float) -> float:
+        """Sum gradients over ranks, clip, step. Returns the norm before clipping, equal on every rank.
+
+        A norm that is not finite means that weights and moments are unchanged, on every rank.
+        """
+
+    def forget(self) -> None:
+        """Drop the gradients added since the last step. Only where `even_work` is False."""
+
+    def held(self) -> Iterable[tuple[str, Tensor]]:
+        """What this rank keeps in memory between updates: weights (or its shard of them) and optimizer state."""
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        """Stream the current weights, whole tensors. Every rank must iterate to the end."""
+
+    def moments(self) -> Iterable[Piece]:
+        """This rank's share of the optimizer state; the ranks' shares together are the whole."""
+
+    def load_moments(self, read: ReadMoment, updates: int) -> None:
+        """Take this rank's share from a reader of the whole, after `updates` optimizer steps."""
+
+
+def load_backend(cfg: Config, world: World, scorer: Scorer) -> Backend:
+    """The backend that the config asks for."""
+    if cfg.backend == "single" and world.size > 1:
+        raise UserError(f"backend: single is for one process, got {world.size}. Use ddp or deepspeed.")
+    if cfg.backend == "deepspeed":
+        from grpo.training.backends.deepspeed import Zero
+
+        return Zero(scorer, cfg, world)
+    from grpo.training.backends.ddp import Replicated
+
+    return Replicated(scorer, cfg, world)

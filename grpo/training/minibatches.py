@@ -1,0 +1,141 @@
+"""The plan of a step: which rows make an optimizer step, which a micro-batch, and whose.
+
+`make_plan` is computed on every rank from the same lengths and gives the same answer. Micro-batches are cut by a token
+budget and do not depend on the number of ranks; only their owners do. Rows whose gradient is exactly zero are left out
+of the compute, never out of the denominators.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from grpo.config.settings import Config
+from grpo.forward.flat_rows import common_header
+from grpo.types import Prompt
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """The rows of one optimizer step, over all ranks."""
+
+    samples: tuple[int, ...]  # all of them: the denominators count these
+    micro_batches: tuple[tuple[int, ...], ...]  # the rows that carry gradient
+    owners: tuple[int, ...]  # the rank of each micro-batch
+
+    def of_rank(self, rank: int) -> list[tuple[int, ...]]:
+        """The micro-batches of one rank."""
+        return [micro for micro, owner in zip(self.micro_batches, self.owners, strict=True) if owner == rank]
+
+
+def split_evenly(num_items: int, num_parts: int) -> list[range]:
+    """Contiguous parts whose sizes differ by at most one.
+
+    >>> split_evenly(5, 2)
+    [range(0, 2), range(2, 5)]
+    """
+    edges = [num_items * part // num_parts for part in range(num_parts + 1)]
+    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def cut_micro_batches(samples: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[tuple[int, ...]]:
+    """Pack rows, longest first, so that rows times longest row stays within the budget (one row at least).
+
+    >>> cut_micro_batches([0, 1, 2], lengths=[4, 10, 5], max_tokens=10)
+    [(1,), (2, 0)]
+    """
+    micro_batches: list[tuple[int, ...]] = []
+    current: list[int] = []
+    for sample in sorted(samples, key=lambda n: (-lengths[n], n)):
+        if current and (len(current) + 1) * lengths[current[0]] > max_tokens:
+            micro_batches.append(tuple(current))
+            current = []
+        current.append(sample)
+    return [*micro_batches, tuple(current)] if current else micro_batches
+
+
+def cut_trees(
+    samples: Sequence[int], prompts: Sequence[int], lengths: Sequence[int], group: int, max_tokens: int, header: int = 0
+) -> list[tuple[int, ...]]:
+    """Pack rows of whole groups, longest first, so that prompts and completions together stay within the budget.
+
+    prompts, lengths: tokens of each row's prompt and completion; a prompt counts once for all rows of its group, row
+    n being of group n // group, and the `header` that all prompts begin with once a micro-batch. One row at least.
+
+    >>> cut_trees([0, 1, 2, 3], prompts=[5, 5, 5, 5], lengths=[4, 3, 9, 2], group=2, max_tokens=16)
+    [(2, 3), (0, 1)]
+    """
+    longest: dict[int, int] = {}
+    for n in samples:
+        longest[n // group] = max(longest.get(n // group, 0), prompts[n] + lengths[n])
+    micro_batches: list[tuple[int, ...]] = []
+    current: list[int] = []
+    used = header
+    own = [tokens - header for tokens in prompts]
+    for n in sorted(samples, key=lambda n: (-longest[n // group], n // group, -lengths[n], n)):
+        shared = bool(current) and current[-1] // group == n // group
+        if current and used + lengths[n] + (0 if shared else own[n]) > max_tokens:
+            micro_batches.append(tuple(current))
+            current, used, shared = [], header, False
+        used += lengths[n] + (0 if shared else own[n])
+        current.append(n)
+    return [*micro_batches, tuple(current)] if current else micro_batches
+
+
+def assign(costs: Sequence[int], world_size: int) -> list[int]:
+    """Owner of each micro-batch: the dearest first, each to the rank with least to do.
+
+    >>> assign([5, 4, 3], 2)
+    [0, 1, 1]
+    """
+    load = [0] * world_size
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[i] = load.index(min(load))
+        load[owners[i]] += costs[i]
+    return owners
+
+
+def make_plan(
+    cfg: Config, prompts: Sequence[Prompt], lengths: np.ndarray, advantages: np.ndarray, world_size: int,
+    shares: bool = True,
+) -> list[Minibatch]:  # fmt: skip
+    """Cut a step's rows into minibatches of whole groups, and those into micro-batches with owners.
+
+    lengths, advantages: [N], of all rows. Without KL, a row with advantage 0 carries no gradient. shares: rows are
+    computed without padding and prompts once a group; else padded, each with its own prompt.
+    """
+    group = cfg.num_generations
+    asked = [len(prompts[n // group].token_ids) for n in range(len(lengths))]
+    said = lengths.tolist()
+    header = common_header([prompt.token_ids for prompt in prompts]) if shares else 0
+    total = [prompt + int(length) for prompt, length in zip(asked, said, strict=True)]
+    carries = [
+        bool(length > 0 and (cfg.beta > 0 or gain != 0)) for length, gain in zip(lengths, advantages, strict=True)
+    ]
+    plan = []
+    for groups in split_evenly(len(prompts), cfg.num_minibatches):
+        samples = range(groups.start * group, groups.stop * group)
+        trained = [n for n in samples if carries[n]]
+        if shares:
+            micro_batches = cut_trees(trained, asked, said, group, cfg.micro_batch_tokens, header)
+            asked_once = [{n // group: asked[n] - header for n in micro} for micro in micro_batches]
+            costs = [
+                header + sum(once.values()) + sum(said[n] for n in micro)
+                for once, micro in zip(asked_once, micro_batches, strict=True)
+            ]
+        else:
+            micro_batches = cut_micro_batches(trained, total, cfg.micro_batch_tokens)
+            costs = [len(micro) * total[micro[0]] for micro in micro_batches]
+        plan.append(Minibatch(tuple(samples), tuple(micro_batches), tuple(assign(costs, world_size))))
+    return plan
+
+
+def trainers_of(plan: Sequence[Minibatch]) -> dict[int, int]:
+    """Row -> the rank that trains on it."""
+    return {
+        sample: owner
+        for minibatch in plan
+        for micro, owner in zip(minibatch.micro_batches, minibatch.owners, strict=True)
+        for sample in micro
+    }

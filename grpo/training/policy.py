@@ -1,0 +1,296 @@
+"""The policy: the model being trained, its optimizer, its frozen reference.
+
+One update: for each of this rank's micro-batches log-probs, loss, backward; then the backend sums
+gradients, all ranks agree that they are finite, the norm is clipped, the optimizer steps.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo.config.settings import Config, updates_per_step
+from grpo.errors import UserError
+from grpo.forward.logprobs import Scorer
+from grpo.models.checks import is_lora, load_model
+from grpo.models.offload import Parking, brought, check_device
+from grpo.runtime.checksums import checksums, first_difference
+from grpo.runtime.distributed import World
+from grpo.runtime.out_of_memory import OutOfMemory, Room, ran_out
+from grpo.training.backends import Backend, load_backend
+from grpo.training.exchange import halves
+from grpo.training.losses import k3, ppo_clip
+from grpo.training.metrics import Tally
+from grpo.training.skipped_updates import SkippedUpdate, count_skip
+from grpo.types import Counters, MicroBatch, Pulse
+
+Done = TypeVar("Done")
+
+MAX_TRUSTED_GAP = 1e-4  # largest |sampler - trainer| log-prob for sampler log-probs to serve as old ones
+
+
+def learning_rate(cfg: Config, update: int, total_updates: int) -> float:
+    """Rate of optimizer step `update` (from 0): linear warmup, then constant, linear or cosine to zero.
+
+    >>> learning_rate(Config(lr=1.0, lr_schedule="linear"), 5, 10)
+    0.5
+    """
+    warmup = math.ceil(cfg.warmup_ratio * total_updates)
+    if update < warmup:
+        return cfg.lr * (update + 1) / warmup
+    progress = min(1.0, (update - warmup) / max(1, total_updates - warmup))
+    if cfg.lr_schedule == "linear":
+        return cfg.lr * (1 - progress)
+    if cfg.lr_schedule == "cosine":
+        return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.lr
+
+
+class Policy:
+    """The trained model behind one backend."""
+
+    def __init__(self, cfg: Config, world: World, model: PreTrainedModel, reference: PreTrainedModel | None = None):
+        self.cfg = cfg
+        self.world = world
+        self.model = model
+        self.counters = Counters()
+        self.last_lr = 0.0
+        if cfg.gradient_checkpointing:
+            # The older name serves transformers before 5.23. Without reentrance is both names' default.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+            model.enable_input_require_grads()
+        self.reference = None if reference is None else Scorer(reference.requires_grad_(False), cfg)
+        self.shares_reference = cfg.beta > 0 and is_lora(model)  # the model itself, without its adapter
+        self.parking = Parking(model)
+        self.scorer = scorer = Scorer(model, cfg)
+        self.vocab_size = scorer.head.vocab_size
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())  # before any sharding
+        self.backend: Backend = load_backend(cfg, world, scorer)
+        self.even_block = scorer.block_tokens if self.backend.even_work else 0
+        self.room = Room("update", "micro_batch_tokens", "tokens")
+        self.sealed: dict[str, int] = {}
+        self.pulse: Pulse = lambda: False  # called for each micro-batch; an update that has begun is finished
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        """Stream the weights, for engines and checkpoints."""
+        return self.backend.weights()
+
+    def seal(self) -> None:
+        """Remember checksums of what this rank holds, until the next update."""
+        self.sealed = checksums(self.backend.held())
+
+    def broken_seal(self) -> str | None:
+        """What is no longer as `seal` met it, though no update came between: memory has failed. None: all is well."""
+        return first_difference(self.sealed, checksums(self.backend.held())) if self.sealed else None
+
+    def _reference_logprobs(self, micro: MicroBatch) -> Tensor | None:
+        if self.shares_reference:
+            from grpo.models.lora import as_reference  # late: peft takes seconds
+
+            with as_reference(self.model):
+                return self.backend.score(micro)
+        return None if self.reference is None else self.reference(micro)
+
+    @torch.no_grad()
+    def annotate(self, batches: Sequence[Sequence[MicroBatch]]) -> list[list[MicroBatch]]:
+        """Add old and reference log-probs, before the first update of the step.
+
+        Old ones are the sampler's where its gap to our own forward was small; else our own forward's: for a
+        single update those are the bare ones, detached (None); for several, an extra forward.
+        """
+        away = self.reference is not None and self.cfg.reference_offload
+        with brought(self.reference, self.world.device) if away and self.reference else nullcontext():
+            return [
+                self._within_memory(minibatch, lambda pieces: [self._annotate(micro) for micro in pieces])
+                for minibatch in batches
+            ]
+
+    def _annotate(self, micro: MicroBatch) -> MicroBatch:
+        self.pulse()
+        old = None
+        if self.counters.trust_sampler:
+            old = micro.sampler_logprobs
+        elif updates_per_step(self.cfg) > 1:
+            old = self.backend.score(micro)
+        return dataclasses.replace(micro, old_logprobs=old, ref_logprobs=self._reference_logprobs(micro))
+
+    def _within_memory(self, minibatch: Sequence[MicroBatch], work: Callable[[list[MicroBatch]], Done]) -> Done:
+        """Do the work on a minibatch; where memory does not suffice, again on smaller micro-batches.
+
+        Raises OutOfMemory when a single row is too much, or at once where micro-batches are collectives.
+        """
+        while True:
+            pieces = list(minibatch)
+            while (big := next((i for i, m in enumerate(pieces) if self._too_big(m)), None)) is not None:
+                pieces[big : big + 1] = halves(pieces[big])
+            try:
+                done = work(pieces)
+                self.room.fitted()
+                return done
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+            largest = max(pieces, key=lambda micro: micro.input_ids.numel())
+            shape = f"{largest.input_ids.shape[0]} rows of {largest.input_ids.shape[1]} tokens"
+            if self.backend.even_work:
+                raise OutOfMemory(
+                    f"update: out of memory with {shape}; zero_stage {self.cfg.zero_stage} cannot try again in smaller "
+                    f"pieces. Lower micro_batch_tokens (now {self.cfg.micro_batch_tokens}) and run the same command."
+                )
+            self.backend.forget()
+            self.room.halve(largest.input_ids.numel(), smallest=len(largest.samples) == 1, shape=shape)
+
+    def _too_big(self, micro: MicroBatch) -> bool:
+        tokens = micro.input_ids.numel()
+        return len(micro.samples) > 1 and tokens > self.room.part(tokens)
+
+    def loss(self, micro: MicroBatch, tally: Tally, weights_unchanged: bool) -> Tensor:
+        """Weighted loss of a micro-batch, already divided by the global denominator."""
+        cfg = self.cfg
+        logprobs = self.backend.score(micro)  # [B, T]
+        old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
+        log_ratio = torch.where(micro.mask, logprobs - old, 0.0)
+        high = cfg.clip_eps if cfg.clip_eps_high is None else cfg.clip_eps_high
+        token_loss = ppo_clip(log_ratio, micro.advantages, cfg.clip_eps, high)
+        sampler_gap = torch.where(micro.mask, old - micro.sampler_logprobs, 0.0)
+        if not self.counters.trust_sampler:
+            token_loss = token_loss * sampler_gap.clamp(-20, 20).exp().clamp(max=cfg.max_importance_weight)
+        means = {}
+        if micro.ref_logprobs is not None:
+            means["kl"] = k3(logprobs, torch.where(micro.mask, micro.ref_logprobs, logprobs.detach()))
+            token_loss = token_loss + cfg.beta * means["kl"]
+        assert micro.weights is not None
+        loss = (torch.where(micro.mask, token_loss, 0.0) * micro.weights).sum()
+
+        ratio = log_ratio.detach().clamp(-20, 20).exp()
+        gain = micro.advantages[:, None]
+        means["clip/low"] = (ratio < 1 - cfg.clip_eps) & (gain < 0)
+        means["clip/high"] = (ratio > 1 + high) & (gain > 0)
+        means["kl_old"] = ratio - 1 - log_ratio.detach()  # k3 of KL(old || policy)
+        maxima = {}
+        if weights_unchanged:  # sampler and trainer hold the same weights: any gap is arithmetic
+            gap = torch.where(micro.mask, logprobs.detach() - micro.sampler_logprobs, 0.0)
+            means["sampler_gap/mean"] = gap.abs()
+            maxima["sampler_gap/max"] = gap.abs().amax()
+            maxima["ratio_gap"] = (gap.clamp(-20, 20).exp() - 1).abs().amax()
+            if not self.counters.trust_sampler:
+                means["clip/importance"] = sampler_gap.exp() > cfg.max_importance_weight
+        tally.micro_batch(loss.detach(), means, maxima, micro.mask)
+        return loss
+
+    def update(
+        self, minibatch: Sequence[MicroBatch], tally: Tally, total_updates: int, weights_unchanged: bool
+    ) -> float:
+        """Take one optimizer step on a minibatch. Returns the gradient norm before clipping.
+
+        Raises SkippedUpdate, on every rank alike, when any rank met a number that is not finite: gradients are
+        dropped, weights and moments stay as they are.
+        """
+        self.backend.train(True)
+        tally.updates += 1
+        mark = tally.mark()
+
+        def accumulate(pieces: list[MicroBatch]) -> list[Tensor]:
+            tally.rewind(mark)
+            losses: list[Tensor] = []
+            # 1, exactly, until a loss is not finite; NaN from then on. A NaN gradient is how one rank tells all: the
+            # sum over ranks, and so the norm, is NaN everywhere. Nothing is read, so that the device is kept busy.
+            healthy: Tensor | float = 1.0
+            for i, micro in enumerate(pieces):
+                self.pulse()
+                self.key_dropout(micro)
+                with self.parking.around(self.cfg.activation_offload):
+                    loss = self.loss(micro, tally, weights_unchanged)
+                losses.append(loss.detach())
+                healthy = healthy + 0.0 * losses[-1]
+                self.backend.backward(loss * healthy, last=i + 1 == len(pieces))
+            tally.settle()  # waits for the device once, so that the phase's seconds are those of its work
+            return losses
+
+        with tally.phase("micro_batches"):
+            losses = self._within_memory(minibatch, accumulate)
+        lr = learning_rate(self.cfg, self.counters.updates, total_updates)
+        with tally.phase("reduce"):
+            norm = self.backend.step(lr, self.cfg.max_grad_norm)
+        self.backend.train(False)
+        if not math.isfinite(norm):
+            raise SkippedUpdate(f"gradient norm {norm}", torch.stack(losses).tolist() if losses else [])
+        self.last_lr = lr
+        self.counters.updates += 1
+        return norm
+
+    def key_dropout(self, micro: MicroBatch) -> None:
+        """Choose the masks of an adapter's dropout, if it has any, for this micro-batch of the next update."""
+        if not self.cfg.lora_dropout:
+            return
+        from grpo.models.lora import key_dropout  # late: peft takes seconds
+
+        key_dropout(self.model, self.cfg.seed, self.counters.updates, max(0, min(micro.samples, default=0)))
+
+    def train_on(
+        self, batches: Sequence[Sequence[MicroBatch]], tally: Tally, total_updates: int, broken: bool,
+        on_skip: Callable[["Policy", Sequence[MicroBatch], SkippedUpdate, int], None],
+    ) -> list[float]:  # fmt: skip
+        """Pass `num_iterations` times over a step's minibatches. Returns the norms of the updates that were taken.
+
+        broken: the rollout met logits that were not finite, nothing of this step can be trained on. Skipped
+        updates are counted and shown to `on_skip`. Raises Diverged after too many in a row.
+        """
+        norms = []
+        for iteration in range(self.cfg.num_iterations):
+            for i, minibatch in enumerate(batches):
+                try:
+                    if broken:
+                        raise SkippedUpdate("logits of the rollout were not finite", [])
+                    norms.append(self.update(minibatch, tally, total_updates, iteration == i == 0))
+                    self.counters.consecutive_skips = 0
+                except SkippedUpdate as skip:
+                    on_skip(self, minibatch, skip, iteration)
+                    count_skip(self.counters, self.cfg.max_bad_steps)
+        if self.cfg.check_weights_steps:
+            self.seal()
+        return norms
+
+    def trust(self, metrics: dict[str, float]) -> None:
+        """Decide from this step's measured gap whether the sampler's log-probs serve as the next step's old ones."""
+        if "sampler_gap/mean" in metrics:
+            self.counters.trust_sampler = metrics["sampler_gap/max"] <= MAX_TRUSTED_GAP
+
+
+def load_policy(cfg: Config, world: World, checkpoint: Path | None = None, kind: type[Policy] = Policy) -> Policy:
+    """Load the model, or a checkpoint's; and the frozen start as reference when beta > 0. Raises UserError."""
+    assert cfg.model is not None
+    check_device(cfg, world.device)
+    if cfg.lora_dropout and kind is Policy:
+        raise UserError(
+            f"lora_dropout: must be 0 in GRPO, got {cfg.lora_dropout:g}: what is trained must be the distribution that "
+            "was sampled. Set it in the sft section alone."
+        )
+    reference = None
+    if cfg.beta > 0 and not cfg.lora_r:
+        reference = load_model(cfg.model, torch.device("cpu") if cfg.reference_offload else world.device)
+    return kind(cfg, world, load_trained(cfg, world.device, checkpoint), reference)
+
+
+def load_trained(cfg: Config, device: torch.device, checkpoint: Path | None = None) -> PreTrainedModel:
+    """The model to be trained, or a checkpoint's, with its adapter where there is one. Raises UserError."""
+    assert cfg.model is not None
+    if cfg.lora_r:
+        from grpo.models.lora import load_lora  # late: peft takes seconds
+
+        return load_lora(cfg, device, checkpoint)
+    return load_model(str(checkpoint or cfg.model), device)
+
+
+def load_rollout_model(policy: Policy) -> PreTrainedModel:
+    """The module that our own engine samples with: the policy's own, or a whole copy where its weights are sharded."""
+    if policy.cfg.backend != "deepspeed" or policy.cfg.zero_stage < 3:
+        return policy.model
+    # requires_grad stays on, though no gradient is ever taken: autocast keeps its bf16 casts of such weights only.
+    return load_trained(policy.cfg, policy.world.device)

@@ -1,0 +1,238 @@
+"""Scores of a step's rows, and the O(N) table of numbers that every rank gets to see.
+
+Every rank scores the completions it sampled and fills their rows of a float64 table; one sum over ranks
+completes it. All statistics are then computed from the whole table, alike on every rank.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from grpo.config.settings import Config, prompts_per_step
+from grpo.errors import UserError
+from grpo.rewards import Failure, Reward, Sample
+from grpo.rewards.calls import Call
+from grpo.rewards.pool import Rewards
+from grpo.runtime.distributed import World
+from grpo.training.advantages import equal_groups, group_advantages
+from grpo.types import FACTS, Completion, Prompt, Pulse, Table
+
+REPORTED_FAILURES = 3  # of one function in a step, on each rank
+FAILED, LATE = 1.0, 2.0  # why a function gave no score for a row
+NO_SCORE = float("nan")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """This rank's completions with what the reward functions said."""
+
+    completions: Sequence[Completion]
+    samples: list[Sample]
+    scores: np.ndarray  # [len(completions), K] float64, NaN where a function does not apply
+    faults: np.ndarray  # [len(completions), K] 0, FAILED or LATE
+
+
+class Scoring:
+    """Scores of a step's, or an evaluation's completions on this rank, asked for while others are still sampled.
+
+    Where rewards take their time (`Rewards.early`) they get a completion as soon as `take` does, and a group once all
+    of it is there; `pulse` moves their calls along, and `finish` waits for what is missing. What comes out does not
+    depend on when completions were taken.
+    """
+
+    def __init__(
+        self, cfg: Config, rewards: Rewards, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase,
+        report: Callable[[str], None], pulse: Pulse = lambda: False, num_generations: int | None = None,
+    ):  # fmt: skip
+        """`report` gets a line for each of a function's first failures. num_generations: of a prompt; None: as in cfg.
+
+        Raises UserError when a worker cannot be started.
+        """
+        self.rewards, self.prompts, self.tokenizer, self.report = rewards, prompts, tokenizer, report
+        self.num_generations = num_generations or cfg.num_generations
+        self.as_messages = cfg.reward_inputs == "messages"
+        self.asked_to_stop = pulse
+        self.stopped = False
+        self.taken: dict[int, Completion] = {}  # by sample, like the next two
+        self.samples: dict[int, Sample] = {}
+        self.rows: dict[int, int] = {}  # in the order of arrival: what calls name
+        self.parts: dict[int, list[int]] = {}  # samples of groups that are not whole yet
+        self.places: dict[tuple[int, tuple[int, ...]], int] = {}  # (function, samples) -> place of the call
+        rewards.begin()
+
+    def pulse(self) -> bool:
+        """For whoever samples, in place of the pulse that was given."""
+        if not self._stop():
+            self.rewards.advance()
+        return self.stopped
+
+    def take(self, completions: Sequence[Completion]) -> None:
+        """Completions that are final, each once. After a request to stop they may be cut, and are left alone."""
+        if self.rewards.early and not self.stopped:
+            self._submit(completions)
+            self.rewards.advance()
+
+    def finish(self, completions: Sequence[Completion]) -> Scored:
+        """What the rewards say of all completions, in the order in which they are given here.
+
+        When the pulse says stop, what is not scored yet stays without a score, and counts as no failure.
+        """
+        for one in completions:
+            same = one.sample not in self.taken or np.array_equal(one.token_ids, self.taken[one.sample].token_ids)
+            assert same, "a completion that was taken is not the one that was returned"
+        if not self.stopped:
+            self._submit([one for one in completions if one.sample not in self.taken], last=True)
+        answers = self.rewards.collect(self._stop)
+        samples = [self.samples.get(one.sample) or self._sample(one) for one in completions]
+        row_of = {one.sample: row for row, one in enumerate(completions)}
+        whole: dict[int, list[int]] = {}
+        for sample in sorted(row_of):
+            whole.setdefault(sample // self.num_generations, []).append(sample)
+        scores = np.full((len(samples), len(self.rewards.rewards)), NO_SCORE)
+        faults = np.zeros_like(scores)
+        for k, reward in enumerate(self.rewards.rewards):
+            failures: list[Failure] = []
+            for chosen in whole.values() if reward.sees_group else [[sample] for sample in row_of]:
+                place = self.places.get((k, tuple(chosen)))
+                answer = None if place is None else answers[place]
+                for sample, outcome in zip(chosen, answer.outcomes if answer else [], strict=answer is not None):
+                    row = row_of[sample]
+                    if isinstance(outcome, str):
+                        assert answer is not None
+                        failures.append(Failure(reward.name, outcome, samples[row], answer.timeout))
+                        faults[row, k] = LATE if answer.timeout else FAILED
+                    elif outcome is not None:
+                        scores[row, k] = outcome
+            for failure in failures[:REPORTED_FAILURES]:
+                self.report(str(failure))
+        return Scored(completions, samples, scores, faults)
+
+    def _stop(self) -> bool:
+        self.stopped = self.asked_to_stop() or self.stopped
+        return self.stopped
+
+    def _submit(self, completions: Sequence[Completion], last: bool = False) -> None:
+        """Have the calls made that these completions allow; last: groups that are not whole will not become so."""
+        for one in completions:
+            assert one.sample not in self.taken, "a completion was given twice"
+            self.rows[one.sample] = len(self.rows)
+            self.taken[one.sample], self.samples[one.sample] = one, self._sample(one)
+            self.parts.setdefault(one.sample // self.num_generations, []).append(one.sample)
+        ready = sorted(p for p, part in self.parts.items() if last or len(part) == self.num_generations)
+        groups = [tuple(sorted(self.parts.pop(p))) for p in ready]
+        singles = [(one.sample,) for one in completions]
+        calls = []
+        for k, reward in enumerate(self.rewards.rewards):
+            for chosen in groups if reward.sees_group else singles:
+                self.places[k, chosen] = len(self.places)
+                calls.append(Call(k, tuple(self.rows[sample] for sample in chosen)))
+        self.rewards.submit([self.samples[one.sample] for one in completions], calls)
+
+    def _sample(self, completion: Completion) -> Sample:
+        """A completion as rewards see it."""
+        prompt = self.prompts[completion.sample // self.num_generations]
+        ids = completion.token_ids.tolist()
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        if not self.as_messages:
+            return Sample(prompt.text, text, ids, prompt.columns)
+        messages = prompt.messages or [{"role": "user", "content": prompt.text}]
+        return Sample(messages, [{"role": "assistant", "content": text}], ids, prompt.columns)
+
+
+def combine(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """[N, K] scores, NaN where a function does not apply -> [N] rewards, NaN where none applies.
+
+        reward of a row = sum of weight * score over the functions that apply
+
+    A row to which none applies takes no part in its group's statistics and gets advantage 0.
+
+    >>> combine(np.array([[1.0, np.nan], [np.nan, np.nan]]), [0.5, 1.0]).tolist()
+    [0.5, nan]
+    """
+    applies = ~np.isnan(scores)
+    total = (np.where(applies, scores, 0.0) * np.asarray(weights)).sum(-1)
+    return np.where(applies.any(-1), total, NO_SCORE)
+
+
+def gather(
+    world: World, cfg: Config, rewards: Sequence[Reward], scored: Scored, notices: Sequence[float] = ()
+) -> Table:
+    """Complete the table over ranks. Raises UserError, on every rank alike, when too many calls failed.
+
+    notices: numbers of this rank's own that all ranks should see, such as a request to stop; a few at most.
+    """
+    num_rows = prompts_per_step(cfg) * cfg.num_generations
+    num_functions = len(rewards)  # scores, facts, faults; below the rows, one line a rank
+    table = np.zeros((num_rows + world.size, num_functions + len(FACTS) + num_functions))
+    table[num_rows + world.rank, : len(notices)] = notices
+    for i, completion in enumerate(scored.completions):
+        facts = (
+            len(completion.token_ids), completion.finish == "stop", completion.finish == "error", completion.clamped,
+            float(completion.sampler_logprobs.sum(dtype=np.float64)), float(np.count_nonzero(scored.faults[i])),
+            world.rank,
+        )  # fmt: skip
+        table[completion.sample] = [*scored.scores[i], *map(float, facts), *scored.faults[i]]
+    table, noticed = np.split(world.sum_rows(table), [num_rows])
+    parts, facts_table, faults = np.split(table, [num_functions, num_functions + len(FACTS)], axis=1)
+    check_failures(cfg, faults, [r.name for r in rewards])
+    facts_of = dict(zip(FACTS, facts_table.T, strict=True)) | {
+        _faults_of(r.name): faults[:, k] for k, r in enumerate(rewards)
+    }
+    total = combine(parts, [reward.weight for reward in rewards])
+    return Table([r.name for r in rewards], parts, total, facts_of, cfg.num_generations, noticed)
+
+
+def _faults_of(name: str) -> str:
+    """Under which name a table's facts hold the faults of a function, see Scored."""
+    return f"faults of {name}"
+
+
+def check_failures(cfg: Config, faults: np.ndarray, names: Sequence[str]) -> None:
+    """Stop when a broken function would train garbage. `faults`: see Scored, all rows. Raises UserError."""
+    num_rows = len(faults)
+    for name, column in zip(names, faults.T, strict=True):
+        failed, late = np.count_nonzero(column), np.count_nonzero(column == LATE)
+        if failed > cfg.max_reward_failures * num_rows:
+            raise UserError(
+                f"rewards: {name} failed on {failed} of {num_rows} completions in one step, {late} of them for want of "
+                f"an answer within the time limit (reward_timeout_s {cfg.reward_timeout_s:g}); allowed is a share of "
+                f"{cfg.max_reward_failures:g} (max_reward_failures). The reasons are above: mend the function."
+            )
+
+
+def advantages_of(table: Table, cfg: Config) -> np.ndarray:
+    """[N] advantages over whole groups; 0 for rows without a reward."""
+    scale = cfg.scale_rewards == "group" and cfg.loss != "dr_grpo"
+    return group_advantages(table.grouped, scale, cfg.advantage_clip).ravel()
+
+
+def rollout_metrics(table: Table, advantages: np.ndarray, vocab_size: int) -> dict[str, float]:
+    """What the table says about the rollout. Means are over all rows of all ranks."""
+    tokens = table.lengths.sum()
+    known = table.rewards[~np.isnan(table.rewards)]
+    metrics = {
+        "reward/mean": float(known.mean()) if len(known) else 0.0,
+        "reward/std": float(known.std()) if len(known) else 0.0,
+        "reward/zero_std_groups": float(equal_groups(table.grouped).mean()),
+        "reward/failures": float(table.facts["failures"].sum()),
+        "advantage/abs_mean": float(np.abs(advantages).mean()),
+        "completions/length_mean": float(table.lengths.mean()),
+        "completions/length_max": float(table.lengths.max()),
+        "completions/length_min": float(table.lengths.min()),
+        "completions/truncated": float(1 - (table.facts["stopped"] + table.facts["broken"]).mean()),
+        "completions/broken": float(table.facts["broken"].sum()),
+        "completions/tokens": float(tokens),
+        "entropy": float(-table.facts["logprob_sum"].sum() / max(1, tokens)),
+        "guards/clamped_logits": float(table.facts["clamped"].sum() / max(1, tokens * vocab_size)),
+    }
+    for k, name in enumerate(table.names):
+        column = table.scores[:, k][~np.isnan(table.scores[:, k])]
+        short = name.rpartition(":")[2]
+        faults = table.facts.get(_faults_of(name), np.zeros(len(table.scores)))
+        metrics[f"reward/{short}/failures"] = float((faults != 0).mean())
+        metrics[f"reward/{short}/timeouts"] = float((faults == LATE).mean())
+        if len(column):
+            metrics |= {f"reward/{short}/mean": float(column.mean()), f"reward/{short}/std": float(column.std())}
+    return metrics

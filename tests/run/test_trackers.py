@@ -1,0 +1,192 @@
+"""Where a run's words go: rollouts as JSON lines, text and table; the best checkpoint; wandb and SwanLab offline.
+
+wandb and SwanLab are tested for real where they are installed, and skipped where not.
+"""
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from grpo.config.command_line import load_config
+from grpo.config.settings import Config, tracker_names
+from grpo.errors import UserError
+from grpo.rewards import Sample
+from grpo.run.completions_log import RolloutFile, as_markdown, as_table, rollouts_of
+from grpo.run.trackers import check_trackers, lasting_id, load_trackers
+from grpo.training.advantages import group_advantages
+from grpo.training.scoring import Scored
+from grpo.types import Completion
+from tests.support.launcher import run_script
+
+HOSTILE = "<script>alert(1)</script>\n\x1b[31mred & [bold]gold[/bold]"
+
+
+# --- a real run on two processes
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two steps of the demo, everything logged at each."""
+    folder = tmp_path_factory.mktemp("run")
+    done = run_script(
+        "train.py", "--output_dir", str(folder / "output"), "--runs_dir", str(folder / "runs"), "--max_steps", "2",
+        "--save_steps", "1", "--eval_steps", "1", "--eval_rows", "8", "--log_samples_steps", "1",
+        "--log_completions_steps", "2", "--report_to", "[tensorboard]", nproc=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done
+
+
+def rollouts_in(folder: Path) -> list[dict]:
+    files = sorted(folder.glob("rollouts-rank*.jsonl"))
+    assert [file.name for file in files] == ["rollouts-rank0.jsonl", "rollouts-rank1.jsonl"]
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_completion_is_kept_once_with_its_advantage(run):
+    rows = rollouts_in(run[0] / "runs" / "demo")
+    metrics = [json.loads(line) for line in (run[0] / "runs" / "demo" / "metrics.jsonl").read_text().splitlines()]
+    for step in (1, 2):
+        mine = sorted((row for row in rows if row["step"] == step), key=lambda row: row["row"])
+        assert [row["row"] for row in mine] == list(range(64))
+        rewards = np.array([row["reward"] for row in mine]).reshape(8, 8)
+        [told] = [row["reward/mean"] for row in metrics if row["step"] == step and "reward/mean" in row]
+        assert 0 < rewards.mean() == pytest.approx(told, rel=1e-12)
+        wanted = group_advantages(rewards, True, 10.0).ravel()
+        assert [row["advantage"] for row in mine] == pytest.approx(wanted.tolist(), rel=1e-12)
+        for row in mine:
+            right = row["completion"].rpartition("####")[2].strip() == row["gold"]
+            assert row["rewards"] == {"final_answer_reward": float(right and "####" in row["completion"])}
+            assert row["question"].endswith("now?") and row["finish"] in ("stop", "length")
+
+
+def test_a_few_show_as_text_and_as_a_table(run):
+    [events] = (run[0] / "runs").rglob("events.out.tfevents*")
+    curves = EventAccumulator(str(events.parent)).Reload()
+    [tag] = [tag for tag in curves.Tags()["tensors"] if "samples" in tag]
+    shown = curves.Tensors(tag)
+    assert [event.step for event in shown] == [1, 2]
+    text = shown[0].tensor_proto.string_val[0].decode()
+    assert text.count("**question**") == text.count("**advantage**") == 4 and "final_answer_reward" in text
+    log = (run[0] / "runs" / "demo" / "train.log").read_text(encoding="utf-8")
+    for said in (run[1].stdout, log):
+        assert said.count("completions of step 2") == 1 and said.count("completions of step 1") == 1
+        assert "advantage" in said and "final_answer_reward" in said
+
+
+def test_the_best_checkpoint_is_named(run):
+    best = json.loads((run[0] / "output" / "best.json").read_text())
+    assert best == {"checkpoint": "checkpoint_1", "step": 1, "metric": "eval/accuracy", "value": best["value"]}
+    metrics = [json.loads(line) for line in (run[0] / "runs" / "demo" / "metrics.jsonl").read_text().splitlines()]
+    values = {row["step"]: row["eval/accuracy"] for row in metrics if "eval/accuracy" in row}
+    assert set(values) == {0, 1, 2} and values[2] <= values[1] == best["value"], "step 2 did not do better"
+
+
+# --- the parts
+
+
+def scored(text=HOSTILE):
+    completions = [Completion(row, np.ones(2, np.int32), np.zeros(2, np.float32), "stop") for row in (3, 1)]
+    samples = [Sample("the prompt", text, [1, 2], {"question": text, "answer": "5"}) for _ in completions]
+    return Scored(completions, samples, np.array([[1.0, np.nan], [np.nan, np.nan]]), np.zeros((2, 2)))
+
+
+CFG = Config(rewards={"mark_reward": 2.0, "my.py:other": 1.0})
+
+
+def test_what_a_function_did_not_score_is_null():
+    first, second = rollouts_of(7, scored(), np.array([0.0, -0.5, 0.0, 0.5]), CFG)
+    assert (first.row, first.advantage, first.reward) == (1, -0.5, None)
+    assert (second.row, second.advantage, second.reward) == (3, 0.5, 2.0)
+    assert second.rewards == {"mark_reward": 1.0, "my.py:other": None}
+    assert rollouts_of(7, Scored([], [], np.zeros((0, 2)), np.zeros((0, 2))), np.zeros(4), CFG) == []
+
+
+def test_a_models_text_is_shown_and_not_obeyed():
+    """No HTML in TensorBoard, no escape sequences and no markup on the terminal."""
+    from rich.console import Console
+
+    rollouts = rollouts_of(7, scored(), np.zeros(4), CFG)
+    markdown = as_markdown(rollouts)
+    assert "<script" not in markdown and "&lt;script>" in markdown and "&amp;" in markdown
+    console = Console(record=True, width=160, file=io.StringIO())
+    console.print(as_table(rollouts))
+    shown = console.export_text()
+    assert "\x1b" not in shown and "[bold]gold[/bold]" in shown and "other none" in shown
+
+
+def test_a_resumed_run_writes_a_step_once(tmp_path):
+    def write(step, done):
+        file = RolloutFile(tmp_path, 3, done)
+        file.write(rollouts_of(step, scored(), np.zeros(4), CFG))
+        file.close()
+
+    write(1, 0)
+    write(2, 1)
+    write(2, 1)  # step 2 was lost, and is done again
+    (tmp_path / "rollouts-rank3.jsonl").open("a").write('{"step": 2, "row"')  # the line that a kill cut
+    write(3, 2)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "rollouts-rank3.jsonl").read_text().splitlines()]
+    assert steps == [1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "value, names",
+    [("none", []), ("wandb", ["wandb"]), ("[wandb, swanlab]", ["wandb", "swanlab"]), ("[]", [])],
+)
+def test_one_tracker_or_several(value, names):
+    cfg, _ = load_config(["--model", "m", "--data", "d", "--rewards", '{"mark_reward": 1}', "--report_to", value])
+    assert tracker_names(cfg) == names
+
+
+@pytest.mark.parametrize("value", ["nope", "[nope]", "[wandb, wandb]", "[none, wandb]", "3"])
+def test_no_such_tracker(value):
+    with pytest.raises(UserError, match="report_to"):
+        load_config(["--model", "m", "--data", "d", "--rewards", '{"mark_reward": 1}', "--report_to", value])
+
+
+def test_a_missing_package_is_one_line():
+    missing = [name for name in ("wandb", "swanlab") if importlib.util.find_spec(name) is None]
+    if not missing:
+        pytest.skip("both are installed")
+    with pytest.raises(UserError, match=rf"^report_to: {missing[0]} is not installed\. Install it \(pip install"):
+        check_trackers(Config(report_to=["tensorboard", *missing]))
+    check_trackers(Config(report_to="tensorboard"))
+
+
+def test_a_run_keeps_its_id(tmp_path):
+    made = lasting_id(tmp_path, "wandb")
+    assert lasting_id(tmp_path, "wandb") == made != lasting_id(tmp_path, "swanlab")
+    (tmp_path / "wandb_id").write_text("../../elsewhere")
+    assert lasting_id(tmp_path, "wandb") not in (made, "../../elsewhere")
+
+
+# --- the packages themselves, offline
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+def test_offline_for_real(name, tmp_path, capfd):
+    """Metrics, a text and the settings are in the files; a resumed run has the same id."""
+    pytest.importorskip(name)
+    cfg = Config(report_to=name, tracker_mode="offline", run_name="offline", seed=97531)
+    for done in (0, 1):
+        trackers = load_trackers(cfg, tmp_path, done)
+        assert len(trackers) == 2
+        for tracker in trackers:
+            tracker.scalars(done + 1, {"reward/mean": 0.25})
+            tracker.text(done + 1, "samples", "**gold** 5 &lt; 6")
+            tracker.close()
+    folders = sorted(path for path in (tmp_path / name).glob("*run-*") if not path.is_symlink())
+    assert len(folders) == 2 and all(lasting_id(tmp_path, name) in folder.name for folder in folders)
+    for folder in folders:
+        files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        [log] = [content for path, content in files.items() if path.suffix == f".{name}"]
+        assert b"reward/mean" in log
+        texts = b"".join(content for path, content in files.items() if "media" in path.parts)
+        assert (b"gold** 5 &lt; 6" if name == "wandb" else b"gold** 5 < 6") in texts
+        assert any(b"97531" in content for content in files.values()), "the settings are missing"

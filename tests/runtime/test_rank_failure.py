@@ -1,0 +1,118 @@
+"""When a rank fails the whole job ends soon, says which rank, phase and step, and leaves nobody behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from grpo.errors import UserError
+from grpo.runtime.startup import OutputLock
+from tests.support.launcher import PROJECT, environment, patched_train, run_script
+
+FAST = ("--eval_data", "null", "--max_generate_length", "8", "--save_steps", "0")
+SABOTAGE = """
+import os, signal, time
+from grpo.training.policy import Policy
+
+plain = Policy.annotate
+
+def annotate(self, batches):
+    if self.counters.step == 2 and self.world.rank == 1:
+        {act}
+    return plain(self, batches)
+
+Policy.annotate = annotate
+"""
+
+
+def sabotage(tmp_path, act):
+    """The script and its settings."""
+    script = patched_train(tmp_path, SABOTAGE.format(act=act))
+    return script, "--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"), *FAST
+
+
+def processes_of(folder):
+    """Processes whose command line names a folder."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                if str(folder).encode() in file.read():
+                    found.append(int(pid))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    "act, said",
+    [
+        ("raise RuntimeError('out of luck')", "error: rank 1, phase logprobs, step 3: RuntimeError: out of luck"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "error: rank 1 is gone, last in phase logprobs, step 3"),
+    ],
+    ids=["raises", "killed"],
+)
+def test_a_failing_rank_ends_the_job_with_its_name(tmp_path, act, said):
+    began = time.monotonic()
+    done = run_script(*sabotage(tmp_path, act), nproc=2, timeout=120)
+    assert done.returncode != 0 and said in done.stderr
+    assert processes_of(tmp_path) == []
+    assert time.monotonic() - began < 90, "start-up included; the promise is 60 s from the failure"
+
+
+def start_training(tmp_path, act="time.sleep(600)"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += sabotage(tmp_path, act)
+    return subprocess.Popen(
+        command, cwd=PROJECT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def wait_for(condition, timeout=90.0):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+def test_workers_die_with_their_launcher_and_let_go_of_the_folder(tmp_path):
+    """torchrun killed with -9 while rank 1 hangs: no orphan writes on, and the lock is free again."""
+    job = start_training(tmp_path)
+    heartbeat = tmp_path / "output" / ".ranks" / "rank_1.json"
+    wait_for(lambda: heartbeat.exists() and json.loads(heartbeat.read_text() or "{}").get("step") == 3)
+    with pytest.raises(UserError, match="in use by another run"):
+        OutputLock(tmp_path / "output", lambda line: None, wait_s=0.3)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    wait_for(lambda: processes_of(tmp_path) == [], timeout=5.0)
+    OutputLock(tmp_path / "output", lambda line: None, wait_s=0.3)
+
+
+def test_a_relaunch_waits_for_a_dying_predecessor(tmp_path):
+    """The holder lets go after a second: the next one says that it waits, and then has the folder."""
+    code = "import sys, time; from pathlib import Path; from grpo.runtime.startup import OutputLock\n"
+    code += "lock = OutputLock(Path(sys.argv[1]), print); print('held', flush=True); time.sleep(1.5)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=PROJECT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    said: list[str] = []
+    OutputLock(tmp_path, said.append, wait_s=20)
+    assert holder.wait() == 0 and len(said) == 1 and str(holder.pid) in said[0]
+
+
+def test_ranks_that_mean_different_runs_are_refused(tmp_path):
+    """Rank 1 gets another learning rate: both stop before training, the setting and the rank are named."""
+    script = patched_train(tmp_path, "import os\nif os.environ['RANK'] == '1':\n    sys.argv += ['--lr', '0.5']")
+    settings = ("--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"), *FAST)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, script, *settings],
+        cwd=PROJECT, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0 and "ranks disagree about lr: rank 1 differs from rank 0" in done.stderr
+    assert json.loads((tmp_path / "output" / "exit.json").read_text())["code"] == 2

@@ -1,0 +1,173 @@
+"""The same rollouts, the same rewards, one SGD step: TRL's GRPOTrainer and this trainer move the weights alike.
+
+Optional: TRL is no dependency. `pip install trl==1.16.0` beside the project, then
+
+    pytest tests/training/test_trl_parity.py --full -s          (-s shows the measured differences)
+
+Rollouts reach TRL through `rollout_func`, and ours through the same plan and delivery as in training, so that
+left-out rows, several micro-batches and the denominators are all in the comparison. Chance cannot pass: a
+wrong denominator, or a KL term left out, is off by more than 1e-2, which each test asserts too.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from grpo.config.settings import Config, updates_per_step
+from grpo.models.checks import load_model
+from grpo.models.loading import load_tokenizer
+from grpo.runtime.distributed import start
+from grpo.training.advantages import group_advantages
+from grpo.training.exchange import deliver
+from grpo.training.metrics import Tally
+from grpo.training.minibatches import make_plan
+from grpo.training.policy import Policy
+from grpo.types import Completion, Prompt
+from tests.support.rank_jobs import table_of
+from tests.support.tiny import save_tiny
+
+trl = pytest.importorskip("trl", reason="TRL is not installed (optional: pip install trl==1.16.0)")
+datasets = pytest.importorskip("datasets")
+
+pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]
+
+QUESTIONS = ["Mia has 7 pears.", "She buys 3, eats 2.", "How many pears does she have now?"]
+G, MAX_LENGTH, TEMPERATURE, LR = 4, 24, 0.9, 1.0
+TOLERANCE, BROKEN = 1e-5, 1e-2
+OTHER_LOSS = {"grpo": "dapo", "dapo": "grpo", "dr_grpo": "dapo"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model folder: the reference, and where the policy starts before it is pushed off."""
+    return save_tiny(tmp_path_factory.mktemp("base"))
+
+
+def pushed(model, size=0.3):
+    """Move every weight a little at random, so that policy and reference differ and the KL term pulls."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def rollouts(tokenizer):
+    """Prompts, completions of many lengths, rewards [N]; the second group's rewards are all equal."""
+    rng = np.random.default_rng(0)
+    prompts = [Prompt(p, text, tuple(tokenizer(text)["input_ids"]), {}) for p, text in enumerate(QUESTIONS)]
+    lengths = rng.integers(1, MAX_LENGTH + 1, len(prompts) * G)
+    lengths[0] = MAX_LENGTH
+    completions = [
+        Completion(n, rng.integers(3, len(tokenizer), length).astype(np.int32), np.zeros(length, np.float32), "length")
+        for n, length in enumerate(lengths)
+    ]
+    rewards = rng.normal(size=len(completions))
+    rewards[G : 2 * G] = 0.5
+    return prompts, completions, rewards
+
+
+def movement(model, before):
+    """How far every weight went, as one vector."""
+    return torch.cat([(p.detach() - before[name]).flatten() for name, p in model.named_parameters()])
+
+
+def start_model(base):
+    model = pushed(load_model(str(base), torch.device("cpu")))
+    return model, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def trl_movement(base, out, loss, beta, num_updates=1):
+    """TRL's SGD on the injected rollouts."""
+    tokenizer = load_tokenizer(str(base))
+    prompts, completions, rewards = rollouts(tokenizer)
+    ids_of = {p.text: [completions[p.row * G + g].token_ids.tolist() for g in range(G)] for p in prompts}
+    reward_of = {tuple(c.token_ids.tolist()): float(r) for c, r in zip(completions, rewards, strict=True)}
+
+    def inject(texts, trainer):
+        chosen = [ids_of[text][texts[:i].count(text)] for i, text in enumerate(texts)]
+        return {
+            "prompt_ids": [tokenizer(text)["input_ids"] for text in texts],
+            "completion_ids": chosen,
+            "logprobs": [[0.0] * len(ids) for ids in chosen],
+        }
+
+    def injected_reward(completion_ids, **columns):
+        return [reward_of[tuple(ids)] for ids in completion_ids]
+
+    model, before = start_model(base)  # its config names the folder, from where TRL loads the reference
+    args = trl.GRPOConfig(
+        output_dir=str(out), loss_type=loss, beta=beta, use_bias_correction_kl=False, scale_rewards="none",
+        num_generations=G, per_device_train_batch_size=6, gradient_accumulation_steps=2, steps_per_generation=2,
+        num_iterations=num_updates, max_steps=num_updates, max_completion_length=MAX_LENGTH, temperature=TEMPERATURE,
+        optim="sgd", learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=0.0, disable_dropout=True,
+        bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trl.GRPOTrainer(
+        model=model, reward_funcs=injected_reward, args=args, processing_class=tokenizer, rollout_func=inject,
+        train_dataset=datasets.Dataset.from_dict({"prompt": QUESTIONS}),
+    ).train()  # fmt: skip
+    return movement(model, before)
+
+
+def our_movement(base, loss, beta, num_updates=1):
+    """SGD with our gradients: the plan, delivery, log-probs and loss of training, in several micro-batches.
+
+    Also returns the share of tokens that the last pass clipped.
+    """
+    cfg = Config(
+        loss=loss, beta=beta, scale_rewards="none", num_generations=G, batch_size=len(QUESTIONS),
+        gradient_accumulation_steps=1, num_iterations=num_updates, max_generate_length=MAX_LENGTH,
+        temperature=TEMPERATURE, micro_batch_tokens=100, logits_chunk_mb=1, device="cpu",
+    )  # fmt: skip
+    world = start()
+    prompts, completions, rewards = rollouts(load_tokenizer(str(base)))
+    model, before = start_model(base)
+    policy = Policy(cfg, world, model, load_model(str(base), world.device) if beta else None)
+    lengths = np.array([len(c.token_ids) for c in completions])
+    table = table_of(cfg, lengths, np.zeros(len(lengths)))
+    advantages = group_advantages(rewards.reshape(-1, G), False, cfg.advantage_clip).ravel()
+    plan = make_plan(cfg, prompts, lengths, advantages, world.size)
+    assert len(plan[0].micro_batches) > 1
+    [minibatch] = policy.annotate(deliver(world, cfg, plan, prompts, completions, table, advantages))
+    policy.counters.trust_sampler = True  # no correction for the sampler: its log-probs are made up
+    parameters = list(model.parameters())
+    for _ in range(updates_per_step(cfg)):
+        tally = Tally()
+        summed = [torch.zeros_like(parameter) for parameter in parameters]
+        for micro in minibatch:
+            gradients = torch.autograd.grad(policy.loss(micro, tally, weights_unchanged=False), parameters)
+            for total, gradient in zip(summed, gradients, strict=True):
+                total.add_(gradient)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, summed, strict=True):
+                parameter.sub_(LR * gradient)
+    shares = tally.reduce(world)
+    return movement(model, before), shares["clip/low"] + shares["clip/high"]
+
+
+def apart(ours, theirs):
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
+def test_one_sgd_step_moves_the_weights_as_trl_does(base, tmp_path, loss, beta):
+    theirs = trl_movement(base, tmp_path, loss, beta)
+    same = apart(our_movement(base, loss, beta)[0], theirs)
+    other_loss = apart(our_movement(base, OTHER_LOSS[loss], beta)[0], theirs)
+    other_beta = apart(our_movement(base, loss, 0.04 - beta)[0], theirs)
+    print(f"\n{loss:8} beta {beta}: {same:.1e}  weights of {OTHER_LOSS[loss]}: {other_loss:.1e}  "
+          f"beta {0.04 - beta}: {other_beta:.1e}")  # fmt: skip
+    assert same <= TOLERANCE
+    assert other_loss > BROKEN
+    assert other_beta > BROKEN
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
+def test_a_second_pass_over_the_same_rows_clips_as_trl_does(base, tmp_path, loss):
+    theirs = trl_movement(base, tmp_path, loss, 0.04, num_updates=2)
+    ours, clipped = our_movement(base, loss, 0.04, num_updates=2)
+    print(f"\n{loss:8} beta 0.04, two passes: {apart(ours, theirs):.1e}, {clipped:.1%} of the tokens clipped")
+    assert clipped > 0.05
+    assert apart(ours, theirs) <= TOLERANCE
