@@ -21,7 +21,7 @@ from grpo.checkpoints.best import best_folder
 from grpo.checkpoints.choose import choose
 from grpo.checkpoints.resume import read_state
 from grpo.errors import UserError, warn
-from grpo.evaluate.ask import Answer, Asker, BaseModel
+from grpo.evaluate.ask import Answer, CheckpointModel, OtherModel
 from grpo.evaluate.extract import is_marker
 from grpo.evaluate.multiple_choice import predict
 from grpo.models.checks import quiet
@@ -87,9 +87,9 @@ class Pair:
     def __init__(self, folder: Path, args: argparse.Namespace):
         device = pick_device(args.device, 0)
         sampling = {"temperature": args.temperature, "top_p": args.top_p}
-        self.asker = Asker(folder, device, sampling, args.max_new_tokens, args.seed)
+        self.asker = CheckpointModel(folder, device, sampling, args.max_new_tokens, args.seed)
         self.language = _language(folder)
-        self.base = BaseModel(args.compare, self.asker, device, args.seed) if args.compare else None
+        self.base = OtherModel(args.compare, self.asker, device, args.seed) if args.compare else None
 
     def as_json(self, question: str) -> dict[str, Any]:
         """Both answers as one object."""

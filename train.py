@@ -54,18 +54,18 @@ def train(cfg: Config, world: World) -> None:
 
     P, G, total = prompts_per_step(cfg), cfg.num_generations, total_steps(cfg, len(questions.items))
     first = restore(policy, resumed)
-    run.journal.describe(questions, total, policy, len(cut_chunks(P, G, cfg.rollout_chunk_rows)))
+    run.log.describe(questions, total, policy, len(cut_chunks(P, G, cfg.rollout_chunk_rows)))
 
     def evaluate_if_due(step: int) -> None:
         due = step in (0, total) or (cfg.eval_steps and step % cfg.eval_steps == 0)
-        if held_out is None or not due or (step == first and run.journal.evaluated(step)):
+        if held_out is None or not due or (step == first and run.log.evaluated(step)):
             return
         run.heartbeat(step, "eval")
         engine.load_weights(policy.weights())
         metrics = evaluate(engine, held_out, rewards, tokenizer, cfg, world, warn, pulse=run.pulse)
         if metrics is None:
             run.preempt()
-        run.journal.log_eval(step, metrics)
+        run.log.log_eval(step, metrics)
 
     with closing(rewards), run.training(total, first, policy, tokenizer, recipe):
         for step in range(first, total):
@@ -84,7 +84,7 @@ def train(cfg: Config, world: World) -> None:
             with tally.phase("exchange"):
                 notices = run.notices(policy, step)  # of this rank: asked to stop, memory that failed
                 table = gather(world, cfg, rewards.rewards, scored, notices)  # [N], the same on every rank
-                run.heed(table)  # leaves from here when there is reason to
+                run.act_on_notices(table)  # leaves from here when there is reason to
                 advantages = advantages_of(table, cfg)  # [N], over whole groups
                 plan = make_plan(cfg, prompts, table.lengths, advantages, world.size, policy.scorer.shares)
                 batches = deliver(world, cfg, plan, prompts, completions, table, advantages, policy.even_block)
@@ -96,8 +96,8 @@ def train(cfg: Config, world: World) -> None:
                 on_skip = partial(run.quarantine, (prompts, completions))
                 norms = policy.train_on(batches, tally, total * updates_per_step(cfg), table.any_broken, on_skip)
 
-            metrics = run.journal.log_step(step + 1, total, table, advantages, tally, norms, policy, engine)
-            run.journal.log_samples(step + 1, scored, advantages)
+            metrics = run.log.log_step(step + 1, total, table, advantages, tally, norms, policy, engine)
+            run.log.log_samples(step + 1, scored, advantages)
             policy.trust(metrics)
             policy.counters.step = step + 1
             if run.due(step + 1, total):

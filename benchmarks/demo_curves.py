@@ -61,11 +61,26 @@ def run(seed: int, shuffled: bool, sampled_before: float, extra: list[str]) -> R
         control = ["--rewards", json.dumps(SHUFFLED)] if shuffled else []
         start_s = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
-             "--seed", str(seed), "--output_dir", f"{folder}/output", "--runs_dir", f"{folder}/runs",
-             *control, *extra],
-            cwd=PROJECT, capture_output=True, text=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node=2",
+                "train.py",
+                "--seed",
+                str(seed),
+                "--output_dir",
+                f"{folder}/output",
+                "--runs_dir",
+                f"{folder}/runs",
+                *control,
+                *extra,
+            ],
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+        )
         wall_s = time.monotonic() - start_s
         if done.returncode:
             sys.exit(done.stdout[-3000:] + done.stderr[-6000:])
@@ -140,11 +155,21 @@ def plot(results: list[Result], path: Path) -> None:
     ]
     for panel, (key, label, limits) in zip(panels, curves, strict=True):
         for r in controls:
-            panel.plot([s["step"] for s in r.steps], [s[key] for s in r.steps], color=GREY, linewidth=1.0,
-                       label="control: rewards shuffled" if r is controls[0] else None)  # fmt: skip
+            panel.plot(
+                [s["step"] for s in r.steps],
+                [s[key] for s in r.steps],
+                color=GREY,
+                linewidth=1.0,
+                label="control: rewards shuffled" if r is controls[0] else None,
+            )
         for r, blue in zip(learning, itertools.cycle(BLUES)):
-            panel.plot([s["step"] for s in r.steps], [s[key] for s in r.steps], color=blue, linewidth=1.6,
-                       label=f"seed {r.seed}")  # fmt: skip
+            panel.plot(
+                [s["step"] for s in r.steps],
+                [s[key] for s in r.steps],
+                color=blue,
+                linewidth=1.6,
+                label=f"seed {r.seed}",
+            )
         panel.set(xlabel="step", ylabel=label, xlim=(1, None), ylim=limits)
         panel.grid(alpha=0.25)
     handles, labels = panels[0].get_legend_handles_labels()

@@ -23,11 +23,28 @@ def weights_after(ranks: int, threads: int, deterministic: str, seed: int) -> st
     """Train; return the sha256 of the weights' file."""
     with tempfile.TemporaryDirectory() as name:
         command = [
-            sys.executable, "launch/torchrun.py", "--standalone", f"--nproc_per_node={ranks}", "train.py",
-            "--max_steps", str(STEPS), "--eval_data", "null", "--rollout_chunk_rows", "8", "--resume", "never",
-            "--deterministic", deterministic, "--seed", str(seed),
-            "--output_dir", f"{name}/output", "--runs_dir", f"{name}/runs",
-        ]  # fmt: skip
+            sys.executable,
+            "launch/torchrun.py",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            "train.py",
+            "--max_steps",
+            str(STEPS),
+            "--eval_data",
+            "null",
+            "--rollout_chunk_rows",
+            "8",
+            "--resume",
+            "never",
+            "--deterministic",
+            deterministic,
+            "--seed",
+            str(seed),
+            "--output_dir",
+            f"{name}/output",
+            "--runs_dir",
+            f"{name}/runs",
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         subprocess.run(command, cwd=PROJECT, env=environment, check=True, stdout=subprocess.DEVNULL)
         weights = Path(name) / "output" / f"checkpoint_{STEPS}" / "model.safetensors"

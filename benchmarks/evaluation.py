@@ -28,7 +28,7 @@ from benchmarks.gsm8k_random import make_model  # noqa: E402
 from grpo.checkpoints.manifest import write_manifest  # noqa: E402
 from grpo.config.command_line import load_config  # noqa: E402
 from grpo.data.recipe import make_recipe, recipe_text  # noqa: E402
-from grpo.evaluate.ask import Asker  # noqa: E402
+from grpo.evaluate.ask import CheckpointModel  # noqa: E402
 from grpo.models.checks import quiet  # noqa: E402
 from grpo.models.loading import load_tokenizer  # noqa: E402
 from grpo.runtime.distributed import World  # noqa: E402
@@ -40,9 +40,24 @@ BATCH = 64
 def make_checkpoint(rows: list[dict[str, str]], folder: Path, tokens: int, step: int) -> Path:
     """A random model in a checkpoint folder as training writes it; each step number is another model."""
     make_model(rows, folder, seed=step)
-    cfg, _ = load_config(["--model", str(folder), "--data", "none.jsonl", "--rewards", '{"final_answer_reward": 1}',
-                          "--answer_format", "hash", "--max_prompt_length", "300", "--max_generate_length", str(tokens),
-                          "--prompt_template", "{question}\n"])  # fmt: skip
+    cfg, _ = load_config(
+        [
+            "--model",
+            str(folder),
+            "--data",
+            "none.jsonl",
+            "--rewards",
+            '{"final_answer_reward": 1}',
+            "--answer_format",
+            "hash",
+            "--max_prompt_length",
+            "300",
+            "--max_generate_length",
+            str(tokens),
+            "--prompt_template",
+            "{question}\n",
+        ]
+    )
     (folder / "trainer").mkdir()
     state = {"counters": dataclasses.asdict(Counters(step=step)), "config": dataclasses.asdict(cfg)}
     (folder / "trainer" / "state.json").write_text(json.dumps(state))
@@ -56,9 +71,23 @@ def evaluated(folder: Path, data: Path, limit: int, ranks: int, out: Path) -> tu
     """Run the command. Returns the seconds of the whole, and the tokens a second that it says."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [
-        sys.executable, *launch, "-m", "grpo.evaluate", "--checkpoint", str(folder), "--data", str(data),
-        "--limit", str(limit), "--num_threads", "1", "--batch_rows", str(BATCH), "--out", str(out),
-    ]  # fmt: skip
+        sys.executable,
+        *launch,
+        "-m",
+        "grpo.evaluate",
+        "--checkpoint",
+        str(folder),
+        "--data",
+        str(data),
+        "--limit",
+        str(limit),
+        "--num_threads",
+        "1",
+        "--batch_rows",
+        str(BATCH),
+        "--out",
+        str(out),
+    ]
     began = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
@@ -73,7 +102,7 @@ def beside_generate(folder: Path, questions: list[str], tokens: int, rounds: int
 
     One thread, so that on a quiet machine this is the time that passes; a busy one does not change it much.
     """
-    asker = Asker(folder, torch.device("cpu"), {"temperature": 0.0})
+    asker = CheckpointModel(folder, torch.device("cpu"), {"temperature": 0.0})
     prompts = sorted((asker.put(question) for question in questions), key=len, reverse=True)
     alone = World(0, 1, 0, 1, torch.device("cpu"))
     model, ours, theirs = asker.engine.model, [], []
@@ -101,14 +130,17 @@ def beside_generate(folder: Path, questions: list[str], tokens: int, rounds: int
             ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in batch])
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
             with torch.no_grad():
-                made = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens,
-                                      pad_token_id=0)[:, width:]  # fmt: skip
+                made = model.generate(
+                    input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, pad_token_id=0
+                )[:, width:]
             ends = (made == asker.tokenizer.eos_token_id).int()
             num_tokens += int((ends.cumsum(1) - ends == 0).sum())
         theirs.append(num_tokens / (time.process_time() - began))
     for name, speeds in (("ours", ours), ("transformers.generate", theirs)):
-        print(f"{name:24}{sorted(speeds)[len(speeds) // 2]:8.0f} tokens per CPU second (median of {rounds}: "
-              f"{min(speeds):.0f} to {max(speeds):.0f})")  # fmt: skip
+        print(
+            f"{name:24}{sorted(speeds)[len(speeds) // 2]:8.0f} tokens per CPU second (median of {rounds}: "
+            f"{min(speeds):.0f} to {max(speeds):.0f})"
+        )
     print(f"ours, outside the engine: {1 - sum(in_engine) / spent:.2%} of the time")
 
 
@@ -133,8 +165,10 @@ def main() -> int:
             seconds, speed = evaluated(checkpoint, args.data, args.limit, ranks, out)
             found[label] = out.read_text(encoding="utf-8").splitlines()
             differ = sum(a != b for a, b in zip(found["1 rank"], found[label], strict=True))
-            print(f"{label:24}{len(found[label])} rows in {seconds:.0f} s, {speed:.0f} tokens/s; {differ} rows differ "
-                  "from 1 rank")  # fmt: skip
+            print(
+                f"{label:24}{len(found[label])} rows in {seconds:.0f} s, {speed:.0f} tokens/s; {differ} rows differ "
+                "from 1 rank"
+            )
     return int(found["1 rank"] != found["2 ranks"] or found["1 rank"] == found["control"])
 
 

@@ -49,10 +49,21 @@ Logits = Callable[[list[int]], np.ndarray]  # tokens -> [tokens, V]
 
 def config_of(architecture: str, vocab_size: int, **how: Any) -> transformers.PreTrainedConfig:
     """Two layers, hidden 256; tied or not and with fewer KV heads, as the real ones vary."""
-    common = dict(
-        vocab_size=vocab_size, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=0,
-    ) | how  # fmt: skip
+    common = (
+        dict(
+            vocab_size=vocab_size,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+        | how
+    )
     if architecture == "llama":
         return transformers.LlamaConfig(**{"tie_word_embeddings": False, **common})
     if architecture == "qwen2":
@@ -118,7 +129,7 @@ def ours(model: transformers.PreTrainedModel, prompts: list[list[int]]) -> list[
     """Greedy tokens of our engine, NEW_TOKENS for each prompt: it does not stop."""
     engine = NativeEngine(model, [], NEW_TOKENS, seed=0)
     requests = [Request(i, i, 0, tuple(prompt)) for i, prompt in enumerate(prompts)]
-    done = sorted(engine.generate(requests, Sampling(temperature=0.0)), key=lambda completion: completion.sample)
+    done = sorted(engine.generate(requests, Sampling(temperature=0.0)), key=lambda completion: completion.row)
     return [completion.token_ids.tolist() for completion in done]
 
 
@@ -139,8 +150,9 @@ class LlamaCpp:
         import llama_cpp
 
         f32 = llama_cpp.GGML_TYPE_F32
-        self.model = llama_cpp.Llama(str(path), n_ctx=512, logits_all=True, type_k=f32, type_v=f32, verbose=False,
-                                     n_threads=1, n_threads_batch=1)  # fmt: skip
+        self.model = llama_cpp.Llama(
+            str(path), n_ctx=512, logits_all=True, type_k=f32, type_v=f32, verbose=False, n_threads=1, n_threads_batch=1
+        )
 
     def close(self) -> None:
         """Free it: at the interpreter's end llama-cpp-python no longer can."""
@@ -228,8 +240,11 @@ def measure(architecture: str, work: Path, steps: int) -> None:
 
     def row(form: str, size: int, seconds: float, said: list[list[int]], logits: Logits) -> None:
         ratio = float(np.exp(loss_of(logits, texts) - base))
-        print(f"| {architecture} | {form} | {size / 1e6:.2f} | {seconds:.2f} | {agreement(reference, said):.1%} "
-              f"| {ratio:.4f} |", flush=True)  # fmt: skip
+        print(
+            f"| {architecture} | {form} | {size / 1e6:.2f} | {seconds:.2f} | {agreement(reference, said):.1%} "
+            f"| {ratio:.4f} |",
+            flush=True,
+        )
 
     row("fp32", (folder / "model.safetensors").stat().st_size, 0.0, reference, logits_of(whole))
     for form in ("merged_16bit", "merged_4bit"):
@@ -253,10 +268,12 @@ def measure(architecture: str, work: Path, steps: int) -> None:
         if form in ("gguf f16", "control: order of q, k"):
             gaps = divergences(exact_said, said, prompts, logits_of(exact))
             apart = max(float(np.abs(there.logits(ids) - logits_of(exact)(ids)).max()) for ids in texts[:5])
-            print(f"  against weights rounded to f16: {NUM_PROMPTS - len(gaps)} of {NUM_PROMPTS} prompts equal over "
-                  f"{NEW_TOKENS} tokens; divergences at gaps {[round(gap, 4) for gap in gaps]}, of them "
-                  f"{sum(gap >= CLOSE for gap in gaps)} wrong; logits differ by at most {apart:.2g}",
-                  flush=True)  # fmt: skip
+            print(
+                f"  against weights rounded to f16: {NUM_PROMPTS - len(gaps)} of {NUM_PROMPTS} prompts equal over "
+                f"{NEW_TOKENS} tokens; divergences at gaps {[round(gap, 4) for gap in gaps]}, of them "
+                f"{sum(gap >= CLOSE for gap in gaps)} wrong; logits differ by at most {apart:.2g}",
+                flush=True,
+            )
         there.close()
 
 

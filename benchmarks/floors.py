@@ -95,9 +95,14 @@ def shape_of(model: Any, width: int = FP32) -> Shape:
     ends = {id(module.weight): module.weight.numel() for module in _ends(model)}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Shape(
-        parameters - sum(ends.values()), model.get_output_embeddings().weight.numel(), parameters, config.vocab_size,
-        4 * config.num_hidden_layers * heads * own, 2 * config.num_hidden_layers * kv_heads * own, width,
-    )  # fmt: skip
+        parameters - sum(ends.values()),
+        model.get_output_embeddings().weight.numel(),
+        parameters,
+        config.vocab_size,
+        4 * config.num_hidden_layers * heads * own,
+        2 * config.num_hidden_layers * kv_heads * own,
+        width,
+    )
 
 
 def _ends(model: Any) -> list[Any]:

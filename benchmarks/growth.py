@@ -40,9 +40,12 @@ AXES: dict[str, list[Any]] = {  # five points each
     "model": [(64, 2), (128, 3), (256, 3), (384, 4), (512, 6)],  # hidden size, layers
 }
 TITLES = {
-    "group": "completions of a prompt, G", "prompt": "tokens of a prompt", "completion": "tokens of a completion",
-    "vocabulary": "words of the vocabulary", "model": "parameters without the embedding",
-}  # fmt: skip
+    "group": "completions of a prompt, G",
+    "prompt": "tokens of a prompt",
+    "completion": "tokens of a completion",
+    "vocabulary": "words of the vocabulary",
+    "model": "parameters without the embedding",
+}
 PARTS = {"step_s": "whole step", "rollout_s": "rollout", "update_s": "update"}
 STEEP = 1.1
 COLOURS = {"step_s": "#12395f", "rollout_s": "#2f9e6e", "update_s": "#d9822b"}
@@ -76,17 +79,26 @@ def make_point(setting: dict[str, Any], folder: Path) -> tuple[Workload, int]:
     folder.mkdir()
     hidden, layers = setting["model"]
     body = {
-        "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 32, "num_key_value_heads": hidden // 64, "head_dim": 32,
-    }  # fmt: skip
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 32,
+        "num_key_value_heads": hidden // 64,
+        "head_dim": 32,
+    }
     words = word_model(folder, setting["vocabulary"], **body)
     rng = random.Random(0)
     texts = [" ".join(rng.choices(words, k=setting["prompt"])) for _ in range(8 * PROMPTS)]
     data = write_questions(folder, [{"prompt": text, "answer": "none"} for text in texts])
     work = Workload(
-        str(folder / "model"), data, f"{REWARDS}:spread_reward", PROMPTS, setting["group"], setting["prompt"],
+        str(folder / "model"),
+        data,
+        f"{REWARDS}:spread_reward",
+        PROMPTS,
+        setting["group"],
+        setting["prompt"],
         setting["completion"],
-    )  # fmt: skip
+    )
     return work, never_ends(folder / "model")
 
 
@@ -175,8 +187,15 @@ def plot(found: dict[str, list[Point]], path: Path) -> None:
         panel.plot(*zip(*shown), color="#b5b5b5", linestyle="--", linewidth=1.0, label="linear: 1.00")
         for part, title in PARTS.items():
             over_all, upper = slopes(points, part)
-            panel.plot(xs, [point.seconds[part] for point in points], marker="o", markersize=4, linewidth=1.6,
-                       color=COLOURS[part], label=f"{title}: {over_all:.2f}, upper {upper:.2f}")  # fmt: skip
+            panel.plot(
+                xs,
+                [point.seconds[part] for point in points],
+                marker="o",
+                markersize=4,
+                linewidth=1.6,
+                color=COLOURS[part],
+                label=f"{title}: {over_all:.2f}, upper {upper:.2f}",
+            )
         panel.set(xscale="log", yscale="log", xlabel=TITLES[axis], ylabel="seconds a step")
         panel.set_xticks(xs, [short(x) for x in xs])
         panel.xaxis.set_minor_locator(NullLocator())

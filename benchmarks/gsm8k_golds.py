@@ -43,14 +43,18 @@ def second_parse(answer: str) -> int:
 
 def wrong_golds(golds: list[str], answers: list[str]) -> list[int]:
     """Rows in which the two parses differ."""
-    return [row for row, (gold, text) in enumerate(zip(golds, answers, strict=True))
-            if not re.fullmatch(r"-?[\d,]+", gold) or int(gold.replace(",", "")) != second_parse(text)]  # fmt: skip
+    return [
+        row
+        for row, (gold, text) in enumerate(zip(golds, answers, strict=True))
+        if not re.fullmatch(r"-?[\d,]+", gold) or int(gold.replace(",", "")) != second_parse(text)
+    ]
 
 
 def load(file: Path, tokenizer: PreTrainedTokenizerFast, *extra: str) -> tuple[list[str], str, float]:
     """Golds, the summary line and seconds of one launch."""
-    cfg, _ = load_config(["--config", str(PROJECT / "configs" / "gsm8k.yaml"), "--data", str(file),
-                          "--eval_split_size", "0", *extra])  # fmt: skip
+    cfg, _ = load_config(
+        ["--config", str(PROJECT / "configs" / "gsm8k.yaml"), "--data", str(file), "--eval_split_size", "0", *extra]
+    )
     start = time.perf_counter()
     questions = load_questions(cfg, make_recipe(cfg, tokenizer), tokenizer)
     seconds = time.perf_counter() - start

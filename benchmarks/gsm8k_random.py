@@ -38,10 +38,19 @@ def make_model(rows: list[dict[str, str]], folder: Path, seed: int = 0) -> None:
     fast = make_tokenizer(rows)
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(fast), hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True,
-        eos_token_id=fast.eos_token_id, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(fast),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=fast.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)
 
@@ -70,14 +79,50 @@ def main() -> int:
         rewards = {"correctness_reward": 1.0, "digit_reward": 1.0, "hard_format_reward": 1.0, "mark_reward": 1.0}
         rewards[f"{Path(__file__).resolve()}:letters_reward"] = 1.0
         command = [
-            sys.executable, str(PROJECT / "launch" / "torchrun.py"), "--standalone", f"--nproc_per_node={args.ranks}",
-            str(PROJECT / "train.py"), "--config", str(PROJECT / "configs" / "gsm8k.yaml"),
-            "--model", str(folder / "model"), "--data", str(data), "--eval_data", "null", "--dtype", "fp32",
-            "--max_steps", str(args.steps), "--batch_size", "2", "--lr", "1e-3", "--rewards", json.dumps(rewards),
-            "--max_prompt_length", "200", "--max_generate_length", "48", "--micro_batch_tokens", "2048",
-            "--rollout_chunk_rows", "16", "--num_generations", "8", "--num_iterations", "1", "--eval_split_size", "0",
-            "--data_rows", "0", "--output_dir", str(folder / "output"), "--runs_dir", str(folder / "runs"),
-        ]  # fmt: skip
+            sys.executable,
+            str(PROJECT / "launch" / "torchrun.py"),
+            "--standalone",
+            f"--nproc_per_node={args.ranks}",
+            str(PROJECT / "train.py"),
+            "--config",
+            str(PROJECT / "configs" / "gsm8k.yaml"),
+            "--model",
+            str(folder / "model"),
+            "--data",
+            str(data),
+            "--eval_data",
+            "null",
+            "--dtype",
+            "fp32",
+            "--max_steps",
+            str(args.steps),
+            "--batch_size",
+            "2",
+            "--lr",
+            "1e-3",
+            "--rewards",
+            json.dumps(rewards),
+            "--max_prompt_length",
+            "200",
+            "--max_generate_length",
+            "48",
+            "--micro_batch_tokens",
+            "2048",
+            "--rollout_chunk_rows",
+            "16",
+            "--num_generations",
+            "8",
+            "--num_iterations",
+            "1",
+            "--eval_split_size",
+            "0",
+            "--data_rows",
+            "0",
+            "--output_dir",
+            str(folder / "output"),
+            "--runs_dir",
+            str(folder / "runs"),
+        ]
         done = subprocess.run(command, cwd=PROJECT)
         metrics = folder / "runs" / "gsm8k" / "metrics.jsonl"
         if metrics.is_file():

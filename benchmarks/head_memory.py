@@ -43,20 +43,31 @@ def build(vocab: int, tokens: int):
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=vocab, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=HIDDEN,
+        intermediate_size=2 * HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
     model = Qwen3ForCausalLM(config)
     rng = np.random.default_rng(0)
     length = tokens // ROWS
     rows = [
         TrainRow(
-            n, tuple(rng.integers(0, vocab, PROMPT_TOKENS).tolist()), rng.integers(0, vocab, length).astype(np.int32),
-            np.zeros(length, np.float32), None, float(rng.normal()),
+            n,
+            tuple(rng.integers(0, vocab, PROMPT_TOKENS).tolist()),
+            rng.integers(0, vocab, length).astype(np.int32),
+            np.zeros(length, np.float32),
+            None,
+            float(rng.normal()),
         )
         for n in range(ROWS)
-    ]  # fmt: skip
-    weights = {row.sample: 1.0 / tokens for row in rows}
+    ]
+    weights = {row.row: 1.0 / tokens for row in rows}
     cpu = torch.device("cpu")
     return model, collate(rows, weights, cpu), collate(rows[:1], weights, cpu)
 
@@ -145,9 +156,11 @@ def main() -> None:
         }
         for what in ("naive", "chunked")
     }
-    print(f"vocabulary {args.vocab}, hidden {HIDDEN}, {args.tokens} completion tokens, whole logits "
-          f"{args.tokens * args.vocab * 4 / 2**20:.0f} MB, blocks of {args.chunk_mb} MB; medians of {args.pairs} pairs "
-          f"(lowest - highest); idle process {idle:.0f} MB\n")  # fmt: skip
+    print(
+        f"vocabulary {args.vocab}, hidden {HIDDEN}, {args.tokens} completion tokens, whole logits "
+        f"{args.tokens * args.vocab * 4 / 2**20:.0f} MB, blocks of {args.chunk_mb} MB; medians of {args.pairs} pairs "
+        f"(lowest - highest); idle process {idle:.0f} MB\n"
+    )
     print("| | naive | chunked | naive / chunked |\n| --- | ---: | ---: | ---: |")
     for name, naive in columns["naive"].items():
         sides = [naive, columns["chunked"][name]]

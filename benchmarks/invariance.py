@@ -77,8 +77,11 @@ def print_variants(found: Results) -> None:
     print("\n| setting | " + " | ".join(f"{ranks} processes" for ranks in found.reports if ranks > 1) + " |")
     print("| --- |" + " ---: |" * (len(found.reports) - 1))
     for name in VARIANTS:
-        start = found.weights(1, f"update {name.removeprefix('zero3 ')}") if name.removeprefix("zero3 ") in VARIANTS \
-            else found.weights(1, "update ddp")  # fmt: skip
+        start = (
+            found.weights(1, f"update {name.removeprefix('zero3 ')}")
+            if name.removeprefix("zero3 ") in VARIANTS
+            else found.weights(1, "update ddp")
+        )
         far = [distance(start, found.weights(ranks, f"update {name}")) for ranks in found.reports if ranks > 1]
         print(f"| {name} | " + " | ".join(f"{value:.1e}" for value in far) + " |")
 

@@ -31,11 +31,27 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 BASE = PROJECT / "demo" / "base"
 COLLECTIVES = (
-    "all_reduce", "all_reduce_coalesced", "all_gather", "all_gather_into_tensor", "all_gather_coalesced",
-    "all_gather_object", "broadcast", "broadcast_object_list", "reduce", "gather", "gather_object", "scatter",
-    "scatter_object_list", "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "barrier",
-    "monitored_barrier", "_broadcast_coalesced",
-)  # fmt: skip
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_coalesced",
+    "all_gather_object",
+    "broadcast",
+    "broadcast_object_list",
+    "reduce",
+    "gather",
+    "gather_object",
+    "scatter",
+    "scatter_object_list",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "monitored_barrier",
+    "_broadcast_coalesced",
+)
 REQUESTS = ("add", "get", "set", "wait", "check", "compare_set", "delete_key")
 MODES = ("none", "collectives", "collectives and store")
 PROMPTS, GROUP, ACCUMULATION, RANKS, TOKENS = 4, 4, 4, 2, 8
@@ -119,16 +135,21 @@ class Latency:
             self.nested = False
 
     def end_step(self) -> None:
-        """Record a step and go on to the next mode; all ranks do so after the same step."""
+        """DrawnTokens a step and go on to the next mode; all ranks do so after the same step."""
         import torch.distributed as dist
 
         now = time.perf_counter()
         groups: list = list(dist.distributed_c10d._world.pg_map)
         operations = sum(group._get_sequence_number_for_group() for group in groups)
         self.steps.append(
-            {"mode": self.mode, "seconds": now - self.began, "calls": dict(self.calls), "requests": self.requests,
-             "gloo": operations - self.operations}
-        )  # fmt: skip
+            {
+                "mode": self.mode,
+                "seconds": now - self.began,
+                "calls": dict(self.calls),
+                "requests": self.requests,
+                "gloo": operations - self.operations,
+            }
+        )
         self.mode = len(self.steps) % len(MODES)
         self.calls.clear()
         self.requests, self.operations, self.began = 0, operations, time.perf_counter()
@@ -170,13 +191,27 @@ def run_ours(latency: Latency, folder: Path, steps: int) -> None:
     while not data.exists():
         time.sleep(0.01)
     settings = {
-        "model": BASE, "data": data, "rewards": json.dumps({f"{__file__}:noise": 1.0}), "device": "cpu",
-        "prompt_template": "{question}\n", "chat_template": "off", "batch_size": PROMPTS // ACCUMULATION,
-        "gradient_accumulation_steps": ACCUMULATION, "num_generations": GROUP, "max_prompt_length": 96,
-        "max_generate_length": TOKENS, "rollout_chunk_rows": PROMPTS * GROUP // RANKS, "max_steps": steps,
-        "micro_batch_tokens": 2 * (96 + TOKENS), "lr": NEVER_RATE, "num_threads": 1, "save_steps": 0,
-        "resume": "never", "output_dir": folder / "output", "runs_dir": folder / "runs",
-    }  # fmt: skip
+        "model": BASE,
+        "data": data,
+        "rewards": json.dumps({f"{__file__}:noise": 1.0}),
+        "device": "cpu",
+        "prompt_template": "{question}\n",
+        "chat_template": "off",
+        "batch_size": PROMPTS // ACCUMULATION,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "num_generations": GROUP,
+        "max_prompt_length": 96,
+        "max_generate_length": TOKENS,
+        "rollout_chunk_rows": PROMPTS * GROUP // RANKS,
+        "max_steps": steps,
+        "micro_batch_tokens": 2 * (96 + TOKENS),
+        "lr": NEVER_RATE,
+        "num_threads": 1,
+        "save_steps": 0,
+        "resume": "never",
+        "output_dir": folder / "output",
+        "runs_dir": folder / "runs",
+    }
     code = run_main(train.train, load_config, [part for k, v in settings.items() for part in (f"--{k}", str(v))])
     if code:
         sys.exit(code)
@@ -204,26 +239,56 @@ def run_trl(latency: Latency, folder: Path, steps: int) -> None:
             latency.end_step()
 
     args = trl.GRPOConfig(
-        output_dir=str(folder / "trl"), loss_type="grpo", beta=0.0, num_generations=GROUP,
-        per_device_train_batch_size=PROMPTS * GROUP // (RANKS * ACCUMULATION), gradient_accumulation_steps=ACCUMULATION,
-        max_steps=steps, max_completion_length=TOKENS, generation_kwargs={"min_new_tokens": TOKENS}, temperature=1.0,
-        learning_rate=NEVER_RATE, lr_scheduler_type="constant", bf16=False, gradient_checkpointing=False, use_cpu=True,
-        disable_dropout=True, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        loss_type="grpo",
+        beta=0.0,
+        num_generations=GROUP,
+        per_device_train_batch_size=PROMPTS * GROUP // (RANKS * ACCUMULATION),
+        gradient_accumulation_steps=ACCUMULATION,
+        max_steps=steps,
+        max_completion_length=TOKENS,
+        generation_kwargs={"min_new_tokens": TOKENS},
+        temperature=1.0,
+        learning_rate=NEVER_RATE,
+        lr_scheduler_type="constant",
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        disable_dropout=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
     trl.GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), reward_funcs=noise, args=args,
-        processing_class=AutoTokenizer.from_pretrained(BASE), callbacks=[EndOfStep()],
+        model=AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32),
+        reward_funcs=noise,
+        args=args,
+        processing_class=AutoTokenizer.from_pretrained(BASE),
+        callbacks=[EndOfStep()],
         train_dataset=datasets.Dataset.from_dict({"prompt": [q + "\n" for q in questions()]}),
-    ).train()  # fmt: skip
+    ).train()
 
 
 def launch(side: str, python: str, latency_ms: float, turns: int) -> list[dict]:
     """One run on two ranks; rank 0's steps."""
     with tempfile.TemporaryDirectory() as name:
         command = [
-            python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", __file__,
-            "--do", side, "--folder", name, "--latency_ms", str(latency_ms), "--turns", str(turns),
-        ]  # fmt: skip
+            python,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={RANKS}",
+            __file__,
+            "--do",
+            side,
+            "--folder",
+            name,
+            "--latency_ms",
+            str(latency_ms),
+            "--turns",
+            str(turns),
+        ]
         quiet = {
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -255,8 +320,10 @@ def compare(pairs: int, pythons: dict[str, str], latency_ms: float, turns: int) 
         turns = zip(steps[mode :: len(MODES)], steps[:: len(MODES)], strict=True)
         return 1000 * statistics.median(slow["seconds"] - plain["seconds"] for slow, plain in turns)
 
-    print(f"| side | step s, 0 ms | step s, {latency_ms:g} ms | added ms a step | collectives a step | gloo's count "
-          "| added ms, store too | store requests a step |")  # fmt: skip
+    print(
+        f"| side | step s, 0 ms | step s, {latency_ms:g} ms | added ms a step | collectives a step | gloo's count "
+        "| added ms, store too | store requests a step |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for side, found in runs.items():
         steps = [step for run in found for step in run]
@@ -290,8 +357,11 @@ def main() -> None:
     probe = subprocess.run([args.trl_python, "-c", "import trl"], capture_output=True, text=True)
     if probe.returncode:
         reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
-        print(f"error: trl_python: {args.trl_python} cannot import trl ({reason}). Install trl==1.16.0 there, or give "
-              "--trl_python the interpreter of an environment that has it.", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: trl_python: {args.trl_python} cannot import trl ({reason}). Install trl==1.16.0 there, or give "
+            "--trl_python the interpreter of an environment that has it.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     compare(args.pairs, {"trl": args.trl_python, "ours": sys.executable}, args.latency_ms, args.turns)
 

@@ -31,52 +31,120 @@ ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
     "PYTHONPATH": str(PROJECT),
 }
-SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "head_dim")  # fmt: skip
+SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 CASES: dict[str, dict] = {
     "optimizer state": {
-        "shape": (32000, 768, 2048, 8, 12, 4, 64), "row": "moments", "ranks": 1,
-        "settings": {"batch_size": 2, "num_generations": 4, "max_generate_length": 24, "micro_batch_tokens": 256,
-                     "rollout_chunk_rows": 8, "logits_chunk_mb": 16},
+        "shape": (32000, 768, 2048, 8, 12, 4, 64),
+        "row": "moments",
+        "ranks": 1,
+        "settings": {
+            "batch_size": 2,
+            "num_generations": 4,
+            "max_generate_length": 24,
+            "micro_batch_tokens": 256,
+            "rollout_chunk_rows": 8,
+            "logits_chunk_mb": 16,
+        },
         "prompt": 40,
     },
     "adapter": {  # of the model above
-        "shape": (32000, 768, 2048, 8, 12, 4, 64), "row": "weights", "ranks": 1,
-        "settings": {"batch_size": 2, "num_generations": 4, "max_generate_length": 24, "micro_batch_tokens": 256,
-                     "rollout_chunk_rows": 8, "logits_chunk_mb": 16, "lora_r": 8},
+        "shape": (32000, 768, 2048, 8, 12, 4, 64),
+        "row": "weights",
+        "ranks": 1,
+        "settings": {
+            "batch_size": 2,
+            "num_generations": 4,
+            "max_generate_length": 24,
+            "micro_batch_tokens": 256,
+            "rollout_chunk_rows": 8,
+            "logits_chunk_mb": 16,
+            "lora_r": 8,
+        },
         "prompt": 40,
     },
     "activations": {
-        "shape": (4000, 256, 1024, 8, 8, 4, 64), "row": "activations", "ranks": 1,
-        "settings": {"batch_size": 4, "num_generations": 8, "max_generate_length": 32, "micro_batch_tokens": 5120,
-                     "rollout_chunk_rows": 16, "logits_chunk_mb": 16},
+        "shape": (4000, 256, 1024, 8, 8, 4, 64),
+        "row": "activations",
+        "ranks": 1,
+        "settings": {
+            "batch_size": 4,
+            "num_generations": 8,
+            "max_generate_length": 32,
+            "micro_batch_tokens": 5120,
+            "rollout_chunk_rows": 16,
+            "logits_chunk_mb": 16,
+        },
         "prompt": 288,
     },
     "vocabulary": {
-        "shape": (120000, 128, 256, 2, 4, 2, 32), "row": "logits block", "ranks": 1,
-        "settings": {"batch_size": 4, "num_generations": 8, "max_generate_length": 32, "micro_batch_tokens": 2048,
-                     "rollout_chunk_rows": 32, "logits_chunk_mb": 256},
+        "shape": (120000, 128, 256, 2, 4, 2, 32),
+        "row": "logits block",
+        "ranks": 1,
+        "settings": {
+            "batch_size": 4,
+            "num_generations": 8,
+            "max_generate_length": 32,
+            "micro_batch_tokens": 2048,
+            "rollout_chunk_rows": 32,
+            "logits_chunk_mb": 256,
+        },
         "prompt": 32,
     },
     "KV cache": {
-        "shape": (2000, 256, 512, 8, 8, 8, 64), "row": "KV cache", "ranks": 1,
-        "settings": {"batch_size": 8, "num_generations": 8, "max_generate_length": 16, "micro_batch_tokens": 700,
-                     "rollout_chunk_rows": 64, "logits_chunk_mb": 16},
+        "shape": (2000, 256, 512, 8, 8, 8, 64),
+        "row": "KV cache",
+        "ranks": 1,
+        "settings": {
+            "batch_size": 8,
+            "num_generations": 8,
+            "max_generate_length": 16,
+            "micro_batch_tokens": 700,
+            "rollout_chunk_rows": 64,
+            "logits_chunk_mb": 16,
+        },
         "prompt": 640,
     },
     "ZeRO-2, 2 ranks": {
-        "shape": (32000, 768, 2048, 8, 12, 4, 64), "row": "moments", "ranks": 2,
-        "settings": {"batch_size": 4, "num_generations": 4, "max_generate_length": 24, "micro_batch_tokens": 256,
-                     "rollout_chunk_rows": 8, "logits_chunk_mb": 16, "backend": "deepspeed", "zero_stage": 2},
+        "shape": (32000, 768, 2048, 8, 12, 4, 64),
+        "row": "moments",
+        "ranks": 2,
+        "settings": {
+            "batch_size": 4,
+            "num_generations": 4,
+            "max_generate_length": 24,
+            "micro_batch_tokens": 256,
+            "rollout_chunk_rows": 8,
+            "logits_chunk_mb": 16,
+            "backend": "deepspeed",
+            "zero_stage": 2,
+        },
         "prompt": 40,
     },
     "ZeRO-3, 2 ranks": {
-        "shape": (32000, 768, 2048, 8, 12, 4, 64), "row": "rollout copy", "ranks": 2,
-        "settings": {"batch_size": 4, "num_generations": 4, "max_generate_length": 24, "micro_batch_tokens": 256,
-                     "rollout_chunk_rows": 8, "logits_chunk_mb": 16, "backend": "deepspeed", "zero_stage": 3},
+        "shape": (32000, 768, 2048, 8, 12, 4, 64),
+        "row": "rollout copy",
+        "ranks": 2,
+        "settings": {
+            "batch_size": 4,
+            "num_generations": 4,
+            "max_generate_length": 24,
+            "micro_batch_tokens": 256,
+            "rollout_chunk_rows": 8,
+            "logits_chunk_mb": 16,
+            "backend": "deepspeed",
+            "zero_stage": 3,
+        },
         "prompt": 40,
     },
-}  # fmt: skip
+}
 FAMILIES = {  # name: model type, SHAPE, tied head
     "0.5B": ("qwen2", (151936, 896, 4864, 24, 14, 2, 64), True),  # as Qwen2.5-0.5B
     "3B": ("qwen2", (151936, 2048, 11008, 36, 16, 2, 128), True),  # as Qwen2.5-3B
@@ -85,10 +153,16 @@ FAMILIES = {  # name: model type, SHAPE, tied head
     "70B": ("llama", (128256, 8192, 28672, 80, 64, 8, 128), False),  # as Llama-3-70B
 }
 TABLE = {  # the settings of the table
-    "batch_size": 256, "gradient_accumulation_steps": 1, "num_generations": 8, "max_prompt_length": 512,
-    "max_generate_length": 1024, "micro_batch_tokens": 3072, "rollout_chunk_rows": 16, "dtype": "bf16",
+    "batch_size": 256,
+    "gradient_accumulation_steps": 1,
+    "num_generations": 8,
+    "max_prompt_length": 512,
+    "max_generate_length": 1024,
+    "micro_batch_tokens": 3072,
+    "rollout_chunk_rows": 16,
+    "dtype": "bf16",
     "gradient_checkpointing": True,
-}  # fmt: skip
+}
 REWARD = "def noise(completions, **columns):\n    return [float(sum(map(ord, text)) % 7) for text in completions]\n"
 
 
@@ -126,11 +200,22 @@ def make(case: dict, folder: Path) -> None:
 def arguments(case: dict, folder: Path) -> list[str]:
     """train.py's command line."""
     settings = {
-        "model": folder, "data": folder / "questions.jsonl", "rewards": json.dumps({f"{folder}/reward.py:noise": 1.0}),
-        "output_dir": folder / "output", "runs_dir": folder / "runs", "device": "cpu", "chat_template": "off",
-        "max_steps": 2, "save_steps": 0, "save_in_background": False, "resume": "never", "num_threads": 1,
-        "gradient_accumulation_steps": 1, "max_prompt_length": case["prompt"], **case["settings"],
-    }  # fmt: skip
+        "model": folder,
+        "data": folder / "questions.jsonl",
+        "rewards": json.dumps({f"{folder}/reward.py:noise": 1.0}),
+        "output_dir": folder / "output",
+        "runs_dir": folder / "runs",
+        "device": "cpu",
+        "chat_template": "off",
+        "max_steps": 2,
+        "save_steps": 0,
+        "save_in_background": False,
+        "resume": "never",
+        "num_threads": 1,
+        "gradient_accumulation_steps": 1,
+        "max_prompt_length": case["prompt"],
+        **case["settings"],
+    }
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
 
 
@@ -201,8 +286,18 @@ def print_estimate(case: dict, folder: Path) -> None:
     found = estimate(cfg, AutoConfig.from_pretrained(folder), case["ranks"])
     rows = {f"{row.name} ({', '.join(row.phases)})": row.bytes / 1e6 for row in found.rows}
     phases = {phase: found.at(phase) / 1e6 for phase in PHASES}
-    print(json.dumps({"peak": found.peak() / 1e6, "control": found.peak(case["row"]) / 1e6, "worst": found.worst,
-                      "rows": rows, "phases": phases, "parameters": found.shape.parameters}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "peak": found.peak() / 1e6,
+                "control": found.peak(case["row"]) / 1e6,
+                "worst": found.worst,
+                "rows": rows,
+                "phases": phases,
+                "parameters": found.shape.parameters,
+            }
+        )
+    )
 
 
 def print_table(limit_gb: float = 80.0) -> None:
@@ -250,9 +345,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.do:
         case = CASES[args.only]
-        {"make": lambda: make(case, args.folder), "idle": lambda: measure_idle(case),
-         "train": lambda: measure_training(case, args.folder, args.phases),
-         "plan": lambda: print_estimate(case, args.folder)}[args.do]()  # fmt: skip
+        {
+            "make": lambda: make(case, args.folder),
+            "idle": lambda: measure_idle(case),
+            "train": lambda: measure_training(case, args.folder, args.phases),
+            "plan": lambda: print_estimate(case, args.folder),
+        }[args.do]()
         return
     if args.table:
         return print_table()
@@ -270,8 +368,11 @@ def main() -> None:
             measured = child("train", name, folder, case["ranks"], extra)
             plan = child("plan", name, folder)
         peak = max(measured.values()) - idle
-        print(f"| {name} | {plan['parameters'] / 1e6:.0f} | {peak:.0f} | {plan['peak']:.0f} "
-              f"| {plan['peak'] / peak:.2f} | {case['row']} | {plan['control'] / peak:.2f} |", flush=True)  # fmt: skip
+        print(
+            f"| {name} | {plan['parameters'] / 1e6:.0f} | {peak:.0f} | {plan['peak']:.0f} "
+            f"| {plan['peak'] / peak:.2f} | {case['row']} | {plan['control'] / peak:.2f} |",
+            flush=True,
+        )
         if args.phases:
             for key, value in measured.items():
                 print(f"    measured {key}: {value - idle:.0f}")

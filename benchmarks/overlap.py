@@ -55,9 +55,16 @@ def engine_of(vocab: int, max_new: int) -> NativeEngine:
     """A random model of 5M parameters, most of whose completions end by chance, one token in sixty."""
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=vocab, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
     model = prepare(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     return NativeEngine(model, range(0, vocab, 60), max_new, seed=0)
 
@@ -96,8 +103,11 @@ def compare(name: str, side: Side, pairs: int) -> None:
     ratios = [late / soon for late, soon in zip(taken[False], taken[True], strict=True)]
     lengths = [len(one.token_ids) for one in scored[True].completions]
     shown = [f"{statistics.median(taken[e]):.3f} ({statistics.median(after[e]):.3f})" for e in (False, True)]
-    print(f"| {name} | {len(lengths)} of {min(lengths)} to {max(lengths)} | {shown[0]} | {shown[1]} "
-          f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f}) |", flush=True)  # fmt: skip
+    print(
+        f"| {name} | {len(lengths)} of {min(lengths)} to {max(lengths)} | {shown[0]} | {shown[1]} "
+        f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f}) |",
+        flush=True,
+    )
 
 
 def pulse_ns(side: Side, busy: bool, calls: int = 20000) -> float:
@@ -129,9 +139,11 @@ def main() -> None:
         file.write_text(REWARDS, encoding="utf-8")
         for name in ("final_answer_reward", f"{file}:waits_reward", f"{file}:computes_reward"):
             cfg = Config(
-                rewards={name: 1.0}, num_generations=GROUP, rollout_chunk_rows=args.rows,
+                rewards={name: 1.0},
+                num_generations=GROUP,
+                rollout_chunk_rows=args.rows,
                 max_generate_length=args.max_new_tokens,
-            )  # fmt: skip
+            )
             rewards = stack.enter_context(contextlib.closing(open_rewards(cfg, print)))
             side = Side(rewards, engine, cfg, tokenizer)
             compare(name.rpartition(":")[2], side, args.pairs)

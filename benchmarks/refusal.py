@@ -145,8 +145,19 @@ def make_tokenizer(form: str):
     after = re.split(r"\{\w+\}", rest)[-1].lstrip("\n")
     tokenizer = train_tokenizer([REFUSAL])
     tags = [f"<{end}{tag}>" for tag in ("reasoning", "answer") for end in ("", "/")]
-    tokenizer.add_tokens([before, after, REFUSAL, *tags, *NAMES, *ITEMS, *LETTERS, *"顆幾買，選。？?",
-                          *(f"{letter}. " for letter in LETTERS)])  # fmt: skip
+    tokenizer.add_tokens(
+        [
+            before,
+            after,
+            REFUSAL,
+            *tags,
+            *NAMES,
+            *ITEMS,
+            *LETTERS,
+            *"顆幾買，選。？?",
+            *(f"{letter}. " for letter in LETTERS),
+        ]
+    )
     return tokenizer
 
 
@@ -155,11 +166,20 @@ def make_model(vocab_size: int, eos_token_id: int, hidden_size: int = 128, max_p
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=max_positions,
-        rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=None, eos_token_id=eos_token_id,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=max_positions,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
         pad_token_id=eos_token_id,
-    )  # fmt: skip
+    )
     return Qwen3ForCausalLM(config)
 
 
@@ -255,11 +275,27 @@ def call(*words: object) -> str:
 def train(folder: Path, base: Path, data: Path, control: bool, settings: dict[str, object]) -> tuple[Path, float]:
     """Train the base on the configuration. Returns the last checkpoint and the wall seconds."""
     name = CONTROL if control else "refusal_reward"
-    flat = {"model": base, "data": data, "eval_split_size": 0, "rewards": json.dumps({name: 1.0}),
-            "num_generations": 8, "max_prompt_length": 96, "max_generate_length": 24, "dtype": "fp32",
-            "gradient_checkpointing": "false", "num_threads": 1, "lr_schedule": "linear", "save_steps": 0,
-            "log_samples_steps": 10, "output_dir": folder / "output", "runs_dir": folder / "runs",
-            "resume": "never", "lora_r": 0, "sft": "{}", **settings}  # fmt: skip
+    flat = {
+        "model": base,
+        "data": data,
+        "eval_split_size": 0,
+        "rewards": json.dumps({name: 1.0}),
+        "num_generations": 8,
+        "max_prompt_length": 96,
+        "max_generate_length": 24,
+        "dtype": "fp32",
+        "gradient_checkpointing": "false",
+        "num_threads": 1,
+        "lr_schedule": "linear",
+        "save_steps": 0,
+        "log_samples_steps": 10,
+        "output_dir": folder / "output",
+        "runs_dir": folder / "runs",
+        "resume": "never",
+        "lora_r": 0,
+        "sft": "{}",
+        **settings,
+    }
     flat["reward_parameters"] = json.dumps({} if control else {name: PARAMETERS})
     words = [word for key, value in flat.items() for word in (f"--{key}", value)]
     start_s = time.monotonic()
@@ -270,8 +306,24 @@ def train(folder: Path, base: Path, data: Path, control: bool, settings: dict[st
 def evaluate(checkpoint: Path, data: Path, seed: int, temperature: float = 0.0) -> Rates:
     """Answer the held-out questions with the command that everybody uses."""
     out = checkpoint.parent / f"{checkpoint.name}-{temperature:g}.jsonl"
-    call("-m", "grpo.evaluate", "--checkpoint", checkpoint, "--data", data, "--out", out, "--batch_rows", 64,
-         "--temperature", temperature, "--seed", seed, "--refusal", PARAMETERS["marker"])  # fmt: skip
+    call(
+        "-m",
+        "grpo.evaluate",
+        "--checkpoint",
+        checkpoint,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--batch_rows",
+        64,
+        "--temperature",
+        temperature,
+        "--seed",
+        seed,
+        "--refusal",
+        PARAMETERS["marker"],
+    )
     return Rates.of([json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()])
 
 
@@ -317,8 +369,11 @@ def measure(args: argparse.Namespace, work: Path) -> int:
             checkpoint, seconds = train(work / f"{rewards}-{seed}", base, data, control, settings)
             after = evaluate(checkpoint, held_out, seed)
             print(line(rewards, seed, "after", after, seconds), flush=True)
-            reached = (after.refused_unknowable >= 0.8 and after.refused_knowable <= 0.1
-                       and after.answered_accuracy > before.answered_accuracy)  # fmt: skip
+            reached = (
+                after.refused_unknowable >= 0.8
+                and after.refused_knowable <= 0.1
+                and after.answered_accuracy > before.answered_accuracy
+            )
             said = f"{rewards}, seed {seed}: {'reaches' if reached else 'does not reach'} it"
             held.append((said, reached != control))
     print("\nIt: at least 80 % refused of unknowable, at most 10 % of knowable, accuracy on answered up.")

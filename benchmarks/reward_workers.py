@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grpo.config.settings import Config
-from grpo.rewards import Sample
+from grpo.rewards import RewardInput
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import Rewards, open_rewards
 
@@ -41,16 +41,16 @@ code_reward.runs_code = True
 """
 
 
-def samples_of(count: int) -> list[Sample]:
+def samples_of(count: int) -> list[RewardInput]:
     """Groups of 8 on one prompt each, half of them right."""
     columns = [{"question": "Mia has 7 pears. " * 4, "answer": str(p)} for p in range(count // 8)]
     return [
-        Sample(columns[i // 8]["question"], STEPS.format(i // 8 + i % 2), list(range(44)), columns[i // 8])
+        RewardInput(columns[i // 8]["question"], STEPS.format(i // 8 + i % 2), list(range(44)), columns[i // 8])
         for i in range(count)
     ]
 
 
-def timed(rewards: Rewards, samples: list[Sample]) -> tuple[float, list]:
+def timed(rewards: Rewards, samples: list[RewardInput]) -> tuple[float, list]:
     """Seconds to score them one by one, and the answers."""
     calls = [Call(0, (i,)) for i in range(len(samples))]
     start_s = time.perf_counter()
@@ -73,8 +73,10 @@ def compare(count: int, pairs: int, kinds: dict[str, Rewards]) -> None:
     base_ms = 1e3 * statistics.median(seconds["in process"])
     for kind, taken in seconds.items():
         low, mid, high = (1e3 * f(taken) for f in (min, statistics.median, max))
-        print(f"| {count} | {kind} | {mid:.2f} ({low:.2f} - {high:.2f}) | {count / mid * 1e3:,.0f} "
-              f"| {mid - base_ms:+.2f} |")  # fmt: skip
+        print(
+            f"| {count} | {kind} | {mid:.2f} ({low:.2f} - {high:.2f}) | {count / mid * 1e3:,.0f} "
+            f"| {mid - base_ms:+.2f} |"
+        )
 
 
 def resident_mb(marker: str) -> tuple[int, float]:
@@ -114,10 +116,12 @@ def main() -> None:
         for completions in args.completions:
             compare(completions, args.pairs, kinds)
         dying = opened(rewards={f"{file}:dies": 1.0}, reward_workers=1)
-        samples = [Sample("", "die", [], {})] * 50
+        samples = [RewardInput("", "die", [], {})] * 50
         took_s, _ = timed(dying, samples)
-        print(f"start of two workers: {1e3 * start_s:.0f} ms, {count} processes, {megabytes:.0f} MB in all "
-              f"(proportional); a death and a new worker: {1e3 * took_s / len(samples):.1f} ms")  # fmt: skip
+        print(
+            f"start of two workers: {1e3 * start_s:.0f} ms, {count} processes, {megabytes:.0f} MB in all "
+            f"(proportional); a death and a new worker: {1e3 * took_s / len(samples):.1f} ms"
+        )
 
 
 if __name__ == "__main__":

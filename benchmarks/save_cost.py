@@ -29,9 +29,9 @@ import sys, time
 sys.path.insert(0, {project!r})
 import train
 from grpo.config.command_line import load_config
-from grpo.run.log import Journal
+from grpo.run.log import RunLog
 from grpo.run.launch import run_main
-plain = Journal.log_step
+plain = RunLog.log_step
 
 def log_step(self, step, *args):
     metrics = plain(self, step, *args)
@@ -39,7 +39,7 @@ def log_step(self, step, *args):
         print("at", step, time.monotonic(), flush=True)
     return metrics
 
-Journal.log_step = log_step
+RunLog.log_step = log_step
 sys.exit(run_main(train.train, load_config, sys.argv[1:]))
 """
 
@@ -63,11 +63,29 @@ def run(model: Path, nproc: int, kind: str) -> tuple[float, dict[str, float]]:
         folder = Path(name)
         (folder / "start.py").write_text(START.format(project=str(PROJECT)))
         command = [
-            sys.executable, "launch/torchrun.py", "--standalone", f"--nproc_per_node={nproc}", str(folder / "start.py"),
-            "--config", "configs/demo.yaml", "--model", str(model), "--eval_data", "null", "--max_steps", str(STEPS),
-            "--output_dir", str(folder / "output"), "--runs_dir", str(folder / "runs"), "--num_threads", "1",
-            "--save_total_limit", "2", *KINDS[kind],
-        ]  # fmt: skip
+            sys.executable,
+            "launch/torchrun.py",
+            "--standalone",
+            f"--nproc_per_node={nproc}",
+            str(folder / "start.py"),
+            "--config",
+            "configs/demo.yaml",
+            "--model",
+            str(model),
+            "--eval_data",
+            "null",
+            "--max_steps",
+            str(STEPS),
+            "--output_dir",
+            str(folder / "output"),
+            "--runs_dir",
+            str(folder / "runs"),
+            "--num_threads",
+            "1",
+            "--save_total_limit",
+            "2",
+            *KINDS[kind],
+        ]
         done = subprocess.run(command, cwd=PROJECT, env=os.environ, check=True, capture_output=True, text=True)
         at = {int(w[1]): float(w[2]) for line in done.stdout.splitlines() if (w := line.split())[:1] == ["at"]}
         [file] = (folder / "runs").glob("*/metrics.jsonl")

@@ -39,22 +39,36 @@ THOUGHT = "想" * 100  # the 100 characters that are asked for; they may be anyt
 FORMS = {
     "gsm8k_zh": ["<think>\n想\n</think>\n<answer>\n{}\n</answer>\n", "<answer>\n{}\n</answer>\n", "答案是{}", "想{}"],
     "gsm8k": ["<think>\na\nb\n</think>\n<answer>\n{}\n</answer>", "<answer>\n{}\n</answer>", "It is {}.", "So {}."],
-    "gsm8k_reasoning": ["<reasoning>\na\n</reasoning>\n<answer>\n{}\n</answer>\n", "<answer>\n{}\n</answer>\n",
-                        "It is {}.", "So {}."],
+    "gsm8k_reasoning": [
+        "<reasoning>\na\n</reasoning>\n<answer>\n{}\n</answer>\n",
+        "<answer>\n{}\n</answer>\n",
+        "It is {}.",
+        "So {}.",
+    ],
     "dapo_math": ["a<end_working_out><SOLUTION>{}</SOLUTION>", "a<end_working_out>{}", "<SOLUTION>{}", "It is {}."],
-    "multiple_choice": [f"<reasoning>{THOUGHT}</reasoning>\n<answer>{{letter}}</answer>", "<answer>{letter}</answer>",
-                        "<reasoning>想</reasoning>{letter}", "{letter}"],
-    "json_answers": ['{{"buyer": "{name}", "item": "{item}", "count": {}, "total": {}}}',
-                     '{{"buyer": "{name}", "item": "{item}"}}', '{{"buyer": "{name}"', "{name} buys {} {item}."],
-}  # fmt: skip
+    "multiple_choice": [
+        f"<reasoning>{THOUGHT}</reasoning>\n<answer>{{letter}}</answer>",
+        "<answer>{letter}</answer>",
+        "<reasoning>想</reasoning>{letter}",
+        "{letter}",
+    ],
+    "json_answers": [
+        '{{"buyer": "{name}", "item": "{item}", "count": {}, "total": {}}}',
+        '{{"buyer": "{name}", "item": "{item}"}}',
+        '{{"buyer": "{name}"',
+        "{name} buys {} {item}.",
+    ],
+}
 WINDOW = 10  # steps at either end that are compared
 SHARES = [0.3, 0.2, 0.25, 0.25]  # of the forms
 OWN = {  # settings beside those that all tasks share; dapo_math runs on two processes
-    "gsm8k_zh": {"eval_split_size": 16}, "gsm8k": {"eval_split_size": 16, "data_rows": 512, "max_prompt_length": 400},
+    "gsm8k_zh": {"eval_split_size": 16},
+    "gsm8k": {"eval_split_size": 16, "data_rows": 512, "max_prompt_length": 400},
     "gsm8k_reasoning": {"eval_rows": 16, "max_prompt_length": 400, "lr": 3e-3},
     "dapo_math": {"eval_split_size": 16, "lr": 3e-3},  # adapters, here and in the next, want larger steps
-    "multiple_choice": {"eval_split_size": 16, "max_generate_length": 64, "lr": 3e-3}, "json_answers": {},
-}  # fmt: skip
+    "multiple_choice": {"eval_split_size": 16, "max_generate_length": 64, "lr": 3e-3},
+    "json_answers": {},
+}
 
 
 def write_data(task: str, folder: Path, gsm8k: Path) -> Path | None:
@@ -95,11 +109,22 @@ def command_line(task: str, folder: Path, data: Path | None, steps: int, lr: flo
     """The configuration on small data and a small model."""
     cfg, _ = load_config(["--config", f"configs/{task}.yaml"])
     flat: dict[str, object] = {
-        "model": folder / "model", **({} if data is None else {"data": data}), "max_steps": steps, "lr": lr,
-        "batch_size": 4, "gradient_accumulation_steps": 1, "num_generations": 8, "max_generate_length": 40,
-        "dtype": "fp32", "gradient_checkpointing": "false", "log_samples_steps": 0, "save_steps": 0,
-        "num_threads": 1, "load_in_4bit": False, "optimizer": "adamw",
-    }  # fmt: skip
+        "model": folder / "model",
+        **({} if data is None else {"data": data}),
+        "max_steps": steps,
+        "lr": lr,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "num_generations": 8,
+        "max_generate_length": 40,
+        "dtype": "fp32",
+        "gradient_checkpointing": "false",
+        "log_samples_steps": 0,
+        "save_steps": 0,
+        "num_threads": 1,
+        "load_in_4bit": False,
+        "optimizer": "adamw",
+    }
     if cfg.eval_data is not None:
         flat |= {"eval_data": data}
     flat |= OWN[task]
@@ -127,8 +152,10 @@ def make_model(task: str, folder: Path, words: list[str], num_steps: int) -> Non
     prompts = [prompt.token_ids for prompt in load_questions(cfg, make_recipe(cfg, tokenizer), tokenizer).items]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(num_steps):
-        pairs = [([*rng.choice(prompts)], [*tokenizer(completion(task, rng))["input_ids"], tokenizer.eos_token_id])
-                 for _ in range(16)]  # fmt: skip
+        pairs = [
+            ([*rng.choice(prompts)], [*tokenizer(completion(task, rng))["input_ids"], tokenizer.eos_token_id])
+            for _ in range(16)
+        ]
         ids, labels = refusal.padded(pairs, tokenizer.eos_token_id)
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
@@ -179,8 +206,14 @@ def row_of(task: str, names: list[str], steps: list[dict], still: list[dict], se
         cells.append(f"{name} {a:.2f} to {b:.2f} ({c:.2f} to {d:.2f})")
         moved += [f"{name} {b - a:+.2f}"] * changed
         moved_still += [name] * changed_still
-    return (f"| `{task}` | {seconds:.0f} | {'; '.join(cells)} | {', '.join(moved) or 'nothing'} | "
-            f"{', '.join(moved_still) or 'nothing'} |"), len(moved), len(moved_still)  # fmt: skip
+    return (
+        (
+            f"| `{task}` | {seconds:.0f} | {'; '.join(cells)} | {', '.join(moved) or 'nothing'} | "
+            f"{', '.join(moved_still) or 'nothing'} |"
+        ),
+        len(moved),
+        len(moved_still),
+    )
 
 
 def main() -> int:
@@ -198,8 +231,10 @@ def main() -> int:
 
 def measure(args: argparse.Namespace, work: Path) -> int:
     """Train every configuration and its control; print commands, table and verdict."""
-    table = ["| configuration | wall s | first to last ten steps (control) | moved | moved in the control |",
-             "| --- | ---: | --- | --- | --- |"]  # fmt: skip
+    table = [
+        "| configuration | wall s | first to last ten steps (control) | moved | moved in the control |",
+        "| --- | ---: | --- | --- | --- |",
+    ]
     wrong = []
     for task in args.tasks:
         folder = work / task

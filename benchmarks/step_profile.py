@@ -43,10 +43,17 @@ from grpo.runtime.distributed import start
 from grpo.training.metrics import PHASES, Tally
 
 NAMES = {
-    "prefill": "rollout: prefill", "decode": "rollout: decode", "drawing": "rollout: draw, keep", "reward": "reward",
-    "exchange": "exchange", "logprobs": "logprobs", "micro_batches": "update: forward, backward",
-    "reduce": "update: reduce, optimizer", "update": "update: checksums", "rest": "the rest",
-}  # fmt: skip
+    "prefill": "rollout: prefill",
+    "decode": "rollout: decode",
+    "drawing": "rollout: draw, keep",
+    "reward": "reward",
+    "exchange": "exchange",
+    "logprobs": "logprobs",
+    "micro_batches": "update: forward, backward",
+    "reduce": "update: reduce, optimizer",
+    "update": "update: checksums",
+    "rest": "the rest",
+}
 
 
 class Enough(BaseException):
@@ -137,10 +144,13 @@ class Profile:
         clocks["update"] -= clocks["micro_batches"] + clocks["reduce"]
         seconds = clocks | {"rest": wall_s - sum(clocks.values())}
         needed = {
-            "prefill": floors.prefill(shape, rows), "decode": floors.decode(shape, rows),
-            "drawing": floors.drawing(shape, rows), "logprobs": floors.logprobs(shape, rows),
-            "micro_batches": floors.forward_backward(shape, rows), "reduce": floors.optimizer(shape, rows),
-        }  # fmt: skip
+            "prefill": floors.prefill(shape, rows),
+            "decode": floors.decode(shape, rows),
+            "drawing": floors.drawing(shape, rows),
+            "logprobs": floors.logprobs(shape, rows),
+            "micro_batches": floors.forward_backward(shape, rows),
+            "reduce": floors.optimizer(shape, rows),
+        }
         self.steps.append(Step(seconds, dict(self.probes.computed), dict(self.probes.calls), needed))
 
 
@@ -162,12 +172,17 @@ def summary(steps: list[Step], ceilings: floors.Ceilings) -> dict[str, dict[str,
         needs = [step.needed.get(name, floors.Work()) for step in steps]
         seconds, floor_s = middle(s.seconds[name] for s in steps), middle(map(ceilings.floor_s, needs))
         found[name] = {
-            "s": seconds, "share": seconds / whole, "calls": middle(s.calls.get(name, 0) for s in steps),
-            "computed": middle(s.computed.get(name, 0) for s in steps), "needed": middle(w.tokens for w in needs),
-            "flops": middle(w.flops for w in needs), "bytes": middle(w.bytes for w in needs), "floor_s": floor_s,
+            "s": seconds,
+            "share": seconds / whole,
+            "calls": middle(s.calls.get(name, 0) for s in steps),
+            "computed": middle(s.computed.get(name, 0) for s in steps),
+            "needed": middle(w.tokens for w in needs),
+            "flops": middle(w.flops for w in needs),
+            "bytes": middle(w.bytes for w in needs),
+            "floor_s": floor_s,
             "times_floor": seconds / floor_s if floor_s else None,
             "bound": ceilings.bound(needs[0]) if floor_s else None,
-        }  # fmt: skip
+        }
     floor_s = sum(phase["floor_s"] for phase in found.values())
     found["whole step"] = {"s": whole, "share": 1.0, "floor_s": floor_s, "times_floor": whole / floor_s}
     return found
@@ -182,11 +197,21 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         blank = lambda key, text, scale=1.0, phase=phase: (  # noqa: E731
             format(phase[key] / scale, text) if phase.get(key) else ""
         )
-        lines.append((
-            NAMES.get(name, name), f"{phase['s']:.4f}", f"{phase['share']:.1%}", blank("calls", ",.0f"),
-            blank("computed", ",.0f"), blank("needed", ",.0f"), blank("flops", ",.2f", 1e9),
-            blank("bytes", ",.1f", 1e6), blank("floor_s", ".4f"), blank("times_floor", ".1f"), phase.get("bound") or "",
-        ))  # fmt: skip
+        lines.append(
+            (
+                NAMES.get(name, name),
+                f"{phase['s']:.4f}",
+                f"{phase['share']:.1%}",
+                blank("calls", ",.0f"),
+                blank("computed", ",.0f"),
+                blank("needed", ",.0f"),
+                blank("flops", ",.2f", 1e9),
+                blank("bytes", ",.1f", 1e6),
+                blank("floor_s", ".4f"),
+                blank("times_floor", ".1f"),
+                phase.get("bound") or "",
+            )
+        )
     return "\n".join(
         "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths)))
         for line in lines

@@ -26,8 +26,15 @@ from memory_plan import arguments, make
 
 PROJECT = Path(__file__).resolve().parent.parent
 STEPS, WARM_UP = 5, 2
-SETTINGS = {"batch_size": 4, "num_generations": 4, "max_generate_length": 16, "micro_batch_tokens": 64,
-            "rollout_chunk_rows": 4, "logits_chunk_mb": 16, "max_steps": STEPS}  # fmt: skip
+SETTINGS = {
+    "batch_size": 4,
+    "num_generations": 4,
+    "max_generate_length": 16,
+    "micro_batch_tokens": 64,
+    "rollout_chunk_rows": 4,
+    "logits_chunk_mb": 16,
+    "max_steps": STEPS,
+}
 CASE: dict = {"shape": (8000, 512, 1536, 4, 8, 4, 64), "prompt": 16, "ranks": 2, "settings": SETTINGS}
 BACKENDS: dict[str, dict] = {"ddp": {}} | {
     f"ZeRO-{stage}": {"backend": "deepspeed", "zero_stage": stage} for stage in (1, 2, 3)
@@ -60,16 +67,30 @@ def ring_bytes(name: str, ranks: int, first, second) -> float:
         return size(second) * (ranks - 1)
     if name == "reduce_scatter":
         return sum(map(size, second)) * (ranks - 1) / ranks
-    whole = {"all_gather_into_tensor": first, "reduce_scatter_tensor": second, "all_to_all_single": second,
-             "broadcast": first, "reduce": first}[name]  # fmt: skip
+    whole = {
+        "all_gather_into_tensor": first,
+        "reduce_scatter_tensor": second,
+        "all_to_all_single": second,
+        "broadcast": first,
+        "reduce": first,
+    }[name]
     return size(whole) * (ranks - 1) / ranks
 
 
 class Traffic:
     """Adds up what steps send."""
 
-    NAMES = ("all_reduce", "all_reduce_coalesced", "all_gather", "reduce_scatter", "all_gather_into_tensor",
-             "reduce_scatter_tensor", "all_to_all_single", "broadcast", "reduce")  # fmt: skip
+    NAMES = (
+        "all_reduce",
+        "all_reduce_coalesced",
+        "all_gather",
+        "reduce_scatter",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "all_to_all_single",
+        "broadcast",
+        "reduce",
+    )
 
     def __init__(self) -> None:
         self.nested = False
@@ -105,7 +126,7 @@ class Traffic:
         return wrapped
 
     def end_step(self) -> None:
-        """Record a step."""
+        """DrawnTokens a step."""
         line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
         wire = int(line.split(":")[1].split()[8])  # bytes sent
         self.steps.append({"wire": (wire - self.wire) / int(os.environ["WORLD_SIZE"]), "calls": dict(self.calls)})
@@ -153,11 +174,27 @@ def planned(case: dict, folder: Path) -> float:
 def compare(ranks: int, folder: Path) -> None:
     """Print a row for each backend."""
     plans = {backend: planned(case_of(backend, ranks, folder), folder) for backend in BACKENDS}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "GLOO_SOCKET_IFNAME": "lo",
-                   "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(PROJECT),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONWARNINGS": "ignore",
+        "HF_HUB_OFFLINE": "1",
+    }
     for backend, plan in plans.items():
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__,
-                   "--do", backend, "--folder", str(folder)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            __file__,
+            "--do",
+            backend,
+            "--folder",
+            str(folder),
+        ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=PROJECT)
         if done.returncode:
             sys.exit(done.stdout[-2000:] + done.stderr[-4000:])
@@ -165,8 +202,11 @@ def compare(ranks: int, folder: Path) -> None:
         wire = sum(step["wire"] for step in steps) / len(steps)
         calls = sum(sum(step["calls"].values()) for step in steps) / len(steps)
         others = ", ".join(f"{wire / other:.2f} ({name})" for name, other in plans.items() if other != plan)
-        print(f"| {ranks} | {backend} | {plan / 1e6:.1f} | {wire / 1e6:.1f} | {wire / plan:.3f} | {calls / 1e6:.1f} "
-              f"| {calls / plan:.3f} | {others} |", flush=True)  # fmt: skip
+        print(
+            f"| {ranks} | {backend} | {plan / 1e6:.1f} | {wire / 1e6:.1f} | {wire / plan:.3f} | {calls / 1e6:.1f} "
+            f"| {calls / plan:.3f} | {others} |",
+            flush=True,
+        )
         by_call = {name: round(size / 1e6, 1) for name, size in steps[-1]["calls"].items()}
         print(f"    {backend}, by call, MB: {by_call}", file=sys.stderr, flush=True)
 
@@ -179,8 +219,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.do:
         sys.exit(measure(case_of(args.do, int(os.environ["WORLD_SIZE"]), args.folder), args.folder))
-    print("| processes | backend | plan, MB | wire, MB | wire / plan | calls, MB | calls / plan | control: wire / plan "
-          "of another |")  # fmt: skip
+    print(
+        "| processes | backend | plan, MB | wire, MB | wire / plan | calls, MB | calls / plan | control: wire / plan "
+        "of another |"
+    )
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |", flush=True)
     with tempfile.TemporaryDirectory() as name:
         make(CASE, Path(name))

@@ -38,10 +38,25 @@ if os.environ["CHUNKS"] == "fixed":
 def run(folder: Path, nproc: int, *settings: str, **variables: str) -> list[dict[str, float]]:
     """Train; return the steps' metrics, the first two left out (warming up)."""
     command = [
-        sys.executable, "launch/torchrun.py", "--standalone", f"--nproc_per_node={nproc}", "train.py",
-        "--num_threads", "1", "--output_dir", str(folder / "output"), "--runs_dir", str(folder / "runs"),
-        "--eval_data", "null", "--resume", "never", "--save_steps", "0", *settings,
-    ]  # fmt: skip
+        sys.executable,
+        "launch/torchrun.py",
+        "--standalone",
+        f"--nproc_per_node={nproc}",
+        "train.py",
+        "--num_threads",
+        "1",
+        "--output_dir",
+        str(folder / "output"),
+        "--runs_dir",
+        str(folder / "runs"),
+        "--eval_data",
+        "null",
+        "--resume",
+        "never",
+        "--save_steps",
+        "0",
+        *settings,
+    ]
     subprocess.run(command, cwd=PROJECT, env={**os.environ, **variables}, check=True, stdout=subprocess.DEVNULL)
     [file] = [path for path in (folder / "runs").glob("*/metrics.jsonl") if "previous" not in str(path)]
     return [json.loads(line) for line in file.read_text().splitlines()][2:]
@@ -95,10 +110,23 @@ def balance(pairs: int) -> None:
         (folder / "skewed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "patches.py").write_text(PATCHES)
         settings = [
-            "--model", str(model), "--data", str(folder / "skewed.jsonl"), "--config", "configs/demo.yaml",
-            "--prompt_template", "{question}", "--rollout_chunk_rows", "8", "--batch_size", "16", "--max_steps", "10",
-            "--rewards", json.dumps({f"{folder}/patches.py:final_answer_reward": 1.0}),
-        ]  # fmt: skip
+            "--model",
+            str(model),
+            "--data",
+            str(folder / "skewed.jsonl"),
+            "--config",
+            "configs/demo.yaml",
+            "--prompt_template",
+            "{question}",
+            "--rollout_chunk_rows",
+            "8",
+            "--batch_size",
+            "16",
+            "--max_steps",
+            "10",
+            "--rewards",
+            json.dumps({f"{folder}/patches.py:final_answer_reward": 1.0}),
+        ]
         for _ in range(pairs):
             for chunks, values in idle.items():
                 steps = run(folder / "run", 2, *settings, CHUNKS=chunks)

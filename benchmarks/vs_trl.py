@@ -37,11 +37,24 @@ class Side:
         folder.mkdir()
         self.log = (folder / "log").open("w")
         self.process = subprocess.Popen(
-            [python, "-m", "benchmarks.vs_trl_sides", which, json.dumps(dataclasses.asdict(work)), str(folder),
-             str(threads), *more],
-            cwd=PROJECT, stdin=subprocess.PIPE, stdout=self.log, stderr=self.log, text=True, pass_fds=[write],
+            [
+                python,
+                "-m",
+                "benchmarks.vs_trl_sides",
+                which,
+                json.dumps(dataclasses.asdict(work)),
+                str(folder),
+                str(threads),
+                *more,
+            ],
+            cwd=PROJECT,
+            stdin=subprocess.PIPE,
+            stdout=self.log,
+            stderr=self.log,
+            text=True,
+            pass_fds=[write],
             env={**os.environ, "STEPS_FD": str(write), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)},
-        )  # fmt: skip
+        )
         os.close(write)
         self.steps = os.fdopen(read)
         self.folder = folder

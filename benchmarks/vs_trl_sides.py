@@ -86,13 +86,29 @@ class Gate:
 def our_settings(work: Workload, folder: Path, threads: int) -> list[str]:
     """A workload as a command line of train.py."""
     settings = {
-        "model": work.model, "data": work.data, "question_column": "prompt", "chat_template": False,
-        "rewards": json.dumps({work.reward: 1.0}), "batch_size": work.prompts, "gradient_accumulation_steps": 1,
-        "num_generations": work.group, "max_prompt_length": work.max_prompt, "max_generate_length": work.max_new,
-        "max_steps": 100_000, "lr": work.lr, "seed": work.seed, "save_steps": 0, "num_threads": threads,
-        "backend": "ddp", "output_dir": folder / "output", "runs_dir": folder / "runs", "resume": "never",
-        "report_to": "none", "dtype": work.dtype, "device": work.device,
-    }  # fmt: skip
+        "model": work.model,
+        "data": work.data,
+        "question_column": "prompt",
+        "chat_template": False,
+        "rewards": json.dumps({work.reward: 1.0}),
+        "batch_size": work.prompts,
+        "gradient_accumulation_steps": 1,
+        "num_generations": work.group,
+        "max_prompt_length": work.max_prompt,
+        "max_generate_length": work.max_new,
+        "max_steps": 100_000,
+        "lr": work.lr,
+        "seed": work.seed,
+        "save_steps": 0,
+        "num_threads": threads,
+        "backend": "ddp",
+        "output_dir": folder / "output",
+        "runs_dir": folder / "runs",
+        "resume": "never",
+        "report_to": "none",
+        "dtype": work.dtype,
+        "device": work.device,
+    }
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
@@ -118,18 +134,20 @@ def ours(work: Workload, folder: Path, threads: int) -> None:
 
     def init(run, *args):
         plain_log(run, *args)
-        log_step = run.journal.log_step
+        log_step = run.log.log_step
 
         def logged(*args):
             metrics = log_step(*args)
             gate.found = {
-                "rollout_s": metrics["time/rollout_s"], "update_s": metrics["time/update_s"],
-                "reward_s": metrics["time/reward_s"], "new_tokens": metrics["completions/tokens"],
+                "rollout_s": metrics["time/rollout_s"],
+                "update_s": metrics["time/update_s"],
+                "reward_s": metrics["time/reward_s"],
+                "new_tokens": metrics["completions/tokens"],
                 "reward": metrics["reward/mean"],
-            }  # fmt: skip
+            }
             return metrics
 
-        run.journal.log_step = logged
+        run.log.log_step = logged
 
     Run.tally, Run.__init__, train.load_policy = tally, init, load_policy
     sys.exit(run_main(train.train, load_config, our_settings(work, folder, threads) + sys.argv[5:]))
@@ -158,14 +176,29 @@ def trl(work: Workload, folder: Path, threads: int) -> None:
 
     rows = [json.loads(line) for line in Path(work.data).read_text(encoding="utf-8").splitlines()]
     config = GRPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=work.trl_rows,
-        gradient_accumulation_steps=work.prompts * work.group // work.trl_rows, num_generations=work.group,
-        max_completion_length=work.max_new, max_steps=100_000, learning_rate=work.lr, lr_scheduler_type="constant",
-        seed=work.seed, bf16=work.dtype == "bf16", use_cpu=work.device == "cpu", gradient_checkpointing=False,
-        report_to="none", logging_steps=1000,
-        disable_tqdm=True, save_strategy="no", beta=0.0, disable_dropout=True, loss_type="grpo", temperature=1.0,
-        top_k=0, top_p=1.0,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=work.trl_rows,
+        gradient_accumulation_steps=work.prompts * work.group // work.trl_rows,
+        num_generations=work.group,
+        max_completion_length=work.max_new,
+        max_steps=100_000,
+        learning_rate=work.lr,
+        lr_scheduler_type="constant",
+        seed=work.seed,
+        bf16=work.dtype == "bf16",
+        use_cpu=work.device == "cpu",
+        gradient_checkpointing=False,
+        report_to="none",
+        logging_steps=1000,
+        disable_tqdm=True,
+        save_strategy="no",
+        beta=0.0,
+        disable_dropout=True,
+        loss_type="grpo",
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+    )
     gate = Gate(work.device)
 
     class Gated(TrainerCallback):
@@ -190,9 +223,12 @@ def trl(work: Workload, folder: Path, threads: int) -> None:
         model=AutoModelForCausalLM.from_pretrained(
             work.model, dtype=torch.bfloat16 if work.dtype == "bf16" else torch.float32
         ),
-        reward_funcs=rewarded, args=config, train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(work.model), callbacks=[Gated()],
-    )  # fmt: skip
+        reward_funcs=rewarded,
+        args=config,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(work.model),
+        callbacks=[Gated()],
+    )
     gate.count(trainer.model)
     trainer.train()
 

@@ -17,13 +17,21 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 PROJECT = Path(__file__).resolve().parent.parent
 REWARDS = Path(__file__).resolve().with_name("workload_rewards.py")
 QWEN3_06B = {
-    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-    "num_key_value_heads": 8, "head_dim": 128,
-}  # fmt: skip
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
 BODY = {
-    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 64,
-}  # fmt: skip
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,14 @@ def word_model(folder: Path, words: int, **body: int) -> list[str]:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=words, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
-        pad_token_id=0, **(BODY | body),
-    )  # fmt: skip
+        vocab_size=words,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        **(BODY | body),
+    )
     Qwen3ForCausalLM(config).save_pretrained(folder / "model")
     fast.save_pretrained(folder / "model")
     return list(vocabulary)[1:]

@@ -113,8 +113,15 @@ def make_start(work: Path, steps: dict[str, int], seed: int) -> None:
 
 def teach(work: Path, stage: str, model: Path, num_steps: int, more: list[str]) -> Path:
     """One stage of supervised training, or what is left of it. Returns its last checkpoint."""
-    settings = {"model": model, "data": work / f"{stage}.jsonl", "lr": RATES[stage], "max_steps": num_steps,
-                "output_dir": work / stage, "runs_dir": work / "runs", "run_name": stage}  # fmt: skip
+    settings = {
+        "model": model,
+        "data": work / f"{stage}.jsonl",
+        "lr": RATES[stage],
+        "max_steps": num_steps,
+        "output_dir": work / stage,
+        "runs_dir": work / "runs",
+        "run_name": stage,
+    }
     here = Path(__file__).resolve().parent
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "grpo.sft", "--config", str(here / "base.yaml"), *flags, *more]

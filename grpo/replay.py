@@ -25,7 +25,7 @@ from grpo.config.settings import Config
 from grpo.errors import UserError, warn
 from grpo.models.checks import load_model, quiet
 from grpo.runtime.distributed import World, pick_device
-from grpo.sft.policy import Student
+from grpo.sft.policy import SftPolicy
 from grpo.training.metrics import Tally
 from grpo.training.policy import Policy, load_trained
 from grpo.training.skipped_updates import Evidence
@@ -42,9 +42,12 @@ def read(folder: Path) -> list[tuple[Evidence, list[MicroBatch]]]:
         raise UserError(f"replay: {folder} holds no rank_R.json. Give a folder like output/anomalies/step_12.")
     for file in files:
         try:
-            evidence = Evidence(**json.loads(file.read_text(encoding="utf-8")))
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if "samples" in content:  # the key's name in older evidence
+                content["rows"] = content.pop("samples")
+            evidence = Evidence(**content)
             tensors = load_file(file.with_suffix(".safetensors"))
-            found.append((evidence, [_micro_batch(tensors, i, rows) for i, rows in enumerate(evidence.samples)]))
+            found.append((evidence, [_micro_batch(tensors, i, rows) for i, rows in enumerate(evidence.rows)]))
         except (OSError, ValueError, TypeError, KeyError, AssertionError, SafetensorError) as error:
             raise UserError(
                 f"replay: {file} or the tensors beside it cannot be read ({error}). Choose another."
@@ -52,10 +55,10 @@ def read(folder: Path) -> list[tuple[Evidence, list[MicroBatch]]]:
     return found
 
 
-def _micro_batch(tensors: dict[str, Tensor], index: int, samples: list[int]) -> MicroBatch:
+def _micro_batch(tensors: dict[str, Tensor], index: int, rows: list[int]) -> MicroBatch:
     prefix = f"micro_{index}."
     fields = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return MicroBatch(samples=tuple(samples), **fields)  # type: ignore[arg-type]
+    return MicroBatch(rows=tuple(rows), **fields)  # type: ignore[arg-type]
 
 
 def load_policy_of(folder: Path, evidence: Evidence, device: torch.device) -> Policy:
@@ -77,7 +80,7 @@ def load_policy_of(folder: Path, evidence: Evidence, device: torch.device) -> Po
     if unexpected or set(missing) - tied - frozen - {name for name, _ in model.named_buffers()}:
         raise UserError(f"replay: {file} is not a copy of {cfg.model}'s weights.")
     reference = load_model(cfg.model, device) if cfg.beta > 0 and not cfg.lora_r else None
-    policy = (Student if cfg.sft else Policy)(cfg, World(0, 1, 0, 1, device), model, reference)
+    policy = (SftPolicy if cfg.sft else Policy)(cfg, World(0, 1, 0, 1, device), model, reference)
     policy.counters.trust_sampler, policy.counters.updates = evidence.trust_sampler, evidence.updates
     return policy
 
@@ -120,7 +123,7 @@ def replay(folder: Path, device: torch.device) -> bool:
             loss.backward()
             recorded, replayed = float(evidence.losses[i]), float(loss.detach())
             same &= agree(recorded, replayed)
-            where = f"micro-batch {i}, rows {list(micro.samples)}"
+            where = f"micro-batch {i}, rows {list(micro.rows)}"
             print(f"  {where}: loss recorded {recorded:.6g}, replayed {replayed:.6g}")
         if bad_module.name:
             print(f"  first module whose output is not finite: {bad_module.name}")
@@ -144,7 +147,7 @@ def _replay_rollout(policy: Policy, micro: MicroBatch) -> bool:
     """The rows that ended in logits that were not finite: do they again?"""
     logprobs = policy.backend.score(micro)
     broken = (~torch.isfinite(logprobs) & micro.mask).any(-1)
-    print(f"  rows {list(micro.samples)} met logits that were not finite; replayed: {broken.tolist()}")
+    print(f"  rows {list(micro.rows)} met logits that were not finite; replayed: {broken.tolist()}")
     return bool(broken.all())
 
 

@@ -42,8 +42,10 @@ def parse_json(text: str | bytes, infinity: bool = False) -> Any:
     try:
         return json.loads(
             text if isinstance(text, str) else text.decode("utf-8"),
-            parse_constant=constant, parse_float=number, object_pairs_hook=unique,
-        )  # fmt: skip
+            parse_constant=constant,
+            parse_float=number,
+            object_pairs_hook=unique,
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

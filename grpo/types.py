@@ -14,7 +14,7 @@ Pulse = Callable[[], bool]  # called for each piece of work done; True: it shoul
 class Prompt:
     """One question, ready to be asked."""
 
-    row: int  # its index in the data, after filtering
+    data_row: int  # its index in the data, after filtering
     text: str  # exactly what the model reads
     token_ids: tuple[int, ...]
     columns: dict[str, Any]  # the data row, as rewards see it; `answer` holds the gold answer
@@ -26,7 +26,7 @@ class Prompt:
 class Completion:
     """What the engine sampled for one row."""
 
-    sample: int  # row n = p*G + g of the step
+    row: int  # n = p*G + g of the step
     token_ids: np.ndarray  # [C] int32, the EOS included when it was sampled
     sampler_logprobs: np.ndarray  # [C] float32, log-prob of each token under the sampling distribution
     finish: str  # "stop" (an EOS was sampled), "length" (cut at the limit), "error" (non-finite logits)
@@ -96,7 +96,7 @@ class Table(Noticed):
 class TrainRow:
     """One row as the update needs it: a prompt, a completion, its advantage."""
 
-    sample: int
+    row: int
     prompt_ids: tuple[int, ...]
     token_ids: np.ndarray  # [C] int32
     sampler_logprobs: np.ndarray  # [C] float32
@@ -117,7 +117,7 @@ class Flat:
 class MicroBatch:
     """B rows of one backward, padded on the right to their own longest. [B, T] is aligned to targets."""
 
-    samples: tuple[int, ...]  # [B]
+    rows: tuple[int, ...]  # [B] n of each
     input_ids: torch.Tensor  # [B, L] int64, prompt + completion, without the last token
     positions: torch.Tensor  # [B, T] int64, where in L the token is predicted
     target_ids: torch.Tensor  # [B, T] int64
@@ -134,9 +134,9 @@ class MicroBatch:
     head_blocks: int = 1  # blocks of the head to run at least; backends that shard weights need ranks to agree
 
     def __post_init__(self) -> None:
-        rows, width = self.target_ids.shape
-        assert self.input_ids.shape[0] == rows == self.advantages.shape[0] == len(self.samples)
-        assert self.mask.shape == self.positions.shape == self.sampler_logprobs.shape == (rows, width)
+        num_rows, width = self.target_ids.shape
+        assert self.input_ids.shape[0] == num_rows == self.advantages.shape[0] == len(self.rows)
+        assert self.mask.shape == self.positions.shape == self.sampler_logprobs.shape == (num_rows, width)
         assert self.mask.dtype == torch.bool
 
 

@@ -31,11 +31,29 @@ def anomaly(tmp_path_factory):
     folder = tmp_path_factory.mktemp("anomaly")
     save_tiny(folder / "model", spread=1.0)
     done = run_script(
-        patched_train(folder, POISON), "--config", "configs/demo.yaml", "--model", str(folder / "model"),
-        "--eval_data", "null", "--max_steps", "2", "--max_generate_length", "8", "--check_weights_steps", "0",
-        "--output_dir", str(folder / "output"), "--runs_dir", str(folder / "runs"), "--micro_batch_tokens", "512",
-        "--rewards", '{"tests/support/rewards_for_tests.py:varied": 1.0}', nproc=2,
-    )  # fmt: skip
+        patched_train(folder, POISON),
+        "--config",
+        "configs/demo.yaml",
+        "--model",
+        str(folder / "model"),
+        "--eval_data",
+        "null",
+        "--max_steps",
+        "2",
+        "--max_generate_length",
+        "8",
+        "--check_weights_steps",
+        "0",
+        "--output_dir",
+        str(folder / "output"),
+        "--runs_dir",
+        str(folder / "runs"),
+        "--micro_batch_tokens",
+        "512",
+        "--rewards",
+        '{"tests/support/rewards_for_tests.py:varied": 1.0}',
+        nproc=2,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "step 2: update skipped on all ranks (gradient norm nan)" in done.stdout
     return folder / "output" / "anomalies" / "step_2"

@@ -46,9 +46,13 @@ class Saver:
         self.tokenizer_files: dict[str, bytes] | None = None  # they never change: made once
 
     def save(
-        self, policy: Policy, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, facts: dict[str, Any],
+        self,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        facts: dict[str, Any],
         last: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Begin to save the policy as it is now, after waiting for the save before it. last: none will follow."""
         self.wait()
         step, world = policy.counters.step, policy.world
@@ -78,17 +82,22 @@ class Saver:
         began = time.monotonic()
         folder = self.output_dir / f"checkpoint_{snapshot.step}"
         self.failure = checkpoint.write(
-            snapshot, self.output_dir, policy.world, self.cfg.save_total_limit,
+            snapshot,
+            self.output_dir,
+            policy.world,
+            self.cfg.save_total_limit,
             lambda phase: self.heartbeat.saving(snapshot.step, phase),
-        )  # fmt: skip
+        )
         self.expected_s = self.seconds["save/write_s"] = time.monotonic() - began
         if self.failure is None:
             self.say(f"saved {folder}")
             if policy.world.is_main and is_lora(policy.model):
                 self.say(verdict(folder))
         elif policy.world.is_main and not last:
-            warn(f"warning: {folder} could not be written: {self.failure}. Earlier checkpoints are untouched; "
-                 "training goes on, the next save tries again.")  # fmt: skip
+            warn(
+                f"warning: {folder} could not be written: {self.failure}. Earlier checkpoints are untouched; "
+                "training goes on, the next save tries again."
+            )
 
     def wait(self) -> None:
         """Until no save is in flight. Raises what the thread raised."""

@@ -36,20 +36,47 @@ def check(cfg: Config) -> None:
         raise UserError(
             f"num_generations: must be >= 2, got {cfg.num_generations}: a group of one has no baseline. Try 8."
         )
-    for name in ("batch_size", "gradient_accumulation_steps", "epoch", "num_minibatches", "num_iterations",
-                 "max_prompt_length", "max_generate_length", "max_support", "max_bad_steps", "micro_batch_tokens",
-                 "rollout_chunk_rows", "logits_chunk_mb"):  # fmt: skip
+    for name in (
+        "batch_size",
+        "gradient_accumulation_steps",
+        "epoch",
+        "num_minibatches",
+        "num_iterations",
+        "max_prompt_length",
+        "max_generate_length",
+        "max_support",
+        "max_bad_steps",
+        "micro_batch_tokens",
+        "rollout_chunk_rows",
+        "logits_chunk_mb",
+    ):
         _require(cfg, name, getattr(cfg, name) >= 1, ">= 1")
     _check_data(cfg)
-    for name in ("save_steps", "eval_steps", "eval_rows", "log_samples_steps", "log_completions_steps",
-                 "check_weights_steps", "top_k", "seed", "reward_workers"):  # fmt: skip
+    for name in (
+        "save_steps",
+        "eval_steps",
+        "eval_rows",
+        "log_samples_steps",
+        "log_completions_steps",
+        "check_weights_steps",
+        "top_k",
+        "seed",
+        "reward_workers",
+    ):
         _require(cfg, name, getattr(cfg, name) >= 0, ">= 0")
     for name in ("max_steps",):
         _require(cfg, name, cfg.max_steps is None or cfg.max_steps >= 0, ">= 0, or null")
     for name in ("save_total_limit", "num_threads", "rollout_tokens"):
         _require(cfg, name, getattr(cfg, name) is None or getattr(cfg, name) >= 1, ">= 1, or null")
-    for name in ("lr", "temperature", "max_grad_norm", "logit_clamp", "advantage_clip", "max_importance_weight",
-                 "reward_timeout_s"):  # fmt: skip
+    for name in (
+        "lr",
+        "temperature",
+        "max_grad_norm",
+        "logit_clamp",
+        "advantage_clip",
+        "max_importance_weight",
+        "reward_timeout_s",
+    ):
         value = getattr(cfg, name)
         _require(cfg, name, math.isfinite(value) and value > 0, "a finite number > 0")
     _require(cfg, "stall_timeout_s", 1 <= cfg.stall_timeout_s < math.inf, "a finite number of seconds >= 1")

@@ -17,11 +17,29 @@ from grpo.config.checks import check, check_kind
 from grpo.config.settings import Config, field_docs
 from grpo.errors import UserError
 
-OF_ROLLOUTS = frozenset({  # settings without meaning here: a supervised step samples nothing
-    "num_generations", "num_minibatches", "num_iterations", "temperature", "top_p", "top_k", "min_p", "max_support",
-    "loss", "clip_eps", "clip_eps_high", "beta", "scale_rewards", "advantage_clip", "max_importance_weight",
-    "max_reward_failures", "reference_offload", "log_samples_steps", "log_completions_steps",
-})  # fmt: skip
+OF_ROLLOUTS = frozenset(
+    {  # settings without meaning here: a supervised step samples nothing
+        "num_generations",
+        "num_minibatches",
+        "num_iterations",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "max_support",
+        "loss",
+        "clip_eps",
+        "clip_eps_high",
+        "beta",
+        "scale_rewards",
+        "advantage_clip",
+        "max_importance_weight",
+        "max_reward_failures",
+        "reference_offload",
+        "log_samples_steps",
+        "log_completions_steps",
+    }
+)
 SUFFIX = "_sft"  # of output_dir and run_name, unless the section or the command line names others
 
 
@@ -120,6 +138,8 @@ def _named() -> Iterator[None]:
 def markdown_rows() -> str:
     """The rows of README.md's table of these settings."""
     docs = field_docs(SftSettings)
-    shown = {name: "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-             for name, value in dataclasses.asdict(SftSettings()).items()}  # fmt: skip
+    shown = {
+        name: "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in dataclasses.asdict(SftSettings()).items()
+    }
     return "\n".join(f"| `{name}` | `{shown[name]}` | {docs[name]} |" for name in OWN)

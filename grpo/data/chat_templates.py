@@ -42,10 +42,16 @@ class Renderer:
     def __init__(self, template: str, variables: Mapping[str, Any]):
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "grpo.data.chat_templates"], cwd=Path(__file__).resolve().parents[2], text=True,
-            encoding="utf-8", env={**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "grpo.data.chat_templates"],
+            cwd=Path(__file__).resolve().parents[2],
+            text=True,
+            encoding="utf-8",
+            env={**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self.close = weakref.finalize(self, _end, self.process)  # also when Python ends
         self._ask({"template": template, "variables": dict(variables), "cpu_s": CPU_S})
 
@@ -117,8 +123,12 @@ def _limit() -> None:
     """From here on: a bounded address space, nothing written, no file or socket opened."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 2**18
     space = pages * resource.getpagesize() + MEMORY_BYTES
-    for what, most in ((resource.RLIMIT_AS, space), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0),
-                       (resource.RLIMIT_NOFILE, 3)):  # fmt: skip
+    for what, most in (
+        (resource.RLIMIT_AS, space),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, 3),
+    ):
         with contextlib.suppress(ValueError, OSError):  # a lower limit holds already
             resource.setrlimit(what, (most, most))
 
@@ -161,9 +171,11 @@ def main() -> None:
         asked = json.loads(line)
         opening = isinstance(asked, list)
         rendered = render_jinja_template(
-            [asked if opening else asked["turns"]], chat_template=settings["template"], add_generation_prompt=opening,
+            [asked if opening else asked["turns"]],
+            chat_template=settings["template"],
+            add_generation_prompt=opening,
             **settings["variables"],
-        )  # fmt: skip
+        )
         text = str(rendered[0][0])
         if len(text) > MAX_CHARACTERS + 8 * len(line):
             raise ValueError(f"it makes {len(text)} characters of {len(line)}")

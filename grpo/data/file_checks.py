@@ -21,8 +21,16 @@ from grpo.strict_json import check_regular, parse_json, read_object
 MAX_ROW_BYTES = 2**24
 MAX_JSON_BYTES = 2**30  # a .json file is read at once; .jsonl, .csv and .parquet have no limit
 MAX_PARQUET_BYTES = 2**35  # of the cells when they are decoded: a few kilobytes can stand for terabytes
-PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd",
-          b"\x04\x22\x4d\x18": "lz4", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}  # fmt: skip
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"7z\xbc\xaf": "7z",
+    b"Rar!": "rar",
+}
 LFS = b"version https://git-lfs.github.com/spec/"
 
 

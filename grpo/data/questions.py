@@ -48,7 +48,7 @@ class Questions:
 
         >>> items = [Prompt(i, "", (), {}) for i in range(3)]
         >>> stream = Questions(items, 0, seed=7)
-        >>> sorted(p.row for step in range(3) for p in stream.prompts(step, 2))
+        >>> sorted(p.data_row for step in range(3) for p in stream.prompts(step, 2))
         [0, 0, 1, 1, 2, 2]
         """
         picks = range(step * num_prompts, (step + 1) * num_prompts)
@@ -89,13 +89,11 @@ def load_questions(
         )
     if not apart:
         items, drops = _choose(cfg, items, drops, held_out, name)
-    items = [dataclasses.replace(item, row=row) for row, item in enumerate(items)]
+    items = [dataclasses.replace(item, data_row=row) for row, item in enumerate(items)]
     return Questions(items, sum(drops.values()), cfg.seed, drops)
 
 
-def _choose(
-    cfg: Config, items: list[Prompt], drops: Drops, held_out: bool, name: str
-) -> tuple[list[Prompt], Drops]:  # fmt: skip
+def _choose(cfg: Config, items: list[Prompt], drops: Drops, held_out: bool, name: str) -> tuple[list[Prompt], Drops]:
     """The first data_rows; then the part to train on, or the one held out."""
     if cfg.data_rows and len(items) > cfg.data_rows:
         drops = {**drops, f"after the first {cfg.data_rows} (data_rows)": len(items) - cfg.data_rows}

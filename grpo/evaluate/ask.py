@@ -34,13 +34,18 @@ class Answer:
     num_tokens: int
 
 
-class Asker:
+class CheckpointModel:
     """A checkpoint on one device. Raises UserError when its parts do not fit."""
 
     def __init__(
-        self, folder: Path, device: torch.device, sampling: dict[str, Any], max_new_tokens: int | None = None,
-        seed: int = 0, dtype: str = "fp32",
-    ):  # fmt: skip
+        self,
+        folder: Path,
+        device: torch.device,
+        sampling: dict[str, Any],
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        dtype: str = "fp32",
+    ):
         """`sampling`: what Sampling takes; the recipe's logit clamp is added. max_new_tokens None: as in training."""
         self.recipe: Recipe = load_recipe(folder / "trainer" / "recipe.json")
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(str(folder))
@@ -63,8 +68,10 @@ class Asker:
         if not ids:
             raise UserError("question: the tokenizer makes no token of it. Ask something else.")
         if len(ids) > self.recipe.max_prompt_length:
-            raise UserError(f"question: {len(ids)} tokens, the checkpoint was trained for at most "
-                            f"{self.recipe.max_prompt_length} (max_prompt_length). Shorten it.")  # fmt: skip
+            raise UserError(
+                f"question: {len(ids)} tokens, the checkpoint was trained for at most "
+                f"{self.recipe.max_prompt_length} (max_prompt_length). Shorten it."
+            )
         return ids
 
     def ask(self, ids: tuple[int, ...], on_text: Callable[[str], None] | None = None) -> Answer:
@@ -110,8 +117,8 @@ class Asker:
         finishes = ("stop", "length", "error")
         for chunk in (chunks[i] for i in world.deal(len(chunks))):
             for done in self.engine.generate(chunk, self.sampling):
-                said[done.sample - first] = done.token_ids
-                table[done.sample - first] = len(done.token_ids), finishes.index(done.finish), world.rank, 1
+                said[done.row - first] = done.token_ids
+                table[done.row - first] = len(done.token_ids), finishes.index(done.finish), world.rank, 1
         table = world.sum_rows(table)
         assert table[:, 3].all()
         lengths, owners = table[:, 0].astype(int), table[:, 2].astype(int)
@@ -133,10 +140,10 @@ class Asker:
         return Answer(text, finish, len(token_ids))
 
 
-class BaseModel:
+class OtherModel:
     """Another model, asked with a checkpoint's recipe: the same text, in this model's own tokens."""
 
-    def __init__(self, name: str, like: Asker, device: torch.device, seed: int = 0):
+    def __init__(self, name: str, like: CheckpointModel, device: torch.device, seed: int = 0):
         """`name`: a folder or a hub name. Raises UserError when it cannot be loaded."""
         self.name, self.like = name, like
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(name)

@@ -15,7 +15,7 @@ from grpo.config.settings import Config
 from grpo.data.questions import load_questions
 from grpo.errors import UserError, warn
 from grpo.evaluate import report
-from grpo.evaluate.ask import Asker
+from grpo.evaluate.ask import CheckpointModel
 from grpo.evaluate.extract import is_marker, marker_of, marks_of, task_of
 from grpo.models.checks import quiet
 from grpo.run.console import Console
@@ -29,9 +29,10 @@ Verdicts = list[tuple[str, str, bool]]  # question, gold, correct
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line. Raises UserError for values that do not fit; unknown flags end with code 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m grpo.evaluate", allow_abbrev=False,
+        prog="python -m grpo.evaluate",
+        allow_abbrev=False,
         description="Accuracy of a checkpoint on questions with gold answers. Data settings default to the run's own.",
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--checkpoint", "--model_dir", type=Path, help="checkpoint folder (default: the newest valid one)")
     add("--best", action="store_true", help="the checkpoint that best.json in --output_dir names")
@@ -91,23 +92,29 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"compare: no such checkpoint or file {str(path)[:200]!r}. Give what --out has written.")
 
 
-def data_settings(folder: Path, args: argparse.Namespace, asker: Asker) -> Config:
+def data_settings(folder: Path, args: argparse.Namespace, asker: CheckpointModel) -> Config:
     """The run's own settings, the recipe's prompt, and what the command line says. Raises UserError."""
     saved: dict[str, Any] = read_state(folder)["config"]
     known = {field.name for field in dataclasses.fields(Config)}
     recipe = asker.recipe
     own = {key: value for key, value in saved.items() if key in known} | {
-        "system_prompt": recipe.system_prompt, "prompt_template": recipe.prompt_template,
-        "max_prompt_length": recipe.max_prompt_length, "max_generate_length": recipe.max_generate_length,
+        "system_prompt": recipe.system_prompt,
+        "prompt_template": recipe.prompt_template,
+        "max_prompt_length": recipe.max_prompt_length,
+        "max_generate_length": recipe.max_generate_length,
         "eval_rows": args.limit,
-    }  # fmt: skip
+    }
     if args.data is not None:
         own["eval_split_size"] = 0.0  # not the part of the training data that the run held out
     said = {
-        "eval_data": args.data, "eval_split": args.split, "data_config": args.data_config, "dtype": args.dtype,
-        "question_column": args.question_column, "answer_column": args.answer_column,
+        "eval_data": args.data,
+        "eval_split": args.split,
+        "data_config": args.data_config,
+        "dtype": args.dtype,
+        "question_column": args.question_column,
+        "answer_column": args.answer_column,
         "answer_format": args.answer_format,
-    }  # fmt: skip
+    }
     cfg = Config(**own | {key: value for key, value in said.items() if value is not None})
     check(cfg)
     if cfg.eval_data is None and not cfg.eval_split_size:
@@ -123,10 +130,10 @@ def question_of(prompt: Prompt) -> str:
     return question if isinstance(question, str) else prompt.text
 
 
-def examine(folder: Path, args: argparse.Namespace, world: World) -> Verdicts:
+def evaluate_checkpoint(folder: Path, args: argparse.Namespace, world: World) -> Verdicts:
     """Evaluate one checkpoint: lines on stdout, results to --out, from rank 0. Returns its verdicts there."""
     sampling = {"temperature": args.temperature, "top_p": args.top_p}
-    asker = Asker(folder, world.device, sampling, args.max_new_tokens, args.seed)
+    asker = CheckpointModel(folder, world.device, sampling, args.max_new_tokens, args.seed)
     cfg = data_settings(folder, args, asker)
     asker.engine.dtype = cfg.dtype
     questions = load_questions(cfg, asker.recipe, asker.tokenizer, held_out=True)
@@ -179,14 +186,14 @@ def verdicts_of(path: Path, args: argparse.Namespace, world: World) -> Verdicts:
     """What --compare was given: results in a file, or a checkpoint to evaluate."""
     if path.is_file():
         return report.read_results(path)
-    return examine(choose(path, args.output_dir), args, world)
+    return evaluate_checkpoint(choose(path, args.output_dir), args, world)
 
 
 def run(args: argparse.Namespace, world: World) -> None:
     """Evaluate one checkpoint, or compare two."""
     if args.compare is None:
         folder = best_folder(args.output_dir) if args.best else args.checkpoint
-        examine(choose(folder, args.output_dir), args, world)
+        evaluate_checkpoint(choose(folder, args.output_dir), args, world)
         return
     first, second = (verdicts_of(path, args, world) for path in args.compare)
     if world.is_main:

@@ -35,15 +35,22 @@ def worth_of_refusing(cfg: Config, reward: Reward) -> float:
 
 
 def evaluate(
-    engine: Engine, questions: Questions, rewards: Rewards, tokenizer: PreTrainedTokenizerBase, cfg: Config,
-    world: World, report: Callable[[str], None], temperature: float = 0.0, pulse: Pulse = lambda: False,
-) -> dict[str, float] | None:  # fmt: skip
+    engine: Engine,
+    questions: Questions,
+    rewards: Rewards,
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: Config,
+    world: World,
+    report: Callable[[str], None],
+    temperature: float = 0.0,
+    pulse: Pulse = lambda: False,
+) -> dict[str, float] | None:
     """Answer every held-out question once and score the answers. Equal on every rank; None: asked to stop.
 
     Questions are taken longest first, so that a chunk's prompts are alike in length. Answers are scored while others
     are still being sampled; `report` gets a reward function's first failures of the whole evaluation.
     """
-    prompts = sorted(questions.items, key=lambda prompt: (-len(prompt.token_ids), prompt.row))
+    prompts = sorted(questions.items, key=lambda prompt: (-len(prompt.token_ids), prompt.data_row))
     sampling = Sampling(temperature=temperature, logit_clamp=cfg.logit_clamp)
     table = np.zeros((len(prompts) + 1, len(rewards.rewards) + 1))  # the last line: asked to stop
     chunks = cut_chunks(len(prompts), 1, cfg.rollout_chunk_rows)
@@ -58,7 +65,7 @@ def evaluate(
     if scoring.pulse():  # then the answers, or their scores, may be incomplete
         table[-1] = 1
     elif completions:
-        table[[one.sample for one in completions]] = np.column_stack([scores, [len(c.token_ids) for c in completions]])
+        table[[one.row for one in completions]] = np.column_stack([scores, [len(c.token_ids) for c in completions]])
     table, stop = np.split(world.sum_rows(table), [-1])
     if stop.any():
         return None

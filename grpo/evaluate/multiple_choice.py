@@ -18,7 +18,7 @@ from typing import Any
 from grpo.checkpoints.resume import read_state
 from grpo.data.file_checks import check_file
 from grpo.errors import UserError, warn
-from grpo.evaluate.ask import Asker
+from grpo.evaluate.ask import CheckpointModel
 from grpo.evaluate.extract import marker_of, marks_of, plain, strict
 from grpo.run.console import Console
 from grpo.run.languages import label, language_of
@@ -115,7 +115,7 @@ def _option(name: str) -> str | None:
 
 
 def predict(
-    asker: Asker, folder: Path, source: Path, out: Path, refusal: str | None, batch_rows: int, world: World
+    asker: CheckpointModel, folder: Path, source: Path, out: Path, refusal: str | None, batch_rows: int, world: World
 ) -> str:
     """Answer every row and write ID,Answer. Returns a line of counts. Raises UserError.
 

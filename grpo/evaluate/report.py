@@ -70,9 +70,13 @@ class Progress:
         self.correct += first.correct
         none = label(self.language, "none")
         return f"[{self.done:0{len(str(self.total))}d}/{self.total}] " + label(
-            self.language, "progress", correct=self.correct, share=self.correct / self.done,
-            pred=_short(first.pred or none), gold=_short(first.gold or none),
-        )  # fmt: skip
+            self.language,
+            "progress",
+            correct=self.correct,
+            share=self.correct / self.done,
+            pred=_short(first.pred or none),
+            gold=_short(first.gold or none),
+        )
 
 
 def _short(text: str) -> str:
@@ -136,8 +140,13 @@ def write_results(path: Path, results: Iterable[Result], with_samples: bool) -> 
     """One JSON object a completion: q, gold, pred, full, correct (and sample). Raises OSError."""
     with path.open("w", encoding="utf-8") as file:
         for result in results:
-            row = {"q": result.question, "gold": result.gold, "pred": result.pred, "full": result.full,
-                   "correct": result.correct}  # fmt: skip
+            row = {
+                "q": result.question,
+                "gold": result.gold,
+                "pred": result.pred,
+                "full": result.full,
+                "correct": result.correct,
+            }
             file.write(json.dumps(row | ({"sample": result.sample} if with_samples else {}), ensure_ascii=False) + "\n")
 
 

@@ -18,7 +18,7 @@ class TokenPrinter:
         self.shown = ""
 
     def __call__(self, pairs: list[tuple[int, int]]) -> None:
-        """Take (sample, token id) pairs of one decoding step."""
+        """Take (row, token id) pairs of one decoding step."""
         self.ids += [token for _, token in pairs]
         text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
         if not text.endswith("\ufffd") and text.startswith(self.shown):

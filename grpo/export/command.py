@@ -47,8 +47,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of merged_16bit (default: bf16)")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; it must not exist")
     parser.add_argument("--metrics", type=Path, help="metrics.jsonl for the model card (default: the run's own)")
-    parser.add_argument("--push", metavar="USER/NAME", help="send it to this hub repository, with the token of "
-                        "HF_TOKEN or of `hf auth login`")  # fmt: skip
+    parser.add_argument(
+        "--push",
+        metavar="USER/NAME",
+        help="send it to this hub repository, with the token of HF_TOKEN or of `hf auth login`",
+    )
     parser.add_argument("--public", action="store_true", help="with --push: make a new repository public")
     parser.add_argument("--dry_run", action="store_true", help="with --push: only say what would be sent")
     return parser.parse_args(argv)

@@ -37,8 +37,9 @@ def check_quants(quants: Iterable[str]) -> None:
     """Refuse K-quants where llama-cpp-python is missing. Raises UserError."""
     for quant in quants:
         if quant in BY_LLAMA_CPP and not has_llama_cpp():
-            raise UserError(f"quant: {quant} is made by llama-cpp-python, which is not installed. {EXTRA}, or use "
-                            "--quant f16,q8_0.")  # fmt: skip
+            raise UserError(
+                f"quant: {quant} is made by llama-cpp-python, which is not installed. {EXTRA}, or use --quant f16,q8_0."
+            )
 
 
 def write_gguf(path: Path, quant: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

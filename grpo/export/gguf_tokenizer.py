@@ -64,8 +64,10 @@ def pre_tokenizer_name(state: dict[str, Any]) -> str:
     """llama.cpp's name of how this tokenizer cuts text. Raises UserError when it has none."""
     model, normalizer = state["model"], state["normalizer"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise _refuse(f"its model is {model['type']}{' with byte fallback' * bool(model.get('byte_fallback'))}, "
-                      "allowed: byte-level BPE")  # fmt: skip
+        raise _refuse(
+            f"its model is {model['type']}{' with byte fallback' * bool(model.get('byte_fallback'))}, "
+            "allowed: byte-level BPE"
+        )
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise _refuse(f"its BPE has {key}")
@@ -119,8 +121,9 @@ def add_tokenizer(
     writer.add_token_types(kinds)
     merges = state["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    for ids, add in zip(_ends(tokenizer, stop_ids), (writer.add_eos_token_id, writer.add_eot_token_id,
-                                                     writer.add_eom_token_id)):  # fmt: skip
+    for ids, add in zip(
+        _ends(tokenizer, stop_ids), (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    ):
         add(ids)
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)

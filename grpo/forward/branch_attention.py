@@ -57,10 +57,17 @@ class Crown(torch.autograd.Function):
         grad_key = (slope.transpose(-1, -2) @ _to_lanes(query.reshape(kv, repeats, tokens, width), index)).sum(1)
         grad_query = grad_query + _to_tokens(own_query, order)
         return (
-            grad_query.reshape(heads, tokens, width), grad_stem_key, grad_stem_value,
-            _to_tokens(grad_key.mul_(ctx.scale)[:, None], order)[:, 0], _to_tokens(grad_value[:, None], order)[:, 0],
-            None, None, None, None, None,
-        )  # fmt: skip
+            grad_query.reshape(heads, tokens, width),
+            grad_stem_key,
+            grad_stem_value,
+            _to_tokens(grad_key.mul_(ctx.scale)[:, None], order)[:, 0],
+            _to_tokens(grad_value[:, None], order)[:, 0],
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _scores(
@@ -99,5 +106,5 @@ def _to_lanes(values: Tensor, index: Tensor) -> Tensor:
 
 
 def _to_tokens(lanes: Tensor, order: Tensor) -> Tensor:
-    """[kvh, r, b, c, ...] -> [kvh, r, n, ...], in the crown's order."""
+    """[kvh, r, b, c, ...] -> [kvh, r, n, ...], in the branch_attention's order."""
     return lanes.flatten(2, 3).index_select(2, order)  # no boolean mask: it would wait for the device

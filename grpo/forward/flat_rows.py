@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from grpo.forward.precision import asking_is_free
+from grpo.forward.precision import host_reads_are_free
 from grpo.forward.shared_attention import Forest, Tree
 from grpo.types import Flat, MicroBatch
 
@@ -21,9 +21,12 @@ SHORTEST_HEADER = 16  # tokens; below, the bookkeeping costs more than it saves
 
 
 def flatten(
-    input_ids: np.ndarray, positions: np.ndarray, lengths: np.ndarray, device: torch.device,
+    input_ids: np.ndarray,
+    positions: np.ndarray,
+    lengths: np.ndarray,
+    device: torch.device,
     position_ids: np.ndarray | None = None,
-) -> Flat:  # fmt: skip
+) -> Flat:
     """Flatten rows: input_ids [B, L], positions [B, T], lengths [B] targets of each row, at least one.
 
     Rows one behind the other with the same prompt share it, and what all prompts begin with stands once at the start.
@@ -103,6 +106,6 @@ def _flat(
 ) -> Flat:
     row = torch.from_numpy(np.concatenate(tokens).astype(np.int64))[None]
     forest = Forest(trees, device, header)
-    if not asking_is_free(device):
+    if not host_reads_are_free(device):
         forest.position_ids  # noqa: B018  copied now: in the midst of an update the device would run dry meanwhile
     return Flat(forest, row.to(device), torch.from_numpy(where).to(device))

@@ -11,7 +11,7 @@ autograd (grpo/forward/logprobs.py).
 import torch
 from torch import Tensor, nn
 
-from grpo.forward.precision import asking_is_free
+from grpo.forward.precision import host_reads_are_free
 
 ROWS_IN_CACHE = 2**20  # elements of logits worked on at once: they stay in the processor's cache
 
@@ -100,7 +100,7 @@ def _bound(logits: Tensor, clamp: float) -> Tensor | None:
     """
     low, high = torch.aminmax(logits, dim=-1, keepdim=True)
     wide = high - low > 2 * clamp
-    if asking_is_free(logits.device) and not bool(wide.any()):
+    if host_reads_are_free(logits.device) and not bool(wide.any()):
         return None
     limit = torch.where(wide, clamp, torch.inf)
     logits.sub_(torch.where(wide, (high + low) / 2, 0.0)).clamp_(-limit, limit)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from grpo.config.settings import Config
 from grpo.forward.flat_rows import flatten_micro_batch
 from grpo.forward.fused_head import HeadLogprobs, plain_matrix
-from grpo.forward.precision import arithmetic, arithmetic_dtype, asking_is_free
+from grpo.forward.precision import arithmetic, arithmetic_dtype, host_reads_are_free
 from grpo.forward.shared_attention import can_share
 from grpo.types import Flat, MicroBatch
 
@@ -42,7 +42,7 @@ def bounded_logits(logits: Tensor, temperature: float, clamp: float) -> tuple[Te
     high, low = logits.detach().amax(-1, keepdim=True), logits.detach().amin(-1, keepdim=True)
     moved = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     wide = high - low > 2 * clamp
-    if not asking_is_free(logits.device) or bool(wide.any()):
+    if not host_reads_are_free(logits.device) or bool(wide.any()):
         centred = logits - (high + low) / 2
         moved = (wide & (centred.detach().abs() > clamp)).sum(-1)
         logits = torch.where(wide, centred.clamp(-clamp, clamp), logits)
@@ -181,9 +181,14 @@ class Scorer(nn.Module):
         matrix = None if self.sharded or support is not None else self.head.matrix()
         if matrix is not None:
             values, hits = HeadLogprobs.apply(
-                hidden.to(arithmetic_dtype(self.cfg.dtype)), matrix, targets, self.head.scale, self.cfg.temperature,
-                self.cfg.logit_clamp, self.block_tokens,
-            )  # fmt: skip
+                hidden.to(arithmetic_dtype(self.cfg.dtype)),
+                matrix,
+                targets,
+                self.head.scale,
+                self.cfg.temperature,
+                self.cfg.logit_clamp,
+                self.block_tokens,
+            )
             return values, hits if self.counts_hits else hits[:0]
         num_blocks = max(num_blocks, math.ceil(len(targets) / self.block_tokens), 1)
         recompute = num_blocks > 1 and torch.is_grad_enabled()

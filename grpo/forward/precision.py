@@ -15,6 +15,6 @@ def arithmetic_dtype(dtype: str) -> torch.dtype:
     return torch.bfloat16 if dtype == "bf16" else torch.float32
 
 
-def asking_is_free(device: torch.device) -> bool:
+def host_reads_are_free(device: torch.device) -> bool:
     """Whether to ask for a number costs nothing. A GPU would first finish all work before it: there nobody asks."""
     return device.type == "cpu"

@@ -50,7 +50,7 @@ class Tree:
         return slice(self.start, self.start + self.prompt)
 
     @property
-    def crown(self) -> slice:
+    def branch_attention(self) -> slice:
         """All completions."""
         return slice(self.stem.stop, self.stem.stop + sum(self.branches))
 
@@ -68,13 +68,13 @@ class Tree:
             if not runs or (2 * length <= longest and spared >= SPARED_SCORES):
                 runs.append([])
             runs[-1].append(length)
-        ends = (self.crown.start + np.cumsum([sum(run) for run in runs])).tolist()
+        ends = (self.branch_attention.start + np.cumsum([sum(run) for run in runs])).tolist()
         return [(slice(end - sum(run), end), tuple(run)) for end, run in zip(ends, runs, strict=True)]
 
     @property
     def branch_starts(self) -> list[int]:
         """Where each completion begins."""
-        return (self.crown.start + np.cumsum([0, *self.branches[:-1]])).tolist() if self.branches else []
+        return (self.branch_attention.start + np.cumsum([0, *self.branches[:-1]])).tolist() if self.branches else []
 
 
 class Forest:
@@ -91,7 +91,7 @@ class Forest:
     @property
     def num_tokens(self) -> int:
         """S."""
-        return self.trees[-1].crown.stop
+        return self.trees[-1].branch_attention.stop
 
     @cached_property
     def position_ids(self) -> Tensor:
@@ -153,9 +153,16 @@ class Forest:
         return torch.cat(parts, dim=2).transpose(1, 2)
 
     def _branch(
-        self, query: Tensor, key: Tensor, value: Tensor, earlier: list[slice], here: slice,
-        lanes: tuple[Tensor, Tensor, Tensor], scale: float, window: int | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        earlier: list[slice],
+        here: slice,
+        lanes: tuple[Tensor, Tensor, Tensor],
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
         """Tokens `here`, in lanes, that all go on from the tokens in `earlier`: [1, H, n, d]."""
         before = [torch.cat([tensor[0, :, part] for part in earlier], dim=1) for tensor in (key, value)]
         keys = (*before, key[0, :, here], value[0, :, here])
@@ -165,10 +172,13 @@ class Forest:
         made = [
             Crown.apply(
                 query[0, first * repeats : (first + step) * repeats, here],
-                *(part[first : first + step] for part in keys), *lanes, scale, window,
+                *(part[first : first + step] for part in keys),
+                *lanes,
+                scale,
+                window,
             )
             for first in range(0, kv, step)
-        ]  # fmt: skip
+        ]
         return torch.cat(made)[None]
 
 
@@ -193,10 +203,17 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
 
 
 def dispatch(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, trees: Any = None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    trees: Any = None,
     **others: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """What models call: attention over `trees` where they travel along, else transformers' SDPA."""
     if trees is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)

@@ -20,16 +20,57 @@ MAX_VOCABULARY_BYTES = 2**28  # tokenizer.json and its like: tens of megabytes i
 MAX_TEMPLATE_BYTES = 2**20
 MAX_HEADER_BYTES = 2**25  # of a safetensors file: about 100 bytes a tensor
 DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E5M2FNUZ": 8,
-    "F8_E4M3FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
-}  # fmt: skip
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "U16": 16,
+    "I16": 16,
+    "U32": 32,
+    "I32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E4M3FNUZ": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+    "C64": 64,
+}
 TRAINABLE = {"F64", "F32", "F16", "BF16"}
-SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
-            "added_tokens.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
-            "chat_template.json")  # fmt: skip
-OPENED_BY_LOADERS = {".json", ".safetensors", ".jinja", ".model", ".txt", ".py", ".bin", ".pt", ".pth", ".ckpt",
-                     ".pkl", ".h5", ".msgpack", ".gguf"}  # fmt: skip
+SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+OPENED_BY_LOADERS = {
+    ".json",
+    ".safetensors",
+    ".jinja",
+    ".model",
+    ".txt",
+    ".py",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+}
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 NEEDED = (("config.json", "adapter_config.json"), ("trainer/state.json",), ("trainer/recipe.json",))  # one of each
 

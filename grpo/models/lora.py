@@ -129,9 +129,11 @@ def start_lora(base: PreTrainedModel, cfg: Config, begin: Path | None = None) ->
     which stay beside it, frozen, as the reference where beta asks for one.
     """
     settings = {
-        "r": cfg.lora_r, "lora_alpha": 2 * cfg.lora_r if cfg.lora_alpha is None else cfg.lora_alpha,
-        "lora_dropout": cfg.lora_dropout, "target_modules": cfg.lora_target_modules,
-    }  # fmt: skip
+        "r": cfg.lora_r,
+        "lora_alpha": 2 * cfg.lora_r if cfg.lora_alpha is None else cfg.lora_alpha,
+        "lora_dropout": cfg.lora_dropout,
+        "target_modules": cfg.lora_target_modules,
+    }
     name = base_of(begin) if begin is not None else str(cfg.model)
     if begin is not None and (scale := _scale(settings_of(begin))) != _scale(settings):
         raise UserError(f"lora_alpha: {begin} counts {scale:g} times, got {_scale(settings):g}. Use its own settings.")

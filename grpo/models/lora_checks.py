@@ -17,9 +17,16 @@ PICKLE = "adapter_model.bin"
 MAX_RANK, MAX_MODULES = 2**14, 2**14
 STORED_NAME = re.compile(r"base_model\.model\.[\w.]{1,300}\.lora_[AB]\.weight", re.A)
 WITHOUT_EFFECT = {  # keys of adapter_config.json that say nothing about the numbers, or are told by the model itself
-    "peft_version", "auto_mapping", "inference_mode", "task_type", "fan_in_fan_out", "megatron_core",
-    "qalora_group_size", "runtime_config", "init_lora_weights",
-}  # fmt: skip
+    "peft_version",
+    "auto_mapping",
+    "inference_mode",
+    "task_type",
+    "fan_in_fan_out",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+    "init_lora_weights",
+}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -49,13 +56,14 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         and not (isinstance(layers, list) and all(type(index) is int for index in layers)),
         "use_rslora": type(settings.get("use_rslora", False)) is not bool,
         "base_model_name_or_path": not isinstance(base, str) or not base or "\0" in base or len(base) > 4096,
-    }  # fmt: skip
+    }
     for key, is_wrong in wrong.items():
         if is_wrong:
             raise ValueError(f"{ADAPTER_CONFIG}: {key} is {ascii(settings.get(key))[:80]}: only plain LoRA is read")
     if isinstance(settings.get("init_lora_weights"), str):
-        raise ValueError(f"{ADAPTER_CONFIG}: init_lora_weights changed the model it was trained on: only plain LoRA is "
-                         "read")  # fmt: skip
+        raise ValueError(
+            f"{ADAPTER_CONFIG}: init_lora_weights changed the model it was trained on: only plain LoRA is read"
+        )
     for key in sorted(settings.keys() - wrong.keys() - WITHOUT_EFFECT):
         if settings[key] not in (None, False, "none") and settings[key] != {} and settings[key] != []:
             raise ValueError(f"{ADAPTER_CONFIG}: {key[:60]} is set: only plain LoRA is read")

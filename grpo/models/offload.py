@@ -20,7 +20,7 @@ def check_device(cfg: Config, device: torch.device) -> None:
             raise UserError(f"{name}: it moves tensors from a GPU to CPU memory, and the device is cpu. Leave it out.")
 
 
-class Parking:
+class ActivationOffload:
     """Tensors that autograd keeps for the backward, in CPU memory meanwhile. Weights and small ones stay."""
 
     def __init__(self, model: nn.Module):

@@ -68,9 +68,14 @@ def quantize(model: PreTrainedModel, compute: torch.dtype = torch.float32) -> No
         )
     for name, layer in found:
         new = four_bit.Linear4bit(
-            layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=compute,
-            compress_statistics=True, quant_type="nf4", device="meta",
-        )  # fmt: skip
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            compute_dtype=compute,
+            compress_statistics=True,
+            quant_type="nf4",
+            device="meta",
+        )
         new.weight = four_bit.Params4bit(
             layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
         )

@@ -79,23 +79,33 @@ def report(cfg: Config, model_config: PreTrainedConfig, gpus: int, memory_gb: fl
     billions = f"{found.shape.parameters / 1e9:.3f} billion parameters"
     if cfg.lora_r:
         billions += f", {held(cfg, found.shape).trained / 1e6:.1f} million trained"
-    lines = [f"{cfg.model}: {billions}; {cfg.backend}{stage}, {gpus} x {unit}",
-             "", f"{f'memory per {unit}, GB':30}" + "".join(f"{phase:>11}" for phase in PHASES)]  # fmt: skip
+    lines = [
+        f"{cfg.model}: {billions}; {cfg.backend}{stage}, {gpus} x {unit}",
+        "",
+        f"{f'memory per {unit}, GB':30}" + "".join(f"{phase:>11}" for phase in PHASES),
+    ]
     for row in sorted(found.rows, key=lambda row: -row.bytes):
         cells = [f"{row.bytes / GB:11.2f}" if phase in row.phases else f"{'-':>11}" for phase in PHASES]
         lines.append(f"{row.name:30}" + "".join(cells) + (f"  {row.why}" if row.why else ""))
     lines.append(f"{'together':30}" + "".join(f"{found.at(phase) / GB:11.2f}" for phase in PHASES))
     lines += ["", f"{'bytes sent per step, GB':30}"]
     lines += [f"{row.name:30}{row.bytes / GB:11.2f}  {row.why}" for row in found.moved]
-    lines += ["", f"CPU memory per node: at least {min(gpus, per_node) * found.host_bytes / GB:.1f} GB, every process "
-              "loads whole weights there first", ""]  # fmt: skip
+    lines += [
+        "",
+        f"CPU memory per node: at least {min(gpus, per_node) * found.host_bytes / GB:.1f} GB, every process "
+        "loads whole weights there first",
+        "",
+    ]
     peak = found.peak()
     if peak <= limit:
         tight = ", tight: CUDA, NCCL and fragmentation are not counted" if peak > 0.9 * limit else ""
         return "\n".join([*lines, f"FITS: {peak / GB:.1f} of {memory_gb:g} GB ({found.worst}){tight}"])
     lines.append(f"DOES NOT FIT: {peak / GB:.1f} GB needed ({found.worst}), {memory_gb:g} GB there.")
-    lines += [f"  {row.name} alone: {row.bytes / GB:.1f} GB, more than one {unit} has." for row in found.rows
-              if row.bytes > limit]  # fmt: skip
+    lines += [
+        f"  {row.name} alone: {row.bytes / GB:.1f} GB, more than one {unit} has."
+        for row in found.rows
+        if row.bytes > limit
+    ]
     remedy = advise(cfg, found.shape, gpus, limit)
     if remedy:
         backend = " --backend deepspeed" if cfg.backend != "deepspeed" and "zero_stage" in dict(remedy) else ""
@@ -113,8 +123,10 @@ def _with_adapters(cfg: Config, shape: Shape, gpus: int) -> list[str]:
     smaller = dataclasses.replace(cfg, lora_r=16, reference_offload=False)
     four_bit = dataclasses.replace(smaller, backend="ddp", offload="none", deepspeed_config=None, load_in_4bit=True)
     needs = [estimate_shape(each, shape, gpus).peak() / GB for each in (smaller, four_bit)]
-    return [f"  An adapter alone (--lora_r 16) needs {needs[0]:.1f} GB; on 4-bit weights (--load_in_4bit true, "
-            f"--backend ddp) {needs[1]:.1f} GB."]  # fmt: skip
+    return [
+        f"  An adapter alone (--lora_r 16) needs {needs[0]:.1f} GB; on 4-bit weights (--load_in_4bit true, "
+        f"--backend ddp) {needs[1]:.1f} GB."
+    ]
 
 
 def _number(argv: list[str], name: str, default: str | None, kind: type) -> tuple[Any, list[str]]:

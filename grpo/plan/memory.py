@@ -231,7 +231,7 @@ def estimate_shape(cfg: Config, shape: Shape, world_size: int) -> Estimate:
         Row("activations", activations, ("update",), "one micro-batch"),
         Row("logits block", logits, ("update",)),
         Row("rows to train on", record, ("update", "optimizer"), "ids, log-probs, support"),
-    ]  # fmt: skip
+    ]
     copy = 4 * own.trained + own.moments / world_size  # rank 0's weights, every rank's share of the moments
     if cfg.save_in_background and not on_gpu:
         rows.append(Row("checkpoint being written", copy, REST, "a copy, while training goes on"))

@@ -16,9 +16,15 @@ from grpo.rewards import completion_text
 
 
 def model_reward(
-    prompts: Sequence[Any], completions: Sequence[Any], *, folder: str = "", label: int = 0,
-    max_length: int | None = None, batch_size: int = 8, **columns: Any,
-) -> list[float]:  # fmt: skip
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    *,
+    folder: str = "",
+    label: int = 0,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    **columns: Any,
+) -> list[float]:
     """Logit `label` of the classifier in `folder`, for prompt and completion as one text.
 
     Texts longer than `max_length` tokens (null: the model's positions) lose their beginning. A conversation is the
@@ -62,9 +68,13 @@ def load_classifier(folder: str) -> tuple[Any, Any]:
     if problem is not None:
         raise ValueError(f"{folder!r} could not be loaded: {problem}. Give a folder with safetensors weights.")
     loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-        path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+        path,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
         local_files_only=True,
-    )  # fmt: skip
+    )
     model, found = loaded
     for kind in ("missing_keys", "mismatched_keys"):
         if found.get(kind):

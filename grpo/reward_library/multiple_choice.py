@@ -51,9 +51,15 @@ def _text(completion: Any) -> str:
 
 
 def refusal_reward(
-    completions: Sequence[Any], answer: Sequence[Any], *, refuse: float = 0.4, options: int = 4, marker: str = "?",
-    min_reasoning: int = 0, **columns: Any,
-) -> list[float]:  # fmt: skip
+    completions: Sequence[Any],
+    answer: Sequence[Any],
+    *,
+    refuse: float = 0.4,
+    options: int = 4,
+    marker: str = "?",
+    min_reasoning: int = 0,
+    **columns: Any,
+) -> list[float]:
     """1.0 for the gold's letter, `refuse` for the refusal `marker`, 0.0 for another letter or anything else.
 
     The answer is what the one `<answer>…</answer>` of the text holds; two of them are no answer. A letter may be
@@ -100,9 +106,12 @@ def _check_refusal(refuse: Any, options: Any, marker: Any, min_reasoning: Any) -
     check_whole("min_reasoning", min_reasoning, 0)
     check_text("marker", marker)
     check_number(
-        "refuse", refuse, 1 / options, 1.0,
+        "refuse",
+        refuse,
+        1 / options,
+        1.0,
         f"above 1/options = {1 / options:g}, else guessing always pays at least as much as refusing, and below 1",
-    )  # fmt: skip
+    )
     if _bare(marker).strip("().。、 ") in [chr(ord("A") + i) for i in range(options)]:
         raise ValueError(f"marker must be none of the options' letters, got {marker!r}. Take '?'.")
 

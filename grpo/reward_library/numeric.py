@@ -21,9 +21,20 @@ AMOUNT = re.compile(
 )
 FRACTION = re.compile(r"(?:([0-9]+) +)?([0-9]+) ?/ ?([0-9]+)")
 SCALES = {
-    "dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
-    "十": 10, "百": 10**2, "千": 10**3, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8,
-}  # fmt: skip
+    "dozen": 12,
+    "hundred": 10**2,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+    "十": 10,
+    "百": 10**2,
+    "千": 10**3,
+    "万": 10**4,
+    "萬": 10**4,
+    "亿": 10**8,
+    "億": 10**8,
+}
 
 
 def number(text: str) -> Fraction | None:
@@ -115,9 +126,13 @@ def _scale(unit: str) -> int | None:
 
 
 def numeric_reward(
-    completions: Sequence[Any], answer: Sequence[Any], *, start: str = "<answer>", end: str = "</answer>",
+    completions: Sequence[Any],
+    answer: Sequence[Any],
+    *,
+    start: str = "<answer>",
+    end: str = "</answer>",
     **columns: Any,
-) -> list[float | None]:  # fmt: skip
+) -> list[float | None]:
     """1.0 when the text between the last `start` and the next `end` is a number equal to the gold, else 0.0.
 
     Without the marks 0.0; an empty `end` means up to the end of the text. None for a gold that is no number.

@@ -15,10 +15,15 @@ TAG = re.compile(r"</?[A-Za-z_]+>")
 LATIN = ((0x41, 0x24F), (0x1E00, 0x1EFF))
 HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3134F))
 SCRIPTS = {  # language -> code points of its letters, first and last
-    "en": LATIN, "zh": HAN, "ja": (*HAN, (0x3041, 0x30FF)),
+    "en": LATIN,
+    "zh": HAN,
+    "ja": (*HAN, (0x3041, 0x30FF)),
     "ko": ((0x1100, 0x11FF), (0x3130, 0x318F), (0xAC00, 0xD7AF)),
-    "ru": ((0x400, 0x52F),), "ar": ((0x600, 0x6FF), (0x750, 0x77F)), "hi": ((0x900, 0x97F),), "el": ((0x370, 0x3FF),),
-}  # fmt: skip
+    "ru": ((0x400, 0x52F),),
+    "ar": ((0x600, 0x6FF), (0x750, 0x77F)),
+    "hi": ((0x900, 0x97F),),
+    "el": ((0x370, 0x3FF),),
+}
 
 
 def multiline_format_reward(
@@ -47,9 +52,13 @@ def _is_in_order(text: str, tags: list[str]) -> bool:
 
 
 def overlong_reward(
-    completions: Sequence[Any], completion_ids: Sequence[Any], *, max_length: int = 256, buffer: int = 64,
+    completions: Sequence[Any],
+    completion_ids: Sequence[Any],
+    *,
+    max_length: int = 256,
+    buffer: int = 64,
     **columns: Any,
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     """0.0 up to max_length - buffer tokens, then falling evenly to -1.0 at max_length (DAPO, 2503.14476, eq. 13).
 
     >>> overlong_reward([""] * 3, [[0] * 192, [0] * 224, [0] * 256])

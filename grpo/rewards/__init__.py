@@ -39,7 +39,7 @@ def completion_text(completion: str | list[dict[str, str]]) -> str:
 
 
 @dataclass(frozen=True)
-class Sample:
+class RewardInput:
     """One completion as rewards see it."""
 
     prompt: str | list[dict[str, str]]
@@ -74,7 +74,7 @@ class Failure:
 
     name: str
     reason: str
-    sample: Sample
+    sample: RewardInput
     timeout: bool = False  # no answer before the deadline
 
     def __str__(self) -> str:

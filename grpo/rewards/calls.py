@@ -1,10 +1,10 @@
-"""Calls and answers, and how they travel between the trainer and a warden."""
+"""Calls and answers, and how they travel between the trainer and a supervisor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.rewards import Sample
+from grpo.rewards import RewardInput
 from grpo.rewards.functions import LARGEST, MAX_REASON, Outcome
 from grpo.rewards.protocol import dump, frame, load
 from grpo.rewards.supervisor import ANSWER, LATE
@@ -34,9 +34,11 @@ class Packed:
         self.prompts: list[bytes | str] = []
         self.prompt_of: list[int] = []
         self.known: dict[tuple[int, int], int] = {}
-        self.held: list[Sample] = []  # one of each prompt: while they are here, nothing else gets their objects' ids
+        self.held: list[
+            RewardInput
+        ] = []  # one of each prompt: while they are here, nothing else gets their objects' ids
 
-    def add(self, samples: Sequence[Sample]) -> None:
+    def add(self, samples: Sequence[RewardInput]) -> None:
         """More samples; their rows follow those that are here."""
         for sample in samples:
             self.rows.append(_dump([sample.completion, sample.token_ids]))

@@ -119,9 +119,12 @@ def describe(function: RewardFunction, name: str) -> dict[str, Any]:
 
 
 def call(
-    function: RewardFunction, prompts: list[Any], completions: list[Any], token_ids: list[list[int]],
+    function: RewardFunction,
+    prompts: list[Any],
+    completions: list[Any],
+    token_ids: list[list[int]],
     columns: dict[str, list[Any]],
-) -> list[Outcome]:  # fmt: skip
+) -> list[Outcome]:
     """Score completions in one call: an outcome each. Lets through what is no Exception, such as SystemExit."""
     kept = {key: values for key, values in columns.items() if key not in ("prompts", "completions")}
     try:

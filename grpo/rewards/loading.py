@@ -27,8 +27,16 @@ def locate(cfg: Config) -> list[dict[str, Any]]:
             texts[path] = _read(path)
         module = "reward_func" if path == PROJECT / "reward_func.py" else f"rewards_from_{path.stem}"
         parameters = {key: _found(name, key, value) for key, value in cfg.reward_parameters.get(name, {}).items()}
-        found.append({"name": name, "path": str(path), "function": function, "module": module, "text": texts[path],
-                      "parameters": parameters})  # fmt: skip
+        found.append(
+            {
+                "name": name,
+                "path": str(path),
+                "function": function,
+                "module": module,
+                "text": texts[path],
+                "parameters": parameters,
+            }
+        )
     return found
 
 

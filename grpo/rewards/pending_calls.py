@@ -5,13 +5,13 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from grpo.rewards import Reward, Sample
+from grpo.rewards import Reward, RewardInput
 from grpo.rewards.calls import Answer, Call, Packed, failed
 
 MAX_BATCH = 64  # calls handed out together
 
 
-class Round:
+class PendingCalls:
     """Which calls wait, and what was answered. Calls are known by their place among all that were added."""
 
     def __init__(self, rewards: Sequence[Reward], num_workers: int):
@@ -23,7 +23,7 @@ class Round:
         self.waiting: dict[bool, deque[int]] = {False: deque(), True: deque()}  # plain ones; those that run code
         self.batch_size = {False: 1, True: 1}
 
-    def add(self, samples: Sequence[Sample], calls: Sequence[Call]) -> None:
+    def add(self, samples: Sequence[RewardInput], calls: Sequence[Call]) -> None:
         """More samples, and calls on rows of all samples that were added so far."""
         self.packed.add(samples)
         first = len(self.calls)

@@ -1,6 +1,6 @@
 """Rewards as the trainer holds them: calls go in, an answer for each comes out, whatever the functions do.
 
-`open_rewards` gives a Pool of wardens (see `grpo/rewards/__init__.py`), or, with reward_workers 0, functions that are
+`open_rewards` gives a Pool of supervisors (see `grpo/rewards/__init__.py`), or, with reward_workers 0, functions that are
 called right here, for debugging. Both give the same answers for functions that depend on their arguments alone.
 
 A round of calls is begun, submitted at once or bit by bit, and collected. A pool makes calls from the moment they are
@@ -14,20 +14,20 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from grpo.config.settings import Config
-from grpo.rewards import Reward, Sample
+from grpo.rewards import Reward, RewardInput
 from grpo.rewards.calls import Answer, Call, read_answer
 from grpo.rewards.functions import RewardFunction, call, describe
 from grpo.rewards.loading import locate, make_rewards
-from grpo.rewards.pending_calls import Round
+from grpo.rewards.pending_calls import PendingCalls
 from grpo.rewards.protocol import dump, frame
-from grpo.rewards.supervisor_handle import GRACE_S, IMPORT_S, Warden
+from grpo.rewards.supervisor_handle import GRACE_S, IMPORT_S, SupervisorHandle
 from grpo.types import Pulse
 
 PULSE_S = 0.1
 LOOK_S = 0.02  # at least, between two looks of `advance`
 EARLY_S = 0.05  # a round that takes so long when all its calls are made in the end: the next ones begin early
 MEASURED_ROUNDS = 16  # after so many rounds that is measured anew
-UNSEEN_S = 1.0  # more than that between two looks is not held against a warden: nobody was there to hear it
+UNSEEN_S = 1.0  # more than that between two looks is not held against a supervisor: nobody was there to hear it
 
 
 class Rewards(Protocol):
@@ -42,7 +42,7 @@ class Rewards(Protocol):
     def begin(self) -> None:
         """A new round. What was submitted before and never collected is forgotten."""
 
-    def submit(self, samples: Sequence[Sample], calls: Sequence[Call]) -> None:
+    def submit(self, samples: Sequence[RewardInput], calls: Sequence[Call]) -> None:
         """Have calls made; their rows count all samples of the round so far, these included. Does not wait."""
 
     def advance(self) -> None:
@@ -72,7 +72,7 @@ class InProcess:
 
     def __init__(self, rewards: list[Reward], functions: Sequence[RewardFunction]):
         self.rewards, self.functions = rewards, functions
-        self.samples: list[Sample] = []
+        self.samples: list[RewardInput] = []
         self.calls: list[Call] = []
 
     @classmethod
@@ -84,7 +84,7 @@ class InProcess:
         """See Rewards."""
         self.samples, self.calls = [], []
 
-    def submit(self, samples: Sequence[Sample], calls: Sequence[Call]) -> None:
+    def submit(self, samples: Sequence[RewardInput], calls: Sequence[Call]) -> None:
         """See Rewards."""
         self.samples += samples
         self.calls += calls
@@ -101,9 +101,12 @@ class InProcess:
             chosen = [self.samples[row] for row in one.rows]
             columns = {key: [sample.columns[key] for sample in chosen] for key in chosen[0].columns}
             outcomes = call(
-                self.functions[one.k], [s.prompt for s in chosen], [s.completion for s in chosen],
-                [s.token_ids for s in chosen], columns,
-            )  # fmt: skip
+                self.functions[one.k],
+                [s.prompt for s in chosen],
+                [s.completion for s in chosen],
+                [s.token_ids for s in chosen],
+                columns,
+            )
             answers[i] = Answer(outcomes)
         return answers
 
@@ -112,21 +115,21 @@ class InProcess:
 
 
 class Pool:
-    """`reward_workers` wardens. Calls go to whichever is free."""
+    """`reward_workers` supervisors. Calls go to whichever is free."""
 
     def __init__(self, cfg: Config, notice: Callable[[str], None]):
-        """Start the wardens, all at once. Raises UserError when a function cannot be found or imported."""
+        """Start the supervisors, all at once. Raises UserError when a function cannot be found or imported."""
         self.functions = locate(cfg)
         self.cfg = cfg
-        self.wardens: list[Warden] = []
-        self.round = Round([], cfg.reward_workers)
+        self.supervisors: list[SupervisorHandle] = []
+        self.round = PendingCalls([], cfg.reward_workers)
         self.looked_at = 0.0
         self.rounds = 0
         self.whole_s = 0.0  # what the last round took whose calls were all made in the end
         atexit.register(self.close)
         try:
-            self.wardens += [Warden(cfg, self.functions) for _ in range(cfg.reward_workers)]
-            said = [warden.greeting() for warden in self.wardens]
+            self.supervisors += [SupervisorHandle(cfg, self.functions) for _ in range(cfg.reward_workers)]
+            said = [supervisor.greeting() for supervisor in self.supervisors]
             self.rewards = make_rewards(cfg, said[0]["functions"])
         except BaseException:
             self.close()
@@ -138,10 +141,10 @@ class Pool:
             )
 
     def begin(self) -> None:
-        """See Rewards. Wardens that were lost are replaced, those busy with forgotten calls too."""
+        """See Rewards. Supervisors that were lost are replaced, those busy with forgotten calls too."""
         self._drop_busy()
         self._revive()
-        self.round = Round(self.rewards, self.cfg.reward_workers)
+        self.round = PendingCalls(self.rewards, self.cfg.reward_workers)
         self.rounds += 1
 
     @property
@@ -149,12 +152,12 @@ class Pool:
         """See Rewards. Workers take turns with the trainer on few processors: it pays where rewards take their time."""
         return self.whole_s >= EARLY_S and self.rounds % MEASURED_ROUNDS != 0
 
-    def submit(self, samples: Sequence[Sample], calls: Sequence[Call]) -> None:
+    def submit(self, samples: Sequence[RewardInput], calls: Sequence[Call]) -> None:
         """See Rewards."""
         self.round.add(samples, calls)
 
     def advance(self) -> None:
-        """See Rewards. A warden that is lost meanwhile is replaced when answers are collected, as that takes time."""
+        """See Rewards. A supervisor that is lost meanwhile is replaced when answers are collected, as that takes time."""
         if time.monotonic() >= self.looked_at + LOOK_S and (self.round.waits or self._busy()):
             self._take_answers(0.0)
             self._hand_out()
@@ -171,76 +174,76 @@ class Pool:
             self._take_answers(PULSE_S)
         if whole and not stopped:
             self.whole_s = time.monotonic() - began
-        answers, self.round = self.round.answers, Round(self.rewards, self.cfg.reward_workers)
+        answers, self.round = self.round.answers, PendingCalls(self.rewards, self.cfg.reward_workers)
         return answers
 
     def close(self) -> None:
-        """End every warden, and with it all that its workers started."""
+        """End every supervisor, and with it all that its workers started."""
         atexit.unregister(self.close)
-        for warden in self.wardens:
-            warden.socket.close()  # all first: they end side by side
-        for warden in list(self.wardens):
-            self._drop(warden)
+        for supervisor in self.supervisors:
+            supervisor.socket.close()  # all first: they end side by side
+        for supervisor in list(self.supervisors):
+            self._drop(supervisor)
 
-    def _drop(self, warden: Warden) -> None:
-        self.wardens.remove(warden)
-        warden.close()
+    def _drop(self, supervisor: SupervisorHandle) -> None:
+        self.supervisors.remove(supervisor)
+        supervisor.close()
 
     def _revive(self) -> None:
-        while len(self.wardens) < self.cfg.reward_workers:
-            self.wardens.append(Warden(self.cfg, self.functions))
-            self.wardens[-1].greeting()
+        while len(self.supervisors) < self.cfg.reward_workers:
+            self.supervisors.append(SupervisorHandle(self.cfg, self.functions))
+            self.supervisors[-1].greeting()
 
-    def _busy(self) -> list[Warden]:
-        return [warden for warden in self.wardens if warden.busy]
+    def _busy(self) -> list[SupervisorHandle]:
+        return [supervisor for supervisor in self.supervisors if supervisor.busy]
 
     def _drop_busy(self) -> None:
-        for warden in self._busy():
-            self._drop(warden)
+        for supervisor in self._busy():
+            self._drop(supervisor)
 
     def _hand_out(self) -> None:
-        for warden in self.wardens:
-            if self.round.waits and not warden.busy:
-                warden.busy = self.round.next_batch()
-                header, body = self.round.request(warden.busy)
-                warden.patience_s = self._patience_s(warden)
-                warden.send(frame(dump(header)) + frame(body))
+        for supervisor in self.supervisors:
+            if self.round.waits and not supervisor.busy:
+                supervisor.busy = self.round.next_batch()
+                header, body = self.round.request(supervisor.busy)
+                supervisor.patience_s = self._patience_s(supervisor)
+                supervisor.send(frame(dump(header)) + frame(body))
 
-    def _patience_s(self, warden: Warden) -> float:
-        current = self.round.calls[warden.busy[0]]
+    def _patience_s(self, supervisor: SupervisorHandle) -> float:
+        current = self.round.calls[supervisor.busy[0]]
         return self.cfg.reward_timeout_s * len(current.rows) + IMPORT_S + GRACE_S
 
     def _take_answers(self, wait_s: float) -> None:
-        """Read what wardens have answered; wait for one of them at most. Those that are lost are dropped."""
+        """Read what supervisors have answered; wait for one of them at most. Those that are lost are dropped."""
         now = time.monotonic()
         passed_s, self.looked_at = now - self.looked_at, now
-        for warden in self._busy():
-            warden.patience_s -= min(passed_s, UNSEEN_S)
-        for warden in self._ready(wait_s):
-            if not self._receive(warden):
-                first, *rest = warden.busy
-                self.round.fail(first, "its worker's warden was ended from outside")
+        for supervisor in self._busy():
+            supervisor.patience_s -= min(passed_s, UNSEEN_S)
+        for supervisor in self._ready(wait_s):
+            if not self._receive(supervisor):
+                first, *rest = supervisor.busy
+                self.round.fail(first, "its worker's supervisor was ended from outside")
                 self.round.put_back(rest)
-                self._drop(warden)
+                self._drop(supervisor)
 
-    def _ready(self, wait_s: float) -> list[Warden]:
-        """Wardens to read from, or that should have been; waits for one."""
+    def _ready(self, wait_s: float) -> list[SupervisorHandle]:
+        """Supervisors to read from, or that should have been; waits for one."""
         with selectors.DefaultSelector() as selector:
-            for warden in self._busy():
-                selector.register(warden.socket, selectors.EVENT_READ, warden)
+            for supervisor in self._busy():
+                selector.register(supervisor.socket, selectors.EVENT_READ, supervisor)
             ready = [key.data for key, _ in selector.select(wait_s)]
-        return ready or [warden for warden in self._busy() if warden.patience_s < 0]
+        return ready or [supervisor for supervisor in self._busy() if supervisor.patience_s < 0]
 
-    def _receive(self, warden: Warden) -> bool:
-        """Take the answers that are there. False: the warden is gone."""
+    def _receive(self, supervisor: SupervisorHandle) -> bool:
+        """Take the answers that are there. False: the supervisor is gone."""
         try:
-            data = b"" if warden.patience_s < 0 else warden.socket.recv(1 << 18)
+            data = b"" if supervisor.patience_s < 0 else supervisor.socket.recv(1 << 18)
         except OSError:
             data = b""
-        warden.splitter.feed(data)
-        while warden.busy and (said := warden.splitter.next()) is not None:
-            now = warden.busy.pop(0)
+        supervisor.splitter.feed(data)
+        while supervisor.busy and (said := supervisor.splitter.next()) is not None:
+            now = supervisor.busy.pop(0)
             self.round.answers[now] = read_answer(said, self.round.calls[now])
-            if warden.busy:
-                warden.patience_s = self._patience_s(warden)
-        return bool(data) or not warden.busy
+            if supervisor.busy:
+                supervisor.patience_s = self._patience_s(supervisor)
+        return bool(data) or not supervisor.busy

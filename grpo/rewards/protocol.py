@@ -1,4 +1,4 @@
-"""Frames between trainer, wardens and workers: four bytes of length, then that many bytes, mostly JSON.
+"""Frames between trainer, supervisors and workers: four bytes of length, then that many bytes, mostly JSON.
 
 Floats travel as their shortest repr and come back bit-equal. Values of data columns that JSON has no word for
 (bytes, dates, times, Decimal) travel tagged. Nothing that is read can run anything.

@@ -1,10 +1,10 @@
 """Between the trainer and the code of a reward: holds deadlines and limits, kills and replaces its workers.
 
-Two processes. The keeper, the trainer's child, makes the namespaces and forks the warden into them; then it only waits,
-for the warden to end or the trainer to die, and clears up. The warden is process 1 of its namespace, and runs
+Two processes. The keeper, the trainer's child, makes the namespaces and forks the supervisor into them; then it only waits,
+for the supervisor to end or the trainer to die, and clears up. The supervisor is process 1 of its namespace, and runs
 nothing of the user's. It forks a worker where it needs one, at most two: one for plain functions, one from which each
 call of a function that runs code gets a process of its own. When a call is late, dies or takes too much, one
-signal ends everything below the warden, and the calls after it go to a new worker.
+signal ends everything below the supervisor, and the calls after it go to a new worker.
 
     python -m grpo.rewards.supervisor PID       PID: the trainer; a socket to it is fd 0
 """
@@ -52,7 +52,7 @@ class Worker:
         self.come, answers = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            with contextlib.suppress(BaseException):  # whatever happens here must not run on as a second warden
+            with contextlib.suppress(BaseException):  # whatever happens here must not run on as a second supervisor
                 os.close(self.to)
                 os.close(self.come)
                 _become_worker(enclosed, fork_each, folder)
@@ -95,9 +95,7 @@ class Worker:
                 looked = now
                 self.look()
             waiting_to_write = [self.to] if self.unsent else []
-            ready, writable, _ = select.select(
-                [TRAINER, self.come], waiting_to_write, [], min(TICK_S, deadline - now)
-            )  # fmt: skip
+            ready, writable, _ = select.select([TRAINER, self.come], waiting_to_write, [], min(TICK_S, deadline - now))
             if TRAINER in ready:  # it sends nothing while it waits for answers: this is the end of the stream
                 raise Gone
             if writable:
@@ -130,7 +128,7 @@ class Worker:
             if pid:
                 return f"{worker.how_it_ended(status)} before it answered"
             time.sleep(0.01)
-        return "it closed the pipe to its warden"
+        return "it closed the pipe to its supervisor"
 
     def close(self) -> None:
         """Close the pipes of one that was killed."""
@@ -152,7 +150,7 @@ def _become_worker(enclosed: bool, fork_each: bool, folder: str) -> None:
     worker.enter(folder)
 
 
-class Warden:
+class Supervisor:
     """Makes the calls that the trainer asks for, whatever becomes of the workers."""
 
     def __init__(self, hello: dict[str, Any], enclosed: bool):
@@ -231,7 +229,7 @@ class Warden:
 
 
 def main() -> None:
-    """The keeper: start the warden, wait, clear up."""
+    """The keeper: start the supervisor, wait, clear up."""
     trainer = int(sys.argv[1])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the trainer decides when its rewards end
         signal.signal(number, signal.SIG_IGN)
@@ -246,18 +244,18 @@ def main() -> None:
     confine.adopt_orphans()
     confine.hide()
     keeper = os.getpid()
-    warden = os.fork()
-    if warden == 0:
+    supervisor = os.fork()
+    if supervisor == 0:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
         confine.die_with(keeper, signal.SIGKILL)
         confine.adopt_orphans()
         try:
-            Warden(hello, enclosed).serve()
+            Supervisor(hello, enclosed).serve()
         finally:
             sys.stderr.flush()
     else:
         os.close(TRAINER)
-        while os.getppid() == trainer and os.waitpid(warden, os.WNOHANG)[0] == 0:
+        while os.getppid() == trainer and os.waitpid(supervisor, os.WNOHANG)[0] == 0:
             signal.sigwait(awaited)
         confine.kill_all(False, [])
         import shutil  # slow to import, needed once

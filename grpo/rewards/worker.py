@@ -1,7 +1,7 @@
-"""The process that runs the user's file: forked by a warden, under its limits, replaced when it is killed.
+"""The process that runs the user's file: forked by a supervisor, under its limits, replaced when it is killed.
 
 It reads a header (the calls to make) and a body (prompts, then rows, a frame each), and answers each call as soon as
-it is made, so that the warden knows which one is running. A function marked `runs_code` gets a process for each
+it is made, so that the supervisor knows which one is running. A function marked `runs_code` gets a process for each
 call: the worker has imported the file, forks, and passes on the one frame that its child wrote, unread. What runs in
 that process cannot reach the worker, so it cannot touch the calls that follow.
 """

@@ -11,7 +11,7 @@ An engine is a class with two methods:
 
 `native.py` is ours, on transformers' models; another engine (vLLM) is another file with the same two.
 
-The N = P*G samples of a step are cut into chunks of `rollout_chunk_rows`, whole groups where G fits; the
+The N = P*G rows of a step are cut into chunks of `rollout_chunk_rows`, whole groups where G fits; the
 cut does not depend on the number of ranks. Ranks take the next chunk whenever they are free, so that they
 finish together; what a chunk samples does not depend on who takes it.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from grpo.config.settings import Config
 from grpo.rollout.sampling import Sampling, sampling_of
 from grpo.runtime.distributed import World
-from grpo.runtime.out_of_memory import Room
+from grpo.runtime.out_of_memory import FittingSize
 from grpo.types import Completion, Prompt, Pulse
 
 OnFinished = Callable[[list[Completion]], None]
@@ -35,7 +35,7 @@ OnFinished = Callable[[list[Completion]], None]
 class Request:
     """One completion wanted."""
 
-    sample: int  # row n of the step
+    row: int  # n of the step
     slot: int  # step*P + p
     generation: int  # g
     prompt_ids: tuple[int, ...]
@@ -44,7 +44,7 @@ class Request:
 class Engine(Protocol):
     """What samples completions."""
 
-    room: Room
+    fitting: FittingSize
     """How many rows fit into memory at once."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -62,7 +62,7 @@ class Engine(Protocol):
 
 
 def cut_chunks(num_prompts: int, num_generations: int, chunk_rows: int) -> list[list[int]]:
-    """Cut the samples 0 … P*G-1 into chunks; whole groups where G fits.
+    """Cut the rows 0 … P*G-1 into chunks; whole groups where G fits.
 
     >>> cut_chunks(3, 2, 4)
     [[0, 1, 2, 3], [4, 5]]
@@ -73,12 +73,12 @@ def cut_chunks(num_prompts: int, num_generations: int, chunk_rows: int) -> list[
     if rows == chunk_rows and chunk_rows < num_generations:
         groups = [range(p * num_generations, (p + 1) * num_generations) for p in range(num_prompts)]
         return [list(group[i : i + rows]) for group in groups for i in range(0, num_generations, rows)]
-    samples = range(num_prompts * num_generations)
-    return [list(samples[i : i + rows]) for i in range(0, len(samples), rows)]
+    step_rows = range(num_prompts * num_generations)
+    return [list(step_rows[i : i + rows]) for i in range(0, len(step_rows), rows)]
 
 
 def requests_of(chunk: list[int], prompts: Sequence[Prompt], num_generations: int, step: int) -> list[Request]:
-    """The requests behind a chunk's sample ids."""
+    """The requests behind a chunk's rows."""
     return [
         Request(
             n, step * len(prompts) + n // num_generations, n % num_generations, prompts[n // num_generations].token_ids
@@ -88,9 +88,14 @@ def requests_of(chunk: list[int], prompts: Sequence[Prompt], num_generations: in
 
 
 def rollout(
-    engine: Engine, prompts: Sequence[Prompt], step: int, cfg: Config, world: World, pulse: Pulse = lambda: False,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    step: int,
+    cfg: Config,
+    world: World,
+    pulse: Pulse = lambda: False,
     on_finished: OnFinished | None = None,
-) -> list[Completion]:  # fmt: skip
+) -> list[Completion]:
     """Sample this rank's share of a step's completions: chunk after chunk, until none is left or `pulse` says stop.
 
     `on_finished`: see Engine; it sees the completions of every chunk.

@@ -40,7 +40,7 @@ class Admission:
 
         >>> rows = [Request(n, n // 2, n % 2, (n // 2,)) for n in range(4)]
         >>> queue = Admission(rows, max_new_tokens=5, max_tokens=14, max_rows=9, shares=True)
-        >>> [row.sample for row in queue.admit([])], [row.sample for row in queue.admit(rows[:1])]
+        >>> [row.row for row in queue.admit([])], [row.row for row in queue.admit(rows[:1])]
         ([0, 1], [])
         """
         admitted: list[Request] = []

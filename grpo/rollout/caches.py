@@ -19,7 +19,7 @@ from grpo.forward.logprobs import Head
 from grpo.forward.shared_attention import MAX_DIFFERENCE
 from grpo.rollout import Request
 from grpo.rollout.cuda_graph import StepGraph
-from grpo.rollout.fast_llama import LeanBody, lean_body
+from grpo.rollout.fast_llama import FastLlama, fast_llama
 from grpo.rollout.prefill import distinct_prompts
 from grpo.rollout.shared_cache import SharedCache
 
@@ -49,9 +49,13 @@ class PlainCache:
         positions = (mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
         self.cache = DynamicCache(config=self.model.config)
         logits = self.model(
-            input_ids=input_ids, attention_mask=mask[:, :longest], position_ids=positions, past_key_values=self.cache,
-            use_cache=True, logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
+            input_ids=input_ids,
+            attention_mask=mask[:, :longest],
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
         if len(requests) > 1 or len(distinct) > 1:
             self.cache.batch_select_indices(rows)
         self.mask, self.position, self.column = mask[rows], positions[rows, -1] + 1, longest
@@ -68,26 +72,33 @@ class PlainCache:
         """Take each row's next token [B]; what `then` makes of the logits [B, V] of the one after."""
         self.column += 1
         logits = self.model(
-            input_ids=token_ids[:, None], attention_mask=self.mask[:, : self.column],
-            position_ids=self.position[:, None], past_key_values=self.cache, use_cache=True,
-        ).logits[:, -1]  # fmt: skip
+            input_ids=token_ids[:, None],
+            attention_mask=self.mask[:, : self.column],
+            position_ids=self.position[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
         self.position = self.position + 1
         return then(logits)
 
 
 def open_cache(
-    head: Head, shares: bool, requests: Sequence[Request], max_new_tokens: int, lean: LeanBody | None = None,
+    head: Head,
+    shares: bool,
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    lean: FastLlama | None = None,
     graph: StepGraph | None = None,
-) -> PlainCache | SharedCache:  # fmt: skip
+) -> PlainCache | SharedCache:
     """The cache for a model: shared where its attention can, else transformers' own. requests: all that will join."""
     if shares:
         return SharedCache(head, requests, max_new_tokens, lean, graph)
     return PlainCache(head.model, max_new_tokens)
 
 
-def checked_lean(head: Head) -> LeanBody | None:
+def checked_fast_llama(head: Head) -> FastLlama | None:
     """The lean body, when it is the model's own forward up to rounding; None where there is none, or it is not."""
-    body = lean_body(head.model, head.body())
+    body = fast_llama(head.model, head.body())
     if body is None:
         return None
     requests = [Request(0, 0, 0, tuple(i % head.vocab_size for i in range(5)))]

@@ -11,7 +11,7 @@ from grpo.rollout.sampling import Draw
 from grpo.types import Completion
 
 
-class Record:
+class DrawnTokens:
     """The tokens of the rows of a batch, on the device until a row is done."""
 
     def __init__(self, max_new_tokens: int, device: torch.device):
@@ -83,7 +83,7 @@ class Record:
                 length, finish = int(broken[0]), "error"
             made.append(
                 Completion(
-                    self.requests[row].sample,
+                    self.requests[row].row,
                     of["token_ids"][:length].copy(),
                     of["logprobs"][:length].copy(),
                     finish,

@@ -14,17 +14,17 @@ from transformers import PreTrainedModel
 
 from grpo.config.settings import Config
 from grpo.forward.logprobs import Head
-from grpo.forward.precision import arithmetic, asking_is_free
+from grpo.forward.precision import arithmetic, host_reads_are_free
 from grpo.forward.shared_attention import can_share
 from grpo.randomness import uniforms
 from grpo.rollout import OnFinished, Request
 from grpo.rollout.admission import Admission
-from grpo.rollout.caches import checked_lean, open_cache
+from grpo.rollout.caches import checked_fast_llama, open_cache
 from grpo.rollout.cuda_graph import StepGraph
-from grpo.rollout.drawn_tokens import Record
+from grpo.rollout.drawn_tokens import DrawnTokens
 from grpo.rollout.sampling import Draw, Sampling, draw
 from grpo.rollout.shared_cache import SHORT_PROMPT
-from grpo.runtime.out_of_memory import Room, ran_out
+from grpo.runtime.out_of_memory import FittingSize, ran_out
 from grpo.types import Completion, Pulse
 
 LEAVE_SHARE = 1 / 32  # finished rows leave once they are this share of the batch
@@ -38,9 +38,15 @@ class NativeEngine:
     """Samples with the given model, sharing the trainer's weights where they are the same tensors."""
 
     def __init__(
-        self, model: PreTrainedModel, stop_ids: Iterable[int], max_new_tokens: int, seed: int, dtype: str = "fp32",
-        max_tokens: int | None = None, cuda_graphs: bool = True,
-    ):  # fmt: skip
+        self,
+        model: PreTrainedModel,
+        stop_ids: Iterable[int],
+        max_new_tokens: int,
+        seed: int,
+        dtype: str = "fp32",
+        max_tokens: int | None = None,
+        cuda_graphs: bool = True,
+    ):
         """max_tokens: of prompts and completions in the cache at once; None: no limit. cuda_graphs: on CUDA only."""
         self.model = model
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
@@ -51,11 +57,11 @@ class NativeEngine:
         self.head = Head(model, dtype)
         with torch.no_grad(), arithmetic(dtype, model.device):
             self.shares = self.head.usable and can_share(model, self.head.body())
-            self.lean = checked_lean(self.head) if self.shares else None
+            self.lean = checked_fast_llama(self.head) if self.shares else None
         graphs = cuda_graphs and self.shares and model.device.type == "cuda"
         self.graph = StepGraph() if graphs else None
-        self.room = Room("rollout", "rollout_chunk_rows", "rows")
-        self.look_steps = 1 if asking_is_free(model.device) else LOOK_STEPS
+        self.fitting = FittingSize("rollout", "rollout_chunk_rows", "rows")
+        self.look_steps = 1 if host_reads_are_free(model.device) else LOOK_STEPS
         self.in_flight: Sequence[Request] = ()
 
     @classmethod
@@ -79,7 +85,7 @@ class NativeEngine:
         on_tokens: OnTokens | None = None,
         on_finished: OnFinished | None = None,
     ) -> list[Completion]:
-        """Sample one completion for each request; `on_tokens` sees (sample, token id) pairs as they come.
+        """Sample one completion for each request; `on_tokens` sees (row, token id) pairs as they come.
 
         `on_finished` gets each completion once, when it is final. When `pulse` says so, the rest is left: completions
         are cut, and some requests have none. Where memory does not suffice, fewer rows decode at once. Raises
@@ -87,17 +93,17 @@ class NativeEngine:
         """
         was_training = self.model.training
         self.model.eval()
-        made: dict[int, Completion] = {}  # by sample
+        made: dict[int, Completion] = {}  # by row
 
         def finished(completions: list[Completion]) -> None:
-            made.update((completion.sample, completion) for completion in completions)
-            self.room.fitted()
+            made.update((completion.row, completion) for completion in completions)
+            self.fitting.fitted()
             if on_finished is not None:
                 on_finished(completions)
 
         try:
-            while (left := [request for request in requests if request.sample not in made]) and not pulse():
-                self.in_flight = left[: self.room.part(len(left))]
+            while (left := [request for request in requests if request.row not in made]) and not pulse():
+                self.in_flight = left[: self.fitting.part(len(left))]
                 try:
                     with arithmetic(self.dtype, self.model.device):
                         self._generate(left, sampling, pulse, on_tokens, finished)
@@ -110,18 +116,22 @@ class NativeEngine:
                 tried = self.in_flight
                 longest = max(len(request.prompt_ids) for request in tried)
                 shape = f"{len(tried)} rows of up to {longest} + {self.max_new_tokens} tokens"
-                self.room.halve(len(tried), smallest=len(tried) == 1, shape=shape)
+                self.fitting.halve(len(tried), smallest=len(tried) == 1, shape=shape)
         finally:
             self.model.train(was_training)
             if self.graph is not None:
                 self.graph.forget()
-        return [made[request.sample] for request in requests if request.sample in made]
+        return [made[request.row] for request in requests if request.row in made]
 
     def _generate(
-        self, requests: list[Request], sampling: Sampling, pulse: Pulse, on_tokens: OnTokens | None,
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        pulse: Pulse,
+        on_tokens: OnTokens | None,
         finished: OnFinished,
-    ) -> None:  # fmt: skip
-        rows = self.room.part(len(requests))
+    ) -> None:
+        rows = self.fitting.part(len(requests))
         shares = self.shares and max(len(request.prompt_ids) for request in requests) > SHORT_PROMPT  # else a row each
         queue = Admission(requests, self.max_new_tokens, self.max_tokens, rows, shares)
         while queue.waiting and not pulse():  # once, where rows may join; else batch after batch
@@ -139,7 +149,7 @@ class Batch:
         device = engine.model.device
         graph = engine.graph if engine.graph is not None and engine.graph.usable else None
         self.cache = open_cache(engine.head, engine.shares, requests, self.max_new, engine.lean, graph)
-        self.record = Record(self.max_new, device)
+        self.record = DrawnTokens(self.max_new, device)
         self.randoms = torch.zeros(0, self.max_new, dtype=torch.float64, device=device)  # [B, max_new]
         self.done = torch.zeros(0, dtype=torch.bool, device=device)  # [B]
         self.ages = np.zeros(0, np.int64)  # [B] tokens of each row
@@ -158,7 +168,7 @@ class Batch:
             if on_tokens is not None:
                 alive = (~self.done).tolist()
                 pairs = zip(record.requests, token_ids.tolist(), alive, strict=True)
-                on_tokens([(request.sample, token) for request, token, here in pairs if here])
+                on_tokens([(request.row, token) for request, token, here in pairs if here])
             self.done = self.done | stopped | ~drawn.finite
             self.ages += 1
             self.aged += 1

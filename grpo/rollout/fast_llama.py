@@ -21,7 +21,7 @@ CONSTANT = ("default", "linear", "llama3", "yarn")  # ways to turn that do not d
 FAMILY = ("llama", "qwen2", "qwen3")  # model types; others of like shape differ in windows, scales or norms
 
 
-class LeanBody:
+class FastLlama:
     """token ids [B], positions [B] and a cache -> hidden states [B, H]."""
 
     def __init__(self, body: Any):
@@ -101,6 +101,6 @@ def _norm(norm: Any) -> Callable[[Tensor], Tensor]:
     return normed
 
 
-def lean_body(model: PreTrainedModel, body: nn.Module) -> LeanBody | None:
+def fast_llama(model: PreTrainedModel, body: nn.Module) -> FastLlama | None:
     """The lean form of a body of the family; None for any other."""
-    return LeanBody(body) if model.config.model_type in FAMILY else None
+    return FastLlama(body) if model.config.model_type in FAMILY else None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from grpo.config.settings import Config
 from grpo.forward.logprobs import bounded_logits
-from grpo.forward.precision import asking_is_free
+from grpo.forward.precision import host_reads_are_free
 
 BLOCK = 512  # columns summed at once
 
@@ -81,7 +81,7 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Draw:
     logits = logits.float()
     low, high = torch.aminmax(logits, dim=-1)  # NaN where any logit is
     finite, clamped = high - low <= 2 * sampling.logit_clamp, None
-    if not asking_is_free(logits.device) or not bool(finite.all()):  # too wide, or not finite
+    if not host_reads_are_free(logits.device) or not bool(finite.all()):  # too wide, or not finite
         finite = torch.isfinite(low) & torch.isfinite(high)
         logits = torch.where(finite[:, None], logits, torch.zeros((), device=logits.device))
         logits, clamped = bounded_logits(logits, 1.0, sampling.logit_clamp)

@@ -17,7 +17,7 @@ from grpo.forward.flat_rows import common_header
 from grpo.forward.logprobs import Head
 from grpo.rollout import Request
 from grpo.rollout.cuda_graph import StepGraph
-from grpo.rollout.fast_llama import LeanBody
+from grpo.rollout.fast_llama import FastLlama
 from grpo.rollout.merge_softmax import Part, merged, part_of
 from grpo.rollout.prefill import KeysValues, Prefilled, distinct_prompts, prefill
 from grpo.rollout.row_buffer import RowBuffer
@@ -35,9 +35,13 @@ class SharedCache:
     joins = True
 
     def __init__(
-        self, head: Head, requests: Sequence[Request], max_new_tokens: int, lean: LeanBody | None = None,
+        self,
+        head: Head,
+        requests: Sequence[Request],
+        max_new_tokens: int,
+        lean: FastLlama | None = None,
         graph: StepGraph | None = None,
-    ):  # fmt: skip
+    ):
         """requests: all that will join. lean: the body in a form of fewer calls. graph: replays steps."""
         self.head = head
         self.lean = lean
@@ -192,9 +196,12 @@ class SharedCache:
         if self.lean is not None:
             return self.head.logits(self.lean(token_ids, position_ids, self, self.limit))
         hidden = self.head.body()(
-            input_ids=token_ids[:, None], position_ids=position_ids[:, None], attention_mask=self.placeholder,
-            use_cache=False, trees=self,
-        ).last_hidden_state[:, 0]  # fmt: skip
+            input_ids=token_ids[:, None],
+            position_ids=position_ids[:, None],
+            attention_mask=self.placeholder,
+            use_cache=False,
+            trees=self,
+        ).last_hidden_state[:, 0]
         return self.head.logits(hidden)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:

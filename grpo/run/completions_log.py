@@ -42,21 +42,21 @@ class Rollout:
 
 def rollouts_of(step: int, scored: Scored, advantages: np.ndarray, cfg: Config) -> list[Rollout]:
     """This rank's rollouts of a step, by row. advantages: [N], of all ranks."""
-    totals = combine(scored.scores, list(cfg.rewards.values())) if len(scored.samples) else np.zeros(0)
+    totals = combine(scored.scores, list(cfg.rewards.values())) if len(scored.inputs) else np.zeros(0)
     found = []
-    for i, (completion, sample) in enumerate(zip(scored.completions, scored.samples, strict=True)):
-        question = sample.columns.get("question")
+    for i, (completion, given) in enumerate(zip(scored.completions, scored.inputs, strict=True)):
+        question = given.columns.get("question")
         found.append(
             Rollout(
                 step=step,
-                row=completion.sample,
-                question=question if isinstance(question, str) else completion_text(sample.prompt),
-                gold=sample.columns.get("answer"),
-                completion=completion_text(sample.completion),
+                row=completion.row,
+                question=question if isinstance(question, str) else completion_text(given.prompt),
+                gold=given.columns.get("answer"),
+                completion=completion_text(given.completion),
                 finish=completion.finish,
                 rewards={name: _known(value) for name, value in zip(cfg.rewards, scored.scores[i], strict=True)},
                 reward=_known(totals[i]),
-                advantage=float(advantages[completion.sample]),
+                advantage=float(advantages[completion.row]),
             )
         )
     return sorted(found, key=lambda rollout: rollout.row)

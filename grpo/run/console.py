@@ -66,8 +66,14 @@ class Console:
     def start(self, total: int, done: int, what: str = "training") -> None:
         """Show the bar, where there is a terminal to show it on."""
         if self.is_main and self.rich.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                       TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
             self.progress = Progress(*columns, console=self.rich, transient=True)
             self.task = self.progress.add_task(what, total=total, completed=done)
             self.progress.start()
@@ -104,7 +110,7 @@ def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
     return "  ".join(parts) + f"  {metrics['time/step_s']:.2f} s ({', '.join(seconds)})"
 
 
-def lesson_line(step: int, total: int, metrics: dict[str, float]) -> str:
+def sft_line(step: int, total: int, metrics: dict[str, float]) -> str:
     """The line of one supervised step."""
     parts = [f"step: {step}/{total}  sft_loss: {metrics['sft/loss']:.4f}"]
     if "sft/token_accuracy" in metrics:

@@ -15,7 +15,7 @@ from grpo.data.questions import Questions, length_summary
 from grpo.errors import warn
 from grpo.rollout import Engine
 from grpo.run.completions_log import RolloutFile, as_markdown, as_table, rollouts_of
-from grpo.run.console import Console, lesson_line, step_line
+from grpo.run.console import Console, sft_line, step_line
 from grpo.run.languages import label
 from grpo.run.trackers import Tracker, check_trackers, load_trackers
 from grpo.runtime.distributed import World
@@ -24,11 +24,18 @@ from grpo.training.policy import Policy
 from grpo.training.scoring import Scored, rollout_metrics
 from grpo.types import Table
 
-OF_ROLLOUTS = {"ratio_gap", "sampler_gap/max", "guards/oom_rollout", "idle/rollout", "time/rollout_s", "time/reward_s",
-               "time/logprobs_s"}  # fmt: skip
+OF_ROLLOUTS = {
+    "ratio_gap",
+    "sampler_gap/max",
+    "guards/oom_rollout",
+    "idle/rollout",
+    "time/rollout_s",
+    "time/reward_s",
+    "time/logprobs_s",
+}
 
 
-class Journal:
+class RunLog:
     """Console and trackers of one run."""
 
     def __init__(self, cfg: Config, world: World, folder: Path):
@@ -85,8 +92,9 @@ class Journal:
     def describe(self, questions: Questions, total: int, policy: Policy, num_chunks: int) -> None:
         """Say what is about to happen."""
         cfg, say = self.cfg, self.say
-        self.describe_parts(questions, policy, f"{total} steps of {prompts_per_step(cfg)} prompts x "
-                                               f"{cfg.num_generations} completions")  # fmt: skip
+        self.describe_parts(
+            questions, policy, f"{total} steps of {prompts_per_step(cfg)} prompts x {cfg.num_generations} completions"
+        )
         if num_chunks < self.world.size:
             say(
                 f"note: {num_chunks} rollout chunks for {self.world.size} processes leave some idle: "
@@ -105,7 +113,7 @@ class Journal:
         engine: Engine,
     ) -> dict[str, float]:
         """Reduce this step's metrics over ranks; one line, one point on every curve. Returns them."""
-        tally.add("guards/oom_rollout", engine.room.halvings)
+        tally.add("guards/oom_rollout", engine.fitting.halvings)
         told = rollout_metrics(table, advantages, policy.vocab_size)
         metrics = told | self._measured(tally, norms, policy, told["completions/tokens"])
         metrics["guards/trust_sampler"] = float(bool(policy.counters.trust_sampler))
@@ -117,7 +125,7 @@ class Journal:
 
     def _measured(self, tally: Tally, norms: Sequence[float], policy: Policy, tokens: float) -> dict[str, float]:
         """What every kind of step has: the tally over ranks, times, guards, rate and norm. tokens: that counted."""
-        tally.add("guards/oom_update", policy.room.halvings)
+        tally.add("guards/oom_update", policy.fitting.halvings)
         reduced = tally.reduce(self.world)
         metrics = {
             **reduced,
@@ -133,7 +141,7 @@ class Journal:
             }
         return metrics
 
-    def log_lesson(
+    def log_sft_step(
         self, step: int, total: int, tokens: int, tally: Tally, norms: Sequence[float], policy: Policy
     ) -> dict[str, float]:
         """The same of a supervised step, without what belongs to rollouts. tokens: in its loss, over all ranks."""
@@ -141,7 +149,7 @@ class Journal:
         metrics = {name: value for name, value in measured.items() if name not in OF_ROLLOUTS}
         metrics |= {"sft/loss": metrics.pop("loss"), "sft/tokens": float(tokens)}
         if self.world.is_main:
-            self.say(lesson_line(step, total, metrics))
+            self.say(sft_line(step, total, metrics))
             self.console.advance(f"loss {metrics['sft/loss']:.3f}")
         self.log(step, metrics)
         return metrics

@@ -23,7 +23,7 @@ from grpo.data.questions import Questions
 from grpo.data.recipe import Recipe
 from grpo.errors import EXIT_STALLED, Corrupted, Preempted, UserError, warn
 from grpo.rewards import Reward
-from grpo.run.log import Journal
+from grpo.run.log import RunLog
 from grpo.runtime.distributed import World
 from grpo.runtime.heartbeat import Heartbeat, Watchdog
 from grpo.runtime.signals import StopRequest, write_exit
@@ -52,9 +52,9 @@ class Run:
         self.stop = StopRequest(self.heartbeat, self.output_dir, cfg.preempt_grace_s)
         check_folder_shared(world, self.output_dir)
         self.heartbeat(0, "start")
-        self.journal = Journal(cfg, world, self.folder)
-        self.saver = Saver(cfg, self.output_dir, self.heartbeat, self.journal.say)
-        self.journal.extras = self.saver.take_seconds
+        self.log = RunLog(cfg, world, self.folder)
+        self.saver = Saver(cfg, self.output_dir, self.heartbeat, self.log.say)
+        self.log.extras = self.saver.take_seconds
         self.kept = guards.KeptWeights(self.output_dir / "anomalies", world.rank)
         self.resumed_step = -1
 
@@ -111,7 +111,7 @@ class Run:
             return None
         folder = self.output_dir / f"checkpoint_{step}"
         check_same_run(folder, read_state(folder), self.cfg, self.facts)
-        self.journal.say(f"resuming from {folder}")
+        self.log.say(f"resuming from {folder}")
         self.resumed_step = step
         return folder
 
@@ -128,10 +128,10 @@ class Run:
         watchdog = Watchdog(self.heartbeat, self.cfg.stall_timeout_s, self._stalled)
         watchdog.start()
         policy.pulse = self.pulse
-        policy.seal()
+        policy.remember_checksums()
         self.stop.training = True
-        with self.journal.console:
-            self.journal.open(total, done)
+        with self.log.console:
+            self.log.open(total, done)
             try:
                 yield
                 self.saver.finish()
@@ -146,7 +146,7 @@ class Run:
                 raise
             finally:
                 watchdog.stop()
-                self.journal.close()
+                self.log.close()
 
     def _stalled(self, line: str) -> None:
         write_exit(self.output_dir, EXIT_STALLED, line)
@@ -178,12 +178,12 @@ class Run:
     def notices(self, policy: Policy, step: int) -> tuple[bool, bool]:
         """What this rank has to tell all others before an update: asked to stop, and weights that have changed."""
         every = self.cfg.check_weights_steps
-        broken = policy.broken_seal() if every and step % every == 0 else None
+        broken = policy.changed_tensor() if every and step % every == 0 else None
         if broken is not None:
             warn(f"error: {self.heartbeat.where()}: {broken} is not what the last update left: a bit has flipped")
         return self.stop.asked, broken is not None
 
-    def heed(self, told: Noticed) -> None:
+    def act_on_notices(self, told: Noticed) -> None:
         """Act on the notices of all ranks, on every rank alike. Raises Corrupted or Preempted."""
         if ranks := told.corrupted_ranks:
             raise Corrupted(
@@ -216,8 +216,10 @@ class Run:
             return
         newest = checkpoint.checkpoints(self.output_dir)
         if first >= total > 0:
-            print(f"nothing to do: {newest[0]} is already the last of {total} steps. Ask it: python inference.py "
-                  "\"question\"; train anew: --resume never.")  # fmt: skip
+            print(
+                f"nothing to do: {newest[0]} is already the last of {total} steps. Ask it: python inference.py "
+                '"question"; train anew: --resume never.'
+            )
         elif newest:
             print(f'done: {newest[0]}. Ask it: python inference.py --checkpoint {newest[0]} "question"')
 
@@ -241,11 +243,17 @@ class Run:
                 folder, policy.weights(), policy.counters.updates, self.world.is_main or own, whole
             )
             evidence = guards.Evidence(
-                reason=str(skip), rank=rank, weights=weights, losses=[str(loss) for loss in skip.losses],
-                iteration=iteration, trust_sampler=policy.counters.trust_sampler, updates=policy.counters.updates,
-                samples=[list(micro.samples) for micro in minibatch], config=dataclasses.asdict(self.cfg),
-            )  # fmt: skip
+                reason=str(skip),
+                rank=rank,
+                weights=weights,
+                losses=[str(loss) for loss in skip.losses],
+                iteration=iteration,
+                trust_sampler=policy.counters.trust_sampler,
+                updates=policy.counters.updates,
+                rows=[list(micro.rows) for micro in minibatch],
+                config=dataclasses.asdict(self.cfg),
+            )
             guards.quarantine(folder, evidence, minibatch)
         except (OSError, SafetensorError) as error:
             warn(f"warning: rank {rank}: {folder} could not be written: {error}")
-        self.journal.say(f"step {step}: update skipped on all ranks ({skip}); python -m grpo.replay {folder}")
+        self.log.say(f"step {step}: update skipped on all ranks ({skip}); python -m grpo.replay {folder}")

@@ -70,9 +70,14 @@ class Heartbeat:
     def publish(self) -> None:
         """Write the file. A folder that cannot be written costs the note, not the run."""
         beat = {
-            "pid": os.getpid(), "host": socket.gethostname(), "step": self.step, "phase": self.phase,
-            "saving": self.saved, "count": self.count, "waits": self.world.waits.inside,
-        }  # fmt: skip
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "step": self.step,
+            "phase": self.phase,
+            "saving": self.saved,
+            "count": self.count,
+            "waits": self.world.waits.inside,
+        }
         file = self.folder / f"rank_{self.world.rank}.json"
         try:
             with self.lock:

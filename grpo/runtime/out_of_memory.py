@@ -32,7 +32,7 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 
 
-class Room:
+class FittingSize:
     """How much of a kind of work fits into memory at once, as far as is known: rows or tokens."""
 
     def __init__(self, phase: str, setting: str, unit: str):

@@ -80,8 +80,9 @@ class StopRequest:
             write_exit(self.output_dir, EXIT_PREEMPTED, f"{self.name} before the first step")
             self.heartbeat.leave()
             os._exit(EXIT_PREEMPTED)
-        warn(f"rank {self.heartbeat.world.rank}: {self.name}: stopping at the next safe point "
-             "(once more to end at once)")  # fmt: skip
+        warn(
+            f"rank {self.heartbeat.world.rank}: {self.name}: stopping at the next safe point (once more to end at once)"
+        )
 
 
 def forget_exit(output_dir: Path) -> None:

@@ -8,6 +8,6 @@ if __name__ == "__main__":
     refuse_bad_settings(sys.argv[1:], load_sft_config)  # before the seconds that the imports below take
 
     from grpo.run.launch import run_main
-    from grpo.sft.train import teach
+    from grpo.sft.train import train_sft
 
-    sys.exit(run_main(teach, load_sft_config, sys.argv[1:]))
+    sys.exit(run_main(train_sft, load_sft_config, sys.argv[1:]))

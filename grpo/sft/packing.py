@@ -56,11 +56,9 @@ def collate_packs(
     """
     if all(len(texts) == 1 for texts in packs):
         alone = [texts[0] for texts in packs]
-        return dataclasses.replace(
-            collate(alone, {text.sample: weight for text in alone}, device), samples=tuple(numbers)
-        )
+        return dataclasses.replace(collate(alone, {text.row: weight for text in alone}, device), rows=tuple(numbers))
     cpu = torch.device("cpu")
-    rows = [[collate([text], {text.sample: weight}, cpu) for text in texts] for texts in packs]
+    rows = [[collate([text], {text.row: weight}, cpu) for text in texts] for texts in packs]
     starts = [np.cumsum([0, *(micro.input_ids.shape[1] for micro in row)]).tolist() for row in rows]
 
     def joined(name: str) -> Tensor:
@@ -72,7 +70,7 @@ def collate_packs(
     ]
     mask = _padded([torch.cat([micro.mask[0] for micro in row]) for row in rows])
     return MicroBatch(
-        samples=tuple(numbers),
+        rows=tuple(numbers),
         input_ids=joined("input_ids"),
         positions=_padded(places).to(device),
         target_ids=joined("target_ids"),
@@ -113,8 +111,9 @@ def check_packing(model: PreTrainedModel) -> None:
     """
     body = Head(model).body()
     vocabulary = int(model.config.get_text_config().vocab_size)
-    texts = [torch.arange(n * 5, n * 5 + length, device=model.device)[None] % vocabulary
-             for n, length in enumerate(CHECKED)]  # fmt: skip
+    texts = [
+        torch.arange(n * 5, n * 5 + length, device=model.device)[None] % vocabulary for n, length in enumerate(CHECKED)
+    ]
     ids = position_ids([np.cumsum([0, *CHECKED]).tolist()]).to(model.device)
     try:
         alone = torch.cat([body(input_ids=text, use_cache=False).last_hidden_state for text in texts], 1)

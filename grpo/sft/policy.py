@@ -26,7 +26,7 @@ from grpo.training.policy import Policy
 from grpo.types import MicroBatch, TrainRow
 
 
-def lesson_batches(cfg: Config, world: World, rows: Sequence[TrainRow], even_block: int = 0) -> list[MicroBatch]:
+def sft_batches(cfg: Config, world: World, rows: Sequence[TrainRow], even_block: int = 0) -> list[MicroBatch]:
     """This rank's micro-batches of a step's texts. Their content does not depend on the number of ranks.
 
     even_block: see `deliver` in grpo/training/exchange.py.
@@ -47,7 +47,7 @@ def lesson_batches(cfg: Config, world: World, rows: Sequence[TrainRow], even_blo
     return even_out(mine, plan, learned, even_block, world) if even_block else mine
 
 
-class Student(Policy):
+class SftPolicy(Policy):
     """A policy that learns from texts."""
 
     def __init__(self, cfg: Config, world: World, model: PreTrainedModel, reference: PreTrainedModel | None = None):
@@ -70,7 +70,7 @@ class Student(Policy):
     @torch.no_grad()
     def measure(self, rows: Sequence[TrainRow]) -> dict[str, float]:
         """Loss and token accuracy on texts, over all ranks and equal on every one; nothing is learned."""
-        batches = lesson_batches(self.cfg, self.world, rows, self.even_block)
+        batches = sft_batches(self.cfg, self.world, rows, self.even_block)
 
         def add_up(pieces: list[MicroBatch]) -> np.ndarray:
             totals = []

@@ -1,7 +1,7 @@
 """Questions with reference solutions -> texts to learn: the prompt as GRPO asks it, and what has to follow.
 
 The solution goes through the chat template as the assistant's turn and ends with the token that ends a completion,
-so that the model learns to stop. `Lessons.of_step` is a pure function of (seed, step), like `Questions.prompts`.
+so that the model learns to stop. `SftTexts.of_step` is a pure function of (seed, step), like `Questions.prompts`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ TOO_LONG = "solutions longer than max_generate_length"
 
 
 @dataclass(frozen=True)
-class Lessons:
+class SftTexts:
     """Prompts with their solutions, and their order."""
 
     questions: Questions
@@ -41,17 +41,17 @@ class Lessons:
         """Every text once."""
         return [self._row(n, prompt) for n, prompt in enumerate(self.questions.items)]
 
-    def _row(self, sample: int, prompt: Prompt) -> TrainRow:
-        before, learned = prompt.token_ids, self.solutions[prompt.row]
+    def _row(self, row: int, prompt: Prompt) -> TrainRow:
+        before, learned = prompt.token_ids, self.solutions[prompt.data_row]
         if self.whole:  # the first token of all has nothing before it that could predict it
             learned = np.concatenate([np.array(before[1:], np.int32), learned])
             before = before[:1]
-        return TrainRow(sample, before, learned, np.zeros(len(learned), np.float32), None, 0.0)
+        return TrainRow(row, before, learned, np.zeros(len(learned), np.float32), None, 0.0)
 
 
-def load_lessons(
+def load_texts(
     cfg: Config, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, questions: Questions, stop_ids: frozenset[int]
-) -> Lessons:
+) -> SftTexts:
     """Give every question its solution; leave out, with a count, those that are too long. Raises UserError."""
     own = own_settings(cfg)
     if not stop_ids:
@@ -70,7 +70,7 @@ def load_lessons(
         ids = whole[len(asked) :] if whole[: len(asked)] == asked else plain(after, False)
         ids = _ended(ids, stop_ids, end)
         if len(ids) <= cfg.max_generate_length:
-            kept.append(dataclasses.replace(item, row=len(kept)))
+            kept.append(dataclasses.replace(item, data_row=len(kept)))
             solutions.append(np.array(ids, np.int32))
     dropped = len(questions.items) - len(kept)
     if not kept:
@@ -79,7 +79,7 @@ def load_lessons(
         )
     drops = {**questions.drops, **({TOO_LONG: dropped} if dropped else {})}
     left = Questions(kept, questions.num_dropped + dropped, questions.seed, drops)
-    return Lessons(left, solutions, own.loss_on == "all")
+    return SftTexts(left, solutions, own.loss_on == "all")
 
 
 def solutions_sha256(questions: Questions) -> str:
@@ -107,7 +107,9 @@ def solution_of(item: Prompt, own: SftSettings, cfg: Config) -> str:
             )
         cells[name] = _cleaned(cells[name], own.solution_remove, cfg.strip_cells)
         if not str(cells[name]).strip():
-            raise UserError(f"data: question {item.row + 1}, column {name!r}: the cell is empty. Mend or drop the row.")
+            raise UserError(
+                f"data: question {item.data_row + 1}, column {name!r}: the cell is empty. Mend or drop the row."
+            )
     return fill(template, cells)
 
 
@@ -125,7 +127,7 @@ def _completion(item: Prompt, solution: str, recipe: Recipe, tokenizer: PreTrain
     try:
         solution.encode()
     except UnicodeEncodeError:
-        raise UserError(f"data: question {item.row + 1}: its solution holds half of a surrogate pair.") from None
+        raise UserError(f"data: question {item.data_row + 1}: its solution holds half of a surrogate pair.") from None
     if not recipe.chat:
         return solution
     assert item.messages is not None
@@ -133,7 +135,7 @@ def _completion(item: Prompt, solution: str, recipe: Recipe, tokenizer: PreTrain
     text = render_chat(tokenizer.get_chat_template(), tokenizer.special_tokens_map, turns, opening=False)
     if not text.startswith(item.text):
         raise UserError(
-            f"chat_template: question {item.row + 1}: with the solution in its place the conversation does not begin "
+            f"chat_template: question {item.data_row + 1}: with the solution in its place the conversation does not begin "
             "with the prompt, so the prompt cannot be learned from. Try --chat_template false, or chat_template_file."
         )
     return text[len(item.text) :]

@@ -23,13 +23,13 @@ from grpo.rewards.pool import open_rewards
 from grpo.rollout.engine import NativeEngine
 from grpo.run.run import Run
 from grpo.runtime.distributed import World
-from grpo.sft.policy import Student, lesson_batches
-from grpo.sft.texts import load_lessons, solutions_sha256
+from grpo.sft.policy import SftPolicy, sft_batches
+from grpo.sft.texts import load_texts, solutions_sha256
 from grpo.training.policy import load_policy, load_rollout_model
 from grpo.types import Notices
 
 
-def teach(cfg: Config, world: World) -> None:
+def train_sft(cfg: Config, world: World) -> None:
     """Assemble the parts, then one loop over steps of P texts."""
     assert cfg.model is not None
     run = Run(cfg, world)
@@ -40,18 +40,18 @@ def teach(cfg: Config, world: World) -> None:
     recipe = keep_questions(recipe, (held_out or questions).first_questions(4))
     run.identify(questions, [], tokenizer, solutions=solutions_sha256(questions))
     resumed = run.resume_point()  # a checkpoint folder, or None
-    policy = load_policy(cfg, world, resumed, Student)
-    assert isinstance(policy, Student)
+    policy = load_policy(cfg, world, resumed, SftPolicy)
+    assert isinstance(policy, SftPolicy)
     check_lengths(policy.model, cfg.max_prompt_length, cfg.max_generate_length)
     check_vocabulary(policy.model, tokenizer)
     stop_ids = stop_token_ids(policy.model, tokenizer)
-    lessons = load_lessons(cfg, recipe, tokenizer, questions, stop_ids)
-    held_lessons = load_lessons(cfg, recipe, tokenizer, held_out, stop_ids) if held_out else None
+    lessons = load_texts(cfg, recipe, tokenizer, questions, stop_ids)
+    held_out_texts = load_texts(cfg, recipe, tokenizer, held_out, stop_ids) if held_out else None
 
     P = prompts_per_step(cfg)
     total = total_steps(cfg, len(lessons.questions.items))
     first = restore(policy, resumed)
-    run.journal.describe_parts(lessons.questions, policy, f"{total} steps of {P} texts")
+    run.log.describe_parts(lessons.questions, policy, f"{total} steps of {P} texts")
 
     with ExitStack() as parts:
         answered = None  # greedy accuracy on held-out questions, where there are rewards to judge it
@@ -62,17 +62,17 @@ def teach(cfg: Config, world: World) -> None:
 
         def evaluate_if_due(step: int) -> None:
             due = step in (0, total) or (cfg.eval_steps and step % cfg.eval_steps == 0)
-            if held_lessons is None or not due or (step == first and run.journal.evaluated(step)):
+            if held_out_texts is None or not due or (step == first and run.log.evaluated(step)):
                 return
             run.heartbeat(step, "eval")
-            metrics = policy.measure(held_lessons.all())
+            metrics = policy.measure(held_out_texts.all())
             if answered is not None:
                 engine.load_weights(policy.weights())
                 answers = answered()
                 if answers is None:
                     run.preempt()
                 metrics |= answers
-            run.journal.log_eval(step, metrics)
+            run.log.log_eval(step, metrics)
 
         parts.enter_context(run.training(total, first, policy, tokenizer, recipe))
         for step in range(first, total):
@@ -80,14 +80,14 @@ def teach(cfg: Config, world: World) -> None:
             tally = run.tally(step + 1)
 
             with tally.phase("exchange"):
-                run.heed(Notices(world.gather_rows(np.array(run.notices(policy, step), dtype=np.float64))))
+                run.act_on_notices(Notices(world.gather_rows(np.array(run.notices(policy, step), dtype=np.float64))))
                 rows = lessons.of_step(step, P)
-                batches = [lesson_batches(cfg, world, rows, policy.even_block)]
+                batches = [sft_batches(cfg, world, rows, policy.even_block)]
 
             with tally.phase("update"):
                 norms = policy.train_on(batches, tally, total, False, partial(run.quarantine, ((), ())))
 
-            run.journal.log_lesson(step + 1, total, sum(len(row.token_ids) for row in rows), tally, norms, policy)
+            run.log.log_sft_step(step + 1, total, sum(len(row.token_ids) for row in rows), tally, norms, policy)
             policy.counters.step = step + 1
             if run.due(step + 1, total):
                 run.save(last=step + 1 == total)

@@ -17,17 +17,21 @@ from grpo.types import Completion, MicroBatch, Prompt, Table, TrainRow
 
 
 def exchange(
-    world: World, completions: Sequence[Completion], lengths: np.ndarray, sampled_by: np.ndarray,
-    trainers: dict[int, int], support_width: int,
-) -> dict[int, Completion]:  # fmt: skip
+    world: World,
+    completions: Sequence[Completion],
+    lengths: np.ndarray,
+    sampled_by: np.ndarray,
+    trainers: dict[int, int],
+    support_width: int,
+) -> dict[int, Completion]:
     """Bring every row to the rank that trains on it: ids, log-probs and support, each once.
 
     lengths: [N] completion tokens of each row; sampled_by: the rank that sampled it.
     """
-    mine = {completion.sample: completion for completion in completions}
+    mine = {completion.row: completion for completion in completions}
     if world.size == 1:
-        return {sample: mine[sample] for sample in trainers}
-    size = lambda sample: int(lengths[sample]) * (2 + support_width)  # noqa: E731  int32 words of one row
+        return {row: mine[row] for row in trainers}
+    size = lambda row: int(lengths[row]) * (2 + support_width)  # noqa: E731  int32 words of one row
     outgoing = []
     for rank in range(world.size):
         parts = [_pack(mine[n]) for n in sorted(trainers) if trainers[n] == rank and sampled_by[n] == world.rank]
@@ -40,8 +44,8 @@ def exchange(
     received: dict[int, Completion] = {}
     for rows, words in zip(wanted, incoming, strict=True):
         ends = np.cumsum([size(n) for n in rows])
-        for sample, end in zip(rows, ends, strict=True):
-            received[sample] = _unpack(sample, words[end - size(sample) : end], int(lengths[sample]), support_width)
+        for row, end in zip(rows, ends, strict=True):
+            received[row] = _unpack(row, words[end - size(row) : end], int(lengths[row]), support_width)
     return received
 
 
@@ -52,10 +56,10 @@ def _pack(completion: Completion) -> np.ndarray:
     return np.concatenate(parts).astype(np.int32)
 
 
-def _unpack(sample: int, words: np.ndarray, length: int, support_width: int) -> Completion:
+def _unpack(row: int, words: np.ndarray, length: int, support_width: int) -> Completion:
     token_ids, logprobs, support = words[:length], words[length : 2 * length], words[2 * length :]
     return Completion(
-        sample,
+        row,
         token_ids.copy(),
         logprobs.copy().view(np.float32),
         finish="",
@@ -84,12 +88,12 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
         target_ids[b, :length] = row.token_ids
         mask[b, :length] = True
         logprobs[b, :length] = row.sampler_logprobs
-        token_weights[b, :length] = weights[row.sample]
+        token_weights[b, :length] = weights[row.row]
         if support is not None and row.support is not None:
             support[b, :length] = row.support
     to = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
     return MicroBatch(
-        samples=tuple(row.sample for row in rows),
+        rows=tuple(row.row for row in rows),
         input_ids=to(input_ids),
         positions=to(positions),
         target_ids=to(target_ids),
@@ -105,7 +109,7 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
 
 def halves(micro: MicroBatch) -> list[MicroBatch]:
     """Two micro-batches of half the rows each, cut to their own longest: the same loss, in less memory."""
-    middle = (len(micro.samples) + 1) // 2
+    middle = (len(micro.rows) + 1) // 2
     return [_rows(micro, slice(0, middle)), _rows(micro, slice(middle, None))]
 
 
@@ -123,7 +127,7 @@ def _rows(micro: MicroBatch, rows: slice) -> MicroBatch:
         return value[rows, : length if name in ("input_ids", "position_ids") else width].contiguous()
 
     values = {f.name: cut(f.name, getattr(micro, f.name)) for f in dataclasses.fields(micro)}
-    return MicroBatch(**{**values, "samples": micro.samples[rows]})  # type: ignore[arg-type]
+    return MicroBatch(**{**values, "rows": micro.rows[rows]})  # type: ignore[arg-type]
 
 
 def broken_rows(
@@ -132,19 +136,29 @@ def broken_rows(
     """The rows whose logits were not finite, one micro-batch each; the last target stands for the token that failed."""
     rows = [
         TrainRow(
-            c.sample, prompts[c.sample // num_generations].token_ids, np.append(c.token_ids, np.int32(0)),
-            np.append(c.sampler_logprobs, np.float32(0)), None, 0.0,
+            c.row,
+            prompts[c.row // num_generations].token_ids,
+            np.append(c.token_ids, np.int32(0)),
+            np.append(c.sampler_logprobs, np.float32(0)),
+            None,
+            0.0,
         )
         for c in completions
         if c.finish == "error"
-    ]  # fmt: skip
-    return [collate([row], {row.sample: 0.0}, device) for row in rows]
+    ]
+    return [collate([row], {row.row: 0.0}, device) for row in rows]
 
 
 def deliver(
-    world: World, cfg: Config, plan: Sequence[Minibatch], prompts: Sequence[Prompt], completions: Sequence[Completion],
-    table: Table, advantages: np.ndarray, even_block: int = 0,
-) -> list[list[MicroBatch]]:  # fmt: skip
+    world: World,
+    cfg: Config,
+    plan: Sequence[Minibatch],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    table: Table,
+    advantages: np.ndarray,
+    even_block: int = 0,
+) -> list[list[MicroBatch]]:
     """Bring this rank the micro-batches it trains on, minibatch by minibatch, weights already divided.
 
     advantages: [N], of all rows. even_block: 0, or tokens in a block of the head, when every rank must run as many
@@ -155,15 +169,21 @@ def deliver(
     rows = exchange(world, completions, lengths, table.sampled_by, trainers_of(plan), support)
     batches = []
     for minibatch in plan:
-        weights = row_weights(cfg.loss, [int(lengths[n]) for n in minibatch.samples], cfg.max_generate_length)
-        weight_of = dict(zip(minibatch.samples, weights, strict=True))
+        weights = row_weights(cfg.loss, [int(lengths[n]) for n in minibatch.rows], cfg.max_generate_length)
+        weight_of = dict(zip(minibatch.rows, weights, strict=True))
         mine = []
         for micro in minibatch.of_rank(world.rank):
             train_rows = [
-                TrainRow(n, prompts[n // cfg.num_generations].token_ids, rows[n].token_ids, rows[n].sampler_logprobs,
-                         rows[n].support, float(advantages[n]))
+                TrainRow(
+                    n,
+                    prompts[n // cfg.num_generations].token_ids,
+                    rows[n].token_ids,
+                    rows[n].sampler_logprobs,
+                    rows[n].support,
+                    float(advantages[n]),
+                )
                 for n in micro
-            ]  # fmt: skip
+            ]
             mine.append(collate(train_rows, weight_of, world.device))
         batches.append(even_out(mine, minibatch, lengths, even_block, world, support) if even_block else mine)
     return batches

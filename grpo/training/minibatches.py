@@ -19,7 +19,7 @@ from grpo.types import Prompt
 class Minibatch:
     """The rows of one optimizer step, over all ranks."""
 
-    samples: tuple[int, ...]  # all of them: the denominators count these
+    rows: tuple[int, ...]  # all of them: the denominators count these
     micro_batches: tuple[tuple[int, ...], ...]  # the rows that carry gradient
     owners: tuple[int, ...]  # the rank of each micro-batch
 
@@ -38,7 +38,7 @@ def split_evenly(num_items: int, num_parts: int) -> list[range]:
     return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def cut_micro_batches(samples: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[tuple[int, ...]]:
+def cut_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[tuple[int, ...]]:
     """Pack rows, longest first, so that rows times longest row stays within the budget (one row at least).
 
     >>> cut_micro_batches([0, 1, 2], lengths=[4, 10, 5], max_tokens=10)
@@ -46,16 +46,16 @@ def cut_micro_batches(samples: Sequence[int], lengths: Sequence[int], max_tokens
     """
     micro_batches: list[tuple[int, ...]] = []
     current: list[int] = []
-    for sample in sorted(samples, key=lambda n: (-lengths[n], n)):
+    for row in sorted(rows, key=lambda n: (-lengths[n], n)):
         if current and (len(current) + 1) * lengths[current[0]] > max_tokens:
             micro_batches.append(tuple(current))
             current = []
-        current.append(sample)
+        current.append(row)
     return [*micro_batches, tuple(current)] if current else micro_batches
 
 
 def cut_trees(
-    samples: Sequence[int], prompts: Sequence[int], lengths: Sequence[int], group: int, max_tokens: int, header: int = 0
+    rows: Sequence[int], prompts: Sequence[int], lengths: Sequence[int], group: int, max_tokens: int, header: int = 0
 ) -> list[tuple[int, ...]]:
     """Pack rows of whole groups, longest first, so that prompts and completions together stay within the budget.
 
@@ -66,13 +66,13 @@ def cut_trees(
     [(2, 3), (0, 1)]
     """
     longest: dict[int, int] = {}
-    for n in samples:
+    for n in rows:
         longest[n // group] = max(longest.get(n // group, 0), prompts[n] + lengths[n])
     micro_batches: list[tuple[int, ...]] = []
     current: list[int] = []
     used = header
     own = [tokens - header for tokens in prompts]
-    for n in sorted(samples, key=lambda n: (-longest[n // group], n // group, -lengths[n], n)):
+    for n in sorted(rows, key=lambda n: (-longest[n // group], n // group, -lengths[n], n)):
         shared = bool(current) and current[-1] // group == n // group
         if current and used + lengths[n] + (0 if shared else own[n]) > max_tokens:
             micro_batches.append(tuple(current))
@@ -97,9 +97,13 @@ def assign(costs: Sequence[int], world_size: int) -> list[int]:
 
 
 def make_plan(
-    cfg: Config, prompts: Sequence[Prompt], lengths: np.ndarray, advantages: np.ndarray, world_size: int,
+    cfg: Config,
+    prompts: Sequence[Prompt],
+    lengths: np.ndarray,
+    advantages: np.ndarray,
+    world_size: int,
     shares: bool = True,
-) -> list[Minibatch]:  # fmt: skip
+) -> list[Minibatch]:
     """Cut a step's rows into minibatches of whole groups, and those into micro-batches with owners.
 
     lengths, advantages: [N], of all rows. Without KL, a row with advantage 0 carries no gradient. shares: rows are
@@ -115,8 +119,8 @@ def make_plan(
     ]
     plan = []
     for groups in split_evenly(len(prompts), cfg.num_minibatches):
-        samples = range(groups.start * group, groups.stop * group)
-        trained = [n for n in samples if carries[n]]
+        rows = range(groups.start * group, groups.stop * group)
+        trained = [n for n in rows if carries[n]]
         if shares:
             micro_batches = cut_trees(trained, asked, said, group, cfg.micro_batch_tokens, header)
             asked_once = [{n // group: asked[n] - header for n in micro} for micro in micro_batches]
@@ -127,15 +131,15 @@ def make_plan(
         else:
             micro_batches = cut_micro_batches(trained, total, cfg.micro_batch_tokens)
             costs = [len(micro) * total[micro[0]] for micro in micro_batches]
-        plan.append(Minibatch(tuple(samples), tuple(micro_batches), tuple(assign(costs, world_size))))
+        plan.append(Minibatch(tuple(rows), tuple(micro_batches), tuple(assign(costs, world_size))))
     return plan
 
 
 def trainers_of(plan: Sequence[Minibatch]) -> dict[int, int]:
     """Row -> the rank that trains on it."""
     return {
-        sample: owner
+        row: owner
         for minibatch in plan
         for micro, owner in zip(minibatch.micro_batches, minibatch.owners, strict=True)
-        for sample in micro
+        for row in micro
     }

@@ -19,10 +19,10 @@ from grpo.config.settings import Config, updates_per_step
 from grpo.errors import UserError
 from grpo.forward.logprobs import Scorer
 from grpo.models.checks import is_lora, load_model
-from grpo.models.offload import Parking, brought, check_device
+from grpo.models.offload import ActivationOffload, brought, check_device
 from grpo.runtime.checksums import checksums, first_difference
 from grpo.runtime.distributed import World
-from grpo.runtime.out_of_memory import OutOfMemory, Room, ran_out
+from grpo.runtime.out_of_memory import FittingSize, OutOfMemory, ran_out
 from grpo.training.backends import Backend, load_backend
 from grpo.training.exchange import halves
 from grpo.training.losses import k3, ppo_clip
@@ -67,27 +67,27 @@ class Policy:
             model.enable_input_require_grads()
         self.reference = None if reference is None else Scorer(reference.requires_grad_(False), cfg)
         self.shares_reference = cfg.beta > 0 and is_lora(model)  # the model itself, without its adapter
-        self.parking = Parking(model)
+        self.activation_offload = ActivationOffload(model)
         self.scorer = scorer = Scorer(model, cfg)
         self.vocab_size = scorer.head.vocab_size
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())  # before any sharding
         self.backend: Backend = load_backend(cfg, world, scorer)
         self.even_block = scorer.block_tokens if self.backend.even_work else 0
-        self.room = Room("update", "micro_batch_tokens", "tokens")
-        self.sealed: dict[str, int] = {}
+        self.fitting = FittingSize("update", "micro_batch_tokens", "tokens")
+        self.known_checksums: dict[str, int] = {}
         self.pulse: Pulse = lambda: False  # called for each micro-batch; an update that has begun is finished
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """Stream the weights, for engines and checkpoints."""
         return self.backend.weights()
 
-    def seal(self) -> None:
+    def remember_checksums(self) -> None:
         """Remember checksums of what this rank holds, until the next update."""
-        self.sealed = checksums(self.backend.held())
+        self.known_checksums = checksums(self.backend.held())
 
-    def broken_seal(self) -> str | None:
-        """What is no longer as `seal` met it, though no update came between: memory has failed. None: all is well."""
-        return first_difference(self.sealed, checksums(self.backend.held())) if self.sealed else None
+    def changed_tensor(self) -> str | None:
+        """What is no longer as `remember_checksums` met it, though no update came between: memory has failed. None: all is well."""
+        return first_difference(self.known_checksums, checksums(self.backend.held())) if self.known_checksums else None
 
     def _reference_logprobs(self, micro: MicroBatch) -> Tensor | None:
         if self.shares_reference:
@@ -131,7 +131,7 @@ class Policy:
                 pieces[big : big + 1] = halves(pieces[big])
             try:
                 done = work(pieces)
-                self.room.fitted()
+                self.fitting.fitted()
                 return done
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
@@ -144,11 +144,11 @@ class Policy:
                     f"pieces. Lower micro_batch_tokens (now {self.cfg.micro_batch_tokens}) and run the same command."
                 )
             self.backend.forget()
-            self.room.halve(largest.input_ids.numel(), smallest=len(largest.samples) == 1, shape=shape)
+            self.fitting.halve(largest.input_ids.numel(), smallest=len(largest.rows) == 1, shape=shape)
 
     def _too_big(self, micro: MicroBatch) -> bool:
         tokens = micro.input_ids.numel()
-        return len(micro.samples) > 1 and tokens > self.room.part(tokens)
+        return len(micro.rows) > 1 and tokens > self.fitting.part(tokens)
 
     def loss(self, micro: MicroBatch, tally: Tally, weights_unchanged: bool) -> Tensor:
         """Weighted loss of a micro-batch, already divided by the global denominator."""
@@ -205,7 +205,7 @@ class Policy:
             for i, micro in enumerate(pieces):
                 self.pulse()
                 self.key_dropout(micro)
-                with self.parking.around(self.cfg.activation_offload):
+                with self.activation_offload.around(self.cfg.activation_offload):
                     loss = self.loss(micro, tally, weights_unchanged)
                 losses.append(loss.detach())
                 healthy = healthy + 0.0 * losses[-1]
@@ -231,12 +231,16 @@ class Policy:
             return
         from grpo.models.lora import key_dropout  # late: peft takes seconds
 
-        key_dropout(self.model, self.cfg.seed, self.counters.updates, max(0, min(micro.samples, default=0)))
+        key_dropout(self.model, self.cfg.seed, self.counters.updates, max(0, min(micro.rows, default=0)))
 
     def train_on(
-        self, batches: Sequence[Sequence[MicroBatch]], tally: Tally, total_updates: int, broken: bool,
+        self,
+        batches: Sequence[Sequence[MicroBatch]],
+        tally: Tally,
+        total_updates: int,
+        broken: bool,
         on_skip: Callable[["Policy", Sequence[MicroBatch], SkippedUpdate, int], None],
-    ) -> list[float]:  # fmt: skip
+    ) -> list[float]:
         """Pass `num_iterations` times over a step's minibatches. Returns the norms of the updates that were taken.
 
         broken: the rollout met logits that were not finite, nothing of this step can be trained on. Skipped
@@ -254,7 +258,7 @@ class Policy:
                     on_skip(self, minibatch, skip, iteration)
                     count_skip(self.counters, self.cfg.max_bad_steps)
         if self.cfg.check_weights_steps:
-            self.seal()
+            self.remember_checksums()
         return norms
 
     def trust(self, metrics: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config.settings import Config, prompts_per_step
 from grpo.errors import UserError
-from grpo.rewards import Failure, Reward, Sample
+from grpo.rewards import Failure, Reward, RewardInput
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import Rewards
 from grpo.runtime.distributed import World
@@ -29,7 +29,7 @@ class Scored:
     """This rank's completions with what the reward functions said."""
 
     completions: Sequence[Completion]
-    samples: list[Sample]
+    inputs: list[RewardInput]
     scores: np.ndarray  # [len(completions), K] float64, NaN where a function does not apply
     faults: np.ndarray  # [len(completions), K] 0, FAILED or LATE
 
@@ -43,9 +43,15 @@ class Scoring:
     """
 
     def __init__(
-        self, cfg: Config, rewards: Rewards, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase,
-        report: Callable[[str], None], pulse: Pulse = lambda: False, num_generations: int | None = None,
-    ):  # fmt: skip
+        self,
+        cfg: Config,
+        rewards: Rewards,
+        prompts: Sequence[Prompt],
+        tokenizer: PreTrainedTokenizerBase,
+        report: Callable[[str], None],
+        pulse: Pulse = lambda: False,
+        num_generations: int | None = None,
+    ):
         """`report` gets a line for each of a function's first failures. num_generations: of a prompt; None: as in cfg.
 
         Raises UserError when a worker cannot be started.
@@ -55,11 +61,11 @@ class Scoring:
         self.as_messages = cfg.reward_inputs == "messages"
         self.asked_to_stop = pulse
         self.stopped = False
-        self.taken: dict[int, Completion] = {}  # by sample, like the next two
-        self.samples: dict[int, Sample] = {}
+        self.taken: dict[int, Completion] = {}  # by row, like the next two
+        self.inputs: dict[int, RewardInput] = {}
         self.rows: dict[int, int] = {}  # in the order of arrival: what calls name
-        self.parts: dict[int, list[int]] = {}  # samples of groups that are not whole yet
-        self.places: dict[tuple[int, tuple[int, ...]], int] = {}  # (function, samples) -> place of the call
+        self.parts: dict[int, list[int]] = {}  # rows of groups that are not whole yet
+        self.places: dict[tuple[int, tuple[int, ...]], int] = {}  # (function, rows) -> place of the call
         rewards.begin()
 
     def pulse(self) -> bool:
@@ -80,34 +86,34 @@ class Scoring:
         When the pulse says stop, what is not scored yet stays without a score, and counts as no failure.
         """
         for one in completions:
-            same = one.sample not in self.taken or np.array_equal(one.token_ids, self.taken[one.sample].token_ids)
+            same = one.row not in self.taken or np.array_equal(one.token_ids, self.taken[one.row].token_ids)
             assert same, "a completion that was taken is not the one that was returned"
         if not self.stopped:
-            self._submit([one for one in completions if one.sample not in self.taken], last=True)
+            self._submit([one for one in completions if one.row not in self.taken], last=True)
         answers = self.rewards.collect(self._stop)
-        samples = [self.samples.get(one.sample) or self._sample(one) for one in completions]
-        row_of = {one.sample: row for row, one in enumerate(completions)}
+        inputs = [self.inputs.get(one.row) or self._input(one) for one in completions]
+        place_of = {one.row: i for i, one in enumerate(completions)}
         whole: dict[int, list[int]] = {}
-        for sample in sorted(row_of):
-            whole.setdefault(sample // self.num_generations, []).append(sample)
-        scores = np.full((len(samples), len(self.rewards.rewards)), NO_SCORE)
+        for row in sorted(place_of):
+            whole.setdefault(row // self.num_generations, []).append(row)
+        scores = np.full((len(inputs), len(self.rewards.rewards)), NO_SCORE)
         faults = np.zeros_like(scores)
         for k, reward in enumerate(self.rewards.rewards):
             failures: list[Failure] = []
-            for chosen in whole.values() if reward.sees_group else [[sample] for sample in row_of]:
-                place = self.places.get((k, tuple(chosen)))
-                answer = None if place is None else answers[place]
-                for sample, outcome in zip(chosen, answer.outcomes if answer else [], strict=answer is not None):
-                    row = row_of[sample]
+            for chosen in whole.values() if reward.sees_group else [[row] for row in place_of]:
+                call = self.places.get((k, tuple(chosen)))
+                answer = None if call is None else answers[call]
+                for row, outcome in zip(chosen, answer.outcomes if answer else [], strict=answer is not None):
+                    at = place_of[row]
                     if isinstance(outcome, str):
                         assert answer is not None
-                        failures.append(Failure(reward.name, outcome, samples[row], answer.timeout))
-                        faults[row, k] = LATE if answer.timeout else FAILED
+                        failures.append(Failure(reward.name, outcome, inputs[at], answer.timeout))
+                        faults[at, k] = LATE if answer.timeout else FAILED
                     elif outcome is not None:
-                        scores[row, k] = outcome
+                        scores[at, k] = outcome
             for failure in failures[:REPORTED_FAILURES]:
                 self.report(str(failure))
-        return Scored(completions, samples, scores, faults)
+        return Scored(completions, inputs, scores, faults)
 
     def _stop(self) -> bool:
         self.stopped = self.asked_to_stop() or self.stopped
@@ -116,29 +122,29 @@ class Scoring:
     def _submit(self, completions: Sequence[Completion], last: bool = False) -> None:
         """Have the calls made that these completions allow; last: groups that are not whole will not become so."""
         for one in completions:
-            assert one.sample not in self.taken, "a completion was given twice"
-            self.rows[one.sample] = len(self.rows)
-            self.taken[one.sample], self.samples[one.sample] = one, self._sample(one)
-            self.parts.setdefault(one.sample // self.num_generations, []).append(one.sample)
+            assert one.row not in self.taken, "a completion was given twice"
+            self.rows[one.row] = len(self.rows)
+            self.taken[one.row], self.inputs[one.row] = one, self._input(one)
+            self.parts.setdefault(one.row // self.num_generations, []).append(one.row)
         ready = sorted(p for p, part in self.parts.items() if last or len(part) == self.num_generations)
         groups = [tuple(sorted(self.parts.pop(p))) for p in ready]
-        singles = [(one.sample,) for one in completions]
+        singles = [(one.row,) for one in completions]
         calls = []
         for k, reward in enumerate(self.rewards.rewards):
             for chosen in groups if reward.sees_group else singles:
                 self.places[k, chosen] = len(self.places)
-                calls.append(Call(k, tuple(self.rows[sample] for sample in chosen)))
-        self.rewards.submit([self.samples[one.sample] for one in completions], calls)
+                calls.append(Call(k, tuple(self.rows[row] for row in chosen)))
+        self.rewards.submit([self.inputs[one.row] for one in completions], calls)
 
-    def _sample(self, completion: Completion) -> Sample:
+    def _input(self, completion: Completion) -> RewardInput:
         """A completion as rewards see it."""
-        prompt = self.prompts[completion.sample // self.num_generations]
+        prompt = self.prompts[completion.row // self.num_generations]
         ids = completion.token_ids.tolist()
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         if not self.as_messages:
-            return Sample(prompt.text, text, ids, prompt.columns)
+            return RewardInput(prompt.text, text, ids, prompt.columns)
         messages = prompt.messages or [{"role": "user", "content": prompt.text}]
-        return Sample(messages, [{"role": "assistant", "content": text}], ids, prompt.columns)
+        return RewardInput(messages, [{"role": "assistant", "content": text}], ids, prompt.columns)
 
 
 def combine(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
@@ -169,11 +175,15 @@ def gather(
     table[num_rows + world.rank, : len(notices)] = notices
     for i, completion in enumerate(scored.completions):
         facts = (
-            len(completion.token_ids), completion.finish == "stop", completion.finish == "error", completion.clamped,
-            float(completion.sampler_logprobs.sum(dtype=np.float64)), float(np.count_nonzero(scored.faults[i])),
+            len(completion.token_ids),
+            completion.finish == "stop",
+            completion.finish == "error",
+            completion.clamped,
+            float(completion.sampler_logprobs.sum(dtype=np.float64)),
+            float(np.count_nonzero(scored.faults[i])),
             world.rank,
-        )  # fmt: skip
-        table[completion.sample] = [*scored.scores[i], *map(float, facts), *scored.faults[i]]
+        )
+        table[completion.row] = [*scored.scores[i], *map(float, facts), *scored.faults[i]]
     table, noticed = np.split(world.sum_rows(table), [num_rows])
     parts, facts_table, faults = np.split(table, [num_functions, num_functions + len(FACTS)], axis=1)
     check_failures(cfg, faults, [r.name for r in rewards])

@@ -37,7 +37,7 @@ class Evidence:
     losses: list[str]  # of the micro-batches, as text: NaN is no JSON
     iteration: int  # which pass over the step's rows, from 0
     trust_sampler: bool | None  # see Counters
-    samples: list[list[int]]  # rows of the step in each micro-batch
+    rows: list[list[int]]  # n of each row of each micro-batch
     config: dict[str, Any]
     updates: int = 0  # optimizer steps taken before it: keys the masks of an adapter's dropout
 

@@ -46,8 +46,18 @@ def test_another_reward_is_refused(folder):
 @pytest.mark.parametrize("temperature", ["0", "1"])
 def test_it_answers_the_same(folder, temperature):
     done = run_script(
-        "inference.py", "--checkpoint", "output/checkpoint_3", "--device", "cpu", "--json", "--seed", "3",
-        "--temperature", temperature, EXPECTED["question"], cwd=folder,
-    )  # fmt: skip
+        "inference.py",
+        "--checkpoint",
+        "output/checkpoint_3",
+        "--device",
+        "cpu",
+        "--json",
+        "--seed",
+        "3",
+        "--temperature",
+        temperature,
+        EXPECTED["question"],
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["answer"] == EXPECTED["answers"][temperature]

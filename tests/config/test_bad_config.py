@@ -25,10 +25,17 @@ KINDS = typing.get_type_hints(Config)
 BASE = {"model": "m", "data": "d", "rewards": {"mark_reward": 1.0}}
 COUNTS = {"wrong value": [0, 0, 0], "unknown key": [0, 0, 0], "text of a file": [0, 0, 0], "command line": [0, 0, 0]}
 JUNK = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(2**62, 2**80), st.integers(-(2**70), -1), st.floats(),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(2**62, 2**80),
+    st.integers(-(2**70), -1),
+    st.floats(),
     st.sampled_from([math.nan, math.inf, -math.inf, 1e300, -0.0, 10**400, "", " ", "null", "nan", "1e999", "\ud800"]),
-    st.text(max_size=20), st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=5), st.integers()),
-)  # fmt: skip
+    st.text(max_size=20),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=5), st.integers()),
+)
 
 
 def outcome(kind, argv):
@@ -62,9 +69,12 @@ def file(tmp_path_factory):
 def searching(examples):
     """So many examples, the same each time."""
     return settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None,
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )  # fmt: skip
+    )
 
 
 TIERS = [40, pytest.param(500, marks=pytest.mark.full)]

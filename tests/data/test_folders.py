@@ -42,8 +42,14 @@ def questions(folder, split, config=None):
 
 
 CSV = "question,answer\na,007\n"
-TWO = {"train.jsonl": jsonl("a", "b"), "test.jsonl": jsonl("c"), "README.md": "# Data\n", "LICENSE": "MIT",
-       ".git/train.jsonl": "no data", "notes.txt": "train"}  # fmt: skip
+TWO = {
+    "train.jsonl": jsonl("a", "b"),
+    "test.jsonl": jsonl("c"),
+    "README.md": "# Data\n",
+    "LICENSE": "MIT",
+    ".git/train.jsonl": "no data",
+    "notes.txt": "train",
+}
 
 
 @pytest.mark.parametrize(
@@ -53,18 +59,47 @@ TWO = {"train.jsonl": jsonl("a", "b"), "test.jsonl": jsonl("c"), "README.md": "#
         (TWO, "test", None, ["c"]),
         ({"data/train.csv": CSV, "data/dev.csv": CSV}, "train", None, ["a"]),
         ({"train.csv": CSV, "val.csv": "question,answer\nb,1\n"}, "validation", None, ["b"]),
-        ({"train/0.jsonl": jsonl("a"), "train/1.jsonl": jsonl("b"), "test/0.jsonl": jsonl("c")}, "train", None,
-         ["a", "b"]),
-        ({"data/train-00000-of-00002.parquet": ["a"], "data/train-00001-of-00002.parquet": ["b"],
-          "data/test-00000-of-00001.parquet": ["c"]}, "train", None, ["a", "b"]),
+        (
+            {"train/0.jsonl": jsonl("a"), "train/1.jsonl": jsonl("b"), "test/0.jsonl": jsonl("c")},
+            "train",
+            None,
+            ["a", "b"],
+        ),
+        (
+            {
+                "data/train-00000-of-00002.parquet": ["a"],
+                "data/train-00001-of-00002.parquet": ["b"],
+                "data/test-00000-of-00001.parquet": ["c"],
+            },
+            "train",
+            None,
+            ["a", "b"],
+        ),
         ({"mine.jsonl": jsonl("a")}, "test", None, ["a"]),  # like a plain file: all one split
         ({"main/train.jsonl": jsonl("a"), "other/train.jsonl": jsonl("b")}, "train", "other", ["b"]),
-        ({"main/x.jsonl": jsonl("a"), "main/y.jsonl": jsonl("b"), "other/z.jsonl": jsonl("c"),
-          "README.md": CARD.format(first="main", path="main/*.jsonl")}, "train", "main", ["a", "b"]),
-        ({"main/x.jsonl": jsonl("a"), "other/z.jsonl": jsonl("c"),
-          "README.md": CARD.format(first="default", path="[main/x.jsonl]")}, "train", None, ["a"]),
+        (
+            {
+                "main/x.jsonl": jsonl("a"),
+                "main/y.jsonl": jsonl("b"),
+                "other/z.jsonl": jsonl("c"),
+                "README.md": CARD.format(first="main", path="main/*.jsonl"),
+            },
+            "train",
+            "main",
+            ["a", "b"],
+        ),
+        (
+            {
+                "main/x.jsonl": jsonl("a"),
+                "other/z.jsonl": jsonl("c"),
+                "README.md": CARD.format(first="default", path="[main/x.jsonl]"),
+            },
+            "train",
+            None,
+            ["a"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_split_is_found_by_its_name(tmp_path, files, split, config, wanted):
     assert questions(write(tmp_path, files), split, config) == wanted
 
@@ -83,27 +118,56 @@ def test_cells_of_csv_stay_text(tmp_path):
         (TWO, "validation", None, "has no split 'validation', only ['test', 'train']. Use --data_split"),
         ({"notes.txt": "x"}, "train", None, "holds neither a dataset of save_to_disk nor data files (.jsonl, .json"),
         ({"a.jsonl": jsonl("a"), "b.jsonl": jsonl("b")}, "train", None, "b.jsonl, none of which names a split"),
-        ({"train.jsonl": jsonl("a"), "train_socratic.jsonl": jsonl("b")}, "train", None,
-         "train.jsonl, train_socratic.jsonl, all of which may be its split 'train'. Give one of them: --data "),
+        (
+            {"train.jsonl": jsonl("a"), "train_socratic.jsonl": jsonl("b")},
+            "train",
+            None,
+            "train.jsonl, train_socratic.jsonl, all of which may be its split 'train'. Give one of them: --data ",
+        ),
         ({"train.jsonl": jsonl("a"), "train.csv": "question,answer\na,1\n"}, "train", None, "all of which may be"),
         ({"main/train.jsonl": jsonl("a"), "socratic/train.jsonl": jsonl("b")}, "train", None, "all of which may be"),
         ({"main/train.jsonl": jsonl("a")}, "train", "nope", "data_config: "),
         ({"main/train.jsonl": jsonl("a")}, "train", "../main", "data_config: "),
-        ({"train-00000-of-00002.jsonl": jsonl("a")}, "train", None,
-         "holds 1 parts of train-*-of-00002, which says 2"),
-        ({"main/x.jsonl": jsonl("a"), "other/z.jsonl": jsonl("c"),
-          "README.md": CARD.format(first="main", path="main/*")}, "train", None,
-         "has the configurations ['main', 'other']. Choose one: --data_config NAME"),
-        ({"x.jsonl": jsonl("a"), "README.md": CARD.format(first="main", path="x.jsonl")}, "train", "third",
-         "has the configurations ['main', 'other'], not 'third'"),
+        ({"train-00000-of-00002.jsonl": jsonl("a")}, "train", None, "holds 1 parts of train-*-of-00002, which says 2"),
+        (
+            {
+                "main/x.jsonl": jsonl("a"),
+                "other/z.jsonl": jsonl("c"),
+                "README.md": CARD.format(first="main", path="main/*"),
+            },
+            "train",
+            None,
+            "has the configurations ['main', 'other']. Choose one: --data_config NAME",
+        ),
+        (
+            {"x.jsonl": jsonl("a"), "README.md": CARD.format(first="main", path="x.jsonl")},
+            "train",
+            "third",
+            "has the configurations ['main', 'other'], not 'third'",
+        ),
         ({"x.jsonl": jsonl("a"), "README.md": "---\nconfigs: [\n---\n"}, "train", None, "README.md is not understood"),
         ({"x.jsonl": jsonl("a"), "README.md": "---\nconfigs: 3\n---\n"}, "train", None, "configs is no list"),
-        *(({"x.jsonl": jsonl("a"), "README.md": CARD.format(first="main", path=path)}, "train", "main",
-           "data_files must be paths inside the folder")
-          for path in ("/etc/passwd", "../x.jsonl", "a/../../x.jsonl", "https://127.0.0.1/x.jsonl", "hf://datasets/a/b/x.jsonl",
-                       "'zip://x.jsonl::x.zip'", "~/x.jsonl", "{}", "3")),
+        *(
+            (
+                {"x.jsonl": jsonl("a"), "README.md": CARD.format(first="main", path=path)},
+                "train",
+                "main",
+                "data_files must be paths inside the folder",
+            )
+            for path in (
+                "/etc/passwd",
+                "../x.jsonl",
+                "a/../../x.jsonl",
+                "https://127.0.0.1/x.jsonl",
+                "hf://datasets/a/b/x.jsonl",
+                "'zip://x.jsonl::x.zip'",
+                "~/x.jsonl",
+                "{}",
+                "3",
+            )
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_ambiguous_or_leads_elsewhere_is_one_line(tmp_path, files, split, config, said):
     write(tmp_path / "data", files)
     (tmp_path / "x.jsonl").write_text(jsonl("outside"))

@@ -136,11 +136,11 @@ def test_special_tokens_are_the_templates_business():
 def test_the_stream_deals_each_row_once_an_epoch(num_rows, num_prompts, seed, num_steps):
     """Any number of rows and prompts, also fewer rows than prompts; a step alone equals the same step in sequence."""
     stream = Questions([Prompt(i, "", (), {}) for i in range(num_rows)], 0, seed)
-    dealt = [p.row for step in range(num_steps) for p in stream.prompts(step, num_prompts)]
+    dealt = [p.data_row for step in range(num_steps) for p in stream.prompts(step, num_prompts)]
     for epoch in range(len(dealt) // num_rows):
         assert sorted(dealt[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
     last = stream.prompts(num_steps - 1, num_prompts)
-    assert [p.row for p in last] == dealt[-num_prompts:]
+    assert [p.data_row for p in last] == dealt[-num_prompts:]
 
 
 # --- columns of all kinds
@@ -159,9 +159,13 @@ def test_chinese_choices_with_stray_columns_bom_and_crlf(tmp_path):
     lines = [CHOICE + ",,", ' 哪一個？,007,NA,None,"1,450",因為,b. NA,,', "另一個？,1.50,x,y,z,因為, D,,"]
     (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
     first, second = columns_of(
-        tmp_path / "rows.csv", question_column="題目", answer_column="正確答案", answer_format="letter",
-        prompt_template="{question}|{選項A}|{選項B}|{選項C}|{選項D}", strip_cells=True,
-    )  # fmt: skip
+        tmp_path / "rows.csv",
+        question_column="題目",
+        answer_column="正確答案",
+        answer_format="letter",
+        prompt_template="{question}|{選項A}|{選項B}|{選項C}|{選項D}",
+        strip_cells=True,
+    )
     assert first.text == "哪一個？|007|NA|None|1,450" and second.text == "另一個？|1.50|x|y|z"
     assert [item.columns["answer"] for item in (first, second)] == ["B", "D"]
     assert first.columns["推理正確答案"] == "因為" and "" not in first.columns
@@ -174,8 +178,13 @@ def test_english_choices_take_the_names_of_the_chinese_ones(tmp_path):
     english, chinese = tmp_path / "english.csv", tmp_path / "chinese.csv"
     english.write_text("ID,Question,Option A,Option B,Option C,Option D,Gold,,\r\n7,Q?,1,2,3,4,C,,\r\n")
     chinese.write_text("ID,題目,選項A,選項B,選項C,選項D,Gold\n7,Q?,1,2,3,4,C\n")
-    settings = dict(column_names=names, question_column="題目", answer_column="Gold", id_column="ID",
-                    prompt_template="{題目} {選項A}{選項B}{選項C}{選項D}")  # fmt: skip
+    settings = dict(
+        column_names=names,
+        question_column="題目",
+        answer_column="Gold",
+        id_column="ID",
+        prompt_template="{題目} {選項A}{選項B}{選項C}{選項D}",
+    )
     for path in (english, chinese):
         [item] = columns_of(path, **settings)
         assert item.text == "Q? 1234" and item.columns["answer"] == "C"
@@ -183,8 +192,9 @@ def test_english_choices_take_the_names_of_the_chinese_ones(tmp_path):
         columns_of(english, **{**settings, "column_names": {**names, "Option E": "選項E"}})
     (tmp_path / "both.csv").write_text("Question,題目,Gold\nQ?,Q?,A\n")
     with pytest.raises(UserError, match="both columns 'Question' and '題目'"):
-        columns_of(tmp_path / "both.csv", column_names={"Question": "題目"}, question_column="題目",
-                   answer_column="Gold")  # fmt: skip
+        columns_of(
+            tmp_path / "both.csv", column_names={"Question": "題目"}, question_column="題目", answer_column="Gold"
+        )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +214,7 @@ def test_english_choices_take_the_names_of_the_chinese_ones(tmp_path):
         (b"q,a\nx,many\n", {"answer_format": "number"}, "column 'a': no row holds a number"),
         (b'q,a\nx,"[1]"\n', {"answer_format": "json"}, "row 1, column 'a': expected a JSON object, as text"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_named_by_file_row_and_column(tmp_path, content, settings, said):
     path = tmp_path / "rows.csv"
     path.write_bytes(content)
@@ -225,9 +235,12 @@ def test_answers_that_are_no_numbers_are_left_out_with_a_count(tmp_path):
     rows = [{"problem": f"{n}?", "expected_answer": gold, "generated_solution": "s"} for n, gold in enumerate(golds)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = Config(
-        model="m", data=str(tmp_path / "rows.jsonl"), question_column="problem", answer_column="expected_answer",
+        model="m",
+        data=str(tmp_path / "rows.jsonl"),
+        question_column="problem",
+        answer_column="expected_answer",
         answer_format="number",
-    )  # fmt: skip
+    )
     questions = load_questions(cfg, Recipe(), tiny_tokenizer())
     assert [item.columns["answer"] for item in questions.items] == ["3", "-2.5", "1e3", "7"]
     assert [item.columns["question"] for item in questions.items] == ["0?", "1?", "3?", "5?"]
@@ -263,16 +276,22 @@ def test_the_quantile_leaves_out_what_is_longer(tmp_path, lengths, limit, kept):
 def test_every_filter_counts_its_own(tmp_path):
     """Quantile, then the prompt's limit, then the answer's, then the first rows; the sum is all rows."""
     cfg = Config(
-        model="m", data=lengths_file(tmp_path, range(1, 41)), prompt_length_quantile=0.9, max_prompt_length=30,
-        max_answer_length=6, data_rows=20,
-    )  # fmt: skip
+        model="m",
+        data=lengths_file(tmp_path, range(1, 41)),
+        prompt_length_quantile=0.9,
+        max_prompt_length=30,
+        max_answer_length=6,
+        data_rows=20,
+    )
     questions = load_questions(cfg, Recipe(), tiny_tokenizer())
     assert questions.drops == {
-        "longer than the 0.9 quantile, 36 tokens": 4, "too long": 6, "answers longer than 6 tokens": 4,
+        "longer than the 0.9 quantile, 36 tokens": 4,
+        "too long": 6,
+        "answers longer than 6 tokens": 4,
         "after the first 20 (data_rows)": 6,
-    }  # fmt: skip
+    }
     assert [len(item.token_ids) for item in questions.items] == [n for n in range(1, 31) if n % 7 != 6][:20]
-    assert [item.row for item in questions.items] == list(range(20))
+    assert [item.data_row for item in questions.items] == list(range(20))
     assert length_summary(questions).startswith("20 questions kept, 6 dropped as too long, 4 dropped: longer than the ")
 
 
@@ -376,8 +395,21 @@ def spoil(path, how):
     path.write_bytes(json.dumps({"sha256": hashlib.sha256(body).hexdigest()}).encode() + b"\n" + body)
 
 
-@pytest.mark.parametrize("how", ["a flipped bit", "a link", "tokens beyond", "tokens below", "no tokens", "words",
-                                 "no text", "no length", "too few", "no row"])  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        "a flipped bit",
+        "a link",
+        "tokens beyond",
+        "tokens below",
+        "no tokens",
+        "words",
+        "no text",
+        "no length",
+        "too few",
+        "no row",
+    ],
+)
 def test_a_cache_that_was_tampered_with_is_made_anew(tmp_path, encoded, how, capfd):
     cfg = cached_file(tmp_path)
     first = load_questions(cfg, Recipe(), tiny_tokenizer())
@@ -416,10 +448,26 @@ def test_show_prompt_prints_the_exact_text_and_touches_nothing(tmp_path, capfd):
     from tests.support.tiny import save_tiny
 
     model = save_tiny(tmp_path / "model")
-    argv = ["--model", str(model), "--data", write(tmp_path, "jsonl"), "--question_column", "problem",
-            "--answer_column", "gold", "--system_prompt", "Think.", "--prompt_template", "L{level}: {question} =",
-            "--rewards", '{"final_answer_reward": 1}', "--output_dir", str(tmp_path / "output"),
-            "--runs_dir", str(tmp_path / "runs")]  # fmt: skip
+    argv = [
+        "--model",
+        str(model),
+        "--data",
+        write(tmp_path, "jsonl"),
+        "--question_column",
+        "problem",
+        "--answer_column",
+        "gold",
+        "--system_prompt",
+        "Think.",
+        "--prompt_template",
+        "L{level}: {question} =",
+        "--rewards",
+        '{"final_answer_reward": 1}',
+        "--output_dir",
+        str(tmp_path / "output"),
+        "--runs_dir",
+        str(tmp_path / "runs"),
+    ]
 
     def job(cfg, world):
         raise AssertionError("the job was started")

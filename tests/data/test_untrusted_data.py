@@ -51,13 +51,21 @@ def mutate(content, kind, rng):
     at = rng.randrange(len(content))
     text = content.decode("utf-8", "replace")
     swaps = {
-        "a NaN": (b"1}", b"NaN}"), "1e999": (b"1}", b"1e999}"), "nested answer": (b'"so 2', b'{"a": [1]}, "x": "so 2'),
-        "number as question": (b'"1+1? ', b'17, "x": "'), "null question": (b'"1+1? ', b'null, "x": "'),
-        "half a surrogate": (b"1+1?", b"1+1?\\ud800"), "NUL": (b"1+1?", b"1+\x001?"),
-        "quote": (b"1+1?", b'1+"1?'), "comma": (b"1+1?", b"1,+,1,?"), "deep": (b"1}", b"[" * 4000 + b"]" * 4000 + b"}"),
-        "huge number": (b"1}", b"9" * 5000 + b"}"), "key twice": (b'"level"', b'"question"'),
-        "column renamed": (b"answer", b"gold"), "column emptied": (b"answer", b""),
-    }  # fmt: skip
+        "a NaN": (b"1}", b"NaN}"),
+        "1e999": (b"1}", b"1e999}"),
+        "nested answer": (b'"so 2', b'{"a": [1]}, "x": "so 2'),
+        "number as question": (b'"1+1? ', b'17, "x": "'),
+        "null question": (b'"1+1? ', b'null, "x": "'),
+        "half a surrogate": (b"1+1?", b"1+1?\\ud800"),
+        "NUL": (b"1+1?", b"1+\x001?"),
+        "quote": (b"1+1?", b'1+"1?'),
+        "comma": (b"1+1?", b"1,+,1,?"),
+        "deep": (b"1}", b"[" * 4000 + b"]" * 4000 + b"}"),
+        "huge number": (b"1}", b"9" * 5000 + b"}"),
+        "key twice": (b'"level"', b'"question"'),
+        "column renamed": (b"answer", b"gold"),
+        "column emptied": (b"answer", b""),
+    }
     ways = {
         "flip a bit": lambda: content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :],
         "flip ten bytes": lambda: bytes(b if rng.random() > 10 / len(content) else rng.randrange(256) for b in content),
@@ -193,8 +201,11 @@ def test_parquet_that_brings_code_or_bad_text(tmp_path, monkeypatch):
     """A pickled column type (its canary), text that is no UTF-8, and few bytes that stand for very many."""
     canary = tmp_path / "canary"
     pickled = b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
-    field = pa.field("question", pa.string(), metadata={
-        b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickled})  # fmt: skip
+    field = pa.field(
+        "question",
+        pa.string(),
+        metadata={b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickled},
+    )
     bad_text = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
     big = pa.table({"question": pa.array(["x" * 2**20] * 200)})
     tables = {

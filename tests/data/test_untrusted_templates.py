@@ -55,7 +55,8 @@ HOSTILE = {
     "endless loop": (LOOP, "of computing"),
     "memory at once": ("{{ 'x' * 10**10 }}", "memory"),
     "memory by doubling": (
-        "{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "memory",
+        "{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "memory",
     ),
     "memory by padding": ("{{ 'a'|center(10**10) }}", "memory"),
     "long number": ("{{ 10**(10**9) }}", "of computing"),
@@ -72,7 +73,7 @@ HOSTILE = {
     "refuses in lines": ("{{ raise_exception('a\nb') }}", "a b"),
     "syntax": ("{{ broken", "unexpected end"),
     "undefined": ("{{ messages[7].content.x }}", "Undefined"),
-}  # fmt: skip
+}
 
 
 HARMLESS = ("format", "attr filter")  # the sandbox makes them nothing at all
@@ -145,11 +146,18 @@ def test_half_a_surrogate_pair_is_no_prompt():
 @pytest.mark.parametrize(
     "values",
     [
-        {"unknown": 1}, {"chat": "yes"}, {"max_prompt_length": -1}, {"max_prompt_length": 1e3}, {"logit_clamp": 0},
-        {"max_generate_length": 2**40}, {"questions": "a"}, {"questions": [1]}, {"system_prompt": 1},
+        {"unknown": 1},
+        {"chat": "yes"},
+        {"max_prompt_length": -1},
+        {"max_prompt_length": 1e3},
+        {"logit_clamp": 0},
+        {"max_generate_length": 2**40},
+        {"questions": "a"},
+        {"questions": [1]},
+        {"system_prompt": 1},
         {"prompt_template": None},
     ],
-)  # fmt: skip
+)
 def test_a_recipe_of_the_wrong_kind_is_refused(tmp_path, values):
     from grpo.data.recipe import load_recipe
 

@@ -26,9 +26,17 @@ import yaml
 
 NAME = "emulated"
 WAITING = [  # their result has a size that the host must know, or is a number
-    "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive",
-    "bincount", "equal", "multinomial",
-]  # fmt: skip
+    "nonzero",
+    "masked_select",
+    "_unique",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "unique_dim_consecutive",
+    "bincount",
+    "equal",
+    "multinomial",
+]
 OURS = str(Path(__file__).resolve().parents[2] / "grpo")
 
 
@@ -106,13 +114,18 @@ def _device_module() -> ModuleType:
     module = ModuleType(f"torch.{NAME}")
     generator = torch.Generator(NAME)
     functions = {
-        "is_available": lambda: True, "is_initialized": lambda: True, "device_count": lambda: 1,
-        "current_device": lambda: 0, "set_device": lambda device: None, "synchronize": lambda device=None: None,
-        "_is_in_bad_fork": lambda: False, "manual_seed_all": generator.manual_seed,
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
+        "_is_in_bad_fork": lambda: False,
+        "manual_seed_all": generator.manual_seed,
         "get_amp_supported_dtype": lambda: [torch.bfloat16, torch.float16, torch.float32],
         "get_rng_state": lambda device=None: generator.get_state(),
         "set_rng_state": lambda state, device=None: generator.set_state(state),
-    }  # fmt: skip
+    }
     for name, function in functions.items():
         setattr(module, name, function)
     return module

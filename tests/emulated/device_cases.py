@@ -61,7 +61,7 @@ ACCEPTED = {
     "resized result": lambda x: torch.add(x, x, out=torch.empty(0, device=x.device)),
     "sort and top": lambda x: x.sort(-1, descending=True).values + x.topk(3).values,
     "data": lambda x: torch.nn.Parameter(torch.zeros(2)).__class__(x).data,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", list(ACCEPTED))

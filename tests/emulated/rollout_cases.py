@@ -38,7 +38,7 @@ def engine_on(where, architecture, dtype="fp32", stop_ids=range(12), **how):
 
 
 def same(expected, found, atol=1e-5):
-    assert [c.sample for c in expected] == [c.sample for c in found]
+    assert [c.row for c in expected] == [c.row for c in found]
     for a, b in zip(expected, found, strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist() and a.finish == b.finish
         np.testing.assert_allclose(a.sampler_logprobs, b.sampler_logprobs, atol=atol)
@@ -117,7 +117,7 @@ def test_decode_steps_wait_for_nothing_but_the_question_who_is_done(lengths, dra
             engine.generate(requests_of(HEADER, lengths), DRAWS[draws])
         seen.append(reads.seen)
     [((what, where), count)] = (seen[1] - seen[0]).items()
-    assert (what, count) == ("to host", 2) and where.startswith("native.py")
+    assert (what, count) == ("to host", 2) and where.startswith("engine.py")
 
 
 @pytest.mark.parametrize("forgotten", ["uniforms", "lengths", "buffer"])
@@ -132,8 +132,9 @@ def test_a_rollout_with_a_tensor_left_on_the_cpu_is_refused(forgotten, device, m
         monkeypatch.setattr(shared_cache, "prefill", moved)
     else:
         monkeypatch.setattr(
-            row_buffer.RowBuffer, "append",
+            row_buffer.RowBuffer,
+            "append",
             lambda buffer, layer, key, value: (key[:, :, None].cpu(), value[:, :, None].cpu()),
-        )  # fmt: skip
+        )
     with pytest.raises(RuntimeError, match=r"same device|on cpu or on"):
         engine.generate(requests_of((), SHORT), Sampling())

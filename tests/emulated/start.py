@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
         sys.exit(run_main(train, load_config, sys.argv[3:]))
     if script == "sft":
-        from grpo.sft.train import teach
+        from grpo.sft.train import train_sft
 
-        sys.exit(run_main(teach, load_sft_config, sys.argv[3:]))
+        sys.exit(run_main(train_sft, load_sft_config, sys.argv[3:]))
     raise SystemExit(f"no such script: {script}")

@@ -24,15 +24,33 @@ NAMES = [
     for line in (PROJECT / "tests" / "emulated" / f"{part}_cases.py").read_text(encoding="utf-8").splitlines()
     if line.startswith("def test_")
 ]
-DEMO = {"model": "demo/base", "data": "demo/train.jsonl", "answer_format": "hash", "prompt_template": "{question}\n",
-        "max_prompt_length": 96, "max_steps": 3, "save_steps": 2, "num_threads": 1, "run_name": "run",
-        "eval_data": "demo/test.jsonl", "eval_rows": 8, "lr": 5e-4}  # fmt: skip
+DEMO = {
+    "model": "demo/base",
+    "data": "demo/train.jsonl",
+    "answer_format": "hash",
+    "prompt_template": "{question}\n",
+    "max_prompt_length": 96,
+    "max_steps": 3,
+    "save_steps": 2,
+    "num_threads": 1,
+    "run_name": "run",
+    "eval_data": "demo/test.jsonl",
+    "eval_rows": 8,
+    "lr": 5e-4,
+}
 STAGES = {
-    "train": {"rewards": '{"final_answer_reward": 1.0}', "batch_size": 4, "gradient_accumulation_steps": 1,
-              "num_generations": 4, "max_generate_length": 60, "chat_template": False, "beta": 0.05,
-              "rollout_tokens": 1000},
+    "train": {
+        "rewards": '{"final_answer_reward": 1.0}',
+        "batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "num_generations": 4,
+        "max_generate_length": 60,
+        "chat_template": False,
+        "beta": 0.05,
+        "rollout_tokens": 1000,
+    },
     "sft": {"solution_column": "answer", "batch_size": 4, "max_generate_length": 120, "data_rows": 40, "packing": True},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +104,17 @@ def test_a_whole_run_is_that_of_the_cpu(stage, ready, tmp_path):
     expected, found = (ran(stage, device, tmp_path / device) for device in ("cpu", emulated.NAME))
     assert len(expected) == len(found) >= DEMO["max_steps"] + 2
     for a, b in zip(expected, found, strict=True):
-        names = {"loss", "reward/mean", "completions/length_mean", "entropy", "grad_norm", "kl", "eval/accuracy",
-                 "eval/loss", "step"} & a.keys()  # fmt: skip
+        names = {
+            "loss",
+            "reward/mean",
+            "completions/length_mean",
+            "entropy",
+            "grad_norm",
+            "kl",
+            "eval/accuracy",
+            "eval/loss",
+            "step",
+        } & a.keys()
         assert len(names) >= 2
         assert {name: b[name] for name in names} == pytest.approx({name: a[name] for name in names}, rel=1e-3, abs=1e-5)
     assert any(a.get("grad_norm", 0) > 0 for a in expected)

@@ -73,7 +73,7 @@ SETTINGS = {
     "blocks": {"logits_chunk_mb": 1, "micro_batch_tokens": 200},
     "lora": {"lora_r": 4, "beta": 0.1},
     "clipped": {"weight_decay": 0.1, "max_grad_norm": 0.01},
-    "sealed": {"check_weights_steps": 1},
+    "checksums": {"check_weights_steps": 1},
     "parked": {"activation_offload": True},
 }
 
@@ -122,19 +122,20 @@ def test_an_update_waits_for_the_device_once_however_many_micro_batches(settings
         with emulated.counted() as reads:
             policy.update(minibatch, Tally(), 10, True)
         assert {(what, where.split(":")[0]): n for (what, where), n in reads.seen.items()} == {
-            ("to host", "metrics.py"): 1, ("item", "replicated.py"): 1,
-        }  # fmt: skip
+            ("to host", "metrics.py"): 1,
+            ("item", "ddp.py"): 1,
+        }
 
 
 def test_a_number_that_is_not_finite_skips_the_update_and_a_flipped_bit_is_found(device):
     cfg = config(check_weights_steps=1)
     policy = policy_on(device, cfg)
     injected_step(cfg, policy.world, policy, 0, 3, 0, Tally())
-    assert policy.broken_seal() is None
+    assert policy.changed_tensor() is None
     for name, tensor in policy.backend.held():
         bits = tensor.view(-1)[-1:].view(torch.int32)
         bits ^= 1 << 11
-        assert policy.broken_seal() is not None, name
+        assert policy.changed_tensor() is not None, name
         bits ^= 1 << 11
     before, true_loss = weights_of(policy), policy.loss
     policy.loss = lambda *args: true_loss(*args) * float("nan")
@@ -160,7 +161,7 @@ def test_a_micro_batch_that_is_too_large_is_tried_in_halves(device):
     policy.loss = loss
     for step in range(3):
         injected_step(cfg, policy.world, policy, step, 3, 0, tally)
-    assert policy.room.halvings > 0
+    assert policy.fitting.halvings > 0
     assert distance(expected, weights_of(policy)) < 1e-3 * distance(expected, start)
 
 
@@ -206,10 +207,10 @@ def test_in_bf16_sampler_and_trainer_agree(architecture, lengths, device):
 def gap_of(policy, requests, completions, cfg):
     """Mean distance of sampler's and trainer's log-probs."""
     rows = [
-        TrainRow(c.sample, r.prompt_ids, c.token_ids, c.sampler_logprobs, None, 1.0)
+        TrainRow(c.row, r.prompt_ids, c.token_ids, c.sampler_logprobs, None, 1.0)
         for r, c in zip(requests, completions, strict=True)
     ]
-    micro = collate(rows, {row.sample: 1.0 for row in rows}, policy.world.device)
+    micro = collate(rows, {row.row: 1.0 for row in rows}, policy.world.device)
     with torch.no_grad():
         gap = (policy.backend.score(micro) - micro.sampler_logprobs).abs()
     return float(gap[micro.mask].mean())

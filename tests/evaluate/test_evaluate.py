@@ -21,7 +21,7 @@ from grpo.checkpoints import checkpoint
 from grpo.checkpoints.best import Best, best_name
 from grpo.checkpoints.manifest import write_manifest
 from grpo.config.settings import Config
-from grpo.evaluate import command as examination
+from grpo.evaluate import command
 from grpo.evaluate import extract as extraction
 from grpo.evaluate import statistics as estimates
 from tests.support.launcher import PROJECT, environment
@@ -117,10 +117,22 @@ def test_choices_are_found(text, strict, lenient):
 
 @pytest.mark.parametrize(
     "pred, gold, same",
-    [("73.0", "73", True), ("$1,450.", "1450", True), ("７２", "72", True), ("1/2", "0.5", True), ("-8", "8", False),
-     ("0.1", "1/10", True), ("1,45", "145", False), ("3/0", "3", False), (None, "3", False), ("+5", "5", True),
-     ("--5", "5", False), ("", "", False), ("9" * 300, "9" * 300, False)],
-)  # fmt: skip
+    [
+        ("73.0", "73", True),
+        ("$1,450.", "1450", True),
+        ("７２", "72", True),
+        ("1/2", "0.5", True),
+        ("-8", "8", False),
+        ("0.1", "1/10", True),
+        ("1,45", "145", False),
+        ("3/0", "3", False),
+        (None, "3", False),
+        ("+5", "5", True),
+        ("--5", "5", False),
+        ("", "", False),
+        ("9" * 300, "9" * 300, False),
+    ],
+)
 def test_numbers_are_compared_as_numbers(pred, gold, same):
     assert extraction.right(pred, gold, "number") is same
 
@@ -159,7 +171,7 @@ def numbers(tmp_path_factory):
 
 
 def evaluate(folder, *args, checkpoint="checkpoint_1"):
-    return examination.main(
+    return command.main(
         ["--checkpoint", str(folder / checkpoint), "--data", str(folder / "data.jsonl"), "--num_threads", "1", *args]
     )
 
@@ -191,8 +203,18 @@ def test_two_ranks_give_the_same_bytes(numbers, tmp_path, capfd):
     """Rows shared out one by one, six of them over two processes."""
     assert evaluate(numbers, "--out", str(tmp_path / "one.jsonl"), "--batch_rows", "1") == 0
     alone = capfd.readouterr().out
-    args = ["--checkpoint", str(numbers / "checkpoint_1"), "--data", str(numbers / "data.jsonl"), "--batch_rows", "1",
-            "--num_threads", "1", "--out", str(tmp_path / "two.jsonl")]  # fmt: skip
+    args = [
+        "--checkpoint",
+        str(numbers / "checkpoint_1"),
+        "--data",
+        str(numbers / "data.jsonl"),
+        "--batch_rows",
+        "1",
+        "--num_threads",
+        "1",
+        "--out",
+        str(tmp_path / "two.jsonl"),
+    ]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "grpo.evaluate"]
     done = subprocess.run(
         [sys.executable, *launch, *args], cwd=PROJECT, env=environment(), capture_output=True, text=True, timeout=300
@@ -221,7 +243,7 @@ def test_sampling_reports_pass_and_majority(numbers, capfd, tmp_path):
 def test_two_checkpoints_are_compared(numbers, capfd, tmp_path):
     one, two = (str(numbers / f"checkpoint_{n}") for n in (1, 2))
     data = ("--data", str(numbers / "data.jsonl"), "--num_threads", "1")
-    assert examination.main(["--compare", one, two, *data]) == 0
+    assert command.main(["--compare", one, two, *data]) == 0
     said = capfd.readouterr().out.splitlines()[-4:]
     assert said[0].endswith("50.00% (3/6)") and said[1].endswith("100.00% (6/6)")
     assert said[2] == "paired on 6 questions: both right 3, only A 0, only B 3, neither 0"
@@ -229,11 +251,11 @@ def test_two_checkpoints_are_compared(numbers, capfd, tmp_path):
     for n in (1, 2):  # the same from files
         assert evaluate(numbers, "--out", str(tmp_path / f"{n}.jsonl"), checkpoint=f"checkpoint_{n}") == 0
     capfd.readouterr()
-    assert examination.main(["--compare", str(tmp_path / "1.jsonl"), str(tmp_path / "2.jsonl")]) == 0
+    assert command.main(["--compare", str(tmp_path / "1.jsonl"), str(tmp_path / "2.jsonl")]) == 0
     assert capfd.readouterr().out.splitlines()[2:] == said[2:]
     lines = (tmp_path / "2.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "2.jsonl").write_text("".join(lines[:-1]))
-    assert examination.main(["--compare", str(tmp_path / "1.jsonl"), str(tmp_path / "2.jsonl")]) == 2
+    assert command.main(["--compare", str(tmp_path / "1.jsonl"), str(tmp_path / "2.jsonl")]) == 2
     assert "did not answer the same questions (6 and 5)" in capfd.readouterr().err
 
 
@@ -258,7 +280,7 @@ def test_what_is_wrong_is_said_in_one_line(numbers, capfd, args, said):
 def test_without_gold_answers_there_is_no_accuracy(numbers, tmp_path, capfd):
     (tmp_path / "empty.jsonl").write_text("")
     for data, said in ((tmp_path / "empty.jsonl", "empty"), (tmp_path / "nope.jsonl", "no such file")):
-        assert examination.main(["--checkpoint", str(numbers / "checkpoint_1"), "--data", str(data)]) == 2
+        assert command.main(["--checkpoint", str(numbers / "checkpoint_1"), "--data", str(data)]) == 2
         err = capfd.readouterr().err
         assert said in err and "Traceback" not in err
 
@@ -276,11 +298,17 @@ def test_the_pointer_follows_improvements_only(tmp_path):
     cfg = Config(output_dir=str(tmp_path))
     best = Best(cfg, 0)
     assert [best.consider(step, value) for step, value in ((10, 0.5), (20, 0.4), (30, 0.5), (40, 0.7))] == [
-        True, False, False, True,
-    ]  # fmt: skip
+        True,
+        False,
+        False,
+        True,
+    ]
     assert json.loads((tmp_path / "best.json").read_text()) == {
-        "checkpoint": "checkpoint_40", "step": 40, "metric": "eval/accuracy", "value": 0.7,
-    }  # fmt: skip
+        "checkpoint": "checkpoint_40",
+        "step": 40,
+        "metric": "eval/accuracy",
+        "value": 0.7,
+    }
     assert os.listdir(tmp_path) == ["best.json"]
     saved(tmp_path, 40)
     assert not Best(cfg, 40).consider(50, 0.6), "a resumed run knows what was best"

@@ -12,8 +12,14 @@ from tests.support.launcher import run_script
 from tests.support.taught import taught_checkpoint
 
 TEMPLATE = "{question}\nA. {選項A}\nB. {選項B}\nC. {選項C}\nD. {選項D}\nAs <answer>:\n"
-SAID = {"q1": "<answer>A</answer>", "q2": "hm <answer>\nb\n</answer>", "q3": "<answer>C</answer>",
-        "q4": "<answer>D.</answer>", "q5": "<answer>?</answer>", "q6": "I am not sure, A?"}  # fmt: skip
+SAID = {
+    "q1": "<answer>A</answer>",
+    "q2": "hm <answer>\nb\n</answer>",
+    "q3": "<answer>C</answer>",
+    "q4": "<answer>D.</answer>",
+    "q5": "<answer>?</answer>",
+    "q6": "I am not sure, A?",
+}
 WANTED = {"q1": "A", "q2": "B", "q3": "C", "q4": "D", "q5": "?", "q6": "?"}
 HEADER = ["ID", "Question", "Option A", "Option B", "Option C", "Option D", "", ""]
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grpo.checkpoints.checkpoint import step_of
 from grpo.checkpoints.manifest import verify, write_manifest
-from grpo.evaluate.ask import Asker
+from grpo.evaluate.ask import CheckpointModel
 from grpo.export import command, folders
 from grpo.export.command import main
 from grpo.export.source import Source
@@ -35,8 +35,10 @@ def taught(tmp_path_factory) -> Path:
 def adapter_checkpoint(base: Path, folder: Path, zero: bool = False) -> Path:
     """A LoRA checkpoint on `base`, its B matrices drawn at random, or zero as before training."""
     torch.manual_seed(0)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-                           LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_alpha=8))  # fmt: skip
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_alpha=8),
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name and not zero:
@@ -74,7 +76,7 @@ def test_a_merged_folder_holds_the_weights_rounded_once_and_nothing_is_lost(taug
     assert (out / "trainer/recipe.json").read_bytes() == (taught / "trainer/recipe.json").read_bytes()
     assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(taught).get_vocab()
     assert verify(out) is None  # so inference.py opens it
-    asker = Asker(out, CPU, {"temperature": 0.0}, 64)
+    asker = CheckpointModel(out, CPU, {"temperature": 0.0}, 64)
     assert asker.ask(asker.put(QUESTION)).text == ANSWER
 
 
@@ -168,9 +170,15 @@ def test_refusals_are_one_line_and_leave_nothing(taught, tmp_path, capsys, monke
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [["--out", "{t}/out"], ["--to", "gguf", "--out", "{t}/out"], 
-    ["--push", "a/b", "--out", "{t}", "--metrics", "m"],
-                                   ["--push", "a/b", "--out", "{t}/out"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--out", "{t}/out"],
+        ["--to", "gguf", "--out", "{t}/out"],
+        ["--push", "a/b", "--out", "{t}", "--metrics", "m"],
+        ["--push", "a/b", "--out", "{t}/out"],
+    ],
+)
 def test_half_a_command_is_refused(tmp_path, capsys, words):
     assert main([word.format(t=tmp_path) for word in words]) == 2
     assert capsys.readouterr().err.startswith("error: ")

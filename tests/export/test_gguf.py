@@ -21,11 +21,21 @@ from tests.support.tiny import EOS, tiny_config, tiny_model, tiny_tokenizer
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 PLACES = {
-    "embed_tokens": "token_embd", "lm_head": "output", "norm": "output_norm", "q_proj": "attn_q", "k_proj": "attn_k",
-    "v_proj": "attn_v", "o_proj": "attn_output", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up", "down_proj": "ffn_down",
-}  # fmt: skip
+    "embed_tokens": "token_embd",
+    "lm_head": "output",
+    "norm": "output_norm",
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
 
 
 def place_of(name: str) -> str:
@@ -81,11 +91,19 @@ def test_every_tensor_and_setting_is_written(architecture, tmp_path):
     said, config = settings_of(reader), model.config
     own = {key.removeprefix(f"{architecture}."): value for key, value in said.items() if key.startswith(architecture)}
     assert own == {
-        "vocab_size": 300, "context_length": 256, "embedding_length": 32, "block_count": 2, "feed_forward_length": 48,
-        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 8, "attention.value_length": 8,
-        "rope.dimension_count": 8, "rope.freq_base": 10000.0,
+        "vocab_size": 300,
+        "context_length": 256,
+        "embedding_length": 32,
+        "block_count": 2,
+        "feed_forward_length": 48,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.key_length": 8,
+        "attention.value_length": 8,
+        "rope.dimension_count": 8,
+        "rope.freq_base": 10000.0,
         "attention.layer_norm_rms_epsilon": np.float32(config.rms_norm_eps),
-    }  # fmt: skip
+    }
     assert said["general.architecture"] == architecture and said["general.file_type"] == 1
 
 
@@ -129,8 +147,14 @@ def test_q8_0_is_within_half_a_step_of_its_block(tmp_path):
 
 
 def test_llama_3_frequencies_are_written_as_factors(tmp_path):
-    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     config = tiny_config("llama")
     config.rope_parameters = rope
     model = transformers.LlamaForCausalLM(config)
@@ -154,16 +178,21 @@ def variant(architecture: str, **changes):
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 MOE = transformers.Qwen3MoeConfig(num_hidden_layers=2)
 REFUSED = [
-    ("'gemma2'", tiny_config("gemma2")), ("'gemma3_text'", tiny_config("gemma3")), ("'gpt2'", tiny_config("gpt2")),
-    ("'qwen3_moe'", MOE), ("rope_type 'yarn'", variant("qwen2", rope_parameters=YARN)),
+    ("'gemma2'", tiny_config("gemma2")),
+    ("'gemma3_text'", tiny_config("gemma3")),
+    ("'gpt2'", tiny_config("gpt2")),
+    ("'qwen3_moe'", MOE),
+    ("rope_type 'yarn'", variant("qwen2", rope_parameters=YARN)),
     ("rope_type 'linear'", variant("llama", rope_parameters={**YARN, "rope_type": "linear"})),
     ("hidden_act 'gelu'", variant("llama", hidden_act="gelu")),
     ("attention_bias", variant("qwen3", attention_bias=True)),
     ("layer_types", variant("qwen2", layer_types=["full_attention", "sliding_attention"])),
     ("head_dim 16", variant("qwen2", head_dim=16)),
-    ("partial_rotary_factor 0.5", variant("llama", rope_parameters={"rope_type": "default", "rope_theta": 1e4,
-                                                                    "partial_rotary_factor": 0.5})),
-]  # fmt: skip
+    (
+        "partial_rotary_factor 0.5",
+        variant("llama", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    ),
+]
 
 
 @pytest.mark.parametrize(("named", "config"), REFUSED, ids=[named for named, _ in REFUSED])
@@ -190,20 +219,21 @@ def tokenizer_with(pre=None, normalizer=None, model=None) -> PreTrainedTokenizer
 
 
 def words(pattern: str):
-    return pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
-    ])  # fmt: skip
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
 
 
 STRANGE = {
-    "Split": tokenizer_with(pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"),
-                                                     pre_tokenizers.ByteLevel(False)])),
+    "Split": tokenizer_with(
+        pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel(False)])
+    ),
     "two digits": tokenizer_with(words(WORDS % r"\p{N}{1,2}")),
     "ByteLevel": tokenizer_with(pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "Lowercase": tokenizer_with(normalizer=normalizers.Lowercase()),
     "WordLevel": tokenizer_with(model=models.WordLevel({EOS: 0, "a": 1}, EOS)),
     "byte fallback": tokenizer_with(model=models.BPE({EOS: 0, "a": 1, "b": 2}, [], byte_fallback=True)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", STRANGE)
@@ -221,10 +251,11 @@ def test_a_token_that_eats_spaces_is_refused():
 
 
 KNOWN = {
-    "gpt-2": tokenizer_with(), "qwen2": tokenizer_with(words(WORDS % r"\p{N}"), normalizers.NFC()),
+    "gpt-2": tokenizer_with(),
+    "qwen2": tokenizer_with(words(WORDS % r"\p{N}"), normalizers.NFC()),
     "smaug-bpe": tokenizer_with(words(WORDS % r"\p{N}{1,3}")),
     "smollm": tokenizer_with(pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -29,8 +29,14 @@ from tests.export.test_gguf import KNOWN, WORDS, tokenizer_with, words
 from tests.support.launcher import PROJECT
 from tests.support.tiny import tiny_tokenizer
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 VARIANTS = {
     "llama": ("llama", {}),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
@@ -38,13 +44,14 @@ VARIANTS = {
     "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA3}),
     "llama, head of its own size": ("llama", {"head_dim": 32}),
     "llama, theta and eps": (
-        "llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 0.1}
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 0.1},
     ),
     "qwen2": ("qwen2", {}),
     "qwen2, not tied": ("qwen2", {"tie_word_embeddings": False}),
     "qwen3": ("qwen3", {}),
     "qwen3, head of its own size": ("qwen3", {"head_dim": 96, "tie_word_embeddings": False}),
-}  # fmt: skip
+}
 
 
 def random_model(architecture: str, vocab_size: int, **how) -> transformers.PreTrainedModel:
@@ -140,8 +147,10 @@ def test_k_quants_keep_the_model(tmp_path):
         quantize(tmp_path / "f16.gguf", tmp_path / f"{quant}.gguf", quant)
         kinds = contents(tmp_path / f"{quant}.gguf")
         assert kinds == {f"{quant[:2]}_k": 13, "q6_k": 3}
-        read = {t.name: gguf_file.gguf.dequantize(t.data, t.tensor_type)
-                for t in gguf_file.GGUFReader(tmp_path / f"{quant}.gguf").tensors}  # fmt: skip
+        read = {
+            t.name: gguf_file.gguf.dequantize(t.data, t.tensor_type)
+            for t in gguf_file.GGUFReader(tmp_path / f"{quant}.gguf").tensors
+        }
         own = dict(gguf_model.tensors(model))
         assert read.keys() == own.keys()
         errors = [np.square(read[n] - own[n]).mean() / np.square(own[n]).mean() for n in own if own[n].ndim > 1]

@@ -54,12 +54,16 @@ class Hub(BaseHTTPRequestHandler):
             server.created = True
             return self.answer(200, {"url": f"http://{self.headers['Host']}/mia/tiny", "id": "mia/tiny"})
         if "/preupload/" in self.path:
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-                     for file in json.loads(body)["files"]]  # fmt: skip
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                for file in json.loads(body)["files"]
+            ]
             return self.answer(200, {"files": files})
         if "/commit/" in self.path:
-            return self.answer(200, {"commitUrl": f"http://{self.headers['Host']}/mia/tiny/commit/1", "commitOid": "1",
-                                     "success": True})  # fmt: skip
+            return self.answer(
+                200,
+                {"commitUrl": f"http://{self.headers['Host']}/mia/tiny/commit/1", "commitOid": "1", "success": True},
+            )
         if self.path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         return self.answer(200, {"sha": "1", "id": "mia/tiny", "siblings": [], "tags": []})
@@ -70,8 +74,16 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    settings = ["--max_prompt_length", "96", "--max_generate_length", "64", "--model", "/home/mia/secret/base",
-                "--data", "/home/mia/secret/q.jsonl"]  # fmt: skip
+    settings = [
+        "--max_prompt_length",
+        "96",
+        "--max_generate_length",
+        "64",
+        "--model",
+        "/home/mia/secret/base",
+        "--data",
+        "/home/mia/secret/q.jsonl",
+    ]
     return taught_checkpoint(tmp_path_factory.mktemp("taught") / "checkpoint_3", [("2+2?", {}, "4")], settings)
 
 
@@ -249,8 +261,11 @@ def front(text: str) -> dict:
 
 def test_the_card_says_base_data_rewards_curve_metrics_and_config(tmp_path):
     lines = [{"step": step, "reward/mean": step / 100, "completions/length_mean": 7.5} for step in range(1, 61)]
-    lines += [{"step": 20, "eval/accuracy": 0.25}, {"step": 40, "eval/accuracy": 0.5, "eval/length_mean": 9.0},
-              {"step": 60, "eval/accuracy": 0.75}]  # fmt: skip
+    lines += [
+        {"step": 20, "eval/accuracy": 0.25},
+        {"step": 40, "eval/accuracy": 0.5, "eval/length_mean": 9.0},
+        {"step": 60, "eval/accuracy": 0.75},
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     config = {"model": "Qwen/Qwen2.5-0.5B", "data": "openai/gsm8k", "rewards": {"right": 1.0, "form": 0.5}, "lr": 1e-6}
     source = Told(config)
@@ -263,9 +278,18 @@ def test_the_card_says_base_data_rewards_curve_metrics_and_config(tmp_path):
 
 
 HOSTILE = [
-    "x\n---\nlicense: mit\n---\n# Owned", "`` ` ``` code", "a | b | c", "<script>alert(1)</script>",
-    "[click](http://evil)", "![i](http://evil/p.png)", "\u202eright to left", "\x1b[31mred", "x" * 5000, "`", "",
-]  # fmt: skip
+    "x\n---\nlicense: mit\n---\n# Owned",
+    "`` ` ``` code",
+    "a | b | c",
+    "<script>alert(1)</script>",
+    "[click](http://evil)",
+    "![i](http://evil/p.png)",
+    "\u202eright to left",
+    "\x1b[31mred",
+    "x" * 5000,
+    "`",
+    "",
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

@@ -72,10 +72,14 @@ class Zygote:
         self.launches = 0
         self.jobs: list[Job] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.zygote"], cwd=PROJECT, text=True, stderr=self.log.open("w"),
+            [sys.executable, "-m", "tests.faults.zygote"],
+            cwd=PROJECT,
+            text=True,
+            stderr=self.log.open("w"),
             env=environment() | SINGLE_THREADED | {"HF_DATASETS_CACHE": str(folder / "datasets")},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         ready = self._reply()
         assert ready["threads"] == 1, f"{ready['threads']} threads: forking them is not sound"
 
@@ -110,10 +114,16 @@ class Zygote:
         folder = self.folder / f"launch_{self.launches}"
         folder.mkdir()
         reply = self._ask(
-            op="launch", folder=str(folder), world=world, argv=list(argv), faults=as_json(faults), torchrun=torchrun,
-            argv_of={str(rank): list(extra) for rank, extra in (argv_of or {}).items()}, environment=dict(env or {}),
+            op="launch",
+            folder=str(folder),
+            world=world,
+            argv=list(argv),
+            faults=as_json(faults),
+            torchrun=torchrun,
+            argv_of={str(rank): list(extra) for rank, extra in (argv_of or {}).items()},
+            environment=dict(env or {}),
             kill_after_s=kill_after_s,
-        )  # fmt: skip
+        )
         job = Job(folder, reply["pids"], reply["store"])
         self.jobs.append(job)
         return job

@@ -66,9 +66,13 @@ class Run:
         self.output, self.logs, self.seen = self.folder / "output", self.folder / "runs", self.folder / "seen"
         self.seen.mkdir()
         self.settings = {
-            **arena.settings, **KINDS[kind], "output_dir": self.output, "runs_dir": self.logs, "run_name": "run",
+            **arena.settings,
+            **KINDS[kind],
+            "output_dir": self.output,
+            "runs_dir": self.logs,
+            "run_name": "run",
             **changes,
-        }  # fmt: skip
+        }
 
     def launch(self, faults: Sequence[Fault] = (), world: int | None = None, **how: Any) -> Job:
         """Start the command. `how` goes to `Zygote.launch`; other settings can be given as `settings`."""
@@ -172,11 +176,23 @@ class Arena:
         (folder / "reward.py").write_text(REWARD)
         write_questions(folder / "questions.jsonl", QUESTIONS)
         self.settings: dict[str, Any] = {
-            "model": self.model, "data": folder / "questions.jsonl", "eval_data": None, "max_steps": STEPS,
-            "rewards": {f"{folder}/reward.py:score": 1.0}, "batch_size": 3, "gradient_accumulation_steps": 1,
-            "num_generations": 4, "max_prompt_length": 32, "max_generate_length": 8, "rollout_chunk_rows": 4,
-            "micro_batch_tokens": 64, "lr": 1e-3, "num_threads": 1, "save_steps": 3, "chat_template": False,
-        }  # fmt: skip
+            "model": self.model,
+            "data": folder / "questions.jsonl",
+            "eval_data": None,
+            "max_steps": STEPS,
+            "rewards": {f"{folder}/reward.py:score": 1.0},
+            "batch_size": 3,
+            "gradient_accumulation_steps": 1,
+            "num_generations": 4,
+            "max_prompt_length": 32,
+            "max_generate_length": 8,
+            "rollout_chunk_rows": 4,
+            "micro_batch_tokens": 64,
+            "lr": 1e-3,
+            "num_threads": 1,
+            "save_steps": 3,
+            "chat_template": False,
+        }
         self.zygote = Zygote(folder)
         self.references: dict[tuple[str, int], tuple[Run, Ending, float]] = {}
         self.runs = 0

@@ -9,9 +9,7 @@ from tests.faults.runs import write_questions
 ROWS_OF_DATA = (0, 1, 2, 3, 4, 11)  # P is 3, G is 4: 0, 1, P-1, P and G-1, P+1 and G, and a prime
 
 
-@pytest.mark.parametrize(
-    "sizes", [(0, 4), pytest.param(ROWS_OF_DATA, marks=pytest.mark.full)], ids=["sample", "all"]
-)  # fmt: skip
+@pytest.mark.parametrize("sizes", [(0, 4), pytest.param(ROWS_OF_DATA, marks=pytest.mark.full)], ids=["sample", "all"])
 def test_F30_few_rows(arena, record, sizes):
     """Nothing to train on is refused; else every row is asked once an epoch, whatever P is, and none is dropped."""
     bad = []

@@ -36,9 +36,12 @@ def test_F1_whole_job_killed_at_a_random_instant(arena, record, kills):
         restarts.append(time.monotonic() - began)
         same += not arena.same(run, kind)
     steps = f"steps lost: median {statistics.median(redone)}, most {max(redone)}"
-    record("F1", kills, same if orphans == 0 else 0,
-           f"{same}/{kills} bit-identical, orphans {orphans}, {steps}, "
-           f"restart to end {statistics.median(restarts):.1f} s")  # fmt: skip
+    record(
+        "F1",
+        kills,
+        same if orphans == 0 else 0,
+        f"{same}/{kills} bit-identical, orphans {orphans}, {steps}, restart to end {statistics.median(restarts):.1f} s",
+    )
 
 
 @pytest.mark.full
@@ -76,9 +79,10 @@ def all_save_kills():
 
 
 @pytest.mark.parametrize(
-    "chosen", [random.Random(2).sample(all_save_kills(), 1), pytest.param(all_save_kills(), marks=pytest.mark.full)],
+    "chosen",
+    [random.Random(2).sample(all_save_kills(), 1), pytest.param(all_save_kills(), marks=pytest.mark.full)],
     ids=["sample", "all"],
-)  # fmt: skip
+)
 def test_F2_killed_in_every_part_of_a_save(arena, record, chosen):
     wrong = {f"{part} on rank {rank}": killed_while_saving(arena, part, rank) for part, rank in chosen}
     bad = {name: found for name, found in wrong.items() if found}
@@ -133,17 +137,21 @@ def test_F38_curves_after_three_crashes(arena, record):
     for of in (run, arena.reference()[0]):
         events = EventAccumulator(str(of.logs / "run"), size_guidance={"scalars": 0})
         events.Reload()
-        curves.append({
-            tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-        })  # fmt: skip
+        curves.append(
+            {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        )
     mine, whole = curves
     duplicates = sum(len(points) - len({step for step, _ in points}) for points in mine.values())
     checked = [tag for tag in whole if not tag.startswith(("time/", "idle/", "save/", "tokens_per_s", "hp"))]
     equal = [tag for tag in checked if mine.get(tag) == whole[tag]]
     unequal = sorted(set(checked) - set(equal))
-    record("F38", len(checked), len(equal) if duplicates == 0 else 0,
-           f"{len(equal)} of {len(checked)} curves equal, duplicate steps {duplicates}"
-           + (f", unequal {unequal}" if unequal else ""))  # fmt: skip
+    record(
+        "F38",
+        len(checked),
+        len(equal) if duplicates == 0 else 0,
+        f"{len(equal)} of {len(checked)} curves equal, duplicate steps {duplicates}"
+        + (f", unequal {unequal}" if unequal else ""),
+    )
 
 
 @pytest.mark.full
@@ -162,7 +170,11 @@ def test_F42_forty_restarts(arena, record):
     grown = late["rss_mb"] - early["rss_mb"]
     differences = run.ending().differences(whole.ending())
     good = not differences and late["files"] <= early["files"] and grown < 20 and sizes[-1] < 1.1 * sizes[2]
-    record("F42", restarts, restarts if good else 0,
-           f"same as one run of {3 * restarts} steps: {not differences}; open files {early['files']} to "
-           f"{late['files']}, memory {grown:+.1f} MB, disk {sizes[2]} to {sizes[-1]} bytes"
-           + (f"; differences {differences[:3]}" if differences else ""))  # fmt: skip
+    record(
+        "F42",
+        restarts,
+        restarts if good else 0,
+        f"same as one run of {3 * restarts} steps: {not differences}; open files {early['files']} to "
+        f"{late['files']}, memory {grown:+.1f} MB, disk {sizes[2]} to {sizes[-1]} bytes"
+        + (f"; differences {differences[:3]}" if differences else ""),
+    )

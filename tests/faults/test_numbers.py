@@ -12,9 +12,7 @@ from tests.faults.fault import EVERY, Fault
 from tests.faults.runs import STEPS
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
-BAD = [
-    (kind, rank) for kind in ("nan loss", "infinite loss", "infinite gradient", "nan logits") for rank in (0, 1)
-]  # fmt: skip
+BAD = [(kind, rank) for kind in ("nan loss", "infinite loss", "infinite gradient", "nan logits") for rank in (0, 1)]
 DIVERGED, CORRUPTED = 76, 77
 TIMEOUT_S = 5.0
 SECOND_PARAMETER = "model.layers.0.self_attn.q_proj.weight"  # what inject.py flips a bit of
@@ -22,7 +20,7 @@ SECOND_PARAMETER = "model.layers.0.self_attn.q_proj.weight"  # what inject.py fl
 
 @pytest.mark.parametrize(
     "chosen", [[("nan loss", 1)], pytest.param(BAD, marks=pytest.mark.full)], ids=["sample", "all"]
-)  # fmt: skip
+)
 def test_F20_a_number_that_is_not_finite(arena, record, chosen):
     """On one rank, in one step: all ranks skip it, weights and moments stay bit for bit, then training goes on."""
     bad = []
@@ -143,8 +141,12 @@ def test_F33_a_bit_flipped_in_memory(arena, record, chosen):
         wrong += arena.same(run)
         if wrong:
             bad.append((kind, rank, wrong))
-    record("F33", len(chosen), len(chosen) - len(bad),
-           f"steps to detection {max(noticed)}" + (f"; wrong: {bad}" if bad else ""))  # fmt: skip
+    record(
+        "F33",
+        len(chosen),
+        len(chosen) - len(bad),
+        f"steps to detection {max(noticed)}" + (f"; wrong: {bad}" if bad else ""),
+    )
 
 
 def test_F41_too_little_memory(arena, record):

@@ -37,9 +37,13 @@ def test_F31_a_rank_without_work(arena, record):
     groups = [round((1 - row["reward/zero_std_groups"]) * 3) for row in idle.metrics()]
     good = counts[0] == counts[1] and len(counts[0]) == STEPS and {0, 1} <= set(groups)
     good = good and all(step == each[-1] for step in each[1:])
-    record("F31", STEPS, STEPS if good else 0,
-           f"steps with 0 and 1 groups to train on: {groups.count(0)}, {groups.count(1)}; collectives in each: "
-           f"{each[-1]} on both ranks" + ("" if good else f": {counts}"))  # fmt: skip
+    record(
+        "F31",
+        STEPS,
+        STEPS if good else 0,
+        f"steps with 0 and 1 groups to train on: {groups.count(0)}, {groups.count(1)}; collectives in each: "
+        f"{each[-1]} on both ranks" + ("" if good else f": {counts}"),
+    )
 
 
 def disagreements(arena):
@@ -60,9 +64,10 @@ def disagreements(arena):
 
 
 @pytest.mark.parametrize(
-    "names", [["lr"], pytest.param(["lr", "seed", "data", "model", "versions"], marks=pytest.mark.full)],
+    "names",
+    [["lr"], pytest.param(["lr", "seed", "data", "model", "versions"], marks=pytest.mark.full)],
     ids=["sample", "all"],
-)  # fmt: skip
+)
 def test_F32_ranks_that_disagree(arena, record, names):
     """Refused before the first step, on both ranks, with field and rank. Weights that part later: F33."""
     bad = []
@@ -85,10 +90,13 @@ class Launched:
         command = [sys.executable, str(PROJECT / "launch" / "torchrun.py"), *launcher, f"--nproc_per_node={world}"]
         self.log = run.folder / "torchrun.log"
         self.process = subprocess.Popen(
-            [*command, str(PROJECT / "tests" / "faults" / "rank.py"), *argv], cwd=PROJECT, start_new_session=True,
+            [*command, str(PROJECT / "tests" / "faults" / "rank.py"), *argv],
+            cwd=PROJECT,
+            start_new_session=True,
             env=environment() | {FAULTS: as_json(faults), "GRPO_FAULTS_OUT": str(run.seen)},
-            stdout=self.log.open("a"), stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            stdout=self.log.open("a"),
+            stderr=subprocess.STDOUT,
+        )
 
     def wait(self, timeout=120.0):
         """Its exit code and what all ranks said."""
@@ -112,9 +120,13 @@ def test_F3_under_the_real_launcher(arena, record):
     good = code == 128 + signal.SIGKILL and "rank 1 is gone, last in phase update, step 5" in said
     code, said = Launched(run, [Fault("record")]).wait()
     differences = [name for name in arena.same(run) if not name.startswith("rollouts")]
-    record("F3", 1, int(good and code == 0 and not differences),
-           "launch/torchrun.py: 137" + (f"; wrong: {code} {said[-500:]} {differences[:3]}"
-                                        if not good or code or differences else ""))  # fmt: skip
+    record(
+        "F3",
+        1,
+        int(good and code == 0 and not differences),
+        "launch/torchrun.py: 137"
+        + (f"; wrong: {code} {said[-500:]} {differences[:3]}" if not good or code or differences else ""),
+    )
 
 
 @pytest.mark.full
@@ -133,9 +145,13 @@ def test_F6_under_the_real_launcher(arena, record):
     again, _ = Launched(run).wait()
     run.seen.joinpath("rollouts").mkdir(exist_ok=True)
     differences = [name for name in arena.same(run) if not name.startswith("rollouts")]
-    record("F6", 1, int(good and again == 0 and not differences),
-           f"launch/torchrun.py: {code} after {seconds:.1f} s, saved {saved}"
-           + (f"; {differences[:3]} {said[-400:]}" if differences or not good else ""))  # fmt: skip
+    record(
+        "F6",
+        1,
+        int(good and again == 0 and not differences),
+        f"launch/torchrun.py: {code} after {seconds:.1f} s, saved {saved}"
+        + (f"; {differences[:3]} {said[-400:]}" if differences or not good else ""),
+    )
 
 
 @pytest.mark.full
@@ -158,8 +174,12 @@ def test_F35_torchrun_killed(arena, record):
     for pid in orphans:
         os.kill(pid, signal.SIGKILL)
     run.finish()
-    record("F35", len(below), len(below) - len(orphans),
-           f"{len(below)} processes gone after {seconds:.1f} s, orphans {len(orphans)}")  # fmt: skip
+    record(
+        "F35",
+        len(below),
+        len(below) - len(orphans),
+        f"{len(below)} processes gone after {seconds:.1f} s, orphans {len(orphans)}",
+    )
 
 
 def zombie(pid):
@@ -196,5 +216,10 @@ def test_F34_a_port_that_is_busy(arena, record):
         launcher = ("--nnodes=1", "--master_addr=127.0.0.1", f"--master_port={port}")
         code, said = Launched(run, launcher=launcher).wait(timeout=180)
     good = code not in (0, None) and "address already in use" in said.lower()
-    record("F34", 1, int(good), f"busy port {port}: code {code} after {time.monotonic() - began:.0f} s"
-           + ("" if good else f": {json.dumps(said[-400:])}"))  # fmt: skip
+    record(
+        "F34",
+        1,
+        int(good),
+        f"busy port {port}: code {code} after {time.monotonic() - began:.0f} s"
+        + ("" if good else f": {json.dumps(said[-400:])}"),
+    )

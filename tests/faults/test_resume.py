@@ -82,16 +82,27 @@ def other_reward(arena):
 
 
 REFUSED = {
-    "lr": {"lr": 2e-3}, "num_generations": {"num_generations": 2}, "batch_size": {"batch_size": 2},
-    "seed": {"seed": 7}, "temperature": {"temperature": 0.9}, "beta": {"beta": 0.1}, "loss": {"loss": "dapo"},
-    "prompt_template": {"prompt_template": "Q: {question}"}, "deterministic": {"deterministic": True},
-    "model": other_model, "data": other_data, "rewards": other_reward,
-}  # fmt: skip
+    "lr": {"lr": 2e-3},
+    "num_generations": {"num_generations": 2},
+    "batch_size": {"batch_size": 2},
+    "seed": {"seed": 7},
+    "temperature": {"temperature": 0.9},
+    "beta": {"beta": 0.1},
+    "loss": {"loss": "dapo"},
+    "prompt_template": {"prompt_template": "Q: {question}"},
+    "deterministic": {"deterministic": True},
+    "model": other_model,
+    "data": other_data,
+    "rewards": other_reward,
+}
 ALLOWED = {
-    "save_steps": {"save_steps": 2}, "micro_batch_tokens": {"micro_batch_tokens": 512},
-    "rollout_chunk_rows": {"rollout_chunk_rows": 12}, "max_steps": {"max_steps": 5},
-    "report_to": {"report_to": "none"}, "save_total_limit": {"save_total_limit": 1},
-}  # fmt: skip
+    "save_steps": {"save_steps": 2},
+    "micro_batch_tokens": {"micro_batch_tokens": 512},
+    "rollout_chunk_rows": {"rollout_chunk_rows": 12},
+    "max_steps": {"max_steps": 5},
+    "report_to": {"report_to": "none"},
+    "save_total_limit": {"save_total_limit": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +176,13 @@ def test_F18_finished_twice_from_nothing(arena, three_steps, record):
 
 
 LOSSES = {
-    "moments": "plain", "schedule": "linear", "step": "plain", "cursor": "plain", "trust": "iterated",
+    "moments": "plain",
+    "schedule": "linear",
+    "step": "plain",
+    "cursor": "plain",
+    "trust": "iterated",
     "nothing": "iterated",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

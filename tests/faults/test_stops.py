@@ -65,9 +65,13 @@ def test_F4_a_rank_that_stands_still(arena, record, chosen):
         wrong += arena.same(run)
         if wrong:
             bad.append((kind, phase, rank, wrong))
-    record("F4", len(chosen), len(chosen) - len(bad),
-           f"{TIMEOUT_S:.0f} s allowed, noticed and ended {max(late):.1f} s after that at most"
-           + (f"; wrong: {bad}" if bad else ""))  # fmt: skip
+    record(
+        "F4",
+        len(chosen),
+        len(chosen) - len(bad),
+        f"{TIMEOUT_S:.0f} s allowed, noticed and ended {max(late):.1f} s after that at most"
+        + (f"; wrong: {bad}" if bad else ""),
+    )
 
 
 @pytest.mark.full
@@ -81,11 +85,8 @@ def test_F5_a_slow_rank_is_no_stall(arena, record):
 
 
 ASKED = [
-    (kind, phase, rank, step)
-    for kind, step in (("term", 5), ("int", 8))
-    for phase in PHASES
-    for rank in (None, 0, 1)
-]  # fmt: skip
+    (kind, phase, rank, step) for kind, step in (("term", 5), ("int", 8)) for phase in PHASES for rank in (None, 0, 1)
+]
 
 
 def stopped(arena, kind, phase, rank, step):

@@ -70,9 +70,9 @@ def _record(fault: Fault) -> None:
     def rollout(engine: Any, prompts: Any, step: int, cfg: Any, world: Any, *more: Any, **named: Any) -> Any:
         completions = plain(engine, prompts, step, cfg, world, *more, **named)
         folder.mkdir(parents=True, exist_ok=True)
-        tokens = {str(c.sample): [c.token_ids.tolist(), c.sampler_logprobs.tolist()] for c in completions}
+        tokens = {str(c.row): [c.token_ids.tolist(), c.sampler_logprobs.tolist()] for c in completions}
         aside = folder / f".step_{step + 1}.rank_{world.rank}"
-        aside.write_text(json.dumps({"prompts": [prompt.row for prompt in prompts], "completions": tokens}))
+        aside.write_text(json.dumps({"prompts": [prompt.data_row for prompt in prompts], "completions": tokens}))
         aside.rename(folder / f"step_{step + 1}.rank_{world.rank}.json")
         return completions
 

@@ -177,7 +177,7 @@ def _inject_rollouts(fault: Fault) -> None:
             length = int(rng.integers(1, cfg.max_generate_length + 1))
             ids = rng.integers(3, 290, length).astype(np.int32)
             completions.append(Completion(n, ids, rng.normal(-5.5, 0.5, length).astype(np.float32), "stop"))
-        return [c for c in completions if c.sample % world.size == world.rank]
+        return [c for c in completions if c.row % world.size == world.rank]
 
     train.rollout = rollout
 

@@ -84,7 +84,7 @@ def test_the_number_of_micro_batches_does_not_change_how_often_the_device_is_wai
     assert 0 < sum(one[name] for name in OTHERS) < sum(three[name] for name in OTHERS), "the watcher sees nothing"
     ours = [{name: count for name, count in reads.items() if name not in OTHERS} for reads in (one, three)]
     assert ours[0] == ours[1]
-    assert ours[0]["metrics.py"] == 1 and ours[0]["replicated.py"] <= 2, ours[0]
+    assert ours[0]["metrics.py"] == 1 and ours[0]["ddp.py"] <= 2, ours[0]
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])

@@ -33,7 +33,7 @@ def micro_batch(support=False, seed=0):
 def naive(model, micro, temperature):
     """Every logit of every position, row by row, without padding."""
     values = torch.zeros(micro.mask.shape)
-    for b in range(len(micro.samples)):
+    for b in range(len(micro.rows)):
         length = int(micro.mask[b].sum())
         last = int(micro.positions[b, length - 1])
         logits = model(micro.input_ids[b : b + 1, : last + 1]).logits[0] / temperature
@@ -78,7 +78,7 @@ def test_padding_changes_nothing():
     try:
         clean = Scorer(model, Config())(micro)
         garbage = micro.input_ids.clone()
-        for b in range(len(micro.samples)):
+        for b in range(len(micro.rows)):
             garbage[b, int(micro.positions[b].max()) + 1 :] = 123
         dirty = Scorer(model, Config())(dataclasses.replace(micro, input_ids=garbage))
     finally:

@@ -18,7 +18,7 @@ from grpo.forward.logprobs import Head, Scorer, bounded_logits
 from grpo.forward.shared_attention import Forest, Tree, can_share
 from grpo.models.loading import prepare
 from grpo.rollout import Request, shared_cache
-from grpo.rollout.caches import PlainCache, checked_lean
+from grpo.rollout.caches import PlainCache, checked_fast_llama
 from grpo.rollout.fast_llama import FAMILY
 from grpo.rollout.shared_cache import SharedCache
 from tests.forward.test_logprobs import micro_batch
@@ -128,22 +128,26 @@ def test_the_gradient_of_a_crown_by_finite_differences():
     for window in (None, 2, 4):
         # The softmax is fp32, so steps are wide and the bound loose; a term left out is off by tenths.
         torch.autograd.gradcheck(
-            lambda *tensors, window=window: Crown.apply(*tensors, *lanes, 0.7, window), inputs,
-            eps=1e-2, atol=2e-3, rtol=2e-2, nondet_tol=1e-6,
-        )  # fmt: skip
+            lambda *tensors, window=window: Crown.apply(*tensors, *lanes, 0.7, window),
+            inputs,
+            eps=1e-2,
+            atol=2e-3,
+            rtol=2e-2,
+            nondet_tol=1e-6,
+        )
 
 
 def test_a_lean_body_that_differs_is_not_used():
     model = model_of("llama")
     head = Head(model)
     with torch.no_grad():
-        assert checked_lean(head) is not None
+        assert checked_fast_llama(head) is not None
         for layer in model.base_model.layers:
             layer.self_attn.scaling *= 1.5  # a model whose own forward does something else
         for layer in model.base_model.layers:
             plain = layer.mlp.forward
             layer.mlp.forward = lambda hidden, plain=plain: 2 * plain(hidden)
-        assert checked_lean(head) is None
+        assert checked_fast_llama(head) is None
 
 
 def test_models_that_cannot_share_say_so_and_keep_their_own_forward():
@@ -203,8 +207,12 @@ def test_a_shared_prompt_stands_once_and_targets_point_at_their_predictors():
     # the same behind a header of 20 tokens: it stands once, for both prompts
     header = torch.arange(100, 120)
     longer = torch.cat([header.expand(3, 20), torch.from_numpy(ids)], 1).numpy()
-    flat = flatten(longer, positions + 20 * (positions > 0) + 20 * (positions == 0), torch.tensor([2, 1, 2]).numpy(),
-                   torch.device("cpu"))  # fmt: skip
+    flat = flatten(
+        longer,
+        positions + 20 * (positions > 0) + 20 * (positions == 0),
+        torch.tensor([2, 1, 2]).numpy(),
+        torch.device("cpu"),
+    )
     assert flat.input_ids.tolist() == [[*range(100, 120), 5, 6, 7, 1, 8, 4]]
     assert flat.positions[flat.positions > 0].tolist() == [22, 23, 22, 24, 25]
     assert flat.forest.position_ids[0, 20:].tolist() == [20, 21, 22, 23, 20, 21]
@@ -225,7 +233,7 @@ def test_shared_and_plain_caches_give_the_same_logits(architecture, reading):
     prompts = [tuple(text.tolist()) for text in texts(11, 4, 7)]
     requests = [Request(n, n, 0, prompts[p]) for n, p in enumerate((0, 0, 1, 2, 2, 2))]
     with torch.no_grad():
-        lean = checked_lean(head)
+        lean = checked_fast_llama(head)
     assert (lean is None) == (architecture not in FAMILY)
     shared, plain = SharedCache(head, requests, 80, lean), PlainCache(model, 80)
     generator = torch.Generator().manual_seed(0)

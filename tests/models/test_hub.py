@@ -61,8 +61,13 @@ def hub(tmp_path_factory):
     trained.save_pretrained(adapter)
     tiny_tokenizer().save_pretrained(adapter)
     more = {("models", "user/sharded"): sharded, ("models", "user/adapter"): adapter}
-    there = {("models", "user/tiny"): model, ("models", "user/pickled"): pickled, ("models", "user/hostile"): hostile,
-             ("datasets", "user/questions"): data, **more}  # fmt: skip
+    there = {
+        ("models", "user/tiny"): model,
+        ("models", "user/pickled"): pickled,
+        ("models", "user/hostile"): hostile,
+        ("datasets", "user/questions"): data,
+        **more,
+    }
     with local_hub(there, gated={"user/gated"}) as (address, asked):
         yield address, asked, folder
 
@@ -82,15 +87,44 @@ def ask(hub, wanted, **where):
 
 
 def train(hub, out, *args):
-    settings = ("--rewards", '{"mark_reward": 1}', "--max_steps", "1", "--max_prompt_length", "32", "--num_threads",
-                "1", "--max_generate_length", "8", "--output_dir", str(out), "--runs_dir", str(out / "runs"),
-                "--report_to", "none", "--device", "cpu")  # fmt: skip
+    settings = (
+        "--rewards",
+        '{"mark_reward": 1}',
+        "--max_steps",
+        "1",
+        "--max_prompt_length",
+        "32",
+        "--num_threads",
+        "1",
+        "--max_generate_length",
+        "8",
+        "--output_dir",
+        str(out),
+        "--runs_dir",
+        str(out / "runs"),
+        "--report_to",
+        "none",
+        "--device",
+        "cpu",
+    )
     return run_python(hub, "train.py", *args, *settings)
 
 
 def test_a_run_from_the_hub_and_again_without_it(hub, tmp_path):
-    done = train(hub, tmp_path, "--model", "user/tiny", "--data", "user/questions", "--data_split", "train",
-                 "--eval_data", "user/questions", "--eval_rows", "4")  # fmt: skip
+    done = train(
+        hub,
+        tmp_path,
+        "--model",
+        "user/tiny",
+        "--data",
+        "user/questions",
+        "--data_split",
+        "train",
+        "--eval_data",
+        "user/questions",
+        "--eval_rows",
+        "4",
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert "6 questions kept" in done.stdout and "held-out after 1 steps" in done.stdout
     assert (tmp_path / "checkpoint_1" / "model.safetensors").is_file()
@@ -124,8 +158,15 @@ def test_a_name_that_is_not_there_ends_a_run_in_one_line(hub, tmp_path):
 
 
 def test_refusals(hub):
-    wanted = [["model", "user/nothing"], ["model", "user/gated"], ["data", "user/gated"], ["model", "user/pickled"],
-              ["model", "user/hostile"], ["data", "json"], ["data", "no such/na me"]]  # fmt: skip
+    wanted = [
+        ["model", "user/nothing"],
+        ["model", "user/gated"],
+        ["data", "user/gated"],
+        ["model", "user/pickled"],
+        ["model", "user/hostile"],
+        ["data", "json"],
+        ["data", "no such/na me"],
+    ]
     said, stderr = ask(hub, wanted)
     starts = [
         "model: there is no model 'user/nothing' on the hub (http://127.0.0.1:",

@@ -20,7 +20,7 @@ from grpo.config.checks import check
 from grpo.config.settings import Config
 from grpo.data.recipe import Recipe, recipe_text
 from grpo.errors import UserError
-from grpo.evaluate.ask import Asker
+from grpo.evaluate.ask import CheckpointModel
 from grpo.forward.logprobs import Scorer
 from grpo.models import lora as adapters
 from grpo.models import lora_files as adapter_files
@@ -51,12 +51,39 @@ def run(tmp_path_factory):
     (folder / "reward.py").write_text(REWARD)
     before = tree_sha256(base)
     arguments = [
-        "--model", str(base), "--data", str(folder / "data.jsonl"), "--rewards",
-        json.dumps({f"{folder}/reward.py:evenness": 1.0}), "--lora_r", "4", "--lr", "3e-2", "--beta", "0.01",
-        "--max_steps", "4", "--save_steps", "2", "--batch_size", "2", "--gradient_accumulation_steps", "1",
-        "--max_prompt_length", "64", "--max_generate_length", "12", "--chat_template", "false",
-        "--runs_dir", str(folder / "runs"), "--run_name", "lora", "--deterministic", "true",
-    ]  # fmt: skip
+        "--model",
+        str(base),
+        "--data",
+        str(folder / "data.jsonl"),
+        "--rewards",
+        json.dumps({f"{folder}/reward.py:evenness": 1.0}),
+        "--lora_r",
+        "4",
+        "--lr",
+        "3e-2",
+        "--beta",
+        "0.01",
+        "--max_steps",
+        "4",
+        "--save_steps",
+        "2",
+        "--batch_size",
+        "2",
+        "--gradient_accumulation_steps",
+        "1",
+        "--max_prompt_length",
+        "64",
+        "--max_generate_length",
+        "12",
+        "--chat_template",
+        "false",
+        "--runs_dir",
+        str(folder / "runs"),
+        "--run_name",
+        "lora",
+        "--deterministic",
+        "true",
+    ]
     done = run_script("train.py", *arguments, "--output_dir", str(folder / "output"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder, arguments, done, before
@@ -101,7 +128,7 @@ def test_adapter_and_merged_give_the_same_greedy_text(run, tmp_path):
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "MANIFEST.json"):
         (whole / name).unlink()
     adapters.merged(adapters.open_adapter(last, CPU)).save_pretrained(whole)
-    askers = [Asker(folder, CPU, {"temperature": 0.0}, 24) for folder in (last, whole)]
+    askers = [CheckpointModel(folder, CPU, {"temperature": 0.0}, 24) for folder in (last, whole)]
     prompts = [askers[0].put(question) for question in QUESTIONS]
     beside = greedy(adapters.plain(adapters.open_adapter(last, CPU)), prompts)
     assert len(beside) == 50
@@ -415,12 +442,17 @@ def test_an_adapter_on_itself_is_refused(good, tmp_path):
 
 
 WRONG = [
-    ({"lora_r": -1}, "lora_r"), ({"lora_alpha": 0.0}, "lora_alpha"), ({"lora_dropout": 1.0}, "lora_dropout"),
-    ({"lora_target_modules": []}, "lora_target_modules"), ({"lora_r": 0, "lora_alpha": 8.0}, "lora_alpha"),
-    ({"lora_r": 0, "load_in_4bit": True}, "load_in_4bit"), ({"lora_r": 0, "lora_target_modules": ["q"]}, "lora_target"),
+    ({"lora_r": -1}, "lora_r"),
+    ({"lora_alpha": 0.0}, "lora_alpha"),
+    ({"lora_dropout": 1.0}, "lora_dropout"),
+    ({"lora_target_modules": []}, "lora_target_modules"),
+    ({"lora_r": 0, "lora_alpha": 8.0}, "lora_alpha"),
+    ({"lora_r": 0, "load_in_4bit": True}, "load_in_4bit"),
+    ({"lora_r": 0, "lora_target_modules": ["q"]}, "lora_target"),
     ({"load_in_4bit": True, "backend": "deepspeed"}, "load_in_4bit"),
-    ({"optimizer": "adamw_8bit", "backend": "deepspeed"}, "optimizer"), ({"reference_offload": True}, "reference"),
-]  # fmt: skip
+    ({"optimizer": "adamw_8bit", "backend": "deepspeed"}, "optimizer"),
+    ({"reference_offload": True}, "reference"),
+]
 
 
 @pytest.mark.parametrize("wrong, named", WRONG)

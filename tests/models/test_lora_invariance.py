@@ -48,7 +48,7 @@ def jobs_of(world_size: int) -> dict[tuple[str, str], tuple[str, dict]]:
         jobs |= {
             ("broken", n): ("injected_updates", {"name": f"broken {n}", **STEPS, **how}) for n, how in BROKEN.items()
         }
-        jobs |= {("seal", n): ("sealed_update", {"rank": 1, **how}) for n, how in {"ddp": LORA, **ZERO}.items()}
+        jobs |= {("sealed", n): ("sealed_update", {"rank": 1, **how}) for n, how in {"ddp": LORA, **ZERO}.items()}
     return jobs
 
 
@@ -127,7 +127,7 @@ def test_a_trained_adapter_reaches_the_engine_and_gives_equal_tokens(results, na
 
 @pytest.mark.parametrize("name", ["ddp", *ZERO])
 def test_a_flipped_bit_is_found_in_the_frozen_model_too(results, name):
-    first, second = results(2)["seal", name][0]
+    first, second = results(2)["sealed", name][0]
     assert first["untouched"] is first["other"] is second["untouched"] is second["other"] is None
     assert first["found"] == {} and second["found"] == {flipped: flipped for flipped in second["found"]}
     assert any("base_layer" in flipped for flipped in second["found"])

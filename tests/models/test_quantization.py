@@ -17,7 +17,7 @@ from grpo.models import lora as adapters
 from grpo.models import quantization
 from grpo.models.checks import load_model
 from grpo.runtime.distributed import World
-from grpo.training.backends.ddp import Replicated
+from grpo.training.backends.ddp import Ddp
 from grpo.training.policy import Policy, load_policy
 from tests.models.test_lora import shaken
 from tests.support.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -160,8 +160,9 @@ def test_gpt2_has_no_linear_layers_to_hold(library, tmp_path):
 # --- without the library, and without a network
 
 
-@pytest.mark.parametrize("setting, how", [("load_in_4bit", {"lora_r": 4, "load_in_4bit": True}),
-                                          ("optimizer", {"optimizer": "adamw_8bit"})])  # fmt: skip
+@pytest.mark.parametrize(
+    "setting, how", [("load_in_4bit", {"lora_r": 4, "load_in_4bit": True}), ("optimizer", {"optimizer": "adamw_8bit"})]
+)
 def test_without_bitsandbytes_one_line_says_what_is_missing(tmp_path, monkeypatch, setting, how):
     cfg = settings(model=str(save_tiny(tmp_path / "base", "qwen2")), **how)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -187,7 +188,7 @@ def test_8_bit_moments_on_a_gpu(library, kind):
     device = torch.device("cuda")
     torch.manual_seed(0)
     model = tiny_model("qwen3", 300).to(device)
-    backend = Replicated(Scorer(model, settings(optimizer=kind)), settings(optimizer=kind), World(0, 1, 0, 1, device))
+    backend = Ddp(Scorer(model, settings(optimizer=kind)), settings(optimizer=kind), World(0, 1, 0, 1, device))
     before = [p.detach().clone() for p in model.parameters()]
     for _ in range(3):
         backend.backward(model(IDS.to(device), labels=IDS.to(device)).loss, last=True)

@@ -42,11 +42,37 @@ def training(model, folder, *extra, num_rows=4):
     rows = folder / "rows.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     rows.write_text("".join(json.dumps({"question": f"{n}+1?", "answer": str(n + 1)}) + "\n" for n in range(num_rows)))
-    return run_main(train.train, load_config, [
-        "--model", str(model), "--data", str(rows), "--rewards", '{"final_answer_reward": 1}', "--save_steps", "1",
-        "--output_dir", str(folder / "output"), "--runs_dir", str(folder / "runs"), "--max_prompt_length", "40",
-        "--max_generate_length", "6", "--num_generations", "2", "--batch_size", "1", "--max_steps", "2",
-        "--reward_workers", "0", *extra])  # fmt: skip
+    return run_main(
+        train.train,
+        load_config,
+        [
+            "--model",
+            str(model),
+            "--data",
+            str(rows),
+            "--rewards",
+            '{"final_answer_reward": 1}',
+            "--save_steps",
+            "1",
+            "--output_dir",
+            str(folder / "output"),
+            "--runs_dir",
+            str(folder / "runs"),
+            "--max_prompt_length",
+            "40",
+            "--max_generate_length",
+            "6",
+            "--num_generations",
+            "2",
+            "--batch_size",
+            "1",
+            "--max_steps",
+            "2",
+            "--reward_workers",
+            "0",
+            *extra,
+        ],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +94,9 @@ def reseal(folder):
         if path.is_file() and path.name != MANIFEST:
             content = path.read_bytes()
             files[path.relative_to(folder).as_posix()] = {
-                "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}  # fmt: skip
+                "bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
     (folder / MANIFEST).write_text(manifest_text(2, files))
 
 
@@ -309,8 +337,17 @@ def test_model_folders(trained, tmp_path, capfd, name):
     TALLY["model folders, by --model"][1] += 1
 
 
-LATER = {"weights missing", "unknown model_type", "sizes of the wrong type", "no heads", "tokenizer cut",
-         "tokenizer nested", "tokenizer is null", "EOS beyond the vocabulary", "EOS of the wrong type"}  # fmt: skip
+LATER = {
+    "weights missing",
+    "unknown model_type",
+    "sizes of the wrong type",
+    "no heads",
+    "tokenizer cut",
+    "tokenizer nested",
+    "tokenizer is null",
+    "EOS beyond the vocabulary",
+    "EOS of the wrong type",
+}
 EVERY = {**MODEL_ATTACKS, **MANIFEST_ATTACKS, **TRAINER_ATTACKS}
 
 
@@ -370,10 +407,14 @@ def test_a_run_goes_on_from_the_checkpoint_before(trained, tmp_path, capfd):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"step": -1}, "counters: step"), ({"step": True}, "counters: step"), ({"updates": 1.5}, "counters: updates"),
-        ({"trust_sampler": "yes"}, "counters: trust_sampler"), ({"unknown": 1}, "unknown"), ({"step": 2**70}, "step"),
+        ({"step": -1}, "counters: step"),
+        ({"step": True}, "counters: step"),
+        ({"updates": 1.5}, "counters: updates"),
+        ({"trust_sampler": "yes"}, "counters: trust_sampler"),
+        ({"unknown": 1}, "unknown"),
+        ({"step": 2**70}, "step"),
     ],
-)  # fmt: skip
+)
 def test_counters_of_the_wrong_kind(trained, tmp_path, change, said):
     (tmp_path / "trainer").mkdir()
     state = json.loads((trained / "output" / "checkpoint_2" / "trainer" / "state.json").read_text())
@@ -463,8 +504,14 @@ def test_a_run_with_tokens_beyond_the_model_is_refused_before_training(trained, 
 
 
 def test_json_is_read_strictly():
-    for text, said in (("NaN", "NaN is no"), ("[1e999]", "1e999"), ("-Infinity", "Infinity"), ("[" * 10**5, "deeply"),
-                       (b"\xff", "utf-8"), ('{"a": {"b": 1, "b": 1}}', "'b' stands there twice")):  # fmt: skip
+    for text, said in (
+        ("NaN", "NaN is no"),
+        ("[1e999]", "1e999"),
+        ("-Infinity", "Infinity"),
+        ("[" * 10**5, "deeply"),
+        (b"\xff", "utf-8"),
+        ('{"a": {"b": 1, "b": 1}}', "'b' stands there twice"),
+    ):
         with pytest.raises(ValueError, match=said):
             untrusted.parse_json(text)
     assert untrusted.parse_json("[1.5, Infinity]", infinity=True) == [1.5, float("inf")]

@@ -12,7 +12,7 @@ from grpo.errors import UserError
 from grpo.forward.precision import arithmetic
 from grpo.models import lora as adapters
 from grpo.models.loading import prepare
-from grpo.models.offload import Parking, brought
+from grpo.models.offload import ActivationOffload, brought
 from grpo.plan.command import GB, advise, main
 from grpo.plan.memory import estimate, estimate_shape, layer_bytes
 from grpo.plan.model_size import held, shape_of
@@ -172,24 +172,24 @@ def test_parked_activations_change_no_gradient(checkpointing):
         policy = Policy(cfg, ALONE, tiny_model("llama", 300))
         policy.model.train()
         ids = torch.arange(4 * 60).view(4, 60) % 300
-        with policy.parking.around(offload):
+        with policy.activation_offload.around(offload):
             loss = policy.model(ids, labels=ids).loss
         loss.backward()
         gradients.append([p.grad for p in policy.model.parameters()])
-        parked.append(policy.parking.parked)
+        parked.append(policy.activation_offload.parked)
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
     assert parked[0] == 0 and parked[1] > 240 * 32 * 4 * 2, "less than each layer's input"
 
 
 def test_weights_stay_where_they_are():
     model = nn.Linear(64, 128)
-    parking = Parking(model)
-    with parking.around(True):
+    activation_offload = ActivationOffload(model)
+    with activation_offload.around(True):
         model(torch.randn(4, 64, requires_grad=True)).sum().backward()
-    assert parking.parked == 0
-    with parking.around(True):
+    assert activation_offload.parked == 0
+    with activation_offload.around(True):
         model(torch.randn(256, 64, requires_grad=True)).square().sum().backward()
-    assert parking.parked >= 256 * 64 * 4
+    assert activation_offload.parked >= 256 * 64 * 4
 
 
 @pytest.mark.parametrize("how", [{"activation_offload": True}, {"reference_offload": True, "beta": 0.1}])
@@ -212,7 +212,7 @@ def test_offloading_on_a_gpu(tmp_path, way):
         kept = []
         for offload in (False, True):
             policy = Policy(cfg, World(0, 1, 0, 1, device), tiny_model("qwen3").to(device))
-            with policy.parking.around(offload):
+            with policy.activation_offload.around(offload):
                 loss = policy.model(ids, labels=ids).loss
             kept.append(torch.cuda.memory_allocated())
             loss.backward()

@@ -77,8 +77,16 @@ def test_activations_are_what_autograd_keeps(architecture, dtype):
 
 def test_one_example_by_hand():
     """Qwen2: hidden 32, mlp 48, 2 layers, 4 heads of 8, 2 key heads, 300 words; 100 + 28 tokens, 4 rows."""
-    cfg = Config(batch_size=2, gradient_accumulation_steps=1, num_generations=4, max_prompt_length=100,
-                 max_generate_length=28, micro_batch_tokens=512, rollout_chunk_rows=4, device="cpu")  # fmt: skip
+    cfg = Config(
+        batch_size=2,
+        gradient_accumulation_steps=1,
+        num_generations=4,
+        max_prompt_length=100,
+        max_generate_length=28,
+        micro_batch_tokens=512,
+        rollout_chunk_rows=4,
+        device="cpu",
+    )
     found = estimate(cfg, tiny_config("qwen2"), 2)
     attention = 32 * 32 + 32 + 2 * (32 * 16 + 16) + 32 * 32
     parameters = 300 * 32 + 2 * (attention + 3 * 32 * 48 + 2 * 32) + 32
@@ -138,11 +146,15 @@ def test_zero_3_moves_weights_with_every_micro_batch():
 
 
 @pytest.mark.parametrize("share", [0.95, 0.7, 0.5, 0.35])
-@pytest.mark.parametrize("cfg", [
-    Config(model="x", batch_size=64, micro_batch_tokens=8192, rollout_chunk_rows=64),
-    Config(model="x", batch_size=64, micro_batch_tokens=8192, backend="deepspeed", zero_stage=2, dtype="bf16"),
-    Config(model="x", batch_size=64, rollout_chunk_rows=512, max_generate_length=2048),
-], ids=["ddp", "zero", "long"])  # fmt: skip
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        Config(model="x", batch_size=64, micro_batch_tokens=8192, rollout_chunk_rows=64),
+        Config(model="x", batch_size=64, micro_batch_tokens=8192, backend="deepspeed", zero_stage=2, dtype="bf16"),
+        Config(model="x", batch_size=64, rollout_chunk_rows=512, max_generate_length=2048),
+    ],
+    ids=["ddp", "zero", "long"],
+)
 def test_advice_makes_it_fit_or_there_is_none(cfg, share):
     limit = share * estimate(cfg, large_config(), 8).peak()
     remedy = advise(cfg, shape_of(large_config()), 8, limit)
@@ -186,11 +198,18 @@ def test_the_command_says_what_does_not_fit_and_what_would(folder, capsys):
     assert "It fits with --" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong, names", [
-    (("--gpus", "0"), "gpus"), (("--gpus", "many"), "gpus"), (("--gpu_memory", "-1"), "gpu_memory"),
-    (("--gpus", "2", "--backend", "single"), "backend"), (("--no_such_key", "1"), "no_such_key"),
-    (("--model", "./nowhere"), "model"), (("--gpus",), "gpus"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, names",
+    [
+        (("--gpus", "0"), "gpus"),
+        (("--gpus", "many"), "gpus"),
+        (("--gpu_memory", "-1"), "gpu_memory"),
+        (("--gpus", "2", "--backend", "single"), "backend"),
+        (("--no_such_key", "1"), "no_such_key"),
+        (("--model", "./nowhere"), "model"),
+        (("--gpus",), "gpus"),
+    ],
+)
 def test_bad_input_is_one_line_and_code_2(folder, capsys, wrong, names):
     assert main([*arguments(folder), *wrong]) == 2
     said = capsys.readouterr().err

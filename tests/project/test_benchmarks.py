@@ -68,9 +68,15 @@ def test_the_floor_is_the_larger_of_the_two():
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_in_numbers(tied):
     config = Qwen3Config(
-        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=4, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        tie_word_embeddings=tied,
+    )
     # a layer: q 8x16, k and v 8x8, o 16x8, three matrices 8x12, norms 2 x 8 and 2 x 4; after them one of 8
     body = 2 * (128 + 128 + 128 + 288 + 24) + 8
     shape = floors.shape_of(Qwen3ForCausalLM(config), width=2)

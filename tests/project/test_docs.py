@@ -22,12 +22,12 @@ from grpo.config.settings import Config, markdown_table
 from grpo.data.questions import Questions, load_questions
 from grpo.data.recipe import make_recipe
 from grpo.evaluate.held_out import evaluate
-from grpo.rewards import Sample
+from grpo.rewards import RewardInput
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import InProcess, open_rewards
-from grpo.run.log import Journal
+from grpo.run.log import RunLog
 from grpo.runtime.distributed import World
-from grpo.runtime.out_of_memory import Room
+from grpo.runtime.out_of_memory import FittingSize
 from grpo.training.metrics import COUNTS, MAXIMA, MEANS, SUMS, Tally
 from grpo.types import FACTS, Completion, Counters, Prompt, Table
 from tests.support.asking_rewards import answers_of
@@ -92,11 +92,11 @@ def test_exit_codes_are_named():
 class Answerer:
     """An engine that says one token."""
 
-    room = Room("rollout", "rollout_chunk_rows", "rows")
+    fitting = FittingSize("rollout", "rollout_chunk_rows", "rows")
 
     def generate(self, requests, sampling, pulse, on_finished=None):
         one = np.ones(1)
-        return [Completion(r.sample, one.astype(np.int32), one.astype(np.float32), "stop") for r in requests]
+        return [Completion(r.row, one.astype(np.int32), one.astype(np.float32), "stop") for r in requests]
 
 
 def logged_keys(tmp_path) -> set[str]:
@@ -112,9 +112,9 @@ def logged_keys(tmp_path) -> set[str]:
     tally = Tally()
     for name in MEANS:
         tally.mean(name, 1.0, 1.0)
-    told = Journal(cfg, ALONE, tmp_path)
+    told = RunLog(cfg, ALONE, tmp_path)
     for norms in ([], [1.0]):
-        policy = SimpleNamespace(counters=Counters(), last_lr=0.0, room=Answerer.room, vocab_size=10)
+        policy = SimpleNamespace(counters=Counters(), last_lr=0.0, fitting=Answerer.fitting, vocab_size=10)
         keys |= set(told.log_step(1, 2, table, np.ones(4), tally, norms, policy, Answerer()))
     assert {*MEANS, *SUMS, *COUNTS, *MAXIMA} <= keys
 
@@ -211,8 +211,9 @@ OF_EVALUATION = set(
 OF_EXPORT = set(re.findall(r'"--(\w+)"', (PROJECT / "grpo" / "export" / "command.py").read_text(encoding="utf-8")))
 # torchrun's, tensorboard's, sbatch's
 OF_OTHERS = {"standalone", "nproc_per_node", "logdir", "nodes", "requeue", "signal"}
-OF_SCRIPTS = flags_in(*(PROJECT / "launch").glob("*.sh"), *(PROJECT / "benchmarks").glob("*.py"),
-                      *(PROJECT / "demo").glob("*.py"))  # fmt: skip
+OF_SCRIPTS = flags_in(
+    *(PROJECT / "launch").glob("*.sh"), *(PROJECT / "benchmarks").glob("*.py"), *(PROJECT / "demo").glob("*.py")
+)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -279,7 +280,9 @@ def test_the_examples_work(tmp_path, monkeypatch):
     assert sees_group["variety_reward"] and not sees_group["shows_work_reward"]
 
     def scores(name, *pairs):
-        samples = [Sample(questions.items[row].text, text, [1], questions.items[row].columns) for row, text in pairs]
+        samples = [
+            RewardInput(questions.items[row].text, text, [1], questions.items[row].columns) for row, text in pairs
+        ]
         [answer] = answers_of(rewards, samples, [Call(index[name], tuple(range(len(samples))))])
         assert not any(isinstance(outcome, str) for outcome in answer.outcomes)
         return answer.outcomes

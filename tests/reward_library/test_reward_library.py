@@ -19,7 +19,7 @@ from grpo.config.command_line import load_config
 from grpo.config.settings import Config
 from grpo.errors import UserError
 from grpo.reward_library.numeric import number
-from grpo.rewards import Sample
+from grpo.rewards import RewardInput
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import open_rewards
 from tests.support.asking_rewards import answers_of
@@ -84,11 +84,16 @@ BY_HAND = [  # beyond the golden rows: places where two readings of a rule diffe
     ("match_format_exactly", W.format("1") + "</s></s>", 0.0),
     ("match_format_exactly", W.format("1") + " x</SOLUTION>", 3.0),
     ("match_format_exactly", "<SOLUTION>1</SOLUTION>" + W[:18], 0.0),
-    ("check_answer", W.format("73</SOLUTION> x"), -4.5), ("check_answer", W.format("80.3"), 2.0),
-    ("check_answer", W.format("87"), 1.5), ("check_answer", W.format("nan"), -2.5),
-    ("check_numbers", W.format("ok, 73"), 0.0), ("check_numbers", W.format("- 73"), 3.5),
-    ("check_numbers", W.format("--73"), -1.5), ("check_numbers", "<SOLUTION></SOLUTION> 73", 3.5),
-    ("check_numbers", W.format("2e3"), -1.5), ("check_numbers", W.format("٧٣"), 3.5),
+    ("check_answer", W.format("73</SOLUTION> x"), -4.5),
+    ("check_answer", W.format("80.3"), 2.0),
+    ("check_answer", W.format("87"), 1.5),
+    ("check_answer", W.format("nan"), -2.5),
+    ("check_numbers", W.format("ok, 73"), 0.0),
+    ("check_numbers", W.format("- 73"), 3.5),
+    ("check_numbers", W.format("--73"), -1.5),
+    ("check_numbers", "<SOLUTION></SOLUTION> 73", 3.5),
+    ("check_numbers", W.format("2e3"), -1.5),
+    ("check_numbers", W.format("٧٣"), 3.5),
     ("format_reward", "<think>\n\n</think>\n<answer>\n\n</answer>", 1.0),
     ("strict_format_reward", "<think>\na\n</think>\n<answer>\n1\n</answer>\n\nbye", 0.5),
     ("hard_format_reward", "<think>\na\n</think>\n<answer>\n1\n</answer>\n\n", 0.5),
@@ -100,8 +105,9 @@ BY_HAND = [  # beyond the golden rows: places where two readings of a rule diffe
     ("xmlcount_reward", "<think>\n<think>\n\n</think>\n\n<answer>\n\n</answer>\n</answer>", 0.25),
     ("xml_count_reward", "<reasoning>\n<reasoning>\n\n</reasoning>\n\n<answer>\n\n</answer>\n</answer>", 0.25),
     ("match_format_approximately", W.format("1") + "</SOLUTION>", 0.0),
-    ("reasoning_steps_reward", "Step 12: a\n- b\n* c\n1.", 1.0), ("reasoning_steps_reward", "Step 1 : a", 0.0),
-]  # fmt: skip
+    ("reasoning_steps_reward", "Step 12: a\n- b\n* c\n1.", 1.0),
+    ("reasoning_steps_reward", "Step 1 : a", 0.0),
+]
 
 
 @pytest.mark.parametrize("name, text, score", BY_HAND)
@@ -172,10 +178,16 @@ TEXTS = st.lists(st.sampled_from(HOSTILE) | st.text(max_size=8), max_size=10).ma
 
 
 GOOD = [  # for each function one that scores, and one that does not
-    "<think>\na\n</think>\n<answer>\n7\n</answer>\n\n", "<reasoning>\na\n</reasoning>\n<answer>\n7\n</answer>\n",
-    f"<reasoning>{'a' * 100}</reasoning><answer>B</answer>", "<answer>?</answer>", W.format("7"),
-    '{"a": 1}', "Next, 7", "", "a" * 320,
-]  # fmt: skip
+    "<think>\na\n</think>\n<answer>\n7\n</answer>\n\n",
+    "<reasoning>\na\n</reasoning>\n<answer>\n7\n</answer>\n",
+    f"<reasoning>{'a' * 100}</reasoning><answer>B</answer>",
+    "<answer>?</answer>",
+    W.format("7"),
+    '{"a": 1}',
+    "Next, 7",
+    "",
+    "a" * 320,
+]
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -271,15 +283,57 @@ def test_patterns_are_walked_as_re_does(text):
 # --- the mended ones
 
 NUMBERS = {
-    "1,450": 1450, "73.0": 73, "$73": 73, "−8": -8, "½": Fraction(1, 2), "７３": 73, "-$5.50": Fraction(-11, 2),
-    "$-5.5": Fraction(-11, 2), "US$ 73": 73, "2½": Fraction(5, 2), "3 1/2 cups": Fraction(7, 2), "146/2": 73,
-    "73 marbles": 73, "60 km/h": 60, "50%": 50, "9 m²": 9, "2 million": 2000000, "3万": 30000, "73.": 73, "**73**": 73,
-    "+7": 7, "1.5e3": 1500, "٧٣": 73, ".5": Fraction(1, 2), "007": 7, "73 €": 73,
+    "1,450": 1450,
+    "73.0": 73,
+    "$73": 73,
+    "−8": -8,
+    "½": Fraction(1, 2),
+    "７３": 73,
+    "-$5.50": Fraction(-11, 2),
+    "$-5.5": Fraction(-11, 2),
+    "US$ 73": 73,
+    "2½": Fraction(5, 2),
+    "3 1/2 cups": Fraction(7, 2),
+    "146/2": 73,
+    "73 marbles": 73,
+    "60 km/h": 60,
+    "50%": 50,
+    "9 m²": 9,
+    "2 million": 2000000,
+    "3万": 30000,
+    "73.": 73,
+    "**73**": 73,
+    "+7": 7,
+    "1.5e3": 1500,
+    "٧٣": 73,
+    ".5": Fraction(1, 2),
+    "007": 7,
+    "73 €": 73,
     "1,234,567.89": Fraction("1234567.89"),
-    "": None, "seventy": None, "73 of 90": None, "73 or 74": None, "7²": None, "²": None, "1,45": None, "1,4500": None,
-    "1/0": None, "1.2.3": None, "--7": None, "-$-7": None, "7-3": None, "=7": None, "nan": None, "inf": None,
-    "1e999": None, ".": None, "$": None, "7" * 101: None, "__import__": None, "10:30": None, "1_000": None,
-}  # fmt: skip
+    "": None,
+    "seventy": None,
+    "73 of 90": None,
+    "73 or 74": None,
+    "7²": None,
+    "²": None,
+    "1,45": None,
+    "1,4500": None,
+    "1/0": None,
+    "1.2.3": None,
+    "--7": None,
+    "-$-7": None,
+    "7-3": None,
+    "=7": None,
+    "nan": None,
+    "inf": None,
+    "1e999": None,
+    ".": None,
+    "$": None,
+    "7" * 101: None,
+    "__import__": None,
+    "10:30": None,
+    "1_000": None,
+}
 
 
 @pytest.mark.parametrize("text", NUMBERS)
@@ -323,15 +377,21 @@ SHAPES = [
     ("overlong_reward", "a" * 90, {"max_length": 100, "buffer": 10}, 0.0),
     ("overlong_reward", "a" * 95, {"max_length": 100, "buffer": 10}, -0.5),
     ("overlong_reward", "a" * 150, {"max_length": 100, "buffer": 10}, -1.0),
-    ("length_reward", "a" * 30, {"target": 20}, 0.5), ("length_reward", "", {"target": 20}, 0.0),
-    ("repetition_reward", "abcabc", {"length": 3}, -0.25), ("repetition_reward", "ab", {"length": 3}, 0.0),
-    ("language_reward", "<think>9*8=72</think>", {}, 0.0), ("language_reward", "答案是 x", {"language": "zh"}, 0.75),
+    ("length_reward", "a" * 30, {"target": 20}, 0.5),
+    ("length_reward", "", {"target": 20}, 0.0),
+    ("repetition_reward", "abcabc", {"length": 3}, -0.25),
+    ("repetition_reward", "ab", {"length": 3}, 0.0),
+    ("language_reward", "<think>9*8=72</think>", {}, 0.0),
+    ("language_reward", "答案是 x", {"language": "zh"}, 0.75),
     ("language_reward", "<answer>答案</answer>", {"language": "zh"}, 1.0),
-    ("json_reward", '{"a": 1.0, "b": "x"}', {}, 1.0), ("json_reward", '{"a": 1, "b": "y"}', {}, 0.6),
-    ("json_reward", '{"a": true, "b": "x"}', {}, 0.6), ("json_reward", '{"a": 1, "b": "x", "c": 0, "d": 0}', {}, 0.6),
-    ("json_reward", 'so {"a": 1}', {}, 0.0), ("json_reward", '{"a": NaN}', {}, 0.0),
+    ("json_reward", '{"a": 1.0, "b": "x"}', {}, 1.0),
+    ("json_reward", '{"a": 1, "b": "y"}', {}, 0.6),
+    ("json_reward", '{"a": true, "b": "x"}', {}, 0.6),
+    ("json_reward", '{"a": 1, "b": "x", "c": 0, "d": 0}', {}, 0.6),
+    ("json_reward", 'so {"a": 1}', {}, 0.0),
+    ("json_reward", '{"a": NaN}', {}, 0.0),
     ("json_reward", "[" * 9999, {}, 0.0),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name, text, parameters, score", SHAPES)
@@ -352,8 +412,9 @@ def test_right_beats_refusing_beats_wrong():
     assert (
         scores("refusal_reward", *answers("E", "", "B?", "B or C"), "B", "?", "".join(answers("?", "B"))) == [0.0] * 7
     )
-    assert scores("refusal_reward", answers("B")[0], long + answers("B")[0], long + answers("?")[0], min_reasoning=9) \
-        == [0.0, 1.0, 0.4]  # fmt: skip
+    assert scores(
+        "refusal_reward", answers("B")[0], long + answers("B")[0], long + answers("?")[0], min_reasoning=9
+    ) == [0.0, 1.0, 0.4]
     assert scores("refusal_reward", *answers("不知道", "?"), marker="不知道", refuse=0.6) == [0.6, 0.0]
 
 
@@ -376,11 +437,16 @@ def refusal(**parameters):
 
 REFUSED = [
     ({"refuse": 0.25}, "refuse must be a number above 1/options = 0.25, .*got 0.25"),
-    ({"refuse": 0.2}, "got 0.2"), ({"refuse": 1.0}, "below 1, got 1.0"), ({"refuse": "x"}, "got x"),
-    ({"refuse": 0.4, "options": 2}, "1/options = 0.5"), ({"options": 1}, "options must be a whole number from 2 to 26"),
-    ({"options": True}, "whole number"), ({"marker": "b"}, "none of the options' letters"), ({"marker": " "}, "blank"),
+    ({"refuse": 0.2}, "got 0.2"),
+    ({"refuse": 1.0}, "below 1, got 1.0"),
+    ({"refuse": "x"}, "got x"),
+    ({"refuse": 0.4, "options": 2}, "1/options = 0.5"),
+    ({"options": 1}, "options must be a whole number from 2 to 26"),
+    ({"options": True}, "whole number"),
+    ({"marker": "b"}, "none of the options' letters"),
+    ({"marker": " "}, "blank"),
     ({"refusal": 0.4}, "it has no parameter 'refusal'. It has: refuse, options, marker, min_reasoning"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("parameters, said", REFUSED)
@@ -391,11 +457,18 @@ def test_a_refusal_that_cannot_pay_is_refused_at_the_start(parameters, said):
 
 
 BAD_PARAMETERS = [
-    ("overlong_reward", {"buffer": 300}), ("overlong_reward", {"max_length": 0}), ("length_reward", {"target": 0}),
-    ("repetition_reward", {"length": 0}), ("language_reward", {"language": "xx"}), ("numeric_reward", {"start": ""}),
-    ("multiline_format_reward", {"thought": "answer"}), ("check_answer", {"eos_token": ["a"]}),
-    ("multiple_choice_reward", {"min_reasoning": -1}), ("model_reward", {}), ("math_reward", {"end": 3}),
-]  # fmt: skip
+    ("overlong_reward", {"buffer": 300}),
+    ("overlong_reward", {"max_length": 0}),
+    ("length_reward", {"target": 0}),
+    ("repetition_reward", {"length": 0}),
+    ("language_reward", {"language": "xx"}),
+    ("numeric_reward", {"start": ""}),
+    ("multiline_format_reward", {"thought": "answer"}),
+    ("check_answer", {"eos_token": ["a"]}),
+    ("multiple_choice_reward", {"min_reasoning": -1}),
+    ("model_reward", {}),
+    ("math_reward", {"end": 3}),
+]
 
 
 @pytest.mark.parametrize("name, parameters", BAD_PARAMETERS, ids=lambda value: str(value))
@@ -426,8 +499,8 @@ def test_parameters_arrive_and_columns_do_not_pass_for_them(tmp_path, workers):
     rewards = dict.fromkeys([f"{mine}limit_reward", f"{mine}sees_reward", "refusal_reward"], 1.0)
     parameters = {f"{mine}limit_reward": {"limit": 9}, "refusal_reward": {"refuse": 0.6}}
     cfg = Config(rewards=rewards, reward_workers=workers, reward_parameters=parameters)
-    sample = Sample("q", "<answer>", [1], {"answer": "B", "refuse": 7, "options": 9, "limit": 0})
-    refusing = Sample("q", "<answer>?</answer>", [1], {"answer": "B", "refuse": 7, "options": 9, "limit": 0})
+    sample = RewardInput("q", "<answer>", [1], {"answer": "B", "refuse": 7, "options": 9, "limit": 0})
+    refusing = RewardInput("q", "<answer>?</answer>", [1], {"answer": "B", "refuse": 7, "options": 9, "limit": 0})
     with closing(open_rewards(cfg, print)) as pool:
         answered = answers_of(pool, [sample, refusing], [Call(0, (0,)), Call(1, (0,)), Call(2, (1,))])
     assert [answer.outcomes for answer in answered] == [[1.0], [0.5], [0.6]]
@@ -446,8 +519,9 @@ def test_parameters_arrive_and_columns_do_not_pass_for_them(tmp_path, workers):
 )
 def test_parameters_that_are_none_are_refused(settings, said):
     with pytest.raises(UserError, match=said) as caught:
-        load_config(["--model", "m", "--data", "d", "--rewards", '{"mark_reward": 1.0}',
-                     "--reward_parameters", settings])  # fmt: skip
+        load_config(
+            ["--model", "m", "--data", "d", "--rewards", '{"mark_reward": 1.0}', "--reward_parameters", settings]
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -489,8 +563,14 @@ def make_classifier(folder, name):
 
     torch.manual_seed(1)
     size = len(tiny_tokenizer())
-    both_ways = dict(vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-                     max_position_embeddings=256)  # fmt: skip
+    both_ways = dict(
+        vocab_size=size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=256,
+    )
     config = BertConfig(**both_ways) if name == "bert" else tiny_config(name, size)
     config.num_labels = 2
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -519,9 +599,13 @@ def expected(folder, label):
 def test_a_classifier_scores_groups(classifiers, name, workers):
     """As transformers' own logits text by text; in a real worker, under its memory limit."""
     how = {"folder": str(classifiers[name]), "label": 1, "batch_size": 3}
-    cfg = Config(rewards={"model_reward": 1.0}, reward_parameters={"model_reward": how}, reward_workers=workers,
-                 reward_timeout_s=60.0)  # fmt: skip
-    samples = [Sample(prompt, completion, [1], {}) for prompt, completion in PAIRS]
+    cfg = Config(
+        rewards={"model_reward": 1.0},
+        reward_parameters={"model_reward": how},
+        reward_workers=workers,
+        reward_timeout_s=60.0,
+    )
+    samples = [RewardInput(prompt, completion, [1], {}) for prompt, completion in PAIRS]
     with closing(open_rewards(cfg, print)) as pool:
         assert pool.rewards[0].sees_group and len(pool.rewards[0].source.splitlines()[-1]) == 64
         answers = answers_of(pool, samples, [Call(0, (0, 1, 2, 3)), Call(0, (3, 2, 1, 0))])

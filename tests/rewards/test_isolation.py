@@ -20,7 +20,7 @@ import pytest
 import reward_func
 from grpo.config.settings import Config
 from grpo.errors import UserError
-from grpo.rewards import Sample
+from grpo.rewards import RewardInput
 from grpo.rewards import supervisor_handle as warden_process
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import InProcess, Pool, open_rewards
@@ -34,30 +34,53 @@ TIMEOUT_S, MEMORY_MB = 1.5, 256
 LATE = "no answer within"
 TOO_MANY = (1.0, "more than 64 processes", "more than 256 MB")  # whatever is noticed first
 ATTACKS = {  # name -> what the failure says, or the score
-    "loop": LATE, "regex": LATE, "deaf": LATE, "c_loop": LATE, "power": LATE, "stops_itself": LATE,
-    "exits_hard": "ended with exit code 0", "system_exit": "SystemExit", "interrupt": "KeyboardInterrupt",
-    "base_exception": "Outside: not an Exception", "recursion": "RecursionError",
-    "stack_overflow": ("SIGSEGV", "RecursionError", LATE), "segfault": "SIGSEGV", "bomb": TOO_MANY, "daemon": 1.0,
-    "ten_gigabytes": "MemoryError", "many_megabytes": "more than 256 MB", "prints": 1.0,
-    "writes": ("File too large", LATE), "long_text": "returned str", "long_list": "returned 1000000 scores for 1",
-    "closes": "ended with exit code", "odd_object": "Odd (no repr: RuntimeError)",
+    "loop": LATE,
+    "regex": LATE,
+    "deaf": LATE,
+    "c_loop": LATE,
+    "power": LATE,
+    "stops_itself": LATE,
+    "exits_hard": "ended with exit code 0",
+    "system_exit": "SystemExit",
+    "interrupt": "KeyboardInterrupt",
+    "base_exception": "Outside: not an Exception",
+    "recursion": "RecursionError",
+    "stack_overflow": ("SIGSEGV", "RecursionError", LATE),
+    "segfault": "SIGSEGV",
+    "bomb": TOO_MANY,
+    "daemon": 1.0,
+    "ten_gigabytes": "MemoryError",
+    "many_megabytes": "more than 256 MB",
+    "prints": 1.0,
+    "writes": ("File too large", LATE),
+    "long_text": "returned str",
+    "long_list": "returned 1000000 scores for 1",
+    "closes": "ended with exit code",
+    "odd_object": "Odd (no repr: RuntimeError)",
     "kills_parent": (LATE, "ended from outside"),
-    "patches": (1.0, 99.0, "exit code"), "forges": (1.0, 99.0), "traces": 0.0, "kills_worker": ("SIGKILL", LATE),
-    "chokes": 1.0, "code_exits": "exit code 0", "code_bomb": TOO_MANY, "code_hangs": LATE,
-}  # fmt: skip
+    "patches": (1.0, 99.0, "exit code"),
+    "forges": (1.0, 99.0),
+    "traces": 0.0,
+    "kills_worker": ("SIGKILL", LATE),
+    "chokes": 1.0,
+    "code_exits": "exit code 0",
+    "code_bomb": TOO_MANY,
+    "code_hangs": LATE,
+}
 WITHOUT = [name for name in ATTACKS if name not in ("traces", "kills_worker", "kills_parent", "chokes")]
 # without namespaces a user's own processes can be reached: what those four try is not prevented there
 
 
 def sample(text, **columns):
     here = {"trainer": os.getpid(), "namespace": os.stat("/proc/self/ns/pid").st_ino}
-    return Sample("question", text, [1, 2], {"answer": "4", **here, **columns})
+    return RewardInput("question", text, [1, 2], {"answer": "4", **here, **columns})
 
 
 def cfg_of(names, file=HOSTILE, **how):
     rewards = {f"{file}:{name}": 1.0 for name in names}
-    return Config(rewards=rewards, **{"reward_timeout_s": TIMEOUT_S, "reward_memory_mb": MEMORY_MB,
-                                      "reward_workers": 1, **how})  # fmt: skip
+    return Config(
+        rewards=rewards, **{"reward_timeout_s": TIMEOUT_S, "reward_memory_mb": MEMORY_MB, "reward_workers": 1, **how}
+    )
 
 
 @contextlib.contextmanager
@@ -128,8 +151,10 @@ class Figures:
 
     def show(self, title):
         low, high = np.percentile(self.overruns, [50, 99]) if self.overruns else (0.0, 0.0)
-        print(f"\n{title}: attacks {self.tried}; overrun of the deadline, ms: p50 {1e3 * low:.0f}, "
-              f"p99 {1e3 * high:.0f}; forged {self.forged}; zombies {self.zombies}")  # fmt: skip
+        print(
+            f"\n{title}: attacks {self.tried}; overrun of the deadline, ms: p50 {1e3 * low:.0f}, "
+            f"p99 {1e3 * high:.0f}; forged {self.forged}; zombies {self.zombies}"
+        )
 
 
 @pytest.fixture(scope="module", params=["namespaces", pytest.param("without", marks=pytest.mark.full)])
@@ -195,7 +220,7 @@ def test_the_environment_is_scrubbed_and_the_folder_is_empty(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with opened(cfg_of(["environment"])) as pool:
         assert outcomes(pool, 0, sample("hi")) == [0.0]
-        folders = [warden.folder for warden in pool.wardens]
+        folders = [supervisor.folder for supervisor in pool.supervisors]
     assert not any(folder.exists() for folder in folders)
     assert hostile_rewards.environment(["hi"])[0] >= 2  # the control: this process has both
 
@@ -213,7 +238,7 @@ def test_a_function_that_runs_code_gets_a_process_for_each_call():
 OWNER = """
 import os, sys, time
 from grpo.config import Config
-from grpo.rewards import Sample
+from grpo.rewards import RewardInput
 from grpo.rewards import warden_process
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import open_rewards
@@ -225,7 +250,7 @@ def pulse():
         sys.stdin.read(1)
     return False
 pool.begin()
-pool.submit([Sample("", "attack", [], {})] * 2, [Call(0, (0,)), Call(0, (1,))])
+pool.submit([RewardInput("", "attack", [], {})] * 2, [Call(0, (0,)), Call(0, (1,))])
 pool.collect(pulse)
 """
 
@@ -233,9 +258,13 @@ pool.collect(pulse)
 @pytest.mark.parametrize("without", ["", "1"], ids=["namespaces", "without"])
 def test_a_trainer_that_is_killed_takes_everything_along(without):
     owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, f"{HOSTILE}:stubborn"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        cwd=PROJECT, env={**os.environ, WITHOUT_NAMESPACES: without, "PYTHONPATH": str(PROJECT)}, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", OWNER, f"{HOSTILE}:stubborn"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=PROJECT,
+        env={**os.environ, WITHOUT_NAMESPACES: without, "PYTHONPATH": str(PROJECT)},
+        text=True,
+    )
     with owner:
         while (line := owner.stdout.readline()) and line != "busy\n":
             pass
@@ -267,9 +296,9 @@ def test_wardens_that_are_killed_cost_one_call_each_and_are_replaced(nothing_lef
     killed = []
 
     def pulse():
-        if not killed and all(warden.busy for warden in pool.wardens):
+        if not killed and all(supervisor.busy for supervisor in pool.supervisors):
             time.sleep(0.3)
-            killed.extend(warden.process for warden in pool.wardens)
+            killed.extend(supervisor.process for supervisor in pool.supervisors)
             for process in killed:
                 process.kill()
         return False
@@ -284,8 +313,10 @@ def test_wardens_that_are_killed_cost_one_call_each_and_are_replaced(nothing_lef
 
 def test_a_new_worker_runs_the_text_that_was_read_at_the_start(tmp_path):
     file = tmp_path / "mine.py"
-    text = ("import os\n\n\ndef reward(completions, **columns):\n"
-            "    if completions == ['attack']:\n        os._exit(0)\n    return [1.0]\n")  # fmt: skip
+    text = (
+        "import os\n\n\ndef reward(completions, **columns):\n"
+        "    if completions == ['attack']:\n        os._exit(0)\n    return [1.0]\n"
+    )
     file.write_text(text)
     with opened(cfg_of(["reward"], file=file)) as pool:
         file.write_text(text.replace("1.0", "2.0"))
@@ -322,7 +353,7 @@ def test_scores_are_bit_equal_to_those_in_process(workers):
     )
     rows = [row for row in map(json.loads, lines) if row["seed"] == "001"]
     names = ["final_answer_reward", "correctness_reward", "digit_reward", "hard_format_reward", "mark_reward"]
-    samples = [Sample("?", row["completion"], [1], {"answer": row["answer"]}) for row in rows]
+    samples = [RewardInput("?", row["completion"], [1], {"answer": row["answer"]}) for row in rows]
     calls = [Call(k, (i,)) for k in range(len(names)) for i in range(len(samples))]
     here = InProcess.of({name: getattr(reward_func, name) for name in names})
     with opened(Config(rewards=dict.fromkeys(names, 1.0), reward_workers=workers)) as pool:

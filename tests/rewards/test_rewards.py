@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import reward_func
 from grpo.config.settings import Config
 from grpo.errors import UserError
-from grpo.rewards import Failure, Sample
+from grpo.rewards import Failure, RewardInput
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import InProcess, open_rewards
 from grpo.rewards.protocol import Splitter, cut, dump, frame, load
@@ -34,7 +34,7 @@ def test_any_text_gets_a_finite_score(text, gold):
 
 
 def sample(text="hi", **columns):
-    return Sample("question", text, [1, 2], {"answer": "4", **columns})
+    return RewardInput("question", text, [1, 2], {"answer": "4", **columns})
 
 
 def one(function, **how):
@@ -238,8 +238,10 @@ def test_loading_by_name_and_by_file_and_calling(mine, workers):
     rich = sample(when=datetime.datetime(2024, 1, 2), price=Decimal("0.10"), blob=b"x")
     with contextlib.closing(open_rewards(Config(rewards=names, reward_workers=workers), print)) as pool:
         assert [(reward.short, reward.weight) for reward in pool.rewards] == [
-            ("mark_reward", 0.5), ("column_reward", 2.0), ("array_reward", 1.0),
-        ]  # fmt: skip
+            ("mark_reward", 0.5),
+            ("column_reward", 2.0),
+            ("array_reward", 1.0),
+        ]
         assert pool.rewards[0].source.startswith("def mark_reward(")
         calls = [Call(0, (0,)), Call(1, (0,)), Call(2, (0,)), Call(1, (0,))]
         answers = [answer.outcomes for answer in answers_of(pool, [rich], calls)]

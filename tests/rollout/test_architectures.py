@@ -31,7 +31,7 @@ def ask(model, sampling, stop_ids=(0,), num_generations=4, new_tokens=NEW_TOKENS
 
 def rows_of(completions, num_generations=4):
     return [
-        TrainRow(c.sample, PROMPTS[c.sample // num_generations], c.token_ids, c.sampler_logprobs, c.support, 1.0)
+        TrainRow(c.row, PROMPTS[c.row // num_generations], c.token_ids, c.sampler_logprobs, c.support, 1.0)
         for c in completions
     ]
 
@@ -43,11 +43,15 @@ def test_greedy_equals_transformers_generate(architecture):
     ours = ask(model, Sampling(temperature=0.0), stop_ids, num_generations=2)
     lengths = set()
     for completion in ours:
-        prompt = torch.tensor([PROMPTS[completion.sample // 2]])
+        prompt = torch.tensor([PROMPTS[completion.row // 2]])
         generated = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NEW_TOKENS,
-            eos_token_id=stop_ids, pad_token_id=0,
-        )  # fmt: skip
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=stop_ids,
+            pad_token_id=0,
+        )
         theirs = generated[0, prompt.shape[1] :].tolist()
         assert completion.token_ids.tolist() == theirs
         assert completion.finish == ("stop" if theirs[-1] in stop_ids else "length")

@@ -48,12 +48,12 @@ def like_a_gpu(monkeypatch):
     """Nothing is asked of the device where a GPU would have to wait. Buffers grow early."""
     monkeypatch.setattr(row_buffer, "FIRST_ROOM", 16)
     for module in (logprobs, sampling):
-        monkeypatch.setattr(module, "asking_is_free", lambda device: False)
+        monkeypatch.setattr(module, "host_reads_are_free", lambda device: False)
 
 
 def same(expected, found):
     """Completions: tokens, ends and log-probs."""
-    assert [c.sample for c in expected] == [c.sample for c in found]
+    assert [c.row for c in expected] == [c.row for c in found]
     for a, b in zip(expected, found, strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist() and a.finish == b.finish
         np.testing.assert_allclose(a.sampler_logprobs, b.sampler_logprobs, atol=1e-4)
@@ -73,9 +73,15 @@ DRAWS = {
 @pytest.mark.parametrize("reading", ["by row", "by prompt"])
 @pytest.mark.parametrize(
     "architecture, draws",
-    [("qwen3", "plain"), ("gemma3", "plain"), ("qwen3", "greedy"), ("qwen3", "truncated"), ("qwen3", "clamped"),
-     *(pytest.param("llama", name, marks=pytest.mark.full) for name in DRAWS)],
-)  # fmt: skip
+    [
+        ("qwen3", "plain"),
+        ("gemma3", "plain"),
+        ("qwen3", "greedy"),
+        ("qwen3", "truncated"),
+        ("qwen3", "clamped"),
+        *(pytest.param("llama", name, marks=pytest.mark.full) for name in DRAWS),
+    ],
+)
 def test_replayed_steps_sample_the_same(architecture, draws, reading, header, like_a_gpu, monkeypatch):
     """gemma3 has windows of 8 tokens, and no lean body."""
     monkeypatch.setattr(shared_cache, "SHORT_PROMPT", 10**6 if reading == "by row" else 0)
@@ -179,7 +185,7 @@ def test_rows_for_whose_graph_memory_does_not_suffice_go_on_without_one(like_a_g
 
     engine = engine_of("qwen3", StepGraph(small))
     same(expected, engine.generate(requests, Sampling()))
-    assert engine.room.halvings == 0 and engine.graph.usable and engine.graph.replays
+    assert engine.fitting.halvings == 0 and engine.graph.usable and engine.graph.replays
     assert tried[0] == len(requests) and tried.count(len(requests)) <= 2, "tried again only where a buffer has grown"
 
 
@@ -224,7 +230,7 @@ def test_a_graph_keeps_nothing_alive_that_is_about_to_be_exchanged(where, like_a
             shared_cache.SharedCache, "_logits", lambda cache, ids: (fail(cache.own.time), step(cache, ids))[1]
         )
     engine = engine_of("qwen3", graph)
-    plain_halve = engine.room.halve
+    plain_halve = engine.fitting.halve
 
     def halve(*args, **named):
         gc.collect()
@@ -232,7 +238,7 @@ def test_a_graph_keeps_nothing_alive_that_is_about_to_be_exchanged(where, like_a
         met["halve"] += 1
         plain_halve(*args, **named)
 
-    monkeypatch.setattr(engine.room, "halve", halve)
+    monkeypatch.setattr(engine.fitting, "halve", halve)
     engine.generate(requests_of(), Sampling())
     assert min(met.values()) >= 1 and set(met) == {"_move", "keep", "prefill", "halve"} and graph.replays > NEW / 2
 

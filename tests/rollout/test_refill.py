@@ -56,14 +56,14 @@ def test_a_budget_of_tokens_changes_no_sample(architecture, reading, header, mon
     given = []
     budget = 3 * (len(header) + max(LENGTHS) + NEW) * 2
     parts = engine_of(architecture, budget).generate(requests, Sampling(), on_finished=given.extend)
-    assert [c.sample for c in parts] == list(range(len(requests)))
+    assert [c.row for c in parts] == list(range(len(requests)))
     for a, b in zip(whole, parts, strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist() and a.finish == b.finish
         np.testing.assert_allclose(a.sampler_logprobs, b.sampler_logprobs, atol=1e-4)
     assert max(rows) < len(requests), "all decoded at once: nothing was tried"
     assert len({len(c.token_ids) for c in whole}) > 5 and {c.finish for c in whole} == {"stop", "length"}
-    by_sample = {id(c): c.sample for c in parts}
-    assert sorted(c.sample for c in given) == sorted(by_sample.values()) and {id(c) for c in given} == set(by_sample)
+    by_sample = {id(c): c.row for c in parts}
+    assert sorted(c.row for c in given) == sorted(by_sample.values()) and {id(c) for c in given} == set(by_sample)
 
 
 def test_rows_that_end_make_room_at_once(monkeypatch):
@@ -81,9 +81,13 @@ def test_rows_that_end_make_room_at_once(monkeypatch):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), group=st.integers(1, 5), shares=st.booleans(),
-    max_tokens=st.none() | st.integers(1, 300), max_rows=st.integers(1, 40), seed=st.integers(0, 99),
-)  # fmt: skip
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12),
+    group=st.integers(1, 5),
+    shares=st.booleans(),
+    max_tokens=st.none() | st.integers(1, 300),
+    max_rows=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
 def test_admission_keeps_to_its_budget_and_forgets_nobody(lengths, group, shares, max_tokens, max_rows, seed):
     rows = [Request(p * group + g, p, g, (p,) * n) for p, n in enumerate(lengths) for g in range(group)]
     queue = Admission(rows, 10, max_tokens, max_rows, shares)
@@ -104,13 +108,13 @@ def test_admission_keeps_to_its_budget_and_forgets_nobody(lengths, group, shares
 def test_a_stop_leaves_those_who_wait(monkeypatch):
     requests = requests_of()
     engine = engine_of(max_tokens=4 * (NEW + 14))
-    whole = {c.sample: c for c in engine.generate(requests, Sampling())}
+    whole = {c.row: c for c in engine.generate(requests, Sampling())}
     calls, given = [], []
     cut = engine.generate(requests, Sampling(), lambda: len(calls) > 12 or calls.append(0), on_finished=given.extend)
-    assert 4 <= len(cut) < len(requests) and {c.sample for c in given} == {c.sample for c in cut}
+    assert 4 <= len(cut) < len(requests) and {c.row for c in given} == {c.row for c in cut}
     for completion in cut:
-        assert completion.token_ids.tolist() == whole[completion.sample].token_ids[: len(completion.token_ids)].tolist()
-    assert any(len(c.token_ids) < len(whole[c.sample].token_ids) for c in cut)
+        assert completion.token_ids.tolist() == whole[completion.row].token_ids[: len(completion.token_ids)].tolist()
+    assert any(len(c.token_ids) < len(whole[c.row].token_ids) for c in cut)
 
 
 def test_what_is_finished_when_memory_runs_out_is_not_sampled_again():
@@ -131,9 +135,9 @@ def test_what_is_finished_when_memory_runs_out_is_not_sampled_again():
     again = engine.generate(requests, Sampling(), on_finished=given.extend)
     words.forward = plain
     assert [c.token_ids.tolist() for c in again] == [c.token_ids.tolist() for c in whole]
-    assert sorted(c.sample for c in given) == list(range(len(requests))) and engine.room.halvings == 1
-    early = [c.sample for c in whole if len(c.token_ids) < 6]
-    assert early and {c.sample for c in given[: len(early)]} == set(early), "the early ones were given before it failed"
+    assert sorted(c.row for c in given) == list(range(len(requests))) and engine.fitting.halvings == 1
+    early = [c.row for c in whole if len(c.token_ids) < 6]
+    assert early and {c.row for c in given[: len(early)]} == set(early), "the early ones were given before it failed"
 
 
 def test_asking_seldom_who_is_done_changes_nothing():

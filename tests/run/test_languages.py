@@ -29,10 +29,12 @@ def test_a_language_is_whole(language):
 
 @pytest.mark.parametrize(
     "language, title, words",
-    [("zh", "第 10 步的回答", ("问题", "标准答案", "总和 无")),
-     ("zh-Hant", "第 10 步的回答", ("題目", "正確答案", "總和 無")),
-     ("en", "completions of step 10", ("question", "gold", "sum none"))],
-)  # fmt: skip
+    [
+        ("zh", "第 10 步的回答", ("问题", "标准答案", "总和 无")),
+        ("zh-Hant", "第 10 步的回答", ("題目", "正確答案", "總和 無")),
+        ("en", "completions of step 10", ("question", "gold", "sum none")),
+    ],
+)
 def test_completions_are_shown_in_it(language, title, words):
     console = RichConsole(width=120, record=True)
     console.print(as_table([ROLLOUT], language))

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from grpo.config.command_line import load_config
 from grpo.config.settings import Config, tracker_names
 from grpo.errors import UserError
-from grpo.rewards import Sample
+from grpo.rewards import RewardInput
 from grpo.run.completions_log import RolloutFile, as_markdown, as_table, rollouts_of
 from grpo.run.trackers import check_trackers, lasting_id, load_trackers
 from grpo.training.advantages import group_advantages
@@ -34,10 +34,27 @@ def run(tmp_path_factory):
     """Two steps of the demo, everything logged at each."""
     folder = tmp_path_factory.mktemp("run")
     done = run_script(
-        "train.py", "--output_dir", str(folder / "output"), "--runs_dir", str(folder / "runs"), "--max_steps", "2",
-        "--save_steps", "1", "--eval_steps", "1", "--eval_rows", "8", "--log_samples_steps", "1",
-        "--log_completions_steps", "2", "--report_to", "[tensorboard]", nproc=2,
-    )  # fmt: skip
+        "train.py",
+        "--output_dir",
+        str(folder / "output"),
+        "--runs_dir",
+        str(folder / "runs"),
+        "--max_steps",
+        "2",
+        "--save_steps",
+        "1",
+        "--eval_steps",
+        "1",
+        "--eval_rows",
+        "8",
+        "--log_samples_steps",
+        "1",
+        "--log_completions_steps",
+        "2",
+        "--report_to",
+        "[tensorboard]",
+        nproc=2,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done
 
@@ -92,7 +109,7 @@ def test_the_best_checkpoint_is_named(run):
 
 def scored(text=HOSTILE):
     completions = [Completion(row, np.ones(2, np.int32), np.zeros(2, np.float32), "stop") for row in (3, 1)]
-    samples = [Sample("the prompt", text, [1, 2], {"question": text, "answer": "5"}) for _ in completions]
+    samples = [RewardInput("the prompt", text, [1, 2], {"question": text, "answer": "5"}) for _ in completions]
     return Scored(completions, samples, np.array([[1.0, np.nan], [np.nan, np.nan]]), np.zeros((2, 2)))
 
 

@@ -38,10 +38,10 @@ def test_a_rollout_that_does_not_fit_is_halved_and_samples_the_same():
     engine = crowded(4)
     parts = engine.generate(REQUESTS, Sampling())
     assert [c.token_ids.tolist() for c in parts] == [c.token_ids.tolist() for c in whole]
-    assert [c.sample for c in parts] == list(range(12))
-    assert engine.room.halvings == 2 and engine.room.size == 3, "12 and 6 rows failed, 3 fit"
+    assert [c.row for c in parts] == list(range(12))
+    assert engine.fitting.halvings == 2 and engine.fitting.size == 3, "12 and 6 rows failed, 3 fit"
     engine.generate(REQUESTS, Sampling())
-    assert engine.room.halvings == 2, "the size was not remembered"
+    assert engine.fitting.halvings == 2, "the size was not remembered"
 
 
 def test_a_single_row_that_does_not_fit_ends_with_what_to_change():
@@ -64,7 +64,7 @@ def test_other_errors_are_not_taken_for_it():
 def test_halves_are_the_rows_cut_to_their_own_length():
     micro = micro_batch()
     parts = halves(micro)
-    assert tuple(n for part in parts for n in part.samples) == micro.samples
+    assert tuple(n for part in parts for n in part.rows) == micro.rows
     assert sum(int(part.mask.sum()) for part in parts) == int(micro.mask.sum())
     for part in parts:
         assert part.mask.any(0).all() and part.input_ids.shape[1] == int(part.positions[part.mask].max()) + 1

@@ -112,7 +112,11 @@ def test_ranks_that_mean_different_runs_are_refused(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*command, script, *settings],
-        cwd=PROJECT, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=PROJECT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode != 0 and "ranks disagree about lr: rank 1 differs from rank 0" in done.stderr
     assert json.loads((tmp_path / "output" / "exit.json").read_text())["code"] == 2

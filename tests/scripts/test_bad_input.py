@@ -65,9 +65,19 @@ def test_defaults_file_and_command_line_in_that_order(tmp_path):
 
 def test_documented_defaults():
     """What users of this family of trainers know."""
-    known = dict(lr=1e-6, epoch=3, save_steps=100, num_generations=4, max_prompt_length=256, max_generate_length=256,
-                 beta=0.0, clip_eps=0.2, gradient_accumulation_steps=2, batch_size=1,
-                 output_dir="./output")  # fmt: skip
+    known = dict(
+        lr=1e-6,
+        epoch=3,
+        save_steps=100,
+        num_generations=4,
+        max_prompt_length=256,
+        max_generate_length=256,
+        beta=0.0,
+        clip_eps=0.2,
+        gradient_accumulation_steps=2,
+        batch_size=1,
+        output_dir="./output",
+    )
     assert {key: getattr(Config(), key) for key in known} == known
 
 
@@ -144,10 +154,26 @@ def test_data_rewards_and_models(model, tmp_path, rows, extra, said, capfd):
     file = tmp_path / "rows.jsonl"
     if rows is not None:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = ["--model", model, "--data", str(file), "--answer_format", "hash",
-                "--rewards", '{"final_answer_reward": 1}',
-                "--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"), "--max_steps", "1",
-                "--max_prompt_length", "100", "--max_generate_length", "8"]  # fmt: skip
+    settings = [
+        "--model",
+        model,
+        "--data",
+        str(file),
+        "--answer_format",
+        "hash",
+        "--rewards",
+        '{"final_answer_reward": 1}',
+        "--output_dir",
+        str(tmp_path / "output"),
+        "--runs_dir",
+        str(tmp_path / "runs"),
+        "--max_steps",
+        "1",
+        "--max_prompt_length",
+        "100",
+        "--max_generate_length",
+        "8",
+    ]
     code = run_main(train.train, load_config, [*settings, *extra])
     error = capfd.readouterr().err.strip()
     assert code == 2 and said in error
@@ -167,9 +193,17 @@ def test_a_reward_that_always_fails_stops_the_run(model, tmp_path):
     """On two ranks: both stop, rank 0 names the function, exit.json says 2."""
     (tmp_path / "mine.py").write_text("def broken_reward(completions, **columns):\n    return [1 / 0]\n")
     done = run_script(
-        "train.py", "--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"),
-        "--rewards", json.dumps({f"{tmp_path}/mine.py:broken_reward": 1.0}), "--eval_data", "null", nproc=2,
-    )  # fmt: skip
+        "train.py",
+        "--output_dir",
+        str(tmp_path / "output"),
+        "--runs_dir",
+        str(tmp_path / "runs"),
+        "--rewards",
+        json.dumps({f"{tmp_path}/mine.py:broken_reward": 1.0}),
+        "--eval_data",
+        "null",
+        nproc=2,
+    )
     assert done.returncode != 0
     assert "broken_reward failed: ZeroDivisionError" in done.stderr and "64 of 64 completions" in done.stderr
     assert json.loads((tmp_path / "output" / "exit.json").read_text())["code"] == 2

@@ -15,8 +15,10 @@ from tests.support.launcher import PROJECT, metrics_of, run_script
 
 DEMO = PROJECT / "demo"
 SHUFFLED = json.dumps({"benchmarks/shuffled_reward.py:shuffled_final_answer_reward": 1.0})
-SIGNS = {**dict.fromkeys(("buys", "finds", "gets", "wins", "picks", "earns"), 1),
-         **dict.fromkeys(("eats", "sells", "loses", "drops", "gives", "uses"), -1)}  # fmt: skip
+SIGNS = {
+    **dict.fromkeys(("buys", "finds", "gets", "wins", "picks", "earns"), 1),
+    **dict.fromkeys(("eats", "sells", "loses", "drops", "gives", "uses"), -1),
+}
 
 
 def rows_of(name):
@@ -58,8 +60,11 @@ def test_no_held_out_question_was_taught_under_another_name(make_task):
 def test_the_gold_answers_are_right():
     for row in [*rows_of("train.jsonl"), *rows_of("test.jsonl")]:
         start = int(re.search(r"has (\d+)", row["question"])[1])
-        changes = [SIGNS[verb] * int(amount) for verb, amount in re.findall(r"(\w+) (\d+)[,. ]", row["question"])
-                   if verb in SIGNS]  # fmt: skip
+        changes = [
+            SIGNS[verb] * int(amount)
+            for verb, amount in re.findall(r"(\w+) (\d+)[,. ]", row["question"])
+            if verb in SIGNS
+        ]
         assert len(changes) >= 4
         assert row["answer"].endswith(f"\n#### {start + sum(changes)}")
 
@@ -85,8 +90,16 @@ def test_the_tokenizer_gives_any_text_back(text):
 
 def train(folder, *settings):
     """Run the demo on two ranks; return the held-out metrics before and after, and those of the steps."""
-    done = run_script("train.py", "--output_dir", str(folder / "output"), "--runs_dir", str(folder / "runs"), *settings,
-                      nproc=2, timeout=600)  # fmt: skip
+    done = run_script(
+        "train.py",
+        "--output_dir",
+        str(folder / "output"),
+        "--runs_dir",
+        str(folder / "runs"),
+        *settings,
+        nproc=2,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     metrics = metrics_of(folder / "runs")
     before, after = (row for row in metrics if "eval/accuracy" in row)

@@ -17,11 +17,25 @@ from tests.support.launcher import PROJECT, environment, metrics_of, run_script
 DEVICE = os.environ.get("GRPO_TEST_DEVICE", "cuda")
 pytestmark = [pytest.mark.full] if DEVICE == "cpu" else [pytest.mark.gpu]
 SETTINGS = {
-    "model": "demo/base", "data": "demo/train.jsonl", "answer_format": "hash", "prompt_template": "{question}\n",
-    "rewards": '{"final_answer_reward": 1.0}', "batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 8,
-    "max_prompt_length": 96, "max_generate_length": 80, "chat_template": False, "beta": 0.05, "max_steps": 4,
-    "save_steps": 2, "lr": 5e-5, "run_name": "run", "eval_data": "demo/test.jsonl", "eval_rows": 32,
-}  # fmt: skip
+    "model": "demo/base",
+    "data": "demo/train.jsonl",
+    "answer_format": "hash",
+    "prompt_template": "{question}\n",
+    "rewards": '{"final_answer_reward": 1.0}',
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_generations": 8,
+    "max_prompt_length": 96,
+    "max_generate_length": 80,
+    "chat_template": False,
+    "beta": 0.05,
+    "max_steps": 4,
+    "save_steps": 2,
+    "lr": 5e-5,
+    "run_name": "run",
+    "eval_data": "demo/test.jsonl",
+    "eval_rows": 32,
+}
 
 
 def train(folder, device, nproc=None, **settings):

@@ -328,8 +328,12 @@ def test_slurm_script_outside_slurm_or_the_project_says_so(tmp_path):
 def deepspeed(*args, **variables):
     return subprocess.Popen(
         ["bash", str(PROJECT / "launch" / "deepspeed.sh"), *args],
-        cwd=PROJECT, env=env_of(**variables), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=PROJECT,
+        env=env_of(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize(

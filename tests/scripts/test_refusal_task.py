@@ -110,8 +110,20 @@ def asked(tmp_path_factory):
     """The configuration, and its prompts for the first 40 rows."""
     data = tmp_path_factory.mktemp("refusal") / "train.csv"
     refusal.write_csv(data, iter(ROWS), 40)
-    cfg, _ = load_config(["--config", "configs/multiple_choice.yaml", "--model", "m", "--data", str(data),
-                          "--eval_split_size", "0", "--max_prompt_length", "1200"])  # fmt: skip
+    cfg, _ = load_config(
+        [
+            "--config",
+            "configs/multiple_choice.yaml",
+            "--model",
+            "m",
+            "--data",
+            str(data),
+            "--eval_split_size",
+            "0",
+            "--max_prompt_length",
+            "1200",
+        ]
+    )
     tokenizer = tiny_tokenizer()
     return cfg, load_questions(cfg, make_recipe(cfg, tokenizer), tokenizer).items
 

@@ -70,11 +70,30 @@ def test_tensorboard_has_each_step_once(two_ranks):
     curves = EventAccumulator(str(events.parent)).Reload()
     tags = curves.Tags()
     wanted = {
-        "loss", "reward/mean", "reward/std", "reward/final_answer_reward/mean", "reward/final_answer_reward/std",
-        "reward/zero_std_groups", "completions/length_mean", "completions/truncated", "entropy", "kl_old", "clip/low",
-        "clip/high", "grad_norm", "lr", "guards/skipped_updates", "guards/clamped_logits", "sampler_gap/max",
-        "ratio_gap", "tokens_per_s", "time/rollout_s", "time/update_s", "time/step_s", "eval/accuracy",
-    }  # fmt: skip
+        "loss",
+        "reward/mean",
+        "reward/std",
+        "reward/final_answer_reward/mean",
+        "reward/final_answer_reward/std",
+        "reward/zero_std_groups",
+        "completions/length_mean",
+        "completions/truncated",
+        "entropy",
+        "kl_old",
+        "clip/low",
+        "clip/high",
+        "grad_norm",
+        "lr",
+        "guards/skipped_updates",
+        "guards/clamped_logits",
+        "sampler_gap/max",
+        "ratio_gap",
+        "tokens_per_s",
+        "time/rollout_s",
+        "time/update_s",
+        "time/step_s",
+        "eval/accuracy",
+    }
     assert wanted <= set(tags["scalars"])
     assert [event.step for event in curves.Scalars("reward/mean")] == [1, 2, 3, 4]
     texts = {
@@ -161,12 +180,36 @@ def test_gsm8k_format_trains_a_small_random_model(tmp_path):
     rows = [{"question": "word " * n, "answer": f"because\n#### {n}"} for n in (2, 3, 4, 400)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     done = run_script(
-        "train.py", "--config", "configs/gsm8k.yaml", *folders(tmp_path), "--model", str(tmp_path / "model"),
-        "--data", str(tmp_path / "data.jsonl"), "--eval_data", "null", "--max_steps", "2", "--dtype", "fp32",
-        "--batch_size", "2", "--gradient_accumulation_steps", "1", "--max_generate_length", "16",
-        "--max_prompt_length", "230", "--system_prompt", "Think, then answer.", "--eval_split_size", "0",
-        "--num_generations", "4", nproc=2,
-    )  # fmt: skip
+        "train.py",
+        "--config",
+        "configs/gsm8k.yaml",
+        *folders(tmp_path),
+        "--model",
+        str(tmp_path / "model"),
+        "--data",
+        str(tmp_path / "data.jsonl"),
+        "--eval_data",
+        "null",
+        "--max_steps",
+        "2",
+        "--dtype",
+        "fp32",
+        "--batch_size",
+        "2",
+        "--gradient_accumulation_steps",
+        "1",
+        "--max_generate_length",
+        "16",
+        "--max_prompt_length",
+        "230",
+        "--system_prompt",
+        "Think, then answer.",
+        "--eval_split_size",
+        "0",
+        "--num_generations",
+        "4",
+        nproc=2,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "3 questions kept, 1 dropped as too long" in done.stdout
     assert "  kl " in step_lines(done.stdout)[0]

@@ -18,7 +18,7 @@ from grpo.config.command_line import load_config
 from grpo.config.settings import Config
 from grpo.data.questions import load_questions
 from grpo.data.recipe import build, make_recipe, render
-from grpo.rewards import Sample
+from grpo.rewards import RewardInput
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import open_rewards
 from tests.support.asking_rewards import answers_of
@@ -70,10 +70,24 @@ def save_rows(task, folder):
 def settings(task, folder, **changes):
     """The configuration as it is, on the small file, cut down to a few seconds."""
     data = save_rows(task, folder)
-    small = {"max_steps": 2, "num_generations": 3, "batch_size": 2, "gradient_accumulation_steps": 1,
-             "max_prompt_length": 1200, "max_generate_length": 12, "dtype": "fp32", "backend": "ddp", "lr": 1e-3,
-             "device": "cpu", "model": folder / "model", "output_dir": folder / "output", "runs_dir": folder / "runs",
-             "num_threads": 1, "load_in_4bit": False, "optimizer": "adamw"}  # fmt: skip
+    small = {
+        "max_steps": 2,
+        "num_generations": 3,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "max_prompt_length": 1200,
+        "max_generate_length": 12,
+        "dtype": "fp32",
+        "backend": "ddp",
+        "lr": 1e-3,
+        "device": "cpu",
+        "model": folder / "model",
+        "output_dir": folder / "output",
+        "runs_dir": folder / "runs",
+        "num_threads": 1,
+        "load_in_4bit": False,
+        "optimizer": "adamw",
+    }
     if task in ("dapo_math", "multiple_choice"):  # all rewards are alike here, and an adapter that learned nothing
         small |= {"lora_r": 0, "sft": "{}"}  # is refused when it is saved
     cfg, _ = load_config(["--config", f"configs/{task}.yaml"])
@@ -117,7 +131,7 @@ def asked(tmp_path_factory):
 def total(cfg, prompt, *completions):
     """What the configuration's rewards give each completion of a prompt, weighted and summed."""
     rewards = open_rewards(dataclasses.replace(cfg, reward_workers=0), print)
-    samples = [Sample(prompt.text, text, [1], prompt.columns) for text in completions]
+    samples = [RewardInput(prompt.text, text, [1], prompt.columns) for text in completions]
     calls = [Call(k, (row,)) for k in range(len(rewards.rewards)) for row in range(len(samples))]
     sums = [0.0] * len(samples)
     for call, answer in zip(calls, answers_of(rewards, samples, calls), strict=True):

@@ -16,8 +16,8 @@ from grpo.errors import UserError
 from grpo.models.loading import load_tokenizer
 from grpo.runtime.distributed import World
 from grpo.sft.packing import check_packing, collate_packs, pack
-from grpo.sft.policy import Student, lesson_batches
-from grpo.sft.texts import TOO_LONG, load_lessons, solution_of, solutions_sha256
+from grpo.sft.policy import SftPolicy, sft_batches
+from grpo.sft.texts import TOO_LONG, load_texts, solution_of, solutions_sha256
 from grpo.training.metrics import Tally
 from grpo.types import Prompt, TrainRow
 from tests.support.launcher import PROJECT
@@ -74,11 +74,11 @@ def test_packed_equals_unpacked_in_loss_and_gradient(architecture):
     """To 1e-6; without positions that start again (the control) texts see each other, and the loss is off by 1e-3."""
     rows = texts()
     packed, unpacked = config(packing=True), config()
-    student = Student(packed, ALONE, tiny_model(architecture, VOCAB, spread=2.0))
-    together = lesson_batches(packed, ALONE, rows)
-    assert sum(len(micro.samples) for micro in together) < len(rows), "nothing was packed"
+    student = SftPolicy(packed, ALONE, tiny_model(architecture, VOCAB, spread=2.0))
+    together = sft_batches(packed, ALONE, rows)
+    assert sum(len(micro.rows) for micro in together) < len(rows), "nothing was packed"
     loss, hits, gradient = gradient_of(student, together)
-    one_by_one = lesson_batches(dataclasses.replace(unpacked, micro_batch_tokens=1), ALONE, rows)
+    one_by_one = sft_batches(dataclasses.replace(unpacked, micro_batch_tokens=1), ALONE, rows)
     assert len(one_by_one) == len(rows) and all(micro.position_ids is None for micro in one_by_one)
     expected, expected_hits, wanted = gradient_of(student, one_by_one)
     assert loss == pytest.approx(expected, rel=1e-6) and hits == pytest.approx(expected_hits, abs=1e-9)
@@ -91,8 +91,8 @@ def test_packed_equals_unpacked_in_loss_and_gradient(architecture):
 def test_the_loss_is_the_mean_over_tokens_of_the_models_own():
     """Against transformers' labels, text by text; so is the share of tokens that are the likeliest."""
     rows = texts(4)
-    student = Student(config(), ALONE, tiny_model("llama", VOCAB, spread=2.0))
-    loss, hits, _ = gradient_of(student, lesson_batches(student.cfg, ALONE, rows))
+    student = SftPolicy(config(), ALONE, tiny_model("llama", VOCAB, spread=2.0))
+    loss, hits, _ = gradient_of(student, sft_batches(student.cfg, ALONE, rows))
     lost, right, tokens = 0.0, 0, 0
     for row in rows:
         ids = torch.tensor([[*row.prompt_ids, *row.token_ids.tolist()]])
@@ -126,15 +126,17 @@ def test_a_model_that_mixes_packed_texts_is_refused():
     blind = lambda *args, position_ids=None, **kwargs: plain(model.base_model, *args, **kwargs)  # noqa: E731
     model.base_model.forward = blind
     with pytest.raises(UserError, match=r"see each other.*Set packing: false"):
-        Student(config(packing=True), ALONE, model)
-    Student(config(), ALONE, model)  # unpacked, it may be taught
+        SftPolicy(config(packing=True), ALONE, model)
+    SftPolicy(config(), ALONE, model)  # unpacked, it may be taught
 
 
 # --- what is learned
 
 
-CHAT = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}")  # fmt: skip
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def lessons_of(cfg, tokenizer, items, stop_ids=frozenset({0, 1})):
@@ -147,7 +149,7 @@ def lessons_of(cfg, tokenizer, items, stop_ids=frozenset({0, 1})):
         text = render(recipe, messages, tokenizer)
         ids = tuple(encode(recipe, text, tokenizer))
         prompts.append(Prompt(row, text, ids, columns, messages, columns["answer"]))
-    return load_lessons(cfg, recipe, tokenizer, Questions(prompts, 0), stop_ids)
+    return load_texts(cfg, recipe, tokenizer, Questions(prompts, 0), stop_ids)
 
 
 def test_a_plain_solution_ends_with_eos():
@@ -176,8 +178,14 @@ def test_the_template_of_the_mathematics_task_opens_the_answer_only_once():
     """Its prompt already ends in <start_working_out>, with which the solution begins."""
     tokenizer = tiny_tokenizer()
     template = "<start_working_out>{generated_solution}<end_working_out><SOLUTION>{expected_answer}</SOLUTION>"
-    cfg = config(chat_template_file="configs/working_out.jinja", system_prompt="S", solution_template=template,
-                 solution_remove=["<think>", "</think>"], strip_cells=True, max_generate_length=200)  # fmt: skip
+    cfg = config(
+        chat_template_file="configs/working_out.jinja",
+        system_prompt="S",
+        solution_template=template,
+        solution_remove=["<think>", "</think>"],
+        strip_cells=True,
+        max_generate_length=200,
+    )
     item = {"question": "1+1?", "answer": "2", "expected_answer": "2", "generated_solution": "<think> so 2\n</think>"}
     [row] = lessons_of(cfg, tokenizer, [item]).all()
     assert tokenizer.decode(list(row.prompt_ids)) == "S<|endoftext|>1+1?<start_working_out>"
@@ -202,8 +210,13 @@ def test_long_solutions_are_left_out_with_a_count():
 
 def test_solutions_come_from_the_cell_as_it_stands():
     """Rewards see the part of the answer behind ####, the solution is the whole; both are told apart on resume."""
-    cfg = config(data=str(PROJECT / "demo" / "train.jsonl"), data_rows=3, answer_format="hash", chat_template=False,
-                 max_prompt_length=96)  # fmt: skip
+    cfg = config(
+        data=str(PROJECT / "demo" / "train.jsonl"),
+        data_rows=3,
+        answer_format="hash",
+        chat_template=False,
+        max_prompt_length=96,
+    )
     tokenizer = load_tokenizer(str(PROJECT / "demo" / "base"))
     questions = load_questions(cfg, make_recipe(cfg, tokenizer), tokenizer)
     first = questions.items[0]

@@ -19,8 +19,8 @@ from grpo.config.settings import Config
 from grpo.data.questions import Questions
 from grpo.runtime.distributed import World, start, stop
 from grpo.sft import policy as sft_policy
-from grpo.sft.policy import Student, lesson_batches
-from grpo.sft.texts import Lessons
+from grpo.sft.policy import SftPolicy, sft_batches
+from grpo.sft.texts import SftTexts
 from grpo.training.metrics import Tally
 from grpo.types import Prompt, TrainRow
 from tests.support.launcher import run_script
@@ -29,8 +29,12 @@ from tests.support.tiny import tiny_model
 VOCAB, STEPS, TEXTS = 300, 20, 7
 WORLDS = [1, 2, pytest.param(3, marks=pytest.mark.full)]
 ZERO = {f"zero{stage}": {"backend": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)}
-SHORT = {"ddp": {}, "packed": {"packing": True}, "zero3 packed": {**ZERO["zero3"], "packing": True},
-         "deterministic": {"deterministic": True, "packing": True}}  # fmt: skip
+SHORT = {
+    "ddp": {},
+    "packed": {"packing": True},
+    "zero3 packed": {**ZERO["zero3"], "packing": True},
+    "deterministic": {"deterministic": True, "packing": True},
+}
 LONG = {**SHORT, **ZERO, "micro": {"micro_batch_tokens": 1}, "whole": {"loss_on": "all"}}
 BROKEN = {
     "denominator": {"broken": "denominator"},
@@ -41,10 +45,24 @@ BROKEN = {
 
 def config(packing: bool = False, loss_on: str = "completion", **settings) -> Config:
     """Small shapes: rows of up to 40 tokens, micro-batches of up to 64."""
-    sft = {"solution_column": "answer", "solution_template": None, "solution_remove": [], "loss_on": loss_on,
-           "packing": packing}  # fmt: skip
-    defaults = dict(model="tiny", data="none", batch_size=TEXTS, gradient_accumulation_steps=1, lr=1e-3,
-                    micro_batch_tokens=64, max_prompt_length=20, max_generate_length=20, sft=sft)  # fmt: skip
+    sft = {
+        "solution_column": "answer",
+        "solution_template": None,
+        "solution_remove": [],
+        "loss_on": loss_on,
+        "packing": packing,
+    }
+    defaults = dict(
+        model="tiny",
+        data="none",
+        batch_size=TEXTS,
+        gradient_accumulation_steps=1,
+        lr=1e-3,
+        micro_batch_tokens=64,
+        max_prompt_length=20,
+        max_generate_length=20,
+        sft=sft,
+    )
     return Config(**{**defaults, **settings})
 
 
@@ -54,20 +72,20 @@ def texts(step: int, seed: int, count: int = TEXTS, whole: bool = False) -> list
     draw = lambda: rng.integers(1, VOCAB, rng.integers(1, 17))  # noqa: E731
     pairs = [(draw(), draw().astype(np.int32)) for _ in range(count)]
     prompts = [Prompt(n, "", tuple(asked.tolist()), {}) for n, (asked, _) in enumerate(pairs)]
-    return Lessons(Questions(prompts, 0), [solution for _, solution in pairs], whole).all()
+    return SftTexts(Questions(prompts, 0), [solution for _, solution in pairs], whole).all()
 
 
 def updates(world: World, out: Path, name: str, seed: int = 0, broken: str = "", **settings):
     """Teach; rank 0 saves the weights. `broken` names a deliberate defect, for controls."""
     cfg = config(**settings)
-    student = Student(cfg, world, tiny_model("qwen3", VOCAB, spread=2.0).to(world.device))
+    student = SftPolicy(cfg, world, tiny_model("qwen3", VOCAB, spread=2.0).to(world.device))
     whole = settings.get("loss_on") == "all"
     tally, norms, true_collate = Tally(), [], sft_policy.collate_packs
     if broken == "denominator":  # each micro-batch weighs by its own tokens, not by the whole step's
         tokens = lambda packs: sum(len(row.token_ids) for texts in packs for row in texts)  # noqa: E731
         sft_policy.collate_packs = lambda n, packs, weight, device: true_collate(n, packs, 1 / tokens(packs), device)
     for step in range(STEPS):
-        batches = lesson_batches(cfg, world, texts(step, seed, whole=whole), student.even_block)
+        batches = sft_batches(cfg, world, texts(step, seed, whole=whole), student.even_block)
         if broken == "mixed":
             batches = [dataclasses.replace(micro, position_ids=None) for micro in batches]
         norms += student.train_on([batches], tally, STEPS, False, on_skip=lambda *_: None)

@@ -16,13 +16,13 @@ from tests.support.tiny import save_tiny
 KILLED = """
 import os, signal
 import grpo.run.log
-plain = grpo.run.log.Journal.log_lesson
+plain = grpo.run.log.RunLog.log_sft_step
 def log(self, step, *rest):
     told = plain(self, step, *rest)
     if step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return told
-grpo.run.log.Journal.log_lesson = log
+grpo.run.log.RunLog.log_sft_step = log
 """
 START = """
 import sys
@@ -31,17 +31,35 @@ sys.path.insert(0, {project!r})
 import grpo.sft
 from grpo.config.command_line import load_sft_config
 from grpo.run.launch import run_main
-sys.exit(run_main(grpo.sft.train.teach, load_sft_config, sys.argv[1:]))
+sys.exit(run_main(grpo.sft.train.train_sft, load_sft_config, sys.argv[1:]))
 """
 
 
 def sft(folder, output, patch="", **settings):
     """The supervised stage on the demo's questions, in a process of its own."""
-    flags = {"model": folder / "model", "data": PROJECT / "demo" / "train.jsonl", "data_rows": 40, "max_steps": 7,
-             "solution_column": "answer", "answer_format": "hash", "prompt_template": "{question}\n", "batch_size": 4,
-             "lr": 1e-3, "lr_schedule": "linear", "max_prompt_length": 96, "max_generate_length": 160, "save_steps": 3,
-             "save_in_background": False, "output_dir": folder / output, "runs_dir": folder / "runs",
-             "run_name": output, "num_threads": 1, "packing": True, "device": "cpu", **settings}  # fmt: skip
+    flags = {
+        "model": folder / "model",
+        "data": PROJECT / "demo" / "train.jsonl",
+        "data_rows": 40,
+        "max_steps": 7,
+        "solution_column": "answer",
+        "answer_format": "hash",
+        "prompt_template": "{question}\n",
+        "batch_size": 4,
+        "lr": 1e-3,
+        "lr_schedule": "linear",
+        "max_prompt_length": 96,
+        "max_generate_length": 160,
+        "save_steps": 3,
+        "save_in_background": False,
+        "output_dir": folder / output,
+        "runs_dir": folder / "runs",
+        "run_name": output,
+        "num_threads": 1,
+        "packing": True,
+        "device": "cpu",
+        **settings,
+    }
     start = folder / "start.py"
     start.write_text(START.format(project=str(PROJECT), patch=patch))
     return run_script(str(start), *(word for name, value in flags.items() for word in (f"--{name}", str(value))))
@@ -72,19 +90,28 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path):
     other = sft(tmp_path, "halves", loss_on="all")
     assert other.returncode == 2 and "trained with other settings" in other.stderr and "sft:" in other.stderr
     grpo = run_script(
-        "train.py", "--model", str(tmp_path / "model"), "--data", str(PROJECT / "demo" / "train.jsonl"), "--rewards",
-        '{"final_answer_reward": 1}', "--output_dir", str(tmp_path / "halves"), "--runs_dir", str(tmp_path / "runs"),
-    )  # fmt: skip
+        "train.py",
+        "--model",
+        str(tmp_path / "model"),
+        "--data",
+        str(PROJECT / "demo" / "train.jsonl"),
+        "--rewards",
+        '{"final_answer_reward": 1}',
+        "--output_dir",
+        str(tmp_path / "halves"),
+        "--runs_dir",
+        str(tmp_path / "runs"),
+    )
     assert grpo.returncode == 2 and "trained with other settings" in grpo.stderr
 
 
 BAD_LOSS = """
 import math
 import grpo.sft.policy
-plain = grpo.sft.policy.Student.loss
+plain = grpo.sft.policy.SftPolicy.loss
 def loss(self, *rest):
     return plain(self, *rest) * (math.nan if self.counters.step == 2 else 1.0)
-grpo.sft.policy.Student.loss = loss
+grpo.sft.policy.SftPolicy.loss = loss
 """
 
 
@@ -108,10 +135,24 @@ def both_stages(task, folder, nproc):
     """The ready configuration with small numbers and a small file, through the script."""
     config = yaml.safe_load((PROJECT / "configs" / f"{task}.yaml").read_text(encoding="utf-8"))
     data = str(save_rows(task, folder))
-    small = {"model": str(folder / "model"), "data": data, "max_steps": 2, "num_generations": 3, "batch_size": 2,
-             "gradient_accumulation_steps": 1, "max_prompt_length": 1200, "max_generate_length": 12, "dtype": "fp32",
-             "lr": 1e-3, "device": "cpu", "backend": "ddp", "eval_split_size": 2, "num_threads": 1,
-             "output_dir": str(folder / "out"), "runs_dir": str(folder / "runs")}  # fmt: skip
+    small = {
+        "model": str(folder / "model"),
+        "data": data,
+        "max_steps": 2,
+        "num_generations": 3,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "max_prompt_length": 1200,
+        "max_generate_length": 12,
+        "dtype": "fp32",
+        "lr": 1e-3,
+        "device": "cpu",
+        "backend": "ddp",
+        "eval_split_size": 2,
+        "num_threads": 1,
+        "output_dir": str(folder / "out"),
+        "runs_dir": str(folder / "runs"),
+    }
     section = {name: value for name, value in config["sft"].items() if name not in ("epoch", "save_steps", "lr")}
     section |= {"max_steps": 3, "max_generate_length": 800, "lr": 1e-2, "lr_schedule": "constant"}
     if task == "dapo_math":

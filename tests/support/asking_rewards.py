@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from grpo.rewards import Sample
+from grpo.rewards import RewardInput
 from grpo.rewards.calls import Answer, Call
 from grpo.rewards.pool import Rewards
 from grpo.types import Pulse
 
 
 def answers_of(
-    rewards: Rewards, samples: Sequence[Sample], calls: Sequence[Call], pulse: Pulse = lambda: False
+    rewards: Rewards, samples: Sequence[RewardInput], calls: Sequence[Call], pulse: Pulse = lambda: False
 ) -> list[Answer | None]:
     """The answers to one round of calls."""
     rewards.begin()

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from grpo.runtime.distributed import World, start, stop
-from grpo.training.backends import ddp as replicated
+from grpo.training.backends import ddp
 from grpo.training.metrics import Tally
 from tests.forward.test_host_reads import minibatch_of
 from tests.support.rank_jobs import config, injected_step, make_policy, poisoned_update, weights_sha256
@@ -76,8 +76,12 @@ def gradient(world: World, name: str) -> dict:
         seen.events.append("step")
         policy.backend.buckets.give()
     wrong = [key for key, p in policy.backend.parameters.items() if not torch.equal(p.grad, wanted[key])]
-    return {"events": seen.events, "wrong": wrong, "parameters": len(wanted),
-            "buckets": [sum(p.numel() for p in bucket) for bucket in policy.backend.buckets.buckets]}  # fmt: skip
+    return {
+        "events": seen.events,
+        "wrong": wrong,
+        "parameters": len(wanted),
+        "buckets": [sum(p.numel() for p in bucket) for bucket in policy.backend.buckets.buckets],
+    }
 
 
 def flat(policy) -> torch.Tensor:
@@ -114,17 +118,23 @@ def crowded(world: World, fail: bool) -> dict:
             injected_step(cfg, world, policy, step, 3, 0, tally)
         sent.append(seen.events)
     weights = flat(policy)
-    return {"sha256": weights_sha256(policy), "failures": failures, "sent": sent, "weights": weights.tolist(),
-            "begun": begun.tolist(),
-            "twice": twice,
-            "halvings": policy.room.halvings, "loss": tally.reduce(world)["loss"]}  # fmt: skip
+    return {
+        "sha256": weights_sha256(policy),
+        "failures": failures,
+        "sent": sent,
+        "weights": weights.tolist(),
+        "begun": begun.tolist(),
+        "twice": twice,
+        "halvings": policy.fitting.halvings,
+        "loss": tally.reduce(world)["loss"],
+    }
 
 
 def main() -> None:
     """Run all, in one launch."""
     out = Path(sys.argv[1])
     world = start("cpu", num_threads=1)
-    replicated.BUCKET_ELEMENTS = 1000  # several buckets, also of so small a model
+    ddp.BUCKET_ELEMENTS = 1000  # several buckets, also of so small a model
     results: dict = {name: gradient(world, name) for name in CASES}
     results |= {name: crowded(world, name == "crowded") for name in ("crowded", "roomy")}
     results["poisoned"] = poisoned_update(world, out, rank=1)

@@ -273,7 +273,7 @@ def _write_everywhere(data):
 
 @hostile(runs_code=True)
 def traces(trainer, **columns):
-    """Reach for the workers, the warden and the keeper above, and for the trainer. What succeeds is the score."""
+    """Reach for the workers, the supervisor and the keeper above, and for the trainer. What succeeds is the score."""
     reached, [trainer] = 0, trainer
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         with contextlib.suppress(OSError):

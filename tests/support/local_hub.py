@@ -48,8 +48,18 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(200, json.dumps(_entries(folder, under, paths)).encode())
             elif folder is not None:
                 files = [{"rfilename": path.relative_to(folder).as_posix()} for path in _files(folder)]
-                about = {"_id": "1", "id": name, "sha": COMMIT, "private": False, "gated": False, "disabled": False,
-                         "downloads": 0, "likes": 0, "tags": [], "siblings": files}  # fmt: skip
+                about = {
+                    "_id": "1",
+                    "id": name,
+                    "sha": COMMIT,
+                    "private": False,
+                    "gated": False,
+                    "disabled": False,
+                    "downloads": 0,
+                    "likes": 0,
+                    "tags": [],
+                    "siblings": files,
+                }
                 self._send(200, json.dumps(about).encode())
         elif match := FILE.fullmatch(url):
             folder = self._folder(match[1] or "models", match[2])

@@ -34,9 +34,17 @@ VOCAB = 300
 def config(**settings) -> Config:
     """Small shapes; 5 prompts of 3, so that nothing divides evenly, and chunks of 4 rows."""
     defaults = dict(
-        batch_size=5, gradient_accumulation_steps=1, num_generations=3, rollout_chunk_rows=4, micro_batch_tokens=64,
-        max_generate_length=16, lr=1e-3, rewards={"final_answer_reward": 1.0}, model="tiny", data="none",
-    )  # fmt: skip
+        batch_size=5,
+        gradient_accumulation_steps=1,
+        num_generations=3,
+        rollout_chunk_rows=4,
+        micro_batch_tokens=64,
+        max_generate_length=16,
+        lr=1e-3,
+        rewards={"final_answer_reward": 1.0},
+        model="tiny",
+        data="none",
+    )
     return Config(**{**defaults, **settings})
 
 
@@ -84,7 +92,7 @@ def injected_step(
 ) -> list[float]:
     """One step of training on injected rollouts; each rank holds only what it would have sampled."""
     prompts, completions, advantages = injected(cfg, step, seed)
-    mine = [completion for completion in completions if completion.sample % world.size == world.rank]
+    mine = [completion for completion in completions if completion.row % world.size == world.rank]
     lengths = np.array([len(completion.token_ids) for completion in completions])
     table = table_of(cfg, lengths, np.arange(len(completions)) % world.size)
     plan = make_plan(cfg, prompts, lengths, advantages, world.size)
@@ -138,7 +146,7 @@ def free_rollout(world: World, out: Path, **settings):
     engine = NativeEngine(sampler, [0, 9], cfg.max_generate_length, seed=cfg.seed)
     engine.load_weights(policy.weights())
     completions = rollout(engine, prompts, 3, cfg, world)
-    return {str(c.sample): [c.token_ids.tolist(), c.sampler_logprobs.tolist(), c.finish] for c in completions}
+    return {str(c.row): [c.token_ids.tolist(), c.sampler_logprobs.tolist(), c.finish] for c in completions}
 
 
 def poisoned_update(world: World, out: Path, rank: int, **settings):
@@ -157,9 +165,14 @@ def poisoned_update(world: World, out: Path, rank: int, **settings):
     after = weights_sha256(policy)
     injected_step(cfg, world, policy, 2, 3, 0, Tally())
     return {
-        "before": before, "after": after, "moments_same": same, "norms": norms, "later": weights_sha256(policy),
-        "skipped": policy.counters.skipped_updates, "in_a_row": policy.counters.consecutive_skips,
-    }  # fmt: skip
+        "before": before,
+        "after": after,
+        "moments_same": same,
+        "norms": norms,
+        "later": weights_sha256(policy),
+        "skipped": policy.counters.skipped_updates,
+        "in_a_row": policy.counters.consecutive_skips,
+    }
 
 
 def sealed_update(world: World, out: Path, rank: int, **settings):
@@ -168,19 +181,25 @@ def sealed_update(world: World, out: Path, rank: int, **settings):
     policy = make_policy(cfg, world)
     injected_step(cfg, world, policy, 0, 3, 0, Tally())
     NativeEngine(with_adapter(cfg, tiny_model("qwen3", VOCAB)), [0], 4, 1).load_weights(policy.weights())
-    untouched = policy.broken_seal()
+    untouched = policy.changed_tensor()
     held = dict(policy.backend.held())
     found = {}
     for name, tensor in held.items():
         if world.rank == rank and tensor.numel():
             bits = tensor.view(-1)[-1:].view(torch.int32)
             bits ^= 1 << 11
-            found[name] = policy.broken_seal()
+            found[name] = policy.changed_tensor()
             bits ^= 1 << 11
-    other, sealed = policy.broken_seal(), policy.sealed
+    other, remembered = policy.changed_tensor(), policy.known_checksums
     injected_step(cfg, world, policy, 1, 3, 0, Tally())
-    changed = sum(policy.sealed[name] != value for name, value in sealed.items())
-    return {"untouched": untouched, "found": found, "other": other, "changed": changed, "sealed": len(sealed)}
+    changed = sum(policy.known_checksums[name] != value for name, value in remembered.items())
+    return {
+        "untouched": untouched,
+        "found": found,
+        "other": other,
+        "changed": changed,
+        "remembered": len(remembered),
+    }
 
 
 def crowded_updates(world: World, out: Path, name: str, where: str, **settings):
@@ -208,8 +227,12 @@ def crowded_updates(world: World, out: Path, name: str, where: str, **settings):
     weights = {key: value.contiguous().clone() for key, value in policy.weights()}
     if world.is_main:
         save_file(weights, out / f"{name}.safetensors")
-    return {"sha256": weights_sha256(policy), "halvings": policy.room.halvings, "size": policy.room.size,
-            "metrics": tally.reduce(world)}  # fmt: skip
+    return {
+        "sha256": weights_sha256(policy),
+        "halvings": policy.fitting.halvings,
+        "size": policy.fitting.size,
+        "metrics": tally.reduce(world),
+    }
 
 
 def architecture_steps(world: World, out: Path, architecture: str, steps: int = 2, **settings):
@@ -226,7 +249,7 @@ def architecture_steps(world: World, out: Path, architecture: str, steps: int = 
         completions = rollout(engine, prompts, step, cfg, world)
         facts = np.zeros((len(prompts) * group, 3))
         for c in completions:
-            facts[c.sample] = [len(c.token_ids), float((c.token_ids % 2 == 0).mean()), world.rank]
+            facts[c.row] = [len(c.token_ids), float((c.token_ids % 2 == 0).mean()), world.rank]
         facts = world.sum_rows(facts)
         lengths, rewards = facts[:, 0].astype(int), facts[:, 1]
         table = table_of(cfg, lengths, facts[:, 2])
@@ -235,7 +258,7 @@ def architecture_steps(world: World, out: Path, architecture: str, steps: int = 
         batches = deliver(world, cfg, plan, prompts, completions, table, advantages, policy.even_block)
         batches = policy.annotate(batches)
         norms += policy.train_on(batches, tally, steps * updates_per_step(cfg), False, on_skip=lambda *_: None)
-        sampled |= {f"{step}.{c.sample}": c.token_ids.tolist() for c in completions}
+        sampled |= {f"{step}.{c.row}": c.token_ids.tolist() for c in completions}
         policy.trust(tally.reduce(world))
     ends = dict(policy.weights())
     moved = {name: float((ends[name] - start_weights[name]).abs().max()) for name in ends}
@@ -243,9 +266,14 @@ def architecture_steps(world: World, out: Path, architecture: str, steps: int = 
         save_file(
             {name: tensor.contiguous().clone() for name, tensor in ends.items()}, out / f"{architecture}.safetensors"
         )
-    return {"sha256": weights_sha256(policy), "norms": norms, "sampled": sampled, "moved": moved,
-            "dtypes": sorted({str(tensor.dtype) for tensor in ends.values()}),
-            "metrics": tally.reduce(world)}  # fmt: skip
+    return {
+        "sha256": weights_sha256(policy),
+        "norms": norms,
+        "sampled": sampled,
+        "moved": moved,
+        "dtypes": sorted({str(tensor.dtype) for tensor in ends.values()}),
+        "metrics": tally.reduce(world),
+    }
 
 
 def collectives(world: World, out: Path):
@@ -262,8 +290,20 @@ def collectives(world: World, out: Path):
     }
 
 
-COLLECTIVES = ("all_reduce", "all_gather", "all_to_all_single", "broadcast", "barrier", "reduce", "gather", "scatter",
-               "all_gather_object", "gather_object", "broadcast_object_list", "monitored_barrier")  # fmt: skip
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "all_to_all_single",
+    "broadcast",
+    "barrier",
+    "reduce",
+    "gather",
+    "scatter",
+    "all_gather_object",
+    "gather_object",
+    "broadcast_object_list",
+    "monitored_barrier",
+)
 
 
 def counted_step(world: World, out: Path, seed: int = 0, **settings):

@@ -24,8 +24,9 @@ def taught_checkpoint(
 
     settings: words of a command line, as train.py takes them.
     """
-    cfg, _ = load_config(["--model", "m", "--data", "d.jsonl", "--chat_template", "false",
-                          "--rewards", '{"mark_reward": 1}', *settings])  # fmt: skip
+    cfg, _ = load_config(
+        ["--model", "m", "--data", "d.jsonl", "--chat_template", "false", "--rewards", '{"mark_reward": 1}', *settings]
+    )
     tokenizer = tiny_tokenizer()
     recipe = make_recipe(cfg, tokenizer)
     rows = []

@@ -39,9 +39,17 @@ def tiny_config(architecture: str, vocab_size: int = 300) -> transformers.PreTra
             vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0
         )
     common = dict(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     if architecture == "qwen2":
         return transformers.Qwen2Config(**common, tie_word_embeddings=True)
     if architecture == "qwen3":
@@ -50,14 +58,21 @@ def tiny_config(architecture: str, vocab_size: int = 300) -> transformers.PreTra
         return transformers.LlamaConfig(**common, tie_word_embeddings=False)
     if architecture == "gemma2":
         return transformers.Gemma2Config(
-            **common, head_dim=8, query_pre_attn_scalar=8, sliding_window=8,
-            attn_logit_softcapping=5.0, final_logit_softcapping=3.0,
-        )  # fmt: skip
+            **common,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=8,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=3.0,
+        )
     if architecture == "gemma3":
         return transformers.Gemma3TextConfig(
-            **common, head_dim=8, query_pre_attn_scalar=8, sliding_window=8,
+            **common,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=8,
             layer_types=["sliding_attention", "full_attention"],
-        )  # fmt: skip
+        )
     raise ValueError(architecture)
 
 

@@ -77,9 +77,30 @@ def _method(name: str) -> Callable:
     return call
 
 
-LEFT = {"__new__", "__init__", "__class__", "__getattribute__", "__init_subclass__", "__subclasshook__", "__iter__",
-        "__repr__", "__str__", "__format__", "__sizeof__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__doc__",
-        "__dir__", "__delattr__", "__setattr__", "__getstate__", "maketrans", "__len__", "__hash__"}  # fmt: skip
+LEFT = {
+    "__new__",
+    "__init__",
+    "__class__",
+    "__getattribute__",
+    "__init_subclass__",
+    "__subclasshook__",
+    "__iter__",
+    "__repr__",
+    "__str__",
+    "__format__",
+    "__sizeof__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__getnewargs__",
+    "__doc__",
+    "__dir__",
+    "__delattr__",
+    "__setattr__",
+    "__getstate__",
+    "maketrans",
+    "__len__",
+    "__hash__",
+}
 for _name in set(dir(str)) - LEFT:
     setattr(Text, _name, _method(_name))
 Text.__hash__ = str.__hash__  # type: ignore[method-assign]
@@ -201,8 +222,15 @@ class Counted:
         def more() -> int | None:
             if done >= most:
                 return None
-            return self._walk(inner, 0, text, at, lambda here: None if here == at else self._again(
-                inner, least, most, greedy, text, here, rest, done + 1))  # fmt: skip
+            return self._walk(
+                inner,
+                0,
+                text,
+                at,
+                lambda here: (
+                    None if here == at else self._again(inner, least, most, greedy, text, here, rest, done + 1)
+                ),
+            )
 
         ways = (more, lambda: rest(at) if done >= least else None)
         for way in ways if greedy else ways[::-1]:
@@ -236,8 +264,14 @@ class Counted:
         if op is names.RANGE:
             return value[0] <= ord(letter) <= value[1]
         kind = str(value).lower().removeprefix("category_")
-        pattern = {"digit": r"\d", "space": r"\s", "word": r"\w", "not_digit": r"\D", "not_space": r"\S",
-                   "not_word": r"\W"}[kind]  # fmt: skip
+        pattern = {
+            "digit": r"\d",
+            "space": r"\s",
+            "word": r"\w",
+            "not_digit": r"\D",
+            "not_space": r"\S",
+            "not_word": r"\W",
+        }[kind]
         return re.match(pattern, letter, self.flags & re.A) is not None
 
     def _at(self, kind: Any, text: str, at: int) -> bool:

@@ -18,11 +18,15 @@ def config(tmp_path, settings, **ours):
 
 def test_auto_is_filled_in_and_the_rest_is_kept(tmp_path):
     settings = {
-        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto",
-        "gradient_accumulation_steps": "auto", "optimizer": "auto",
-        "bf16": {"enabled": "auto"}, "fp16": {"enabled": False},
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_clipping": "auto",
+        "gradient_accumulation_steps": "auto",
+        "optimizer": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": False},
         "zero_optimization": {"stage": "auto", "overlap_comm": False, "reduce_bucket_size": "auto"},
-    }  # fmt: skip
+    }
     made = deepspeed_config(config(tmp_path, settings, zero_stage=3, max_grad_norm=0.5))
     assert made["zero_optimization"] == {"stage": 3, "overlap_comm": False}
     assert made["gradient_clipping"] == 0.5 and made["gradient_accumulation_steps"] == 1

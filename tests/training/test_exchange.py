@@ -39,7 +39,7 @@ def test_plan_is_the_same_for_any_world_and_leaves_out_only_rows_without_gradien
     cfg = Config(num_generations=group, num_minibatches=minibatches, micro_batch_tokens=40)
     plans = [make_plan(cfg, prompts, lengths, advantages, world_size) for world_size in (1, 3)]
     assert [m.micro_batches for m in plans[0]] == [m.micro_batches for m in plans[1]]
-    assert [n for m in plans[0] for n in m.samples] == list(range(num_prompts * group))
+    assert [n for m in plans[0] for n in m.rows] == list(range(num_prompts * group))
     assert set(trainers_of(plans[1])) == {n for n in range(len(lengths)) if lengths[n] > 0 and advantages[n] != 0}
     with_kl = make_plan(Config(**{**vars(cfg), "beta": 0.1}), prompts, lengths, advantages, 2)
     assert set(trainers_of(with_kl)) == {n for n in range(len(lengths)) if lengths[n] > 0}
@@ -67,7 +67,7 @@ def test_collate_aligns_predictions_with_targets():
     assert micro.target_ids.tolist() == [[1, 2], [3, 0]]
     assert micro.mask.tolist() == [[True, True], [True, False]]
     assert micro.weights.tolist() == [[0.5, 0.5], [0.25, 0.0]]
-    assert micro.samples == (4, 6)
+    assert micro.rows == (4, 6)
 
 
 @pytest.mark.parametrize("ids", [[0, 0], [9, 0]])

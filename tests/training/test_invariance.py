@@ -72,12 +72,13 @@ def jobs_of(world_size: int) -> dict[tuple[str, str], tuple[str, dict]]:
         for backend, how in {**BACKENDS, "deterministic": {"deterministic": True}}.items():
             for rank in (0, 1):
                 jobs["poison", f"{backend}, rank {rank}"] = ("poisoned_update", {"rank": rank, **how})
-        jobs |= {("seal", name): ("sealed_update", {"rank": 1, **how}) for name, how in BACKENDS.items()}
+        jobs |= {("sealed", name): ("sealed_update", {"rank": 1, **how}) for name, how in BACKENDS.items()}
         for where in ("loss", "backward"):
             for name, how in {"ddp": {}, "deterministic": {"deterministic": True}}.items():
                 jobs["crowded", f"{name}, {where}"] = (
-                    "crowded_updates", {"name": f"crowded {name} {where}", "where": where, **how},
-                )  # fmt: skip
+                    "crowded_updates",
+                    {"name": f"crowded {name} {where}", "where": where, **how},
+                )
         jobs |= {("count", name): ("counted_step", how) for name, how in COUNTED.items()}
     if world_size == 3:
         jobs["world", "methods"] = ("collectives", {})
@@ -248,9 +249,9 @@ def test_a_nan_on_one_rank_skips_the_update_on_all(results, backend, rank):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_flipped_bit_is_found_by_the_rank_that_holds_it(results, backend):
     """Every tensor that a rank holds, weights and optimizer state; nothing else is taken for a flipped bit."""
-    first, second = results(2)["seal", backend][0]
+    first, second = results(2)["sealed", backend][0]
     assert first["untouched"] is first["other"] is second["untouched"] is second["other"] is None
-    assert first["found"] == {} and first["changed"] >= first["sealed"] - 1, "an update changes what is sealed"
+    assert first["found"] == {} and first["changed"] >= first["remembered"] - 1, "an update changes what is remembered"
     assert second["found"] == {name: name for name in second["found"]}
     words = " ".join(second["found"])
     assert len(second["found"]) >= 4 and "exp_avg" in words and "exp_avg_sq" in words
@@ -285,4 +286,4 @@ def test_few_and_fixed_collectives(results, name):
         assert ours == {"distributed.all_reduce": 1, "distributed.all_to_all_single": 1, "distributed.all_gather": 1}
         assert not any("object" in key for key in counts)
         if name != "zero3":
-            assert counts["replicated.all_reduce"] == 1, "one bucket of gradients for so small a model"
+            assert counts["ddp.all_reduce"] == 1, "one bucket of gradients for so small a model"

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from grpo.config.settings import Config
 from grpo.data.questions import Questions
 from grpo.evaluate.held_out import evaluate
-from grpo.rewards import Sample
+from grpo.rewards import RewardInput
 from grpo.rewards import pool as pool_module
 from grpo.rewards import supervisor_handle as warden_process
 from grpo.rewards.calls import Packed
@@ -28,7 +28,7 @@ from grpo.rewards.pool import open_rewards
 from grpo.rollout import rollout
 from grpo.rollout.engine import NativeEngine
 from grpo.runtime.distributed import World
-from grpo.runtime.out_of_memory import Room
+from grpo.runtime.out_of_memory import FittingSize
 from grpo.training.scoring import FAILED, LATE, Scoring
 from grpo.types import Completion, Prompt
 from tests.support.launcher import metrics_of, patched_train, run_script
@@ -131,14 +131,17 @@ def until(there, pulse):
 def same(one, other):
     np.testing.assert_array_equal(one.scores, other.scores)
     np.testing.assert_array_equal(one.faults, other.faults)
-    assert one.samples == other.samples and one.completions is other.completions
+    assert one.inputs == other.inputs and one.completions is other.completions
 
 
 @settings(max_examples=20, deadline=None)
 @given(
-    st.lists(st.integers(5, 249), min_size=ROWS, max_size=ROWS), st.permutations(range(ROWS)),
-    st.permutations(range(ROWS)), st.lists(st.integers(1, 4), min_size=ROWS, max_size=ROWS), st.booleans(),
-)  # fmt: skip
+    st.lists(st.integers(5, 249), min_size=ROWS, max_size=ROWS),
+    st.permutations(range(ROWS)),
+    st.permutations(range(ROWS)),
+    st.lists(st.integers(1, 4), min_size=ROWS, max_size=ROWS),
+    st.booleans(),
+)
 def test_scores_do_not_depend_on_when_completions_were_taken(
     pool, in_process, tmp_path_factory, tokens, arrival, kept, sizes, looks
 ):
@@ -192,12 +195,12 @@ def test_memory_that_runs_out_gives_no_completion_twice(pool, in_process, tmp_pa
     scoring = scoring_of(pool, tmp_path, said)
 
     def take(completions):
-        given_.append((left[0], [one.sample for one in completions]))
+        given_.append((left[0], [one.row for one in completions]))
         scoring.take(completions)
 
     completions = rollout(engine, prompts_in(tmp_path), 0, cfg, ALONE, scoring.pulse, take)
     scored = scoring.finish(completions)
-    assert engine.room.halvings == 1 and [one.sample for one in completions] == list(range(ROWS))
+    assert engine.fitting.halvings == 1 and [one.row for one in completions] == list(range(ROWS))
     assert any(when > 0 for when, _ in given_), "none was final before memory ran out: the test shows nothing"
     assert sorted(sample for _, some in given_ for sample in some) == list(range(ROWS))
     same(scored, scoring_of(in_process, tmp_path, expected).finish(completions))
@@ -210,7 +213,7 @@ def test_memory_that_runs_out_gives_no_completion_twice(pool, in_process, tmp_pa
 class Holding:
     """An engine that keeps completions back until a file is there: in the middle of its n-th call, or before it."""
 
-    room = Room("rollout", "rollout_chunk_rows", "rows")
+    fitting = FittingSize("rollout", "rollout_chunk_rows", "rows")
 
     def __init__(self, file, call, first):
         """first: samples that are finished, in this order, before it waits."""
@@ -218,7 +221,7 @@ class Holding:
         self.calls, self.came = 0, False
 
     def generate(self, requests, sampling, pulse, *, on_finished=None):
-        made = {request.sample: completion(request.sample, 10 + request.sample) for request in requests}
+        made = {request.row: completion(request.row, 10 + request.row) for request in requests}
         here = self.calls == self.call
         self.calls += 1
         early = [made[sample] for sample in self.first] if here else []
@@ -296,13 +299,36 @@ def test_a_run_scores_while_it_samples(file, tmp_path):
     rows = [{"question": f"{n}+1?", "answer": "#### 4", "folder": str(tmp_path)} for n in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run_script(
-        patched_train(tmp_path, PATCH.format(folder=str(tmp_path))), "--model", str(tmp_path / "model"),
-        "--data", str(tmp_path / "rows.jsonl"), "--eval_data", str(tmp_path / "rows.jsonl"),
-        "--rewards", json.dumps({f"{file}:row": 1.0}), "--max_reward_failures", "1", "--max_steps", "2",
-        "--num_generations", "2", "--batch_size", "2", "--gradient_accumulation_steps", "1", "--max_prompt_length",
-        "64", "--max_generate_length", "8", "--output_dir", str(tmp_path / "output"), "--runs_dir",
-        str(tmp_path / "runs"), "--save_steps", "0",
-    )  # fmt: skip
+        patched_train(tmp_path, PATCH.format(folder=str(tmp_path))),
+        "--model",
+        str(tmp_path / "model"),
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--eval_data",
+        str(tmp_path / "rows.jsonl"),
+        "--rewards",
+        json.dumps({f"{file}:row": 1.0}),
+        "--max_reward_failures",
+        "1",
+        "--max_steps",
+        "2",
+        "--num_generations",
+        "2",
+        "--batch_size",
+        "2",
+        "--gradient_accumulation_steps",
+        "1",
+        "--max_prompt_length",
+        "64",
+        "--max_generate_length",
+        "8",
+        "--output_dir",
+        str(tmp_path / "output"),
+        "--runs_dir",
+        str(tmp_path / "runs"),
+        "--save_steps",
+        "0",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "log").read_text().split() == ["True"] * 4
     assert [row["reward/failures"] for row in metrics_of(tmp_path / "runs") if "reward/failures" in row] != []
@@ -345,12 +371,12 @@ def test_a_stop_leaves_scores_without_failures(file, tmp_path):
             time.sleep(0.01)
             scoring.pulse()
         scored = scoring.finish([*made, cut])
-        assert not any(warden.busy for warden in pool.wardens)
+        assert not any(supervisor.busy for supervisor in pool.supervisors)
         assert scored.scores[0].tolist() == [3.0] and np.isnan(scored.scores[[1, 3]]).all()
         assert not scored.faults.any() and not said and not (tmp_path / f"row {CUT}").exists()
         asked.clear()
         again = scoring_of(pool, tmp_path, said).finish(made[:1])  # and it can go on
-        assert again.scores.tolist() == [[3.0]] and len(pool.wardens) == 2
+        assert again.scores.tolist() == [[3.0]] and len(pool.supervisors) == 2
 
 
 def test_wardens_that_are_killed_meanwhile_cost_one_call_each(file, tmp_path):
@@ -359,13 +385,13 @@ def test_wardens_that_are_killed_meanwhile_cost_one_call_each(file, tmp_path):
     with opened(file, "row", reward_timeout_s=1000.0) as pool:
         scoring = scoring_of(pool, tmp_path, said)
         scoring.take(made)  # batches of three
-        assert until(lambda: all(warden.busy for warden in pool.wardens), scoring.pulse)
-        killed = [warden.process for warden in pool.wardens]
+        assert until(lambda: all(supervisor.busy for supervisor in pool.supervisors), scoring.pulse)
+        killed = [supervisor.process for supervisor in pool.supervisors]
         for process in killed:
             process.kill()
-        assert until(lambda: not pool.wardens, scoring.pulse)
+        assert until(lambda: not pool.supervisors, scoring.pulse)
         scored = scoring.finish(made)
-        assert len(pool.wardens) == 2 and not any(warden.process in killed for warden in pool.wardens)
+        assert len(pool.supervisors) == 2 and not any(supervisor.process in killed for supervisor in pool.supervisors)
     assert np.flatnonzero(scored.faults).tolist() == [0, 3] and scored.faults[0, 0] == FAILED
     assert scored.scores[[1, 2, 4, 5, 6, 7, 8], 0].tolist() == [3.0, 4.0, 14 / 3, 5.0, 6.0, 19 / 3, 7 / 3]
     assert len(said) == 2 and all("ended from outside" in line for line in said)
@@ -382,7 +408,7 @@ def test_a_round_that_nobody_collects_is_forgotten(file, tmp_path):
 
 
 def test_a_warden_is_not_lost_for_want_of_somebody_who_looks(file, tmp_path):
-    """The trainer was busy for longer than any warden may be silent."""
+    """The trainer was busy for longer than any supervisor may be silent."""
     with opened(file, "row") as pool:
         scoring = scoring_of(pool, tmp_path, [])
         scoring.take([completion(0, 9)])
@@ -395,7 +421,7 @@ def test_prompts_are_not_mixed_up_when_samples_come_and_go():
     """A prompt travels once, and is known by its objects: a new one may stand where an old one was."""
     packed = Packed()
     for n in range(50):
-        packed.add([Sample(f"q{n}", "", [1], {"answer": str(n)})])
+        packed.add([RewardInput(f"q{n}", "", [1], {"answer": str(n)})])
     assert len(packed.prompts) == 50
 
 
@@ -406,7 +432,7 @@ def test_a_warden_that_is_stopped_counts_as_lost(file, tmp_path, monkeypatch):
     said: list[str] = []
     with opened(file, "row", reward_workers=1, reward_timeout_s=5.0) as pool:
         monkeypatch.setattr(pool_module, "GRACE_S", 0.5)
-        keeper = pool.wardens[0].process.pid
+        keeper = pool.supervisors[0].process.pid
         inner = int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()[0])
         os.kill(inner, signal.SIGSTOP)
         scoring = scoring_of(pool, tmp_path, said)

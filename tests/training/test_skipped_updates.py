@@ -89,18 +89,26 @@ def test_metrics_never_average_what_is_not_finite():
 
 def test_rollout_metrics_by_hand():
     facts = {name: np.zeros(4) for name in FACTS} | {
-        "length": np.array([2.0, 4.0, 2.0, 0.0]), "stopped": np.array([1.0, 1.0, 0.0, 0.0]),
-        "broken": np.array([0.0, 0.0, 0.0, 1.0]), "logprob_sum": np.array([-2.0, -4.0, -2.0, 0.0]),
+        "length": np.array([2.0, 4.0, 2.0, 0.0]),
+        "stopped": np.array([1.0, 1.0, 0.0, 0.0]),
+        "broken": np.array([0.0, 0.0, 0.0, 1.0]),
+        "logprob_sum": np.array([-2.0, -4.0, -2.0, 0.0]),
         "clamped": np.array([8.0, 0.0, 0.0, 0.0]),
-    }  # fmt: skip
+    }
     scores = np.array([[1.0], [0.0], [2.0], [np.nan]])
     table = Table(["my.py:f"], scores, scores[:, 0], facts, 2)
     metrics = rollout_metrics(table, np.array([1.0, -1.0, 0.0, 0.0]), vocab_size=10)
     wanted = {
-        "reward/mean": 1.0, "reward/f/mean": 1.0, "reward/zero_std_groups": 0.5, "completions/length_mean": 2.0,
-        "completions/truncated": 0.25, "completions/broken": 1.0, "entropy": 1.0, "guards/clamped_logits": 0.1,
+        "reward/mean": 1.0,
+        "reward/f/mean": 1.0,
+        "reward/zero_std_groups": 0.5,
+        "completions/length_mean": 2.0,
+        "completions/truncated": 0.25,
+        "completions/broken": 1.0,
+        "entropy": 1.0,
+        "guards/clamped_logits": 0.1,
         "advantage/abs_mean": 0.5,
-    }  # fmt: skip
+    }
     assert {key: metrics[key] for key in wanted} == pytest.approx(wanted)
 
 
@@ -112,10 +120,23 @@ def test_a_run_whose_weights_break_stops_with_its_own_code_and_keeps_the_evidenc
         model.get_input_embeddings().weight[:] = float("nan")
     model.save_pretrained(folder)
     done = run_script(
-        "train.py", "--config", "configs/demo.yaml", "--model", str(folder), "--eval_data", "null",
-        "--max_bad_steps", "2", "--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"),
-        "--max_generate_length", "8", nproc=2,
-    )  # fmt: skip
+        "train.py",
+        "--config",
+        "configs/demo.yaml",
+        "--model",
+        str(folder),
+        "--eval_data",
+        "null",
+        "--max_bad_steps",
+        "2",
+        "--output_dir",
+        str(tmp_path / "output"),
+        "--runs_dir",
+        str(tmp_path / "runs"),
+        "--max_generate_length",
+        "8",
+        nproc=2,
+    )
     assert done.returncode != 0 and "2 updates in a row met NaN" in done.stderr
     assert json.loads((tmp_path / "output" / "exit.json").read_text())["code"] == 76
     assert sorted(p.name for p in (tmp_path / "output" / "anomalies").iterdir()) == ["step_1", "step_2"]

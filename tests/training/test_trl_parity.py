@@ -81,7 +81,7 @@ def trl_movement(base, out, loss, beta, num_updates=1):
     """TRL's SGD on the injected rollouts."""
     tokenizer = load_tokenizer(str(base))
     prompts, completions, rewards = rollouts(tokenizer)
-    ids_of = {p.text: [completions[p.row * G + g].token_ids.tolist() for g in range(G)] for p in prompts}
+    ids_of = {p.text: [completions[p.data_row * G + g].token_ids.tolist() for g in range(G)] for p in prompts}
     reward_of = {tuple(c.token_ids.tolist()): float(r) for c, r in zip(completions, rewards, strict=True)}
 
     def inject(texts, trainer):
@@ -97,16 +97,39 @@ def trl_movement(base, out, loss, beta, num_updates=1):
 
     model, before = start_model(base)  # its config names the folder, from where TRL loads the reference
     args = trl.GRPOConfig(
-        output_dir=str(out), loss_type=loss, beta=beta, use_bias_correction_kl=False, scale_rewards="none",
-        num_generations=G, per_device_train_batch_size=6, gradient_accumulation_steps=2, steps_per_generation=2,
-        num_iterations=num_updates, max_steps=num_updates, max_completion_length=MAX_LENGTH, temperature=TEMPERATURE,
-        optim="sgd", learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=0.0, disable_dropout=True,
-        bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(out),
+        loss_type=loss,
+        beta=beta,
+        use_bias_correction_kl=False,
+        scale_rewards="none",
+        num_generations=G,
+        per_device_train_batch_size=6,
+        gradient_accumulation_steps=2,
+        steps_per_generation=2,
+        num_iterations=num_updates,
+        max_steps=num_updates,
+        max_completion_length=MAX_LENGTH,
+        temperature=TEMPERATURE,
+        optim="sgd",
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        disable_dropout=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     trl.GRPOTrainer(
-        model=model, reward_funcs=injected_reward, args=args, processing_class=tokenizer, rollout_func=inject,
+        model=model,
+        reward_funcs=injected_reward,
+        args=args,
+        processing_class=tokenizer,
+        rollout_func=inject,
         train_dataset=datasets.Dataset.from_dict({"prompt": QUESTIONS}),
-    ).train()  # fmt: skip
+    ).train()
     return movement(model, before)
 
 
@@ -116,10 +139,19 @@ def our_movement(base, loss, beta, num_updates=1):
     Also returns the share of tokens that the last pass clipped.
     """
     cfg = Config(
-        loss=loss, beta=beta, scale_rewards="none", num_generations=G, batch_size=len(QUESTIONS),
-        gradient_accumulation_steps=1, num_iterations=num_updates, max_generate_length=MAX_LENGTH,
-        temperature=TEMPERATURE, micro_batch_tokens=100, logits_chunk_mb=1, device="cpu",
-    )  # fmt: skip
+        loss=loss,
+        beta=beta,
+        scale_rewards="none",
+        num_generations=G,
+        batch_size=len(QUESTIONS),
+        gradient_accumulation_steps=1,
+        num_iterations=num_updates,
+        max_generate_length=MAX_LENGTH,
+        temperature=TEMPERATURE,
+        micro_batch_tokens=100,
+        logits_chunk_mb=1,
+        device="cpu",
+    )
     world = start()
     prompts, completions, rewards = rollouts(load_tokenizer(str(base)))
     model, before = start_model(base)
@@ -157,8 +189,10 @@ def test_one_sgd_step_moves_the_weights_as_trl_does(base, tmp_path, loss, beta):
     same = apart(our_movement(base, loss, beta)[0], theirs)
     other_loss = apart(our_movement(base, OTHER_LOSS[loss], beta)[0], theirs)
     other_beta = apart(our_movement(base, loss, 0.04 - beta)[0], theirs)
-    print(f"\n{loss:8} beta {beta}: {same:.1e}  weights of {OTHER_LOSS[loss]}: {other_loss:.1e}  "
-          f"beta {0.04 - beta}: {other_beta:.1e}")  # fmt: skip
+    print(
+        f"\n{loss:8} beta {beta}: {same:.1e}  weights of {OTHER_LOSS[loss]}: {other_loss:.1e}  "
+        f"beta {0.04 - beta}: {other_beta:.1e}"
+    )
     assert same <= TOLERANCE
     assert other_loss > BROKEN
     assert other_beta > BROKEN

@@ -28,9 +28,15 @@ class SwanLab:
                 interactive=False, terminal={"proxy_type": "none"}, probe=dict.fromkeys(UNASKED, False)
             )
             self.run = swanlab.init(
-                project=cfg.tracker_project, name=cfg.run_name, id=lasting_id(folder, "swanlab"), resume="allow",
-                log_dir=str(place), mode=mode, config=dataclasses.asdict(cfg), settings=settings,
-            )  # fmt: skip
+                project=cfg.tracker_project,
+                name=cfg.run_name,
+                id=lasting_id(folder, "swanlab"),
+                resume="allow",
+                log_dir=str(place),
+                mode=mode,
+                config=dataclasses.asdict(cfg),
+                settings=settings,
+            )
         except (
             Exception
         ) as error:  # a dozen kinds, from validation, network and login: the border between theirs and ours

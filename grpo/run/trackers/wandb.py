@@ -19,14 +19,25 @@ class Wandb:
     def __init__(self, cfg: Config, folder: Path):
         """Raises UserError when the package refuses, for want of a login or a network, say."""
         settings = wandb.Settings(
-            silent=True, console="off", disable_git=True, disable_code=True, save_code=False, x_disable_stats=True,
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            x_disable_stats=True,
             x_disable_meta=True,
-        )  # fmt: skip
+        )
         try:
             self.run = wandb.init(
-                project=cfg.tracker_project, name=cfg.run_name, id=lasting_id(folder, "wandb"), resume="allow",
-                dir=str(folder), mode=cfg.tracker_mode, config=dataclasses.asdict(cfg), settings=settings,
-            )  # fmt: skip
+                project=cfg.tracker_project,
+                name=cfg.run_name,
+                id=lasting_id(folder, "wandb"),
+                resume="allow",
+                dir=str(folder),
+                mode=cfg.tracker_mode,
+                config=dataclasses.asdict(cfg),
+                settings=settings,
+            )
             self.run.define_metric("step")
             self.run.define_metric("*", step_metric="step")
         except (wandb.Error, OSError) as error:

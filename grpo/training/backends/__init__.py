@@ -77,9 +77,9 @@ def load_backend(cfg: Config, world: World, scorer: Scorer) -> Backend:
     if cfg.backend == "single" and world.size > 1:
         raise UserError(f"backend: single is for one process, got {world.size}. Use ddp or deepspeed.")
     if cfg.backend == "deepspeed":
-        from grpo.training.backends.deepspeed import Zero
+        from grpo.training.backends.deepspeed import DeepSpeed
 
-        return Zero(scorer, cfg, world)
-    from grpo.training.backends.ddp import Replicated
+        return DeepSpeed(scorer, cfg, world)
+    from grpo.training.backends.ddp import Ddp
 
-    return Replicated(scorer, cfg, world)
+    return Ddp(scorer, cfg, world)

@@ -23,7 +23,7 @@ from grpo.types import MicroBatch
 BUCKET_ELEMENTS = 2**23  # 32 MB of fp32
 
 
-class Replicated:
+class Ddp:
     """AdamW on whole fp32 weights."""
 
     even_work = False

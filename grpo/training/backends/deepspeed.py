@@ -120,7 +120,7 @@ def _import(world: World) -> Any:
     return deepspeed
 
 
-class Zero:
+class DeepSpeed:
     """AdamW behind a DeepSpeed engine."""
 
     even_work = True  # forward, backward and head are collectives under stage 3, the backward under stage 2
