@@ -102,11 +102,11 @@ def beside_generate(folder: Path, questions: list[str], tokens: int, rounds: int
 
     One thread, so that on a quiet machine this is the time that passes; a busy one does not change it much.
     """
-    asker = CheckpointModel(folder, torch.device("cpu"), {"temperature": 0.0})
-    prompts = sorted((asker.put(question) for question in questions), key=len, reverse=True)
+    checkpoint_model = CheckpointModel(folder, torch.device("cpu"), {"temperature": 0.0})
+    prompts = sorted((checkpoint_model.encode(question) for question in questions), key=len, reverse=True)
     alone = World(0, 1, 0, 1, torch.device("cpu"))
-    model, ours, theirs = asker.engine.model, [], []
-    in_engine, generate = [], asker.engine.generate
+    model, ours, theirs = checkpoint_model.engine.model, [], []
+    in_engine, generate = [], checkpoint_model.engine.generate
 
     def timed(*args: Any, **how: Any) -> Any:
         began = time.process_time()
@@ -115,11 +115,11 @@ def beside_generate(folder: Path, questions: list[str], tokens: int, rounds: int
         finally:
             in_engine.append(time.process_time() - began)
 
-    asker.engine.generate = timed
+    checkpoint_model.engine.generate = timed
     spent = 0.0
     for _ in range(rounds):
         began = time.process_time()
-        waves = [answers for wave in asker.answer_all(prompts, 1, BATCH, alone) for _, answers in wave]
+        waves = [answers for wave in checkpoint_model.answer_all(prompts, 1, BATCH, alone) for _, answers in wave]
         seconds = time.process_time() - began
         spent += seconds
         ours.append(sum(answer.num_tokens for [answer] in waves) / seconds)
@@ -133,7 +133,7 @@ def beside_generate(folder: Path, questions: list[str], tokens: int, rounds: int
                 made = model.generate(
                     input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, pad_token_id=0
                 )[:, width:]
-            ends = (made == asker.tokenizer.eos_token_id).int()
+            ends = (made == checkpoint_model.tokenizer.eos_token_id).int()
             num_tokens += int((ends.cumsum(1) - ends == 0).sum())
         theirs.append(num_tokens / (time.process_time() - began))
     for name, speeds in (("ours", ours), ("transformers.generate", theirs)):

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from grpo.forward.flat_rows import common_header
+from grpo.forward.flat_rows import common_prefix
 
 FP32 = 4  # bytes
 TRIES = 5
@@ -126,7 +126,7 @@ def _forward(shape: Shape, tokens: int, context: int, predictions: int) -> Work:
 def prefill(shape: Shape, rows: Rows) -> Work:
     """Each distinct prompt once."""
     distinct = list(dict.fromkeys(rows.prompts))
-    header = common_header(distinct)
+    header = common_prefix(distinct)
     tokens = header + sum(len(ids) - header for ids in distinct)
     context = seen(0, header) + sum(seen(header, len(ids)) for ids in distinct)
     moved = (shape.body + shape.head + tokens * shape.kept) * shape.width
@@ -138,7 +138,7 @@ def decode(shape: Shape, rows: Rows) -> Work:
     asked = [rows.prompts[n // rows.group] for n in range(len(rows.lengths))]
     tokens = sum(max(0, length - 1) for length in rows.lengths)
     context = sum(seen(len(ids), len(ids) + n - 1) for ids, n in zip(asked, rows.lengths, strict=True) if n > 1)
-    header = common_header(list(dict.fromkeys(rows.prompts)))
+    header = common_prefix(list(dict.fromkeys(rows.prompts)))
     calls = max(0, max(rows.lengths, default=0) - 1)
     kept = 0
     for call in range(1, calls + 1):  # takes token `call` of those that go on, which then have so many of their own
@@ -160,7 +160,7 @@ def _scoring(shape: Shape, rows: Rows, minibatch: Sequence[int]) -> Work:
     if not groups:
         return Work()
     prompts = [rows.prompts[group] for group in groups]
-    header = common_header(prompts)
+    header = common_prefix(prompts)
     own = {n: rows.lengths[n] - 1 for n in minibatch}  # the last token predicts nothing
     tokens = header + sum(len(ids) - header for ids in prompts) + sum(own.values())
     context = seen(0, header) + sum(seen(header, len(ids)) for ids in prompts)

@@ -38,7 +38,7 @@ def build(vocab: int, tokens: int):
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from grpo.training.exchange import collate
+    from grpo.training.collate import collate
     from grpo.types import TrainRow
 
     torch.manual_seed(0)

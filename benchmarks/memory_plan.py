@@ -280,12 +280,12 @@ def print_estimate(case: dict, folder: Path) -> None:
     from transformers import AutoConfig
 
     from grpo.config.command_line import load_config
-    from grpo.plan.command import PHASES, estimate
+    from grpo.plan.memory import MEMORY_PHASES, estimate
 
     cfg, _ = load_config(arguments(case, folder))
     found = estimate(cfg, AutoConfig.from_pretrained(folder), case["ranks"])
-    rows = {f"{row.name} ({', '.join(row.phases)})": row.bytes / 1e6 for row in found.rows}
-    phases = {phase: found.at(phase) / 1e6 for phase in PHASES}
+    rows = {f"{row.name} ({', '.join(row.phases)})": row.bytes / 1e6 for row in found.memory}
+    phases = {phase: found.at(phase) / 1e6 for phase in MEMORY_PHASES}
     print(
         json.dumps(
             {
@@ -294,7 +294,7 @@ def print_estimate(case: dict, folder: Path) -> None:
                 "worst": found.worst,
                 "rows": rows,
                 "phases": phases,
-                "parameters": found.shape.parameters,
+                "parameters": found.size.parameters,
             }
         )
     )
@@ -305,22 +305,23 @@ def print_table(limit_gb: float = 80.0) -> None:
     from transformers import AutoConfig
 
     from grpo.config.settings import Config
-    from grpo.plan.memory import estimate_shape, shape_of
+    from grpo.plan.memory import estimate_for
+    from grpo.plan.model_size import model_size
 
     ways = {"ddp": {}, "ZeRO-2": {"zero_stage": 2}, "ZeRO-3": {"zero_stage": 3}}
     print("| model | GPUs | " + " | ".join(f"{way}: GB, highest in, GB sent" for way in ways) + " |")
     print("| --- | ---: |" + " --- |" * len(ways))
     for name, (kind, values, tied) in FAMILIES.items():
-        shape = shape_of(AutoConfig.for_model(kind, **dict(zip(SHAPE, values, strict=True)), tie_word_embeddings=tied))
+        size = model_size(AutoConfig.for_model(kind, **dict(zip(SHAPE, values, strict=True)), tie_word_embeddings=tied))
         for gpus in (1, 8, 64, 1024):
             cells = []
             for way in ways.values():
                 backend = {"backend": "deepspeed", **way} if way else {}
-                found = estimate_shape(Config(**TABLE, **backend), shape, gpus)
-                sent = sum(row.bytes for row in found.moved) / 1e9
+                found = estimate_for(Config(**TABLE, **backend), size, gpus)
+                sent = sum(row.bytes for row in found.traffic) / 1e9
                 fits = "fits" if found.peak() <= limit_gb * 1e9 else "**no**"
                 cells.append(f"{found.peak() / 1e9:.0f}, {found.worst}, {sent:.0f}: {fits}")
-            print(f"| {name} ({shape.parameters / 1e9:.2f}) | {gpus} | " + " | ".join(cells) + " |")
+            print(f"| {name} ({size.parameters / 1e9:.2f}) | {gpus} | " + " | ".join(cells) + " |")
 
 
 def child(what: str, name: str, folder: Path, ranks: int = 1, extra: tuple[str, ...] = ()) -> dict:

@@ -165,10 +165,10 @@ def planned(case: dict, folder: Path) -> float:
     from transformers import AutoConfig
 
     from grpo.config.command_line import load_config
-    from grpo.plan.command import estimate
+    from grpo.plan.memory import estimate
 
     cfg, _ = load_config(arguments(case, folder))
-    return sum(row.bytes for row in estimate(cfg, AutoConfig.from_pretrained(folder), case["ranks"]).moved)
+    return sum(row.bytes for row in estimate(cfg, AutoConfig.from_pretrained(folder), case["ranks"]).traffic)
 
 
 def compare(ranks: int, folder: Path) -> None:

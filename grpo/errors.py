@@ -1,39 +1,48 @@
-"""What we say to users: one line (what, got, allowed, what to do), an exit code, no traceback."""
+"""Errors for users: one line (setting, value given, values allowed, what to do), an exit code, no traceback."""
 
 import sys
 
-EXIT_USER = 2  # config, data, reward or checkpoint: the user can mend it
+EXIT_USER = 2  # config, data, reward or checkpoint: the user can correct it
 EXIT_STALLED = 74  # no progress on any rank
-EXIT_PREEMPTED = 75  # asked to stop; the same command continues
+EXIT_PREEMPTED = 75  # stopped by a signal; the same command continues
 EXIT_DIVERGED = 76  # too many bad steps in a row
-EXIT_CORRUPTED = 77  # memory changed behind our back
+EXIT_CORRUPTED = 77  # weights or optimizer state changed in memory between updates
 
 
 class UserError(Exception):
-    """Something the user can mend. Printed as one line; the process exits with `code`."""
+    """An error that the user can correct. Printed as one line; the process exits with `code`."""
 
     code = EXIT_USER
-    on_one_rank = False  # True: the other ranks do not know of it, so the rank itself says so
+    on_one_rank = False  # True: raised on one rank only, which therefore prints it itself
 
 
 class Preempted(UserError):
-    """Asked to stop by a signal. Not a failure: the same command continues."""
+    """The run was stopped by a signal. Not a failure: the same command continues it."""
 
     code = EXIT_PREEMPTED
 
 
 class Diverged(UserError):
-    """Non-finite numbers in too many updates in a row."""
+    """Too many updates in a row had non-finite numbers."""
 
     code = EXIT_DIVERGED
 
 
 class Corrupted(UserError):
-    """A rank's weights or optimizer state are not what its last update left."""
+    """A rank's weights or optimizer state changed after its last update."""
 
     code = EXIT_CORRUPTED
 
 
 def warn(line: str) -> None:
-    """A line on stderr, from any rank."""
+    """Print a line on stderr, on any rank."""
     print(line, file=sys.stderr, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text that is not blank, or its class.
+
+    >>> first_line(ValueError("\\n not found \\n see above")), first_line(KeyError())
+    ('not found', 'KeyError')
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,8 +1,8 @@
-"""Randomness without state: every random number is a hash of what it is for.
+"""Random numbers without state: every random number is a hash of the keys of its use.
 
-The uniform that picks token t of completion g of slot s is a hash of (seed, s, g, t), with
-slot = step*P + p. Rank, world size, batch composition and earlier lengths never enter, so any number of
-processes draws the same numbers, and a resumed run needs no generator state.
+The uniform that picks token t of completion g of slot s is a hash of (seed, s, g, t), with slot = step*P + p. It does
+not depend on rank, world size, the batch or the lengths of other rows, so any number of processes draws the same
+numbers, and a resumed run needs no generator state.
 
 The hash is a chain of SplitMix64 finalisers (Steele, Lea and Flood, OOPSLA 2014), one per key.
 """
@@ -24,7 +24,7 @@ def mix(value: np.ndarray) -> np.ndarray:
 
 
 def hash_keys(*keys: int | np.ndarray) -> np.ndarray:
-    """Hash integers (arrays broadcast) into uint64, order mattering.
+    """Hash integers (arrays broadcast) into uint64; the order of the keys matters.
 
     >>> bool(hash_keys(1, 2) == hash_keys(2, 1))
     False
@@ -35,7 +35,9 @@ def hash_keys(*keys: int | np.ndarray) -> np.ndarray:
     return state
 
 
-def uniforms(seed: int, slots: np.ndarray, generations: np.ndarray, max_tokens: int) -> np.ndarray:
+def uniforms(
+    seed: int, slots: np.ndarray, generations: np.ndarray, max_tokens: int, first_tokens: np.ndarray | int = 0
+) -> np.ndarray:
     """Uniforms in [0, 1) with 53 bits: one row per (slot, generation), one column per token.
 
     >>> a = uniforms(7, np.array([0, 1]), np.array([0, 0]), 3)
@@ -44,7 +46,8 @@ def uniforms(seed: int, slots: np.ndarray, generations: np.ndarray, max_tokens: 
     True
     """
     rows = hash_keys(seed, 1, slots, generations)[:, None]
-    bits = mix(rows ^ mix(np.arange(max_tokens, dtype=np.uint64))[None, :])
+    tokens = (np.reshape(first_tokens, (-1, 1)) + np.arange(max_tokens)).astype(np.uint64)  # index in the row
+    bits = mix(rows ^ mix(tokens))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -1,10 +1,10 @@
-"""Run a skipped update again, to see where the number came from.
+"""Run a skipped update again, to find where NaN or Inf came from.
 
     python -m grpo.replay output/anomalies/step_12 [--device cpu|cuda]
 
-Loads the weights that the update met and every rank's micro-batches, computes losses and the gradient norm as
-the trainer did, and prints them beside the recorded ones, with the first module whose output is not finite. Exit
-code 0 when the recorded numbers came out again, 1 when not, 2 when something is missing.
+Loads the weights of that update and every rank's micro-batches, computes losses and the gradient norm as the trainer
+did, and prints them beside the recorded ones, with the first module whose output is not finite. Exit code 0 when the
+recorded numbers are reproduced, 1 when not, 2 when something is missing.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo.config.settings import Config
+from grpo.config.settings import Config, with_new_names
 from grpo.errors import UserError, warn
 from grpo.models.checks import load_model, quiet
 from grpo.runtime.distributed import World, pick_device
@@ -31,12 +31,12 @@ from grpo.training.policy import Policy, load_trained
 from grpo.training.skipped_updates import Evidence
 from grpo.types import MicroBatch
 
-CLOSE = 1e-4  # relative; other hardware, or fewer ranks, sum in another order
+TOLERANCE = 1e-4  # relative; other hardware or fewer ranks sum in another order
 
 
 def read(folder: Path) -> list[tuple[Evidence, list[MicroBatch]]]:
     """Every rank's evidence and micro-batches. Raises UserError."""
-    found = []
+    ranks = []
     files = sorted(folder.glob("rank_*.json"))
     if not files:
         raise UserError(f"replay: {folder} holds no rank_R.json. Give a folder like output/anomalies/step_12.")
@@ -47,29 +47,32 @@ def read(folder: Path) -> list[tuple[Evidence, list[MicroBatch]]]:
                 content["rows"] = content.pop("samples")
             evidence = Evidence(**content)
             tensors = load_file(file.with_suffix(".safetensors"))
-            found.append((evidence, [_micro_batch(tensors, i, rows) for i, rows in enumerate(evidence.rows)]))
+            ranks.append((evidence, [_micro_batch(tensors, i, rows) for i, rows in enumerate(evidence.rows)]))
         except (OSError, ValueError, TypeError, KeyError, AssertionError, SafetensorError) as error:
             raise UserError(
                 f"replay: {file} or the tensors beside it cannot be read ({error}). Choose another."
             ) from None
-    return found
+    return ranks
 
 
 def _micro_batch(tensors: dict[str, Tensor], index: int, rows: list[int]) -> MicroBatch:
     prefix = f"micro_{index}."
     fields = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    if "mask" in fields:  # older evidence: every token of a completion was trained
+        fields["trained"] = fields.pop("mask")
+        fields["lengths"] = fields["trained"].sum(-1)
     return MicroBatch(rows=tuple(rows), **fields)  # type: ignore[arg-type]
 
 
 def load_policy_of(folder: Path, evidence: Evidence, device: torch.device) -> Policy:
     """The policy as one rank had it at the skipped update. Raises UserError."""
-    known = {f.name for f in dataclasses.fields(Config)}
-    cfg = Config(**{k: v for k, v in evidence.config.items() if k in known})
+    names = {f.name for f in dataclasses.fields(Config)}
+    cfg = Config(**{k: v for k, v in with_new_names(evidence.config).items() if k in names})
     cfg = dataclasses.replace(cfg, backend="single", deterministic=False)
     assert cfg.model is not None
     file = (folder / evidence.weights).resolve()
     if file.parent.parent != folder.resolve().parent or not file.is_file():
-        raise UserError(f"replay: the weights {evidence.weights} of rank {evidence.rank} are no longer kept.")
+        raise UserError(f"replay: the weights {evidence.weights} of rank {evidence.rank} do not exist any more.")
     model = load_trained(cfg, device)
     try:
         missing, unexpected = model.load_state_dict(load_file(file), strict=False)
@@ -100,9 +103,9 @@ class FirstBadModule:
 
 
 def replay(folder: Path, device: torch.device) -> bool:
-    """Run every rank's part again, print recorded and replayed numbers. Returns whether they are the same."""
+    """Run every rank's part again, print recorded and replayed numbers. Returns whether they agree."""
     same = True
-    total: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}  # summed over ranks
     evidence = None
     for evidence, minibatch in read(folder):
         policy = load_policy_of(folder, evidence, device)
@@ -129,37 +132,33 @@ def replay(folder: Path, device: torch.device) -> bool:
             print(f"  first module whose output is not finite: {bad_module.name}")
         for name, parameter in policy.model.named_parameters():
             if parameter.grad is not None:
-                total[name] = total.get(name, 0.0) + parameter.grad
+                gradients[name] = gradients.get(name, 0.0) + parameter.grad
     if evidence is not None and evidence.losses:
         recorded = float(evidence.reason.removeprefix("gradient norm "))
-        norm = _norm(total) if total else 0.0
+        norm = float(nn.utils.get_total_norm(list(gradients.values()))) if gradients else 0.0
         same &= agree(recorded, norm)
         print(f"gradient norm over all ranks: recorded {recorded:.6g}, replayed {norm:.6g}")
     return same
 
 
-def _norm(gradients: dict[str, Tensor]) -> float:
-    return float(nn.utils.get_total_norm(list(gradients.values())))
-
-
 @torch.no_grad()
 def _replay_rollout(policy: Policy, micro: MicroBatch) -> bool:
-    """The rows that ended in logits that were not finite: do they again?"""
+    """Whether all rows whose logits were not finite give log-probs that are not finite again."""
     logprobs = policy.backend.score(micro)
-    broken = (~torch.isfinite(logprobs) & micro.mask).any(-1)
-    print(f"  rows {list(micro.rows)} met logits that were not finite; replayed: {broken.tolist()}")
+    broken = (~torch.isfinite(logprobs) & micro.trained).any(-1)
+    print(f"  rows {list(micro.rows)} had logits that were not finite; replayed: {broken.tolist()}")
     return bool(broken.all())
 
 
 def agree(recorded: float, replayed: float) -> bool:
-    """Whether a number came out again: NaN for NaN, infinite for infinite, else closely.
+    """Whether a number is reproduced: both not finite, or equal within the tolerance.
 
     >>> agree(math.nan, math.nan), agree(1.0, 1.00001), agree(math.nan, 1.0)
     (True, True, False)
     """
     if not math.isfinite(recorded):
         return not math.isfinite(replayed)
-    return math.isclose(recorded, replayed, rel_tol=CLOSE, abs_tol=1e-7)
+    return math.isclose(recorded, replayed, rel_tol=TOLERANCE, abs_tol=1e-7)
 
 
 def main(argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""JSON of unknown origin, read strictly: bounded size and depth, no duplicate keys, no NaN.
+"""Strict reading of JSON of unknown origin: bounded size and depth, no duplicate keys, no NaN.
 
 Imports neither torch nor transformers.
 """
@@ -6,6 +6,7 @@ Imports neither torch nor transformers.
 import json
 import math
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,30 @@ MAX_JSON_BYTES = 2**24  # settings, indices, manifests: kilobytes in practice
 
 
 def parse_json(text: str | bytes, infinity: bool = False) -> Any:
-    """JSON as the standard has it: no NaN, no duplicate keys, no number beyond a float's range, bounded depth.
+    """Parse standard JSON: no NaN, no duplicate keys, no number outside a float's range, bounded depth.
 
-    infinity: let Infinity pass, which configs of some models hold. Raises ValueError.
+    infinity: accept Infinity, which some models' configs hold. Raises ValueError.
 
     >>> parse_json('{"a": 1, "a": 2}')
     Traceback (most recent call last):
-    ValueError: the key 'a' stands there twice
+    ValueError: the key 'a' occurs twice
     """
 
     def constant(word: str) -> float:
         if infinity and word != "NaN":
             return float(word)
-        raise ValueError(f"{word} is no JSON number")
+        raise ValueError(f"{word} is not a JSON number")
 
     def number(digits: str) -> float:
         value = float(digits)
         return value if math.isfinite(value) else constant(digits if not infinity else "Infinity")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"the key {twice[:60]!r} stands there twice")
-        return found
+        members = dict(pairs)
+        if len(members) != len(pairs):
+            [(repeated, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"the key {repeated[:60]!r} occurs twice")
+        return members
 
     try:
         return json.loads(
@@ -51,13 +51,16 @@ def parse_json(text: str | bytes, infinity: bool = False) -> Any:
 
 
 def check_regular(path: Path, limit: int | None = None) -> int:
-    """Size in bytes of a regular file, links followed. Raises OSError when there is none."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is no regular file")
-    if limit is not None and found.st_size > limit:
-        raise ValueError(f"it has {found.st_size} bytes, more than {limit}")
-    return found.st_size
+    """Size in bytes of a regular file; links are followed.
+
+    Raises OSError when the file is missing, ValueError when it is not a regular file or is larger than the limit.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is not a regular file")
+    if limit is not None and status.st_size > limit:
+        raise ValueError(f"it has {status.st_size} bytes, more than {limit}")
+    return status.st_size
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES, infinity: bool = False) -> Any:

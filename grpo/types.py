@@ -32,9 +32,20 @@ class Completion:
     finish: str  # "stop" (an EOS was sampled), "length" (cut at the limit), "error" (non-finite logits)
     support: np.ndarray | None = None  # [C, K] int32, ids that truncation kept at each token, -1 padded
     clamped: int = 0  # logits that the clamp moved, summed over the tokens
+    trained: np.ndarray = None  # type: ignore[assignment]  # [C] bool, tokens that carry loss; not given: all of them
+
+    def __post_init__(self) -> None:
+        _fill_trained(self)
 
 
-FACTS = ("length", "stopped", "broken", "clamped", "logprob_sum", "failures", "rank")
+def _fill_trained(row: Any) -> None:
+    """Every token of a completion was sampled and carries loss, unless something says otherwise."""
+    if row.trained is None:
+        object.__setattr__(row, "trained", np.ones(len(row.token_ids), bool))
+    assert row.trained.shape == (len(row.token_ids),) and row.trained.dtype == bool
+
+
+FACTS = ("length", "trained", "stopped", "broken", "clamped", "logprob_sum", "failures", "rank")
 
 
 class Noticed:
@@ -70,11 +81,21 @@ class Table(Noticed):
     facts: dict[str, np.ndarray]  # [N] each, see FACTS
     num_generations: int
     notices: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))  # [W, 2]: asked to stop, weights changed
+    faults: np.ndarray = None  # type: ignore[assignment]  # [N, K] why a function gave no score; not given: all did
+
+    def __post_init__(self) -> None:
+        if self.faults is None:
+            object.__setattr__(self, "faults", np.zeros_like(self.scores))
 
     @property
     def lengths(self) -> np.ndarray:
-        """[N] tokens of each completion."""
+        """[N] tokens of each completion: what memory and time depend on."""
         return self.facts["length"].astype(np.int64)
+
+    @property
+    def num_trained(self) -> np.ndarray:
+        """[N] tokens of each completion that carry loss: what the denominators count."""
+        return self.facts["trained"].astype(np.int64)
 
     @property
     def sampled_by(self) -> np.ndarray:
@@ -102,15 +123,19 @@ class TrainRow:
     sampler_logprobs: np.ndarray  # [C] float32
     support: np.ndarray | None  # [C, K] int32
     advantage: float
+    trained: np.ndarray = None  # type: ignore[assignment]  # [C] bool, see Completion
+
+    def __post_init__(self) -> None:
+        _fill_trained(self)
 
 
 @dataclass(frozen=True)
 class Flat:
     """A micro-batch as one row without padding, each prompt once (grpo/forward/flat_rows.py)."""
 
-    forest: Any  # grpo.forward.shared_attention.Forest: who belongs to whom
+    shared_prompts: Any  # grpo.forward.shared_attention.SharedPrompts
     input_ids: torch.Tensor  # [1, S] int64
-    positions: torch.Tensor  # [B, T] int64, where in S each target is predicted; 0 outside the mask
+    positions: torch.Tensor  # [B, T] int64, where in S each target is predicted; 0 beyond a completion's length
 
 
 @dataclass(frozen=True)
@@ -121,23 +146,24 @@ class MicroBatch:
     input_ids: torch.Tensor  # [B, L] int64, prompt + completion, without the last token
     positions: torch.Tensor  # [B, T] int64, where in L the token is predicted
     target_ids: torch.Tensor  # [B, T] int64
-    mask: torch.Tensor  # [B, T] bool, True on completion tokens
+    lengths: torch.Tensor  # [B] int64, tokens of each completion
+    trained: torch.Tensor  # [B, T] bool, True on completion tokens that carry loss
     advantages: torch.Tensor  # [B] float32
-    sampler_logprobs: torch.Tensor  # [B, T] float32, 0 outside the mask
+    sampler_logprobs: torch.Tensor  # [B, T] float32, 0 beyond a completion's length
     support: torch.Tensor | None = None  # [B, T, K] int64, -1 padded
     old_logprobs: torch.Tensor | None = None  # [B, T]; None: the bare ones, detached
     ref_logprobs: torch.Tensor | None = None  # [B, T]; None: no KL
     weights: torch.Tensor | None = None  # [B, T] loss weights, divided by the global denominator
     position_ids: torch.Tensor | None = None  # [B, L] int64, from 0 in each of the texts that share a row; None: 0 to L
     flat: Flat | None = None  # the same rows without padding; None: made when it is needed
-    kept: torch.Tensor | None = None  # [M] int64, places of the mask's True in [B T]; None: found when it is needed
+    kept: torch.Tensor | None = None  # [M] int64, places of trained tokens in [B T]; None: found when needed
     head_blocks: int = 1  # blocks of the head to run at least; backends that shard weights need ranks to agree
 
     def __post_init__(self) -> None:
         num_rows, width = self.target_ids.shape
         assert self.input_ids.shape[0] == num_rows == self.advantages.shape[0] == len(self.rows)
-        assert self.mask.shape == self.positions.shape == self.sampler_logprobs.shape == (num_rows, width)
-        assert self.mask.dtype == torch.bool
+        assert self.trained.shape == self.positions.shape == self.sampler_logprobs.shape == (num_rows, width)
+        assert self.trained.dtype == torch.bool and self.lengths.shape == (num_rows,)
 
 
 @dataclass

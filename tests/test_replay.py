@@ -61,11 +61,11 @@ def anomaly(tmp_path_factory):
 
 def test_the_number_comes_out_again_and_the_culprit_is_named(anomaly, capsys):
     assert main([str(anomaly)]) == 0
-    said = capsys.readouterr().out
-    assert "weights that are not finite: model.layers.1.mlp.down_proj.weight" in said
-    assert "first module whose output is not finite: model.layers.1.mlp.down_proj" in said
-    assert "gradient norm over all ranks: recorded nan, replayed nan" in said
-    sane = said[said.index("rank 0:") : said.index("rank 1:")]
+    printed = capsys.readouterr().out
+    assert "weights that are not finite: model.layers.1.mlp.down_proj.weight" in printed
+    assert "first module whose output is not finite: model.layers.1.mlp.down_proj" in printed
+    assert "gradient norm over all ranks: recorded nan, replayed nan" in printed
+    sane = printed[printed.index("rank 0:") : printed.index("rank 1:")]
     assert "loss recorded nan" not in sane and "replayed nan" not in sane and "not finite" not in sane
 
 

@@ -1,7 +1,7 @@
-"""Saving while training goes on: a copy is taken between two steps and written by a thread, one at a time.
+"""Saving in the background: the state is copied between two steps and written by a thread, one save at a time.
 
-A save that fails costs a warning: what exists stays, training goes on and the next due step tries again. Only when
-the last one fails does the run end as failed.
+A save that fails causes a warning: existing checkpoints stay, training continues and the next due step tries again. The
+run ends as failed only when its last save fails.
 """
 
 import queue
@@ -20,7 +20,7 @@ from grpo.config.settings import Config
 from grpo.data.recipe import Recipe
 from grpo.errors import UserError, warn
 from grpo.models.checks import is_lora
-from grpo.models.lora_files import verdict
+from grpo.models.lora_files import saved_line
 from grpo.runtime.heartbeat import Heartbeat
 from grpo.training.policy import Policy
 
@@ -28,20 +28,20 @@ from grpo.training.policy import Policy
 class Saver:
     """Writes checkpoints of one run. All ranks call its methods together."""
 
-    def __init__(self, cfg: Config, output_dir: Path, heartbeat: Heartbeat, say: Callable[[str], None]):
+    def __init__(self, cfg: Config, output_dir: Path, heartbeat: Heartbeat, write_line: Callable[[str], None]):
         self.cfg = cfg
         self.output_dir = output_dir
         self.heartbeat = heartbeat
-        self.say = say
+        self.write_line = write_line
         self.jobs: queue.SimpleQueue[tuple[Snapshot, Policy, bool]] = queue.SimpleQueue()
         self.idle = threading.Event()
         self.idle.set()
-        # Started now, while there is memory: a thread that cannot start can hold its starter up for ever.
+        # Started now, while there is memory: when a thread cannot start, the caller of start() can block for ever.
         threading.Thread(target=self._work, name="saving", daemon=True).start()
-        self.crash: BaseException | None = None
+        self.crash: BaseException | None = None  # raised in the thread; `wait` raises it again
         self.failure: str | None = None  # why the last save failed; None: it did not
         self.step: int | None = None  # of the newest save begun
-        self.expected_s = 0.0  # what the last one took
+        self.expected_s = 0.0  # duration of the last write
         self.seconds: dict[str, float] = {}  # for the next line of metrics
         self.tokenizer_files: dict[str, bytes] | None = None  # they never change: made once
 
@@ -53,14 +53,14 @@ class Saver:
         facts: dict[str, Any],
         last: bool = False,
     ) -> None:
-        """Begin to save the policy as it is now, after waiting for the save before it. last: none will follow."""
+        """Begin to save the policy as it is now, after the previous save has ended. last: no save will follow."""
         self.wait()
         step, world = policy.counters.step, policy.world
         began = time.monotonic()
         self.heartbeat.saving(step, "snapshot")
         if world.is_main and self.tokenizer_files is None:
-            self.tokenizer_files = files_of(tokenizer)
-        snapshot = checkpoint.take(step, policy, self.tokenizer_files or {}, recipe, self.cfg, facts)
+            self.tokenizer_files = serialized_tokenizer(tokenizer)
+        snapshot = checkpoint.take_snapshot(step, policy, self.tokenizer_files or {}, recipe, self.cfg, facts)
         self.seconds["save/snapshot_s"] = time.monotonic() - began
         self.step = step
         self.idle.clear()
@@ -73,15 +73,15 @@ class Saver:
             snapshot, policy, last = self.jobs.get()
             try:
                 self._write(snapshot, policy, last)
-            except BaseException as error:  # a thread's own would be lost: `wait` raises it
+            except BaseException as error:  # an exception in a thread would be lost: `wait` raises it
                 self.crash = error
-            del snapshot
+            del snapshot  # frees the copy before the next save takes one
             self.idle.set()
 
     def _write(self, snapshot: Snapshot, policy: Policy, last: bool) -> None:
         began = time.monotonic()
         folder = self.output_dir / f"checkpoint_{snapshot.step}"
-        self.failure = checkpoint.write(
+        self.failure = checkpoint.write_snapshot(
             snapshot,
             self.output_dir,
             policy.world,
@@ -90,9 +90,9 @@ class Saver:
         )
         self.expected_s = self.seconds["save/write_s"] = time.monotonic() - began
         if self.failure is None:
-            self.say(f"saved {folder}")
+            self.write_line(f"saved {folder}")
             if policy.world.is_main and is_lora(policy.model):
-                self.say(verdict(folder))
+                self.write_line(saved_line(folder))
         elif policy.world.is_main and not last:
             warn(
                 f"warning: {folder} could not be written: {self.failure}. Earlier checkpoints are untouched; "
@@ -100,7 +100,7 @@ class Saver:
             )
 
     def wait(self) -> None:
-        """Until no save is in flight. Raises what the thread raised."""
+        """Wait until no save is running. Raises what the thread raised."""
         began = time.monotonic()
         if self.idle.is_set() and self.crash is None:
             return
@@ -119,13 +119,13 @@ class Saver:
             )
 
     def take_seconds(self) -> dict[str, float]:
-        """What saves have cost since the last call, for the log."""
+        """Metrics `save/…_s`: seconds spent on saves since the last call."""
         seconds, self.seconds = self.seconds, {}
         return seconds
 
 
-def files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """What save_pretrained would write, by name."""
+def serialized_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """The files that save_pretrained writes: relative path -> content."""
     with tempfile.TemporaryDirectory() as name:
         tokenizer.save_pretrained(name)
         return {

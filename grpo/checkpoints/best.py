@@ -1,9 +1,9 @@
-"""output_dir/best.json: which checkpoint did best on the held-out questions so far.
+"""output_dir/best.json: the checkpoint with the highest accuracy on the held-out questions so far.
 
     {"checkpoint": "checkpoint_40", "step": 40, "metric": "eval/accuracy", "value": 0.83}
 
-Rank 0 writes it, whole or not at all, when an evaluation improves and that step is saved. `save_total_limit` spares
-the checkpoint it names. It may name one whose save failed, or that was removed since: readers verify, as always.
+Rank 0 writes it atomically when an evaluation improves and that step is saved. `save_total_limit` does not remove the
+checkpoint that it names. It may name one whose save failed, or that was removed since: readers verify the checkpoint.
 """
 
 import json
@@ -21,14 +21,14 @@ MEASURED_ON = ("eval_data", "eval_split", "eval_rows")  # values on other questi
 
 
 def read_best(output_dir: Path) -> dict[str, Any] | None:
-    """What best.json says; None when there is none, or when it makes no sense."""
+    """The content of best.json; None when the file is missing or not valid."""
     try:
         best = read_object(output_dir / FILE)
     except (OSError, ValueError):
         return None
     step, value = best.get("step"), best.get("value")
-    fits = type(step) is int and best.get("checkpoint") == f"checkpoint_{step}" and best.get("metric") == METRIC
-    return best if fits and isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    valid = type(step) is int and best.get("checkpoint") == f"checkpoint_{step}" and best.get("metric") == METRIC
+    return best if valid and isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def best_name(output_dir: Path) -> str | None:
@@ -38,7 +38,7 @@ def best_name(output_dir: Path) -> str | None:
 
 
 def best_folder(output_dir: Path) -> Path:
-    """The best checkpoint's folder, there but not yet verified. Raises UserError when none is known."""
+    """The best checkpoint's folder, which exists but is not verified. Raises UserError when none is known."""
     name = best_name(output_dir)
     if name is None or not (output_dir / name).is_dir():
         raise UserError(
@@ -48,11 +48,11 @@ def best_folder(output_dir: Path) -> Path:
     return output_dir / name
 
 
-class Best:
-    """The pointer of one run. For rank 0."""
+class BestCheckpoint:
+    """Keeps best.json of one run up to date. For rank 0."""
 
     def __init__(self, cfg: Config, done: int):
-        """Take up what stands there, unless it belongs to another run, to lost steps, or to other questions."""
+        """Read best.json; remove it when it belongs to another run, to steps after `done`, or to other questions."""
         self.path = Path(cfg.output_dir) / FILE
         self.value: float | None = None
         best = read_best(self.path.parent)
@@ -63,18 +63,18 @@ class Best:
 
     def _same_questions(self, cfg: Config, name: str) -> bool:
         try:
-            before = read_object(self.path.parent / name / "trainer" / "state.json")["config"]
-            return all(before.get(key) == getattr(cfg, key) for key in MEASURED_ON)
+            saved_config = read_object(self.path.parent / name / "trainer" / "state.json")["config"]
+            return all(saved_config.get(key) == getattr(cfg, key) for key in MEASURED_ON)
         except (OSError, ValueError, KeyError, AttributeError):
-            return False  # that checkpoint is gone or damaged: there is nothing to point to
+            return False  # that checkpoint is missing or damaged
 
     def consider(self, step: int, value: float) -> bool:
-        """Point to checkpoint_<step>, which is or will be there, if it did better. Raises OSError."""
+        """Point to checkpoint_<step>, which is or will be saved, if `value` is higher. Raises OSError."""
         if self.value is not None and value <= self.value:
             return False
         best = {"checkpoint": f"checkpoint_{step}", "step": step, "metric": METRIC, "value": value}
-        aside = self.path.with_name(f".{FILE}-{os.getpid()}")
-        aside.write_text(json.dumps(best) + "\n", encoding="utf-8")
-        os.replace(aside, self.path)
+        staging = self.path.with_name(f".{FILE}-{os.getpid()}")
+        staging.write_text(json.dumps(best) + "\n", encoding="utf-8")
+        os.replace(staging, self.path)
         self.value = value
         return True

@@ -1,4 +1,4 @@
-"""Choosing a checkpoint to use: named by the user, or the newest valid one of a folder."""
+"""Choosing a checkpoint: the one that the user names, or the newest valid one of a folder."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from grpo.models.lora_checks import is_adapter
 
 
 def choose(checkpoint: Path | None, output_dir: Path) -> Path:
-    """A verified checkpoint: the one that is named, or the newest valid one of a folder. Raises UserError."""
+    """A verified checkpoint: `checkpoint`, or the newest valid one in output_dir when it is None. Raises UserError."""
     if checkpoint is None:
         newest = newest_valid(output_dir, warn)
         if newest is None:
@@ -19,7 +19,7 @@ def choose(checkpoint: Path | None, output_dir: Path) -> Path:
         return newest
     try:
         found = (checkpoint / "config.json").is_file() or is_adapter(checkpoint)
-    except (OSError, ValueError) as error:  # a path too long, or none at all
+    except (OSError, ValueError) as error:  # a path too long, or not a path
         raise UserError(f"checkpoint: not a path: {error}. Give a folder such as output/checkpoint_20.") from None
     if not found:
         raise UserError(f"checkpoint: no model in {checkpoint}. Give a folder such as output/checkpoint_20.")

@@ -1,4 +1,4 @@
-"""What identifies a run beside its settings: base model, data, chat template, rewards. A resume must meet the same."""
+"""What identifies a run beside its settings: base model, data, chat template, rewards. A resume needs the same ones."""
 
 import hashlib
 import json
@@ -20,18 +20,18 @@ from grpo.rewards import Reward
 def fingerprints(
     cfg: Config, questions: Questions, rewards: Sequence[Reward], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """Hashes of what decides the trajectory; versions are kept for the reader."""
+    """Hashes of what decides the trajectory. `versions` is informative: a resume does not compare it."""
     assert cfg.model is not None
     path = find_path(cfg.model)
-    beneath = ""
-    if path and is_adapter(path):  # the model that it belongs to counts as well
+    adapter_base = ""
+    if path and is_adapter(path):  # the adapter's base model is part of the fingerprint
         base = find_path(str(check_adapter(path)["base_model_name_or_path"]))
-        beneath = f" on {tree_sha256(base)}" if base else ""
+        adapter_base = f" on {tree_sha256(base)}" if base else ""
     rows = hashlib.sha256()
     for prompt in questions.items:
         rows.update(json.dumps([prompt.token_ids, prompt.columns], default=str, sort_keys=True).encode())
     return {
-        "base_model": tree_sha256(path) + beneath if path else cfg.model,
+        "base_model": tree_sha256(path) + adapter_base if path else cfg.model,
         "data": rows.hexdigest(),
         "chat_template": _sha256(str(getattr(tokenizer, "chat_template", None))),
         "reward_source": _sha256("".join(reward.source for reward in rewards)),

@@ -1,4 +1,4 @@
-"""MANIFEST.json: what a checkpoint holds, to the byte. Written last; a folder without its match is no checkpoint."""
+"""MANIFEST.json: size and sha256 of every file of a checkpoint. Written last; every reader verifies it first."""
 
 import hashlib
 import json
@@ -20,16 +20,16 @@ from grpo.models.lora_checks import adapter_problem, is_adapter
 from grpo.strict_json import read_json, read_object
 
 MANIFEST = "MANIFEST.json"
-NAME = re.compile(r"checkpoint_([0-9]{1,12})")
+CHECKPOINT_NAME = re.compile(r"checkpoint_([0-9]{1,12})")
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, the manifest excepted, in order."""
+    """Every file below a folder except the manifest, sorted."""
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file's content."""
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -41,12 +41,12 @@ def tree_sha256(path: Path) -> str:
     """Fingerprint of a file, or of every file in a folder."""
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else files_in(path):
-        digest.update(f"{file.relative_to(path.parent)}\0{sha256_of(file)}\0".encode())
+        digest.update(f"{file.relative_to(path.parent)}\0{file_sha256(file)}\0".encode())
     return digest.hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Have the disk confirm what was written to a file or a folder."""
+    """Flush a file or a folder to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -55,16 +55,16 @@ def sync(path: Path) -> None:
 
 
 def manifest_text(step: Any, files: Any) -> str:
-    """The one way to write a manifest, so that any other byte is seen."""
+    """The only valid text of a manifest, so that a change of any byte is found."""
     return json.dumps({"format": 1, "step": step, "files": files}, indent=2) + "\n"
 
 
 def write_manifest(folder: Path, step: int) -> None:
-    """Sync every file, write down its size and hash, sync that and the folders. Raises OSError."""
+    """Sync every file, write sizes and hashes, sync the manifest and the folders. Raises OSError."""
     files = {}
     for path in files_in(folder):
         sync(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = folder / MANIFEST
     manifest.write_text(manifest_text(step, files), encoding="utf-8")
     for path in (manifest, *(path for path in sorted(folder.rglob("*")) if path.is_dir()), folder):
@@ -72,22 +72,22 @@ def write_manifest(folder: Path, step: int) -> None:
 
 
 def verify(folder: Path) -> str | None:
-    """Why a folder is no valid checkpoint, naming the file; None when it is one.
+    """Why a folder is not a valid checkpoint, naming the file; None when it is valid.
 
-    Nothing but the manifest is parsed before every file has its size and its hash.
+    Only the manifest is parsed before the size and the hash of every file have been compared.
     """
     try:
         listed = read_manifest(folder / MANIFEST)
-        whole = read_json(folder / MANIFEST)
-        if (folder / MANIFEST).read_bytes() != manifest_text(whole.get("step"), whole.get("files")).encode():
+        manifest = read_json(folder / MANIFEST)
+        if (folder / MANIFEST).read_bytes() != manifest_text(manifest.get("step"), manifest.get("files")).encode():
             return f"{MANIFEST} is damaged: not as it was written"
     except OSError:
         return f"{MANIFEST} is missing"
     except ValueError as error:
         return f"{MANIFEST} is damaged: {error}"
-    named = NAME.fullmatch(folder.name)
-    if named and whole["step"] != int(named[1]):
-        return f"{MANIFEST} belongs to step {whole['step']}"
+    match = CHECKPOINT_NAME.fullmatch(folder.name)
+    if match and manifest["step"] != int(match[1]):
+        return f"{MANIFEST} belongs to step {manifest['step']}"
     for name, (size, sha256) in listed.items():
         path = folder / name
         problem = location_problem(folder, name)
@@ -95,13 +95,13 @@ def verify(folder: Path) -> str | None:
             return problem
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, the manifest says {size}"
-        if sha256_of(path) != sha256:
+        if file_sha256(path) != sha256:
             return f"{name} does not match its sha256"
     return content_problem(folder, set(listed))
 
 
 def content_problem(folder: Path, listed: set[str]) -> str | None:
-    """Why a checkpoint whose files match their hashes must still not be opened; None when it may be."""
+    """Why a checkpoint must not be opened although its files match their hashes; None when it may be opened."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.suffix in OPENED_BY_LOADERS and name not in listed and name != MANIFEST:

@@ -1,7 +1,7 @@
-"""Continuing from a checkpoint: the same run, or a clear refusal; weights, moments and counters as they were.
+"""Continuing from a checkpoint: the same run or a refusal; weights, moments and counters are restored exactly.
 
-The optimizer state is read piece by piece, by parameter name and offset, so it does not matter which backend
-and how many ranks wrote it.
+The optimizer state is read in pieces, by parameter name and offset, so any backend on any number of ranks can read what
+another one wrote.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from grpo.config.settings import Config
+from grpo.config.settings import Config, with_new_names
 from grpo.errors import UserError
 from grpo.models.folder_checks import TRAINABLE, check_safetensors
 from grpo.strict_json import read_object
@@ -76,7 +76,7 @@ def read_state(folder: Path) -> dict[str, Any]:
                 raise ValueError(f"counters: {name} must be a whole number >= 0, got {value!r}")
         if not isinstance(state["config"], dict):
             raise ValueError("config must be an object")
-        return {**state, "counters": counters}
+        return {**state, "counters": counters, "config": with_new_names(state["config"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"checkpoint: {folder} has no usable trainer/state.json ({error}). Use --resume never."
@@ -84,18 +84,18 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def check_same_run(folder: Path, state: dict[str, Any], cfg: Config, facts: dict[str, Any]) -> None:
-    """Refuse to resume when something would change the trajectory. Raises UserError naming the difference."""
+    """Refuse to resume when a difference would change the trajectory. Raises UserError naming the difference."""
     free = set(FREE_TO_CHANGE)
     if cfg.lr_schedule == "constant" and not cfg.warmup_ratio:
         free |= {"max_steps", "epoch"}  # the rate does not depend on the run's length: it may be extended
-    before = {**dataclasses.asdict(Config()), **state["config"]}  # an older checkpoint does not know newer settings
-    now = dataclasses.asdict(cfg)
+    saved = {**dataclasses.asdict(Config()), **state["config"]}  # settings missing in older checkpoints: defaults
+    current = dataclasses.asdict(cfg)
     differences = [
-        f"{key}: {before.get(key)!r} there, {now[key]!r} now"
-        for key in now
-        if key not in free and before.get(key) != now[key]
+        f"{key}: {saved.get(key)!r} there, {current[key]!r} now"
+        for key in current
+        if key not in free and saved.get(key) != current[key]
     ]
-    differences += [f"{key} has changed" for key in facts if key != "versions" and state.get(key) != facts[key]]
+    differences += [f"{key} has changed" for key in facts if key != "versions" and state.get(key, "") != facts[key]]
     if differences:
         raise UserError(
             f"resume: {folder} was trained with other settings ({'; '.join(differences[:3])}). Use the same ones, "
@@ -104,36 +104,39 @@ def check_same_run(folder: Path, state: dict[str, Any], cfg: Config, facts: dict
 
 
 class SavedMoments:
-    """The optimizer state of a checkpoint, whichever backend and world size wrote it. Raises UserError."""
+    """The optimizer state of a checkpoint, written by any backend and world size. Raises UserError."""
 
     def __init__(self, folder: Path):
-        self.pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
+        self.pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}  # (parameter, moment) -> start, file, key
         for path in sorted((folder / "trainer").glob("optimizer-*.safetensors")):
             try:
-                self._list(path)
+                self._index(path)
             except (OSError, ValueError, SafetensorError) as error:
                 raise UserError(f"checkpoint: {path} holds no optimizer state ({error}). Use --resume never.") from None
         for pieces in self.pieces.values():
             pieces.sort(key=lambda piece: piece[0])
 
-    def _list(self, path: Path) -> None:
-        described = check_safetensors(path)
+    def _index(self, path: Path) -> None:
+        header = check_safetensors(path)
         file = safe_open(path, framework="pt")
-        for key, (dtype, shape) in described.items():
+        for key, (dtype, shape) in header.items():
             name, moment, start = ["", "", "", *key.rsplit("|", 2)][-3:]
             if not name or not re.fullmatch(r"\d{1,15}", start, re.A) or dtype not in TRAINABLE or len(shape) != 1:
                 raise ValueError(f"{key[:80]!r} is no piece of a moment")
             self.pieces.setdefault((name, moment), []).append((int(start), file, key))
 
     def read(self, name: str, moment: str, start: int, length: int) -> torch.Tensor:
-        """Elements start … start+length of a flattened moment. Raises UserError when they are not all there, once."""
+        """[length] fp32: elements start to start+length of a flattened moment.
+
+        Raises UserError when an element is missing, stored twice, or not finite.
+        """
         values = torch.zeros(length)
         reached = start
         for first, file, key in self.pieces.get((name, moment), []):
             piece = file.get_slice(key)
             low, high = max(start, first), min(start + length, first + piece.get_shape()[0])
             if low < high:
-                if low != reached:  # a gap, or a piece that is there twice
+                if low != reached:  # a gap, or a piece that is stored twice
                     break
                 values[low - start : high - start] = piece[low - first : high - first].float()
                 reached = high
@@ -148,9 +151,9 @@ class SavedMoments:
 
 
 def restore(policy: Policy, folder: Path | None) -> int:
-    """Put a checkpoint's moments and counters into a policy built on its weights. Returns the steps done.
+    """Load a checkpoint's moments and counters into a policy built on its weights. Returns the steps done.
 
-    Raises UserError when they do not fit.
+    Raises UserError when they do not match the model.
     """
     if folder is not None:
         policy.counters = read_state(folder)["counters"]

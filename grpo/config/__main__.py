@@ -2,7 +2,7 @@
 
 import sys
 
-from grpo.config.settings import markdown_table
+from grpo.config.documentation import markdown_table
 
 if __name__ == "__main__":
     sys.stdout.write(markdown_table() + "\n")

@@ -1,21 +1,38 @@
-"""Checks of the settings that need no data and no model: ranges, and what contradicts what."""
+"""Checks of settings that need no data and no model: types, ranges, settings that contradict each other.
+
+jsonargparse has read and converted the values. pydantic then checks their types without conversion, for what
+jsonargparse lets pass: null for any setting, true for a number of a Literal, and the values of the `sft` section.
+"""
 
 import dataclasses
 import math
-import types
 import typing
 from pathlib import PurePath
-from typing import Any, Literal, Union
+from types import NoneType
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from grpo.config.settings import Config, prompts_per_step, tracker_names
 from grpo.errors import UserError
 
 MAX_WHOLE = 2**31  # sizes and counts stay below; only the seed may be larger
 MAY_BE_EMPTY = ("system_prompt", "prompt_template")
+IN_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    NoneType: "null",
+    dict[str, str]: "a mapping from names to names",
+    dict[str, float]: "a mapping from names to numbers",
+    dict[str, dict]: "a mapping from names to mappings",
+    dict[str, Any]: "a mapping from names to values",
+}
 
 
 def check(cfg: Config) -> None:
-    """Cross-field checks, before anything loads. Raises UserError naming the setting."""
+    """Check types, ranges and combinations of settings. Raises UserError naming the setting."""
     for name, kind in typing.get_type_hints(Config).items():
         check_kind(name, getattr(cfg, name), kind)
     if cfg.run_name is not None and (PurePath(cfg.run_name).is_absolute() or ".." in PurePath(cfg.run_name).parts):
@@ -24,10 +41,10 @@ def check(cfg: Config) -> None:
         raise UserError("model: none given. Say which: --model <folder or hub name> (nothing at all runs the demo).")
     if cfg.data is None:
         raise UserError("data: none given. Say which: --data <file, folder or hub name>.")
-    taught = bool(cfg.sft)  # the supervised stage: rewards only measure, and may be missing
-    if not cfg.rewards and not taught:
+    is_sft = bool(cfg.sft)  # there rewards only evaluate, and may be missing
+    if not cfg.rewards and not is_sft:
         raise UserError("rewards: none given. Say which, with weights: --rewards '{\"correctness_reward\": 1.0}'.")
-    if not any(cfg.rewards.values()) and not taught:
+    if not any(cfg.rewards.values()) and not is_sft:
         raise UserError(f"rewards: every weight is 0, got {cfg.rewards}. Nothing would be learned: weigh at least one.")
     if not all(math.isfinite(weight) for weight in cfg.rewards.values()):
         raise UserError(f"rewards: weights must be finite numbers, got {cfg.rewards}.")
@@ -110,7 +127,7 @@ def check(cfg: Config) -> None:
 
 
 def _check_adapter(cfg: Config) -> None:
-    """LoRA, 4-bit weights, 8-bit moments, what moves to CPU memory: each refused where it would have no effect."""
+    """Refuse settings of LoRA, 4-bit weights, 8-bit moments and offload that would have no effect."""
     _require(cfg, "lora_r", 0 <= cfg.lora_r <= 2**14, f"0 to {2**14}")
     alpha = cfg.lora_alpha
     _require(cfg, "lora_alpha", alpha is None or (math.isfinite(alpha) and alpha > 0), "a finite number > 0, or null")
@@ -128,7 +145,7 @@ def _check_adapter(cfg: Config) -> None:
 
 
 def _check_data(cfg: Config) -> None:
-    """Settings of grpo/data/questions.py and grpo/data/recipe.py. Raises UserError."""
+    """Settings of grpo/data/questions.py and grpo/data/recipe.py."""
     _require(cfg, "data_rows", cfg.data_rows >= 0, ">= 0")
     _require(cfg, "prompt_length_quantile", 0 < cfg.prompt_length_quantile <= 1, "in (0, 1]")
     longest = cfg.max_answer_length
@@ -149,8 +166,11 @@ def _check_data(cfg: Config) -> None:
 
 
 def check_kind(name: str, value: Any, kind: Any) -> None:
-    """Refuse a value of another type than the field's, or one that no field can use."""
-    if not _fits(value, kind):
+    """Refuse a value of another type than the setting's, and numbers and texts that no setting can use.
+
+    Raises UserError naming the setting, what is allowed and what was given.
+    """
+    if not _has_type(value, kind):
         raise UserError(f"{name}: must be {in_words(kind)}, got {str(value)[:60]!r}.")
     whole = isinstance(value, int) and not isinstance(value, bool)
     limit = 2**63 if name == "seed" else MAX_WHOLE
@@ -164,7 +184,7 @@ def check_kind(name: str, value: Any, kind: Any) -> None:
 
 
 def _check_parameters(cfg: Config) -> None:
-    """Refuse parameters of no reward, and values that JSON has no word for. Raises UserError."""
+    """Refuse parameters of a reward that is not in use, and values that JSON cannot hold."""
     for name, parameters in cfg.reward_parameters.items():
         if name not in cfg.rewards:
             raise UserError(
@@ -191,44 +211,29 @@ def _is_json(value: Any) -> bool:
     return value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) < MAX_WHOLE)
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return True
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in inner)
-    if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in inner)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
-    if kind is float:
-        return type(value) is float or (type(value) is int and abs(value) < 2**63)
-    return type(value) is kind
+def _has_type(value: Any, kind: Any) -> bool:
+    """Whether a value is of this type as it stands; a whole number is also a float."""
+    try:
+        typed = TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return typing.get_origin(kind) is not Literal or type(typed) is type(value)  # pydantic takes True for Literal[1]
 
 
 def in_words(kind: Any) -> str:
-    """What a field takes, in words.
+    """What a setting of this type takes, in words.
 
-    >>> in_words(int | None), in_words(Literal["a", "b"])
-    ('a whole number or null', 'one of a, b')
+    >>> in_words(int | None), in_words(Literal["a", "b"]), in_words(list[str])
+    ('a whole number or null', 'one of a, b', 'a list of texts')
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, types.UnionType):
-        return " or ".join(in_words(one) for one in inner)
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return words.get(kind) or ("a list of texts" if origin is list else _mapping_in_words(inner))
-
-
-def _mapping_in_words(kinds: tuple[Any, ...]) -> str:
-    return "a mapping from names to " + {str: "names", float: "numbers", Any: "values"}.get(kinds[1], "mappings")
+    return IN_WORDS.get(kind) or ("a list of texts" if origin is list else " or ".join(map(in_words, inner)))
 
 
 def field_names() -> list[str]:
-    """Every setting."""
+    """The names of all settings."""
     return [field.name for field in dataclasses.fields(Config)]
 
 

@@ -1,4 +1,4 @@
-"""Reading the command line: defaults < --config file.yaml < --key value, whatever their order; one line on errors."""
+"""Reading the command line: defaults < --config file.yaml < --key value, in any order; errors are one line."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ import jsonargparse
 import yaml
 
 from grpo.config.checks import check, field_names, in_words
-from grpo.config.settings import DEMO, Config, find_path
+from grpo.config.settings import DEMO, OLD_NAMES, Config, find_path
 from grpo.config.sft_section import (
     OF_ROLLOUTS,
     SftSettings,
@@ -40,6 +40,9 @@ def _parser() -> jsonargparse.ArgumentParser:
         "counted from 0, and ends.",
     )
     parser.add_class_arguments(Config, as_group=False)
+    for old, new in OLD_NAMES.items():
+        kind = typing.get_type_hints(Config)[new] | None
+        parser.add_argument(f"--{old}", type=kind, help=f"Old name of {new}. Set one of them.")
     return parser
 
 
@@ -58,16 +61,16 @@ def _empty_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
         prog=prog,
         description=description,
         exit_on_error=False,
-        allow_abbrev=False,  # --mod is a slip, not --model
+        allow_abbrev=False,  # --mod is an error, not --model
     )
     parser.add_argument("--config", action="config", help="YAML file with settings, applied before the command line")
     return parser
 
 
 def load_config(argv: list[str]) -> tuple[Config, str | None]:
-    """Read the command line. Returns the config and, when the demo applies, a notice to show first.
+    """Read the command line. Returns the config and, when the demo is run, a notice to print first.
 
-    Raises UserError for anything that does not fit; `--help` and `--print_config` exit with 0.
+    Raises UserError for a setting that is unknown or wrong; `--help` and `--print_config` exit with 0.
     """
     argv, _ = take_show_prompt(argv)
     names = {arg.split("=")[0] for arg in argv}
@@ -76,7 +79,7 @@ def load_config(argv: list[str]) -> tuple[Config, str | None]:
         notice = "No --config, --model or --data given: running the demo, configs/demo.yaml."
         argv = ["--config", str(DEMO), *argv]
     argv = _files_first(argv)
-    values = _parse(_parser(), argv)
+    values = _new_names(_parse(_parser(), argv), argv)
     _name_run(values, argv, "grpo")
     section = values.pop("sft")
     config = Config(**values)
@@ -87,12 +90,12 @@ def load_config(argv: list[str]) -> tuple[Config, str | None]:
 
 
 def load_sft_config(argv: list[str]) -> tuple[Config, str | None]:
-    """Read the command line of the supervised stage; its own settings are in the field `sft`. See `load_config`."""
+    """Read the command line of the supervised stage, like `load_config`; its own settings are in the field `sft`."""
     for arg in argv:
         refuse_rollout_setting(arg.removeprefix("--").partition("=")[0].partition(".")[0] if arg[:2] == "--" else "")
     argv = _files_first(argv)
     files = [word for i, arg in enumerate(argv[:-1]) if arg == "--config" for word in argv[i : i + 2]]
-    values = _parse(_parser(), files)
+    values = _new_names(_parse(_parser(), files), files)
     section = values.pop("sft")
     check_section(section)
     _name_run(values, files, "grpo")
@@ -112,6 +115,23 @@ def _parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str, An
     return {name: value for name, value in parsed.items() if name != "config"}
 
 
+def _new_names(values: dict[str, Any], argv: list[str]) -> dict[str, Any]:
+    """Settings that were given by an old name, under the present one. Raises UserError when both names were used."""
+    given = {arg.removeprefix("--").partition("=")[0] for arg in argv}
+    for before, arg in zip(argv, argv[1:]):
+        if before == "--config":
+            root = yaml.compose(Path(arg).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+            given |= {key.value for key, _ in root.value} if isinstance(root, yaml.MappingNode) else set()
+    for old, new in OLD_NAMES.items():
+        value = values.pop(old)
+        if value is None:
+            continue
+        if new in given and values[new] != value:
+            raise UserError(f"{old}: it is the old name of {new}, got {value} and {values[new]}. Set one of them.")
+        values[new] = value
+    return values
+
+
 def _name_run(values: dict[str, Any], argv: list[str], default: str) -> None:
     if values["run_name"] is None:
         files = [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg == "--config"]
@@ -119,7 +139,7 @@ def _name_run(values: dict[str, Any], argv: list[str], default: str) -> None:
 
 
 def take_show_prompt(argv: list[str]) -> tuple[list[str], int | None]:
-    """Split `--show_prompt N` off: it is no setting. Raises UserError when N is no row.
+    """Take `--show_prompt N`, which is not a setting, out of argv. Raises UserError when N is not a whole number.
 
     >>> take_show_prompt(["--lr", "1", "--show_prompt", "3"]), take_show_prompt(["--show_prompt=0"])
     ((['--lr', '1'], 3), ([], 0))
@@ -139,9 +159,9 @@ def take_show_prompt(argv: list[str]) -> tuple[list[str], int | None]:
 
 
 def refuse_bad_settings(argv: list[str], load: Callable[[list[str]], object] = load_config) -> None:
-    """End the process with one line when the settings are wrong, before the seconds that importing torch takes.
+    """End the process with one line when settings are wrong, before torch is imported, which takes seconds.
 
-    Under a launcher that is left to `run_main`: there one rank speaks for all, and exit.json tells the launcher.
+    Under a launcher `run_main` does it: there one rank prints, and exit.json holds the code for the launcher.
     """
     if "RANK" in os.environ:
         return
@@ -153,9 +173,9 @@ def refuse_bad_settings(argv: list[str], load: Callable[[list[str]], object] = l
 
 
 def _check_yaml(file: Path) -> None:
-    """Refuse what a YAML reader would let pass or choke on: keys given twice, references, tags, depth.
+    """Refuse what a YAML reader accepts or fails on: repeated keys, references, tags, deep nesting.
 
-    Only the stream of events is read: nothing is built, whatever the file says. Raises UserError.
+    Only the stream of events is read; no object is built. Raises UserError.
     """
     try:
         if file.stat().st_size > MAX_YAML_BYTES:
@@ -171,9 +191,9 @@ def _check_yaml(file: Path) -> None:
 
 @dataclasses.dataclass
 class _Level:
-    """A mapping or a sequence that is open."""
+    """An open mapping or sequence."""
 
-    keys: set[str] | None  # of a mapping
+    keys: set[str] | None  # of a mapping; None for a sequence
     key_follows: bool = True
 
 
@@ -196,7 +216,7 @@ def _yaml_problem(event: yaml.Event, levels: list[_Level]) -> str | None:
             if key is None or key in top.keys:
                 return "a key must be a name." if key is None else f"{key[:60]!r} is set twice. Keep one of them."
             top.keys.add(key)
-            if len(levels) == 1 and key.split(".")[0] not in field_names():
+            if len(levels) == 1 and key.split(".")[0] not in [*field_names(), *OLD_NAMES]:
                 near = difflib.get_close_matches(key, field_names(), 1)
                 return (
                     f"unknown setting {key[:60]!r}{f'; did you mean {near[0]}?' if near else ' (see train.py --help)'}"
@@ -211,17 +231,17 @@ def _yaml_problem(event: yaml.Event, levels: list[_Level]) -> str | None:
 
 
 def _files_first(argv: list[str]) -> list[str]:
-    """`_config_first`, with files that were found and looked at. Raises UserError."""
+    """`_config_first`, and find and check the files. Raises UserError."""
     argv = _config_first(argv)
-    for here, arg in enumerate(argv):
+    for i, arg in enumerate(argv):
         if arg == "--config":
-            file = find_path(argv[here + 1])
+            file = find_path(argv[i + 1])
             if file is None or not file.is_file():
                 raise UserError(
-                    f"config: no such file {argv[here + 1][:200]!r}. Give a YAML file, such as configs/gsm8k.yaml."
+                    f"config: no such file {argv[i + 1][:200]!r}. Give a YAML file, such as configs/gsm8k.yaml."
                 )
             _check_yaml(file)
-            argv[here + 1] = str(file)
+            argv[i + 1] = str(file)
     return argv
 
 
@@ -232,7 +252,7 @@ def _config_first(argv: list[str]) -> list[str]:
     args = iter(argv)
     for arg in args:
         if arg.startswith("--local_rank=") or arg.startswith("--local-rank="):
-            continue  # the deepspeed launcher says it here; LOCAL_RANK in the environment says the same
+            continue  # from the deepspeed launcher, which also sets LOCAL_RANK in the environment
         if arg == "--config":
             files += [arg, next(args, "")]
         elif arg.startswith("--config="):
@@ -243,7 +263,7 @@ def _config_first(argv: list[str]) -> list[str]:
 
 
 def _too_long(argv: list[str]) -> str:
-    """Name the setting whose number no type can hold: the error of the conversion does not."""
+    """Names the setting whose number has too many digits: the error of the conversion does not name it."""
     for before, arg in zip(["", *argv], argv):
         name, _, value = arg.rpartition("=")
         if MANY_DIGITS.fullmatch(value):

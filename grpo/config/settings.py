@@ -1,12 +1,9 @@
 """Every setting: its meaning, its default. command_line.py reads them, config_checks.py checks them.
 
 `Config` is frozen; derived numbers are functions of it, never fields. Under each field: meaning, unit,
-allowed range (this is `--help`, and the table in README.md, which a test compares).
+allowed range (this is `--help`, and the table in docs/configuration.md, which a test compares).
 """
 
-import ast
-import dataclasses
-import inspect
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,8 +118,11 @@ class Config:
     """Tokens kept at most when top_p, top_k or min_p truncates; part of the distribution, stored per token."""
 
     # --- the algorithm
-    loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
-    """grpo: mean over rows of the row's token mean. dapo: global token mean. dr_grpo: sum over a constant length."""
+    surrogate: str = "ppo_clip"
+    """Loss of each token: ppo_clip, or a function of your own as path.py:function (docs/losses.md)."""
+    weighting: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    """grpo: mean over rows of the row's token mean. dapo: global token mean. dr_grpo: sum over a constant length.
+    Its old name is loss."""
     clip_eps: float = 0.2
     """PPO clip below: ratio >= 1 - clip_eps."""
     clip_eps_high: float | None = None
@@ -255,6 +255,18 @@ class Config:
     """Built-in cases of inference.py, kept in the checkpoint; empty: the first held-out (or training) questions."""
 
 
+OLD_NAMES = {"loss": "weighting"}  # of settings, in configurations and checkpoints
+
+
+def with_new_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as an older version wrote them, under their present names.
+
+    >>> with_new_names({"loss": "dapo", "lr": 1e-6})
+    {'weighting': 'dapo', 'lr': 1e-06}
+    """
+    return {OLD_NAMES.get(name, name): value for name, value in settings.items()}
+
+
 def prompts_per_step(cfg: Config) -> int:
     """P."""
     return cfg.batch_size * cfg.gradient_accumulation_steps
@@ -282,6 +294,16 @@ def updates_per_step(cfg: Config) -> int:
     return cfg.num_minibatches * cfg.num_iterations
 
 
+def is_deepspeed(cfg: Config) -> bool:
+    """Whether DeepSpeed's ZeRO holds the optimizer."""
+    return cfg.backend == "deepspeed"
+
+
+def shards_weights(cfg: Config) -> bool:
+    """Whether no rank holds whole weights between steps (ZeRO stage 3)."""
+    return is_deepspeed(cfg) and cfg.zero_stage == 3
+
+
 def find_path(name: str) -> Path | None:
     """A path of the user's: as given, else from the project's folder. None: no such file (a hub name?).
 
@@ -296,28 +318,3 @@ def find_path(name: str) -> Path | None:
         except (OSError, ValueError, RuntimeError):  # too long, a NUL, no such home: no path at all
             continue
     return None
-
-
-def field_docs(settings: type = Config) -> dict[str, str]:
-    """Field name -> the docstring under it.
-
-    >>> field_docs()["lr"]
-    'Peak learning rate.'
-    """
-    body = ast.parse(inspect.getsource(settings)).body[0].body  # type: ignore[attr-defined]
-    docs = {}
-    for before, after in zip(body, body[1:], strict=False):
-        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            docs[before.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
-    return docs
-
-
-def markdown_table() -> str:
-    """The configuration table of README.md. Written by `python -m grpo.config`."""
-    docs = field_docs()
-    lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
-    for f in dataclasses.fields(Config):
-        default = getattr(Config(), f.name)
-        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-        lines.append(f"| `{f.name}` | `{shown}` | {docs[f.name]} |")
-    return "\n".join(lines)

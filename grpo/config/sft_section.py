@@ -1,8 +1,8 @@
-"""The `sft:` section of a configuration: what differs in the supervised stage, and the settings that only it has.
+"""The `sft:` section of a configuration: other values for the supervised stage, and settings of that stage alone.
 
-One file describes both stages. The settings at its top level are GRPO's; `python -m grpo.sft` lays the section over
-them. What has no meaning without rollouts is left out on the way, so that it may change between the stages; within
-the section it is refused.
+One file describes both stages. The settings at its top level are GRPO's; in `python -m grpo.sft` those of the section
+replace them. Settings that have no effect without rollouts are dropped, so that they may differ between the stages;
+within the section they are refused.
 """
 
 import contextlib
@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from grpo.config.checks import check, check_kind
-from grpo.config.settings import Config, field_docs
+from grpo.config.documentation import field_docs
+from grpo.config.settings import OLD_NAMES, Config
 from grpo.errors import UserError
 
 OF_ROLLOUTS = frozenset(
-    {  # settings without meaning here: a supervised step samples nothing
+    {  # settings without effect here: a supervised step samples nothing
         "num_generations",
         "num_minibatches",
         "num_iterations",
@@ -27,7 +28,8 @@ OF_ROLLOUTS = frozenset(
         "top_k",
         "min_p",
         "max_support",
-        "loss",
+        "surrogate",
+        "weighting",
         "clip_eps",
         "clip_eps_high",
         "beta",
@@ -66,18 +68,18 @@ KINDS = {
 
 
 def own_settings(cfg: Config) -> SftSettings:
-    """What a Config of the supervised stage keeps in its field `sft`."""
+    """The settings in the field `sft` of the supervised stage's Config."""
     return SftSettings(**cfg.sft)
 
 
 def refuse_rollout_setting(name: str) -> None:
-    """Raises UserError for a setting that has no effect in the supervised stage."""
-    if name in OF_ROLLOUTS:
+    """Raises UserError for the name of a setting that has no effect in the supervised stage."""
+    if OLD_NAMES.get(name, name) in OF_ROLLOUTS:
         raise UserError(f"sft: {name} has no effect there: no completions are sampled. Set it outside of sft.")
 
 
 def check_section(section: dict[str, Any]) -> None:
-    """Names and kinds of an `sft:` section. Raises UserError, whose text begins with `sft:`."""
+    """Check names and types of an `sft:` section. Raises UserError, whose text begins with `sft:`."""
     for name, value in section.items():
         refuse_rollout_setting(name)
         kind = {**KINDS, **OWN}.get(name)
@@ -85,12 +87,12 @@ def check_section(section: dict[str, Any]) -> None:
             near = difflib.get_close_matches(str(name), [*KINDS, *OWN], 1)
             hint = f"; did you mean {near[0]}?" if near else " (see python -m grpo.sft --help)"
             raise UserError(f"sft: unknown setting {ascii(name)[:60]}{hint}")
-        with _named():
+        with _prefixed_errors():
             check_kind(name, value, kind)
 
 
 def stage_values(values: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the supervised stage by name, its own included: the shared ones, with the section over them.
+    """All settings of the supervised stage by name: those shared with GRPO, replaced by those of the section.
 
     >>> values = stage_values({"output_dir": "./output/", "run_name": "a", "lr": 1.0, "beta": 2.0}, {"lr": 3.0})
     >>> values["output_dir"], values["run_name"], values["lr"], "beta" in values
@@ -104,14 +106,14 @@ def stage_values(values: dict[str, Any], section: dict[str, Any]) -> dict[str, A
 
 
 def stage_config(values: dict[str, Any]) -> Config:
-    """The Config of the supervised stage from what `stage_values` gave. Raises UserError."""
+    """The Config of the supervised stage from the result of `stage_values`. Raises UserError."""
     own = {name: values[name] for name in OWN}
     for name, kind in OWN.items():
         check_kind(name, own[name], kind)
     cfg = Config(**{name: value for name, value in values.items() if name in KINDS}, sft=own)
     check(cfg)
     if cfg.rewards and cfg.eval_split_size == 0 and cfg.eval_data is None:
-        cfg = dataclasses.replace(cfg, rewards={}, reward_parameters={})  # they only measure held-out answers
+        cfg = dataclasses.replace(cfg, rewards={}, reward_parameters={})  # they only score held-out questions
     if own["solution_column"] is None and own["solution_template"] is None:
         raise UserError("solution_column: none given, nor a solution_template. Say which column holds the solution.")
     if "" in own["solution_remove"]:
@@ -120,15 +122,15 @@ def stage_config(values: dict[str, Any]) -> Config:
 
 
 def check_stage(values: dict[str, Any], section: dict[str, Any]) -> None:
-    """All that can be said about the supervised stage without its command line. Raises UserError."""
+    """Check the supervised stage as far as possible without its command line. Raises UserError."""
     check_section(section)
-    with _named():
+    with _prefixed_errors():
         stage_config(stage_values(values, section))
 
 
 @contextlib.contextmanager
-def _named() -> Iterator[None]:
-    """Let the text of a UserError begin with `sft:`."""
+def _prefixed_errors() -> Iterator[None]:
+    """Make the text of a UserError begin with `sft:`."""
     try:
         yield
     except UserError as error:
@@ -136,7 +138,7 @@ def _named() -> Iterator[None]:
 
 
 def markdown_rows() -> str:
-    """The rows of README.md's table of these settings."""
+    """The rows of the table of these settings in docs/sft_and_lora.md."""
     docs = field_docs(SftSettings)
     shown = {
         name: "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,12 +1,12 @@
 """Chat templates are programs that come with a model: they run in a process of their own, under limits.
 
-The process renders with transformers' own `render_jinja_template` (a sandbox without attributes that start with an
+The process renders with transformers' `render_jinja_template` (a sandbox without attributes that start with an
 underscore), so the text is exactly that of `apply_chat_template`. The sandbox bounds neither time nor memory; the
-process does: CPU seconds for each prompt, address space, length of the output, and no file can be opened once
-it is ready. It starts once for a template, in about a second, and then renders thousands of prompts a second.
+process does: CPU seconds for each prompt, address space, length of the output, and no file can be opened once it is
+ready. It starts once for each template, in about a second, and then renders thousands of prompts a second.
 
-Protocol, on its stdin and stdout: a JSON object of settings and an empty answer, then one JSON line a prompt each
-way. The process ends with its stdin, and by the kernel's hand when a prompt takes too long.
+Protocol, on its stdin and stdout: a JSON object of settings and one reply, then one JSON line per prompt in each
+direction. The process ends when its stdin closes; the kernel ends it when a prompt exceeds its CPU time.
 """
 
 import contextlib
@@ -33,51 +33,51 @@ KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONHOME", 
 
 
 class TemplateFailed(Exception):
-    """The template did not give a text; says why."""
+    """The template gave no text; the message is the reason."""
 
 
 class Renderer:
-    """One chat template, in its process. Raises TemplateFailed."""
+    """One chat template in its process. Its methods raise TemplateFailed."""
 
     def __init__(self, template: str, variables: Mapping[str, Any]):
-        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "grpo.data.chat_templates"],
             cwd=Path(__file__).resolve().parents[2],
             text=True,
             encoding="utf-8",
-            env={**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+            env={**environment, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        self.close = weakref.finalize(self, _end, self.process)  # also when Python ends
-        self._ask({"template": template, "variables": dict(variables), "cpu_s": CPU_S})
+        self.close = weakref.finalize(self, _end, self.process)  # also runs when Python exits
+        self._request({"template": template, "variables": dict(variables), "cpu_s": CPU_S})
 
     def render(self, messages: list[dict[str, Any]], opening: bool = True) -> str:
-        """The text of a conversation; with the opening of the assistant's turn, or as it ends."""
-        # As apply_chat_template does: a key whose value is None is a key that is not there.
+        """The text of a conversation. opening: append the start of the assistant's turn."""
+        # Keys whose value is None are dropped, as apply_chat_template does.
         turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
-        return self._ask(turns if opening else {"turns": turns})
+        return self._request(turns if opening else {"turns": turns})
 
-    def _ask(self, question: Any) -> str:
+    def _request(self, message: Any) -> str:
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.stdin.write(json.dumps(question, default=str) + "\n")
+            self.process.stdin.write(json.dumps(message, default=str) + "\n")
             self.process.stdin.flush()
             ready, _, _ = select.select([self.process.stdout], [], [], WAIT_S)
             line = self.process.stdout.readline() if ready else ""
-        except (OSError, ValueError):  # it is gone: the pipe is broken or closed
+        except (OSError, ValueError):  # the process has ended: its pipe is broken or closed
             line = ""
         if not line:
             self.close()
             reason = f"it was stopped after {CPU_S:.0f} s of computing"
             raise TemplateFailed(reason if self.process.returncode == -signal.SIGPROF else "its process died")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise TemplateFailed(answer["error"])
-        return answer["text"]
+        reply = json.loads(line)
+        if "error" in reply:
+            raise TemplateFailed(reply["error"])
+        return reply["text"]
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -86,7 +86,7 @@ def _end(process: subprocess.Popen) -> None:
             with contextlib.suppress(OSError):
                 pipe.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(0.5)  # closed stdin ends it; one that was killed is reaped here
+        process.wait(0.5)  # a closed stdin ends it; a killed process is reaped here
     if process.poll() is None:
         process.kill()
         process.wait()
@@ -100,9 +100,9 @@ def _renderer(template: str, variables: str) -> Renderer:
 def render_chat(
     template: str, variables: Mapping[str, Any], messages: list[dict[str, Any]], opening: bool = True
 ) -> str:
-    """Render a conversation under limits. Raises UserError when the template refuses or exceeds them.
+    """Render a conversation under limits. Raises UserError when the template refuses it or exceeds a limit.
 
-    opening: with the opening of the assistant's turn; False for a conversation that ends with one.
+    opening: append the start of the assistant's turn; False for a conversation that ends with an assistant's turn.
     """
     try:
         return _renderer(template, json.dumps(dict(variables), default=str, sort_keys=True)).render(messages, opening)
@@ -115,43 +115,43 @@ def render_chat(
 
 
 def end_renderers() -> None:
-    """End the processes; the next prompt starts one anew."""
+    """End the processes; the next prompt starts a new one."""
     _renderer.cache_clear()
 
 
 def _limit() -> None:
-    """From here on: a bounded address space, nothing written, no file or socket opened."""
+    """Limit the address space, and forbid writing files and opening files or sockets, from now on."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 2**18
     space = pages * resource.getpagesize() + MEMORY_BYTES
-    for what, most in (
+    for limit, value in (
         (resource.RLIMIT_AS, space),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, 3),
     ):
-        with contextlib.suppress(ValueError, OSError):  # a lower limit holds already
-            resource.setrlimit(what, (most, most))
+        with contextlib.suppress(ValueError, OSError):  # a lower limit is in force already
+            resource.setrlimit(limit, (value, value))
 
 
-def _answer(cpu_s: float, function: Any, *args: Any) -> str:
-    """One line for the parent: what the function gives, or how it failed. Armed with the deadline meanwhile."""
+def _reply(cpu_s: float, function: Any, *args: Any) -> str:
+    """One line for the parent: the function's result or its error, within a limit of CPU seconds."""
     signal.setitimer(signal.ITIMER_PROF, cpu_s)  # SIGPROF's default action ends the process, in C code as well
     try:
-        answer = {"text": function(*args)}
+        reply = {"text": function(*args)}
     except MemoryError:
-        answer = {"error": "it needs too much memory"}
+        reply = {"error": "it needs too much memory"}
     except RecursionError:
-        answer = {"error": "it nests too deeply"}
-    except Exception as error:  # jinja raises whatever the template's expressions raise: all of it is the template's
-        answer = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        reply = {"error": "it nests too deeply"}
+    except Exception as error:  # an expression of the template may raise any exception
+        reply = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
-    return json.dumps(answer)
+    return json.dumps(reply)
 
 
 def main() -> None:
-    """The process: read settings, then conversations; answer each in a line."""
-    # What jinja and Python import when first needed: later no file can be opened any more.
+    """The process: read settings, then conversations; write one line for each."""
+    # jinja and Python import these modules at first use, when no file can be opened any more.
     import encodings.unicode_escape  # noqa: F401
     import pprint  # noqa: F401
     import textwrap  # noqa: F401
@@ -160,18 +160,19 @@ def main() -> None:
     import jinja2.debug  # noqa: F401
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     settings = json.loads(sys.stdin.readline())
-    render_jinja_template([[]], chat_template="{{ 'é' ~ strftime_now('%B') ~ 1.5|tojson }}")  # more of that
-    sys.stdout.write(_answer(settings["cpu_s"], str) + "\n")
+    # Filters and functions import modules at first use, too.
+    render_jinja_template([[]], chat_template="{{ 'é' ~ strftime_now('%B') ~ 1.5|tojson }}")
+    sys.stdout.write(_reply(settings["cpu_s"], str) + "\n")
     sys.stdout.flush()
     _limit()
 
     def render(line: str) -> str:
-        asked = json.loads(line)
-        opening = isinstance(asked, list)
+        message = json.loads(line)
+        opening = isinstance(message, list)
         rendered = render_jinja_template(
-            [asked if opening else asked["turns"]],
+            [message if opening else message["turns"]],
             chat_template=settings["template"],
             add_generation_prompt=opening,
             **settings["variables"],
@@ -182,7 +183,7 @@ def main() -> None:
         return text
 
     for line in sys.stdin:
-        sys.stdout.write(_answer(settings["cpu_s"], render, line) + "\n")
+        sys.stdout.write(_reply(settings["cpu_s"], render, line) + "\n")
         sys.stdout.flush()
 
 

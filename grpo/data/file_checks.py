@@ -1,6 +1,6 @@
-"""Data files are looked at before `datasets` reads them: encoding, size of a row, numbers that are none, compression.
+"""Checks of data files before `datasets` reads them: encoding, size of a row, NaN, compression.
 
-One pass over the file, a row at a time. Every refusal names the file, and the line or the row.
+One pass over the file, a row at a time. Every error names the file, and the line or the row.
 """
 
 import codecs
@@ -20,7 +20,7 @@ from grpo.strict_json import check_regular, parse_json, read_object
 
 MAX_ROW_BYTES = 2**24
 MAX_JSON_BYTES = 2**30  # a .json file is read at once; .jsonl, .csv and .parquet have no limit
-MAX_PARQUET_BYTES = 2**35  # of the cells when they are decoded: a few kilobytes can stand for terabytes
+MAX_PARQUET_BYTES = 2**35  # of the decoded cells: a few kilobytes can encode terabytes
 PACKED = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
@@ -35,15 +35,14 @@ LFS = b"version https://git-lfs.github.com/spec/"
 
 
 class BadFile(ValueError):
-    """Where a file is bad, and why."""
+    """The message names the place in the file and what is wrong there."""
 
 
 def check_file(path: Path, kind: str) -> None:
-    """Refuse a data file that cannot be read whole and unambiguously. Raises UserError.
+    """Refuse a data file that cannot be read completely and unambiguously. Raises UserError.
 
     kind: json, csv or parquet.
     """
-    advice = "Mend or drop it."
     try:
         if check_regular(path) == 0:
             raise UserError(f"data: {path} is empty. Give a file with at least one question.")
@@ -53,14 +52,14 @@ def check_file(path: Path, kind: str) -> None:
             if head.startswith(magic) or head[257:262] == b"ustar":
                 raise BadFile(f"it is packed ({name if head.startswith(magic) else 'tar'}); unpack it first")
         if head.startswith(LFS):
-            raise BadFile("it is Git LFS's note on where the file lies; run `git lfs pull`")
+            raise BadFile("it is a Git LFS pointer, not the file itself; run `git lfs pull`")
         {"json": _check_json, "csv": _check_csv, "parquet": _check_parquet}[kind](path)
     except UnicodeDecodeError as error:
         raise UserError(
             f"data: {path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
         ) from None
     except (OSError, ValueError, OverflowError, csv.Error, pa.ArrowException) as error:
-        raise UserError(f"data: {path}: {' '.join(str(error).split())[:300]}. {advice}") from None
+        raise UserError(f"data: {path}: {' '.join(str(error).split())[:300]}. Mend or drop it.") from None
 
 
 def _check_json(path: Path) -> None:
@@ -92,14 +91,14 @@ def _check_json(path: Path) -> None:
                 f"line {number}{column}: not UTF-8 text ({error.reason} at byte {error.start} of the line)"
             ) from None
         except ValueError as error:
-            raise BadFile(f"line {number}: no JSON: {error}") from None
+            raise BadFile(f"line {number}: not valid JSON: {error}") from None
         if not isinstance(cells, dict):
             raise BadFile(f"line {number}: expected an object, got {json.dumps(cells)[:60]}")
         _check_cells(cells, f"line {number}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers; none longer than MAX_ROW_BYTES is held."""
+    """Lines that are not blank, with their numbers. Raises BadFile for a line longer than MAX_ROW_BYTES."""
     with path.open("rb") as file:
         if file.read(3) != codecs.BOM_UTF8:
             file.seek(0)
@@ -113,7 +112,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _check_cells(cells: Any, where: str) -> None:
-    """No text without UTF-8: half a surrogate pair gets into JSON as \\ud800."""
+    """Refuse text that UTF-8 cannot encode: JSON can hold half of a surrogate pair, as \\ud800."""
     if isinstance(cells, str):
         try:
             cells.encode()
@@ -131,7 +130,7 @@ def _check_cells(cells: Any, where: str) -> None:
 
 
 def _check_csv(path: Path) -> None:
-    """A header of different names, no row with more cells than it, nothing in columns without a name."""
+    """Column names must differ, rows have at most as many cells, and columns without a name are empty."""
     before = csv.field_size_limit(MAX_ROW_BYTES)
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -158,21 +157,22 @@ def _check_table(file: TextIO) -> None:
             _check_text(row, header, reader.line_num)
             if len(row) > len(header):
                 raise BadFile(f"line {reader.line_num}: {len(row)} cells under {len(header)} columns; quote commas")
-            stray = [at for at, cell in enumerate(row) if cell.strip() and not header[at].strip()]
-            if stray:
+            unnamed = [i for i, cell in enumerate(row) if cell.strip() and not header[i].strip()]
+            if unnamed:
                 raise BadFile(
-                    f"line {reader.line_num}, column {stray[0] + 1}: {row[stray[0]][:60]!r} stands under no column name"
+                    f"line {reader.line_num}, column {unnamed[0] + 1}: {row[unnamed[0]][:60]!r} is in a column "
+                    "without a name"
                 )
     except csv.Error as error:
         raise BadFile(f"line {reader.line_num}: {error}") from None
 
 
 def _check_text(row: list[str], header: list[str], line: int) -> None:
-    """Cells in UTF-8, without NUL. Bytes that are not came in as surrogates."""
+    """Refuse cells that are not UTF-8 (such bytes were read as surrogates) or hold NUL."""
     if all(cell.isascii() and "\0" not in cell for cell in row):
         return
-    for at, cell in enumerate(row):
-        where = f"line {line}, column {header[at]!r}" if at < len(header) else f"line {line}"
+    for i, cell in enumerate(row):
+        where = f"line {line}, column {header[i]!r}" if i < len(header) else f"line {line}"
         try:
             cell.encode()
         except UnicodeEncodeError as error:
@@ -182,14 +182,14 @@ def _check_text(row: list[str], header: list[str], line: int) -> None:
 
 
 def csv_columns(path: Path) -> dict[str, int]:
-    """Columns of a checked CSV file that have a name, and where they stand; those without one are empty."""
+    """Column name -> index, for a checked CSV file. Columns without a name are empty and left out."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = next(row for row in csv.reader(file, strict=True) if row)
-    return {name: at for at, name in enumerate(header) if name.strip()}
+    return {name: i for i, name in enumerate(header) if name.strip()}
 
 
 def _check_parquet(path: Path) -> None:
-    """Decode it once, a few rows at a time: what comes out is counted, and must be valid."""
+    """Decode the file once, a few rows at a time; limit the decoded bytes and validate the cells."""
     with warnings.catch_warnings(), pq.ParquetFile(path) as file:
         warnings.simplefilter("ignore")
         for field in file.schema_arrow:
@@ -205,18 +205,18 @@ def _check_parquet(path: Path) -> None:
 
 
 def check_saved_folder(path: Path) -> None:
-    """Refuse a folder saved by datasets whose files lie elsewhere. Raises UserError."""
+    """Refuse a folder saved by datasets that names files outside of it. Raises UserError."""
     try:
-        names = [path]
+        folders = [path]
         if (path / "dataset_dict.json").exists():
             splits = read_object(path / "dataset_dict.json").get("splits")
             if not isinstance(splits, list) or not all(_is_plain(split) for split in splits):
-                raise BadFile("dataset_dict.json: its splits are no plain names")
-            names = [path / split for split in splits]
-        for folder in names:
+                raise BadFile("dataset_dict.json: its splits must be plain names")
+            folders = [path / split for split in splits]
+        for folder in folders:
             for name in ("state.json", "dataset_info.json"):
                 if not (folder / name).exists():
-                    raise BadFile(f"{folder.name}/{name} is missing: this is no folder saved by datasets")
+                    raise BadFile(f"{folder.name}/{name} is missing: datasets did not save this folder")
             read_object(folder / "dataset_info.json")
             files = read_object(folder / "state.json").get("_data_files")
             if not isinstance(files, list) or not files:

@@ -1,7 +1,7 @@
-"""Folders of bare data files, as people have them after `git clone` of a dataset: which files make up a split.
+"""Folders of plain data files, such as a cloned dataset: which files make up a split.
 
-`datasets` says which split a file belongs to, by its name (train.jsonl, data/test-00000-of-00002.parquet, dev/a.csv)
-or by the `configs` at the head of README.md. Where that leaves a choice, nothing is guessed.
+`datasets` decides which split a file belongs to, by its name (train.jsonl, data/test-00000-of-00002.parquet,
+dev/a.csv) or by the `configs` in the header of README.md. Where several choices remain, they are refused.
 """
 
 import os
@@ -22,9 +22,9 @@ Patterns = dict[str, list[str]]  # split -> patterns of its files
 
 
 def files_of(folder: Path, split: str, config: str | None, kinds: dict[str, str]) -> tuple[list[Path], str]:
-    """The files of a split, in order, and what they are all. Raises UserError.
+    """The files of a split, in order, and their kind. Raises UserError.
 
-    config: a configuration that README.md names, or a folder inside. kinds: ending of a name -> kind of file.
+    config: a configuration that README.md names, or a subfolder. kinds: file extension -> kind of file.
     """
     named = _configs(folder)
     if config is not None and not named:
@@ -34,28 +34,28 @@ def files_of(folder: Path, split: str, config: str | None, kinds: dict[str, str]
                 f"{config!r}. Leave it out, or give the data's file itself."
             )
         folder = folder / config
-    patterns = _chosen(folder, named, config) if named else _by_names(folder, kinds)
+    patterns = _patterns_of_config(folder, named, config) if named else _patterns_by_name(folder, kinds)
     found = DataFilesDict.from_patterns(_as_datasets(patterns), base_path=str(folder), allowed_extensions=list(kinds))
     splits = {str(name): sorted(Path(file) for file in files) for name, files in found.items() if files}
     one_split = not named and patterns == {str(name): list(those) for name, those in DEFAULT_PATTERNS_ALL.items()}
-    if one_split:  # no name says which split it is: then there must be one file, and it is all one split
+    if one_split:  # no file name names a split: one file is required, and it is the whole data
         [files] = splits.values()
     elif split in splits:
         files = splits[split]
     else:
         raise UserError(f"data: {folder} has no split {split!r}, only {sorted(splits)}. Use --data_split.")
     found_kinds = {kinds[file.suffix.lower()] for file in files}
-    whole = len({_without_numbers(file) for file in files}) == 1 and not (one_split and len(files) > 1)
-    if len(found_kinds) > 1 or not (named or whole):
+    are_parts = len({_without_numbers(file) for file in files}) == 1 and not (one_split and len(files) > 1)
+    if len(found_kinds) > 1 or not (named or are_parts):
         shown = ", ".join(os.path.relpath(file, folder) for file in files[:SHOWN])
         more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
-        what = "none of which names a split" if one_split else f"all of which may be its split {split!r}"
+        what = "and no file name names a split" if one_split else f"all of which may be its split {split!r}"
         raise UserError(f"data: {folder} holds {shown}{more}, {what}. Give one of them: --data {files[0]}.")
     _check_complete(folder, files)
     return files, found_kinds.pop()
 
 
-def _by_names(folder: Path, kinds: dict[str, str]) -> Patterns:
+def _patterns_by_name(folder: Path, kinds: dict[str, str]) -> Patterns:
     try:
         found = get_data_patterns(str(folder))
     except EmptyDatasetError:
@@ -75,12 +75,12 @@ def _as_datasets(patterns: Patterns) -> dict[str, Any]:
 
 
 def _without_numbers(file: Path) -> Path:
-    """What parts of one split have in common: the name without its numbers."""
+    """The name that the parts of one split share."""
     return file.with_name(re.sub(r"\d+", "#", file.name))
 
 
 def _check_complete(folder: Path, files: list[Path]) -> None:
-    """Parts that say how many they are must all be there. Raises UserError."""
+    """Raises UserError when files named like data-00000-of-00002 are not complete."""
     parts = Counter(
         (file.parent, file.name[: match.start()], int(match[1]))
         for file in files
@@ -89,12 +89,12 @@ def _check_complete(folder: Path, files: list[Path]) -> None:
     for (_, name, total), found in parts.items():
         if found != total:
             raise UserError(
-                f"data: {folder} holds {found} parts of {name}-*-of-{total:05d}, which says {total}. Fetch all of them."
+                f"data: {folder} holds {found} of the {total} parts {name}-*-of-{total:05d}. Fetch all of them."
             )
 
 
 def _configs(folder: Path) -> dict[str, Any]:
-    """Configuration -> its entry in README.md; empty where it has none. Raises UserError."""
+    """Configuration -> its entry in README.md; empty without such entries. Raises UserError."""
     card = folder / "README.md"
     try:
         if not card.exists():
@@ -102,13 +102,13 @@ def _configs(folder: Path) -> dict[str, Any]:
         check_regular(card, MAX_CARD_BYTES)
         head = re.match(r"---\r?\n(.*?)\r?\n---(?:\r?\n|$)", card.read_text(encoding="utf-8-sig"), re.S)
         if head and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(head[1], Loader=yaml.SafeLoader)):
-            raise ValueError("references (*name) are not read")  # a few of them unfold into gigabytes
+            raise ValueError("references (*name) are not read")  # a few of them can expand to gigabytes
         settings = yaml.safe_load(head[1]) if head else None
         entries = settings.get("configs") if isinstance(settings, dict) else None
         if entries is None:
             return {}
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError("configs is no list of configurations")
+            raise ValueError("configs is not a list of configurations")
         with_files = [entry for entry in entries if "data_files" in entry]
         named = {str(entry.get("config_name", "default"))[:100]: entry for entry in with_files}
         if len(named) != len(with_files):
@@ -120,8 +120,8 @@ def _configs(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def _chosen(folder: Path, named: dict[str, Any], config: str | None) -> Patterns:
-    """Patterns of the configuration that is asked for, or the only one, or the default. Raises UserError."""
+def _patterns_of_config(folder: Path, named: dict[str, Any], config: str | None) -> Patterns:
+    """Patterns of the given configuration; without one, of the only one or the default. Raises UserError."""
     defaults = [name for name, entry in named.items() if len(named) == 1 or name == "default" or entry.get("default")]
     wanted = config if config is not None else defaults[0] if len(defaults) == 1 else None
     if wanted not in named:
@@ -142,7 +142,7 @@ def _chosen(folder: Path, named: dict[str, Any], config: str | None) -> Patterns
 
 
 def _inside(pattern: str) -> bool:
-    """Whether a pattern cannot lead out of its folder.
+    """Whether a pattern can only match files in its folder.
 
     >>> _inside("data/train-*.parquet"), _inside("../x.csv"), _inside("https://x/y.csv"), _inside("a::zip://b")
     (True, False, False, False)

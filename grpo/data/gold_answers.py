@@ -1,7 +1,7 @@
 """Gold answers: from the cell of a column to the text that rewards compare with.
 
-`answer_format` says how a cell is read: text (as it is), hash (after the last ####), letter (A to D), number,
-json (an object).
+`answer_format` is how a cell is read: text (unchanged), hash (after the last ####), letter (A to D), number, json (an
+object).
 """
 
 import math
@@ -59,7 +59,7 @@ def json_answer(text: str) -> str | None:
         return None
 
 
-READERS: dict[str, tuple[Callable[[str], str | None], str]] = {  # what reads a cell, and what it expects
+READERS: dict[str, tuple[Callable[[str], str | None], str]] = {  # reads a cell; the expected content, in words
     "text": (str, "a gold answer"),
     "hash": (hash_answer, "text with '#### answer'"),
     "letter": (letter_answer, "a letter, A to D"),
@@ -69,17 +69,17 @@ READERS: dict[str, tuple[Callable[[str], str | None], str]] = {  # what reads a 
 
 
 def gold_answers(cells: Sequence[Any], answer_format: str, source: str, column: str) -> list[str | None]:
-    """Gold answers of a column as text; None for a row that is to be left out: a cell that is no number.
+    """Gold answers of a column as text; None for a row to leave out, whose cell holds text but no number.
 
-    Raises UserError naming the first row without an answer, and how many there are. A cell that holds text but no
-    number does not count: collections of problems have such rows by the thousand, so those are dropped and counted.
+    Such rows are common in collections of problems, so `number` drops and counts them. Any other row without an answer
+    raises UserError naming the first one, and how many there are.
     """
-    read, wanted = READERS[answer_format]
+    read, expected = READERS[answer_format]
     golds: list[str | None] = []
     bad: list[int] = []
     for row, cell in enumerate(cells):
-        odd = isinstance(cell, (dict, list, bytes)) or (isinstance(cell, float) and not math.isfinite(cell))
-        text = "" if cell is None or odd else str(cell)
+        unusable = isinstance(cell, (dict, list, bytes)) or (isinstance(cell, float) and not math.isfinite(cell))
+        text = "" if cell is None or unusable else str(cell)
         gold = read(text) if text.strip() else None
         if not (gold and gold.strip()):
             gold = None
@@ -89,7 +89,7 @@ def gold_answers(cells: Sequence[Any], answer_format: str, source: str, column: 
     if bad:
         others = f" ({len(bad)} rows are like it)" if len(bad) > 1 else ""
         raise UserError(
-            f"data: {source}, row {bad[0] + 1}, column {column!r}: expected {wanted}, got "
+            f"data: {source}, row {bad[0] + 1}, column {column!r}: expected {expected}, got "
             f"{str(cells[bad[0]])[:60]!r}{others}. Mend or drop the row, or see --answer_format."
         )
     return golds

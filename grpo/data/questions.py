@@ -1,11 +1,12 @@
-"""Questions: files and hub datasets -> Prompts, and the endless stream that deals them out.
+"""Questions: files and hub datasets -> Prompts, and the prompts of each step.
 
-`Questions.prompts(step)` is a pure function of (seed, step): epoch after epoch of permutations, cut every
-P prompts. There is no sampler state; resuming seeks.
+`Questions.prompts(step)` is a pure function of (seed, step): the permutations of all epochs, one after the other, P
+prompts a step. It has no sampler state, so a resumed run asks for its step.
 """
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,20 +15,19 @@ from typing import Any
 
 import datasets
 import numpy as np
+from rich import get_console
+from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.settings import Config
 from grpo.data.chat_templates import end_renderers
 from grpo.data.filters import Drops, check_unique, keep_short, split
-from grpo.data.gold_answers import gold_answers, hash_answer
-from grpo.data.prompt_cache import Job, Made, make_all
+from grpo.data.gold_answers import gold_answers
 from grpo.data.recipe import Recipe, build, encode, render
 from grpo.data.sources import load_rows
 from grpo.errors import UserError
 from grpo.randomness import permutation
 from grpo.types import Prompt
-
-__all__ = ["Questions", "hash_answer", "length_summary", "load_questions", "load_rows"]
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Questions:
     items: list[Prompt]
     num_dropped: int  # by all rules together
     seed: int = 0
-    drops: Drops = field(default_factory=dict)  # by which rule
+    drops: Drops = field(default_factory=dict)  # by each rule
 
     def first_questions(self, count: int) -> list[str]:
-        """The first questions as a user would type them."""
+        """The first questions that are plain text."""
         return [question for item in self.items[:count] if isinstance(question := item.columns.get("question"), str)]
 
     def prompts(self, step: int, num_prompts: int) -> list[Prompt]:
@@ -56,7 +56,7 @@ class Questions:
         return [self.items[orders[i // len(self.items)][i % len(self.items)]] for i in picks]
 
 
-@lru_cache(maxsize=2)  # an epoch's, and the next one's where a step has of both; all epochs of a run would be a leak
+@lru_cache(maxsize=2)  # a step takes prompts from at most a few epochs; caching all would be a leak
 def _order(seed: int, epoch: int, size: int) -> np.ndarray:
     return permutation(seed, epoch, size)
 
@@ -66,70 +66,70 @@ def load_questions(
 ) -> Questions:
     """Read, check and tokenize the training (or held-out) questions. Raises UserError.
 
-    Held-out questions are those of eval_data, or else the part of data that eval_split_size cuts off.
+    Held-out questions are those of eval_data, or else the part of data that eval_split_size takes.
     """
-    apart = held_out and cfg.eval_data is not None
-    name = cfg.eval_data if apart else cfg.data
+    has_own_data = held_out and cfg.eval_data is not None
+    name = cfg.eval_data if has_own_data else cfg.data
     assert name is not None
-    rows = load_rows(name, cfg.eval_split if apart else cfg.data_split, cfg.data_config)
-    if apart and cfg.eval_rows:
+    rows = load_rows(name, cfg.eval_split if has_own_data else cfg.data_split, cfg.data_config)
+    if has_own_data and cfg.eval_rows:
         rows = rows.select(range(min(cfg.eval_rows, len(rows))))
     if len(rows) == 0:
         raise UserError(f"data: {name} holds no rows. Give at least one question.")
     cells = _read_columns(cfg, rename(rows, cfg.column_names, name), name)
     items, answer_lengths, no_number = _make_prompts(cfg, recipe, tokenizer, cells, name)
-    end_renderers()  # the run does not ask again: do not keep an idle process, about 100 MB, for each rank
-    items, drops = keep_short(items, answer_lengths, cfg, limits=not apart)
+    end_renderers()  # the run renders no more prompts: end the idle process of each rank, about 100 MB
+    items, drops = keep_short(items, answer_lengths, cfg, limits=not has_own_data)
     if no_number:
         drops["answers that are no numbers"] = no_number
     if not items:
         raise UserError(
             f"data: every prompt of {name} ({drops['too long']}) is longer than max_prompt_length "
-            f"{cfg.max_prompt_length}{_said(drops)}. Raise the limit, or shorten system_prompt."
+            f"{cfg.max_prompt_length}{_other_drops(drops)}. Raise the limit, or shorten system_prompt."
         )
-    if not apart:
+    if not has_own_data:
         items, drops = _choose(cfg, items, drops, held_out, name)
     items = [dataclasses.replace(item, data_row=row) for row, item in enumerate(items)]
     return Questions(items, sum(drops.values()), cfg.seed, drops)
 
 
 def _choose(cfg: Config, items: list[Prompt], drops: Drops, held_out: bool, name: str) -> tuple[list[Prompt], Drops]:
-    """The first data_rows; then the part to train on, or the one held out."""
+    """The first data_rows; of these the part to train on, or the part held out."""
     if cfg.data_rows and len(items) > cfg.data_rows:
         drops = {**drops, f"after the first {cfg.data_rows} (data_rows)": len(items) - cfg.data_rows}
         items = items[: cfg.data_rows]
     if not cfg.eval_split_size:
         return items, drops
-    trained, held = split(items, cfg.eval_split_size, cfg.seed, name)
+    training_items, eval_items = split(items, cfg.eval_split_size, cfg.seed, name)
     if held_out:
-        return held[: cfg.eval_rows or None], drops
-    return trained, {**drops, "held out for evaluation": len(held)}
+        return eval_items[: cfg.eval_rows or None], drops
+    return training_items, {**drops, "held out for evaluation": len(eval_items)}
 
 
 def rename(rows: datasets.Dataset, names: Mapping[str, str], source: str) -> datasets.Dataset:
-    """Call columns as column_names says, unless the new name is there already. Raises UserError."""
-    there = rows.column_names
+    """Rename columns by column_names, unless a column has the new name already. Raises UserError."""
+    columns = rows.column_names
     for old, new in names.items():
         if old in rows.column_names and new in rows.column_names and old != new:
             raise UserError(f"column_names: {source} has both columns {old!r} and {new!r}. Choose another new name.")
         if old in rows.column_names:
             rows = rows.rename_column(old, new)
         elif new not in rows.column_names:
-            raise UserError(f"column_names: {source} has no column {old!r}, only {there}.")
+            raise UserError(f"column_names: {source} has no column {old!r}, only {columns}.")
     return rows
 
 
 def _read_columns(cfg: Config, rows: datasets.Dataset, name: str) -> dict[str, list[Any]]:
-    """All columns as Python values, once those that the settings name are known to be there. Raises UserError."""
+    """All columns as Python values. Raises UserError for a column that a setting names and the data lacks."""
     for setting in ("question_column", "answer_column", "id_column"):
         column = getattr(cfg, setting)
         if column is not None and column not in rows.column_names:
             raise UserError(
                 f"data: {name} has no column {column!r}, only {rows.column_names}. Map it: --{setting} NAME."
             )
-    for used in _in_template(cfg):
-        if used not in rows.column_names:
-            raise UserError(f"prompt_template: {name} has no column {used!r}, only {rows.column_names}.")
+    for column in _in_template(cfg):
+        if column not in rows.column_names:
+            raise UserError(f"prompt_template: {name} has no column {column!r}, only {rows.column_names}.")
     cells = {column: _cells(rows, column, name) for column in rows.column_names}
     if cfg.id_column is not None:
         check_unique(cells[cfg.id_column], name, cfg.id_column)
@@ -144,14 +144,14 @@ def _read_columns(cfg: Config, rows: datasets.Dataset, name: str) -> dict[str, l
 
 
 def _in_template(cfg: Config) -> list[str]:
-    return [used for used in re.findall(r"\{(\w+)\}", cfg.prompt_template) if used != "question"]
+    return [column for column in re.findall(r"\{(\w+)\}", cfg.prompt_template) if column != "question"]
 
 
 def _cells(rows: datasets.Dataset, column: str, name: str) -> list[Any]:
     """A column as Python values. Raises UserError."""
     try:
         return list(rows[column])
-    except Exception as error:  # a feature of datasets met bytes that it cannot decode
+    except Exception as error:  # bytes that a feature of datasets cannot decode: it raises many exception classes
         raise UserError(
             f"data: {name}, column {column!r} could not be read: {' '.join(str(error).split())[:300]}"
         ) from None
@@ -160,40 +160,39 @@ def _cells(rows: datasets.Dataset, column: str, name: str) -> list[Any]:
 def _make_prompts(
     cfg: Config, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cells: dict[str, list[Any]], name: str
 ) -> tuple[list[Prompt], list[int | None], int]:
-    """Prompts of all rows with an answer, the tokens of the answers, and how many rows hold no number."""
+    """Prompts of all rows with an answer, the answers' lengths in tokens, and the number of rows without a number.
+
+    Lengths are None unless max_answer_length needs them. Raises UserError naming the row.
+    """
     questions, answers = cells[cfg.question_column], cells.get(cfg.answer_column or "")
     if cfg.answer_column is not None and answers is not None:
         cells = {**cells, "answer": gold_answers(answers, cfg.answer_format, name, cfg.answer_column)}
     used = [row for row in range(len(questions)) if answers is None or cells["answer"][row] is not None]
     if not used:
         raise UserError(f"data: {name}, column {cfg.answer_column!r}: no row holds a number. See --answer_format.")
-    columns = [{key: values[row] for key, values in cells.items()} | {"question": questions[row]} for row in used]
-    jobs = []
-    for row, here in zip(used, columns, strict=True):
+    for row in used:
         _check_question(questions[row], f"{name}, row {row + 1}, column {cfg.question_column!r}")
-        counted = answers is not None and cfg.max_answer_length is not None
-        jobs.append(Job(build(recipe, questions[row], here), str(answers[row]) if counted and answers else None))
-
-    def make(at: int) -> Made:
+    items: list[Prompt] = []
+    answer_lengths: list[int | None] = []
+    silent = os.environ.get("RANK", "0") != "0" or not get_console().is_terminal
+    for row in track(used, "prompts", transient=True, disable=silent):
+        columns = {key: values[row] for key, values in cells.items()} | {"question": questions[row]}
+        messages = build(recipe, questions[row], columns)
         try:
-            text = render(recipe, jobs[at].messages, tokenizer)
+            text = render(recipe, messages, tokenizer)
             ids = encode(recipe, text, tokenizer)
         except UserError as error:
-            raise UserError(f"{error} (data: {name}, row {used[at] + 1})") from None
+            raise UserError(f"{error} (data: {name}, row {row + 1})") from None
         if not ids:
-            where = f"{name}, row {used[at] + 1}, column {cfg.question_column!r}"
+            where = f"{name}, row {row + 1}, column {cfg.question_column!r}"
             raise UserError(f"data: {where}: the tokenizer makes no token of {text[:60]!r}.")
-        answer = jobs[at].answer
-        length = None if answer is None else len(tokenizer(answer, add_special_tokens=False)["input_ids"])
-        return Made(text, tuple(ids), length)
-
-    made = make_all(jobs, recipe, tokenizer, make)
-    items: list[Prompt] = []
-    for row, one, job, here in zip(used, made, jobs, columns, strict=True):
-        talks = recipe.chat or not isinstance(here["question"], str)
-        cell = None if answers is None else answers[row]
-        items.append(Prompt(len(items), one.text, one.token_ids, here, job.messages if talks else None, cell))
-    return items, [one.answer_length for one in made], len(questions) - len(used)
+        answer = None if answers is None else answers[row]
+        counted = answers is not None and cfg.max_answer_length is not None
+        answer_ids = tokenizer(str(answer), add_special_tokens=False)["input_ids"] if counted else None
+        answer_lengths.append(None if answer_ids is None else len(answer_ids))
+        is_conversation = recipe.chat or not isinstance(questions[row], str)
+        items.append(Prompt(len(items), text, tuple(ids), columns, messages if is_conversation else None, answer))
+    return items, answer_lengths, len(questions) - len(used)
 
 
 def _check_question(question: Any, where: str) -> None:
@@ -205,15 +204,14 @@ def _check_question(question: Any, where: str) -> None:
         raise UserError(f"data: {where}: expected a question, got {str(question)[:60]!r}. Mend or drop the row.")
 
 
-def _said(drops: Drops) -> str:
-    """The rules that left questions out, beside the length limit."""
+def _other_drops(drops: Drops) -> str:
+    """The rules that left questions out, other than max_prompt_length."""
     return "".join(f", {count} dropped: {rule}" for rule, count in drops.items() if rule != "too long")
 
 
 def length_summary(questions: Questions) -> str:
-    """One line on how many prompts were kept and why others were not, and how long they are."""
+    """One line: how many questions are used, how many each rule left out, and how long the prompts are."""
     lengths = np.array([len(item.token_ids) for item in questions.items])
-    return (
-        f"{len(lengths)} questions kept, {questions.drops.get('too long', 0)} dropped as too long"
-        f"{_said(questions.drops)}; prompt tokens median {math.floor(np.median(lengths))}, longest {lengths.max()}"
-    )
+    drops = f"{questions.drops.get('too long', 0)} dropped as too long{_other_drops(questions.drops)}"
+    sizes = f"prompt tokens median {math.floor(np.median(lengths))}, longest {lengths.max()}"
+    return f"{len(lengths)} questions kept, {drops}; {sizes}"

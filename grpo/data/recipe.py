@@ -1,6 +1,6 @@
-"""How a question becomes the text that the model reads. One recipe for training, evaluation and inference.
+"""The recipe that turns a question into a prompt, for training, evaluation and inference alike.
 
-The recipe is saved in every checkpoint (`trainer/recipe.json`), and inference.py uses exactly that.
+Every checkpoint holds its recipe (`trainer/recipe.json`), and inference.py uses that one.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ MAX_TEMPLATE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Recipe:
-    """The prompt's ingredients, and the sampling that goes with them."""
+    """The parts of a prompt, and the limits of prompt, completion and logits."""
 
     system_prompt: str | None = None
     prompt_template: str = "{question}"
     chat: bool = False  # render through the tokenizer's chat template
-    strip_cells: bool = False  # white space around cells does not get into the template
+    strip_cells: bool = False  # strip white space around cells before they are put into the template
     example_question: str | None = None  # one turn of each side before the question
     example_answer: str | None = None
     max_prompt_length: int = 256
@@ -38,10 +38,10 @@ class Recipe:
 
 
 def make_recipe(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """Settle the recipe of a run. Raises UserError when a chat template is asked for and missing.
+    """The recipe of a run. Raises UserError when a chat template is required and missing.
 
-    A template of the user's own is put into the tokenizer: every checkpoint is saved with it, so that inference,
-    evaluation and other programs find it where chat templates are looked for.
+    The template of chat_template_file is put into the tokenizer, which every checkpoint is saved with: inference,
+    evaluation and other programs find it there.
     """
     if cfg.chat_template_file is not None:
         tokenizer.chat_template = read_template(cfg.chat_template_file)
@@ -65,7 +65,7 @@ def make_recipe(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Recipe:
 
 
 def read_template(name: str) -> str:
-    """A chat template from a file. Raises UserError; whether it renders shows with the first prompt."""
+    """Read a chat template from a file. Raises UserError. The first prompt shows whether it renders."""
     path = find_path(name)
     if path is None or not path.is_file():
         raise UserError(
@@ -111,9 +111,9 @@ def build(recipe: Recipe, question: str | list[dict[str, str]], columns: dict[st
 
 
 def render(recipe: Recipe, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The exact text. Without a chat template: the contents, the system prompt on lines of its own.
+    """The prompt's text. Without a chat template: the contents of all turns, each on lines of its own.
 
-    Raises UserError when the chat template refuses the conversation, or exceeds its limits (chat_templates.py).
+    Raises UserError when the chat template refuses the conversation or exceeds its limits (chat_templates.py).
     """
     if not recipe.chat:
         *before, last = [message["content"] for message in messages]
@@ -128,21 +128,21 @@ def render(recipe: Recipe, messages: list[dict[str, str]], tokenizer: PreTrained
 
 
 def encode(recipe: Recipe, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids. A chat template has written its special tokens itself; plain text gets the tokenizer's own.
+    """Token ids. A chat template writes its special tokens itself; plain text gets the tokenizer's.
 
-    Raises UserError for text that is none: half of a surrogate pair has no UTF-8.
+    Raises UserError for half of a surrogate pair, which UTF-8 cannot encode.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"prompt: character {error.start + 1} is half of a surrogate pair, which no text holds. Mend the text."
+            f"prompt: character {error.start + 1} is half of a surrogate pair and has no UTF-8. Mend the text."
         ) from None
     return tokenizer(text, add_special_tokens=not recipe.chat)["input_ids"]
 
 
 def keep_questions(recipe: Recipe, questions: list[str]) -> Recipe:
-    """The recipe with built-in cases for inference.py, unless the config named some."""
+    """The recipe with these questions for inference.py, unless it has some already."""
     return recipe if recipe.questions else dataclasses.replace(recipe, questions=questions)
 
 
@@ -152,7 +152,7 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe. Raises UserError when it is not one."""
+    """Read a recipe. Raises UserError for a file that does not hold one."""
     try:
         recipe = Recipe(**read_object(path))
         _check_recipe(recipe)
@@ -164,9 +164,9 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    """Types and ranges of a recipe that was read. Raises ValueError naming the field."""
+    """Check types and ranges. Raises ValueError naming the field."""
     lengths = (recipe.max_prompt_length, recipe.max_generate_length)
-    holds = {
+    checks = {
         "system_prompt": recipe.system_prompt is None or isinstance(recipe.system_prompt, str),
         "prompt_template": isinstance(recipe.prompt_template, str),
         "chat, strip_cells": isinstance(recipe.chat, bool) and isinstance(recipe.strip_cells, bool),
@@ -177,6 +177,6 @@ def _check_recipe(recipe: Recipe) -> None:
         "logit_clamp": type(recipe.logit_clamp) in (int, float) and 0 < recipe.logit_clamp < math.inf,
         "questions": isinstance(recipe.questions, list) and all(isinstance(text, str) for text in recipe.questions),
     }
-    for name, right in holds.items():
-        if not right:
-            raise ValueError(f"{name} is of the wrong kind")
+    for name, is_valid in checks.items():
+        if not is_valid:
+            raise ValueError(f"{name} has a wrong type or value")

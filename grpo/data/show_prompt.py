@@ -1,7 +1,7 @@
-"""`train.py --show_prompt N`: exactly what the model reads for question N, counted from 0, and how many tokens it is.
+"""`train.py --show_prompt N`: the prompt of question N, counted from 0, and its number of tokens.
 
-The text goes to stdout, as it is and followed by one line break; its tokens and gold answer go to stderr. Nothing
-is trained and no folder is touched.
+The prompt's text and one line break go to stdout; its number of tokens and gold answer go to stderr. Nothing is
+trained and no folder is written.
 """
 
 import os
@@ -16,7 +16,7 @@ from grpo.models.loading import load_tokenizer
 
 
 def show_prompt(argv: list[str]) -> int:
-    """Print the prompt that the command line asks for, from one process. Returns the exit code."""
+    """Print the prompt of `--show_prompt N`, on rank 0 only. Returns the exit code."""
     if os.environ.get("RANK", "0") != "0":
         return 0
     try:

@@ -1,7 +1,7 @@
-"""Rows from where they lie: a file, a folder of files, a folder saved by `datasets`, the hub.
+"""Rows of a file, a folder of files, a folder saved by `datasets`, or a hub dataset.
 
-Local files are checked before `datasets` reads them, and nothing in them is run: `datasets` knows no loading scripts
-any more, and a folder is opened either as one that `save_to_disk` wrote or as the plain data files in it.
+Local files are checked before `datasets` reads them, and nothing in them is executed: `datasets` runs no loading
+scripts any more, and a folder is opened either as written by `save_to_disk` or as plain data files.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "p
 
 
 def load_rows(name: str, split: str, config: str | None = None) -> datasets.Dataset:
-    """Open a file, a folder or a hub dataset. Raises UserError."""
+    """The rows of a file, a folder or a hub dataset. Raises UserError."""
     path = find_path(name)
     try:
         if path is None:
@@ -37,7 +37,7 @@ def load_rows(name: str, split: str, config: str | None = None) -> datasets.Data
         return _plain(_read([path], reader))
     except UserError:
         raise
-    except Exception as error:  # datasets raises a dozen kinds: the border between their errors and ours
+    except Exception as error:  # datasets raises a dozen exception classes
         raise UserError(
             f"data: {name!r} could not be read: {' '.join(str(error).split())[:300] or type(error).__name__}"
         ) from None
@@ -54,7 +54,7 @@ def _from_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
 
 
 def _saved(path: Path, split: str) -> datasets.Dataset:
-    """A folder that save_to_disk wrote."""
+    """The rows of a folder that save_to_disk wrote."""
     check_saved_folder(path)
     loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, datasets.DatasetDict):
@@ -65,18 +65,18 @@ def _saved(path: Path, split: str) -> datasets.Dataset:
 
 
 def _read(files: Sequence[Path], reader: str) -> datasets.Dataset:
-    """Files of one kind, all of them looked at first, one after the other."""
+    """The rows of files of one kind, all of them checked first."""
     for file in files:
         check_file(file, reader)
-    how = _csv_as_text(files) if reader == "csv" else {}
+    options = _csv_as_text(files) if reader == "csv" else {}
     names = [glob.escape(str(file)) for file in files]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pandas, about columns of mixed types
-        return datasets.load_dataset(reader, data_files=names, split="train", **how)
+        return datasets.load_dataset(reader, data_files=names, split="train", **options)
 
 
 def _csv_as_text(files: Sequence[Path]) -> dict[str, Any]:
-    """CSV cells stay what is written there: 007, 1.50 and NA are text. Columns without a name are left out."""
+    """Options that read all CSV cells as text (007, 1.50, NA) and leave columns without a name out."""
     columns = csv_columns(files[0])
     for file in files[1:]:
         if csv_columns(file) != columns:
@@ -86,8 +86,8 @@ def _csv_as_text(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _plain(rows: datasets.Dataset) -> datasets.Dataset:
-    """Rows as plain values: no format of the folder's choice, nothing decoded that would open other files."""
-    rows.data.validate(full=True)  # offsets and UTF-8, before anything follows them
+    """Rows as plain values: without a stored format, and without decoding, which could open other files."""
+    rows.data.validate(full=True)  # offsets and UTF-8, before the cells are read
     rows = rows.with_format(None)
     for column, feature in rows.features.items():
         raw = _undecoded(feature)

@@ -1,4 +1,10 @@
-"""`python -m grpo.evaluate`: a checkpoint answers held-out questions, alone or shared over ranks by torchrun."""
+"""`python -m grpo.evaluate`: a checkpoint answers held-out questions, in one process or on the ranks of torchrun.
+
+    python -m grpo.evaluate --checkpoint output/checkpoint_20 --data test.jsonl --limit 100
+    torchrun --standalone --nproc_per_node=2 -m grpo.evaluate --checkpoint output/checkpoint_20
+
+Accuracies are printed, results are written with --out, and --compare tests whether two checkpoints differ.
+"""
 
 import argparse
 import dataclasses
@@ -13,21 +19,20 @@ from grpo.checkpoints.resume import read_state
 from grpo.config.checks import check
 from grpo.config.settings import Config
 from grpo.data.questions import load_questions
+from grpo.data.recipe import Recipe
 from grpo.errors import UserError, warn
-from grpo.evaluate import report
+from grpo.evaluate import arguments, report
 from grpo.evaluate.ask import CheckpointModel
-from grpo.evaluate.extract import is_marker, marker_of, marks_of, task_of
+from grpo.evaluate.extract import marker_of, marks_of, task_of
 from grpo.models.checks import quiet
 from grpo.run.console import Console
 from grpo.runtime.distributed import World, start, stop
 from grpo.runtime.heartbeat import die_with_parent
 from grpo.types import Prompt
 
-Verdicts = list[tuple[str, str, bool]]  # question, gold, correct
-
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Read the command line. Raises UserError for values that do not fit; unknown flags end with code 2."""
+    """Read the command line. Raises UserError for values that do not fit; unknown flags exit with code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m grpo.evaluate",
         allow_abbrev=False,
@@ -39,7 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--output_dir", type=Path, default=Path("output"), help="where to look for checkpoints")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two checkpoints, or files written with --out")
     add("--data", help="file, folder or hub name (default: the run's eval_data)")
-    add("--limit", type=int, default=0, help="questions, from the first on; 0: all")
+    add("--limit", type=arguments.whole("limit", 0), default=0, help="questions, from the first on; 0: all")
     add("--split", help="split of a hub dataset or a saved folder")
     add("--data_config", help="configuration of a hub dataset")
     add("--question_column")
@@ -47,16 +52,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--answer_format", help="as in the configuration; the gold answer in its column")
     add("--task", choices=["auto", "number", "choice", "text"], default="auto", help="auto: by the gold answers")
     add("--marks", choices=["auto", "answer", "SOLUTION", "hash"], default="auto", help="auto: by the prompt")
-    add("--refusal", help="what stands for a refusal to choose (default: the marker of the run's rewards, or ?)")
-    add("--samples", type=int, default=1, help="completions of each question; above 1: pass@k and maj@k")
-    add("--temperature", type=float, help="default: 0, or 1 with several samples")
-    add("--top_p", type=float, default=1.0)
-    add("--seed", type=int, default=0)
-    add("--max_new_tokens", "--max_tokens", type=int, help="default: as in training")
-    add("--batch_rows", type=int, default=64, help="completions decoded together")
+    refusal = "marks a refusal to choose (default: the marker of the run's rewards, or ?)"
+    add("--refusal", type=arguments.REFUSAL, help=refusal)
+    samples = arguments.whole("samples", 1, 1024)
+    add("--samples", type=samples, default=1, help="completions per question; above 1: pass@k, maj@k")
+    add("--temperature", type=arguments.TEMPERATURE, help="default: 0, or 1 with several samples")
+    add("--top_p", type=arguments.TOP_P, default=1.0)
+    add("--seed", type=arguments.SEED, default=0)
+    add("--max_new_tokens", "--max_tokens", type=arguments.MAX_NEW_TOKENS, help="default: as in training")
+    add("--batch_rows", type=arguments.BATCH_ROWS, default=64, help="completions decoded together")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--dtype", choices=["fp32", "bf16"], help="default: as in training")
-    add("--num_threads", type=int, help="CPU threads of each process (default: the cores shared among them)")
+    threads = arguments.whole("num_threads", 1)
+    add("--num_threads", type=threads, help="CPU threads of each process (default: the cores shared among them)")
     add("--out", type=Path, help="JSONL of results: q, gold, pred, full, correct")
     args = parser.parse_args(argv)
     if args.temperature is None:
@@ -66,21 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _check(args: argparse.Namespace) -> None:
-    holds = {
-        "limit: must be >= 0": args.limit >= 0,
-        "samples: must be 1 to 1024": 1 <= args.samples <= 1024,
-        "batch_rows: must be 1 to 4096": 1 <= args.batch_rows <= 4096,
-        "max_new_tokens: must be >= 1": args.max_new_tokens is None or 1 <= args.max_new_tokens < 2**31,
-        "num_threads: must be >= 1": args.num_threads is None or args.num_threads >= 1,
-        "temperature: must be a finite number >= 0": 0 <= args.temperature < float("inf"),
-        "top_p: must be in (0, 1]": 0 < args.top_p <= 1,
-        "seed: must be 0 to 2^63 - 1": 0 <= args.seed < 2**63,
-        "refusal: must be a text other than A to D": args.refusal is None or is_marker(args.refusal),
-    }
-    for said, right in holds.items():
-        if not right:
-            name = said.partition(":")[0]
-            raise UserError(f"{said}, got {getattr(args, name)!r}.")
+    """Check which arguments go together. Raises UserError."""
     if args.samples > 1 and args.temperature == 0:
         raise UserError(f"samples: {args.samples} greedy completions are all the same. Use --temperature 1.")
     if (args.checkpoint is not None) + args.best + (args.compare is not None) > 1:
@@ -89,14 +83,13 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("out: --compare writes no results. Evaluate A and B apart, each with --out.")
     for path in args.compare or []:
         if not path.exists():
-            raise UserError(f"compare: no such checkpoint or file {str(path)[:200]!r}. Give what --out has written.")
+            raise UserError(f"compare: no such checkpoint or file {str(path)[:200]!r}. Give a file written with --out.")
 
 
-def data_settings(folder: Path, args: argparse.Namespace, asker: CheckpointModel) -> Config:
-    """The run's own settings, the recipe's prompt, and what the command line says. Raises UserError."""
+def data_settings(folder: Path, args: argparse.Namespace, recipe: Recipe) -> Config:
+    """The run's settings, replaced by those of the recipe and then by the command line's. Raises UserError."""
     saved: dict[str, Any] = read_state(folder)["config"]
     known = {field.name for field in dataclasses.fields(Config)}
-    recipe = asker.recipe
     own = {key: value for key, value in saved.items() if key in known} | {
         "system_prompt": recipe.system_prompt,
         "prompt_template": recipe.prompt_template,
@@ -105,8 +98,8 @@ def data_settings(folder: Path, args: argparse.Namespace, asker: CheckpointModel
         "eval_rows": args.limit,
     }
     if args.data is not None:
-        own["eval_split_size"] = 0.0  # not the part of the training data that the run held out
-    said = {
+        own["eval_split_size"] = 0.0  # the part of the training data that the run held out is not used
+    given = {
         "eval_data": args.data,
         "eval_split": args.split,
         "data_config": args.data_config,
@@ -115,28 +108,28 @@ def data_settings(folder: Path, args: argparse.Namespace, asker: CheckpointModel
         "answer_column": args.answer_column,
         "answer_format": args.answer_format,
     }
-    cfg = Config(**own | {key: value for key, value in said.items() if value is not None})
+    cfg = Config(**own | {key: value for key, value in given.items() if value is not None})
     check(cfg)
     if cfg.eval_data is None and not cfg.eval_split_size:
-        raise UserError(f"data: none given, and {folder} was trained without eval_data. Say which: --data FILE.")
+        raise UserError(f"data: none given, and {folder} was trained without eval_data. Use --data FILE.")
     if cfg.answer_column is None:
         raise UserError("answer_column: none, and without gold answers there is no accuracy. Use --answer_column NAME.")
     return cfg
 
 
 def question_of(prompt: Prompt) -> str:
-    """The question as it stands in the data; a conversation as the model reads it."""
+    """The question as in the data; for a conversation, the text of the prompt."""
     question = prompt.columns.get("question")
     return question if isinstance(question, str) else prompt.text
 
 
-def evaluate_checkpoint(folder: Path, args: argparse.Namespace, world: World) -> Verdicts:
-    """Evaluate one checkpoint: lines on stdout, results to --out, from rank 0. Returns its verdicts there."""
+def evaluate_checkpoint(folder: Path, args: argparse.Namespace, world: World) -> report.Graded:
+    """Evaluate one checkpoint: lines on stdout, results to --out, from rank 0. Returns the results there, else []."""
     sampling = {"temperature": args.temperature, "top_p": args.top_p}
-    asker = CheckpointModel(folder, world.device, sampling, args.max_new_tokens, args.seed)
-    cfg = data_settings(folder, args, asker)
-    asker.engine.dtype = cfg.dtype
-    questions = load_questions(cfg, asker.recipe, asker.tokenizer, held_out=True)
+    model = CheckpointModel(folder, world.device, sampling, args.max_new_tokens, args.seed)
+    cfg = data_settings(folder, args, model.recipe)
+    model.engine.dtype = cfg.dtype
+    questions = load_questions(cfg, model.recipe, model.tokenizer, held_out=True)
     golds = [str(prompt.columns["answer"]) for prompt in questions.items]
     rules = report.Rules(
         task_of(golds) if args.task == "auto" else args.task,
@@ -153,11 +146,11 @@ def evaluate_checkpoint(folder: Path, args: argparse.Namespace, world: World) ->
     prompts = [prompt.token_ids for prompt in questions.items]
     with console:
         console.start(len(golds), 0, "questions")
-        for wave in asker.answer_all(prompts, args.samples, args.batch_rows, world):
-            for i, answers in wave:
+        for answered in model.answer_all(prompts, args.samples, args.batch_rows, world):
+            for i, answers in answered:
                 graded = report.grade(question_of(questions.items[i]), golds[i], answers, rules)
                 num_tokens += sum(answer.num_tokens for answer in answers)
-                console.say(progress.line(graded[0]))
+                console.write_line(progress.line(graded[0]))
                 console.advance("questions")
                 results += graded
     if not world.is_main:
@@ -165,25 +158,13 @@ def evaluate_checkpoint(folder: Path, args: argparse.Namespace, world: World) ->
     seconds = time.monotonic() - began
     warn(f"{num_tokens} tokens in {seconds:.1f} s: {num_tokens / max(seconds, 1e-9):.0f} tokens/s")
     if args.out is not None:
-        _write(args, results)
+        arguments.write_whole(args.out, lambda path: report.write_results(path, results, args.samples > 1))
     print("\n".join(report.final_lines(results, rules)), flush=True)
-    return [(result.question, result.gold, result.correct) for result in results if result.sample == 0]
+    return [(result.question, result.gold, result.correct) for result in results if result.index == 0]
 
 
-def _write(args: argparse.Namespace, results: list[report.Result]) -> None:
-    """The results beside their place, then there: half a file never stands under its name."""
-    aside = args.out.with_name(f".{args.out.name}-{os.getpid()}")
-    try:
-        report.write_results(aside, results, args.samples > 1)
-        os.replace(aside, args.out)
-    except OSError as error:
-        refused = UserError(f"out: {args.out} cannot be written: {error}. Choose another --out.")
-        refused.on_one_rank = True
-        raise refused from None
-
-
-def verdicts_of(path: Path, args: argparse.Namespace, world: World) -> Verdicts:
-    """What --compare was given: results in a file, or a checkpoint to evaluate."""
+def graded_of(path: Path, args: argparse.Namespace, world: World) -> report.Graded:
+    """The results of an argument of --compare: read from a file, or made by evaluating a checkpoint."""
     if path.is_file():
         return report.read_results(path)
     return evaluate_checkpoint(choose(path, args.output_dir), args, world)
@@ -195,13 +176,13 @@ def run(args: argparse.Namespace, world: World) -> None:
         folder = best_folder(args.output_dir) if args.best else args.checkpoint
         evaluate_checkpoint(choose(folder, args.output_dir), args, world)
         return
-    first, second = (verdicts_of(path, args, world) for path in args.compare)
+    first, second = (graded_of(path, args, world) for path in args.compare)
     if world.is_main:
         print(report.comparison([str(path) for path in args.compare], first, second), flush=True)
 
 
 def main(argv: list[str]) -> int:
-    """Evaluate, under torchrun or alone. Returns the exit code."""
+    """Evaluate, under torchrun or in one process. Returns the exit code."""
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         die_with_parent()

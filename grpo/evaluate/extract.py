@@ -1,8 +1,9 @@
-"""What a completion answers: strictly, between the marks that the prompt asks for; leniently, wherever it stands.
+"""Reading the answer from a completion: strictly, between the marks that the prompt asks for; leniently, anywhere.
 
 Strict: the text in the last complete pair of tags (<answer>…</answer>, <SOLUTION>…</SOLUTION>), or after the last
 ####, must be the answer and nothing else. Lenient: the last number, or the last letter, of the whole text. Numbers are
-compared as numbers (1,450 is 1450.0), choices as letters, anything else as text. Every scan is linear in the text.
+compared as numbers (1,450 is 1450.0), choices as letters, anything else as text. Every scan takes time linear in the
+length of the text.
 """
 
 import re
@@ -11,16 +12,18 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
+from grpo.rewards import REFUSAL_TEXT
+
 Task = Literal["number", "choice", "text"]
 Marks = Literal["answer", "SOLUTION", "hash"]
 
-MAX_LENGTH = 200  # characters; a longer text is no number: comparing it would cost more than it tells
+MAX_LENGTH = 200  # characters of a number; a bound on the cost of comparing
 UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 NUMBER = re.compile(rf"[-+]?(?:{UNSIGNED})", re.ASCII)
 NUMBER_ALONE = re.compile(rf"\s*([-+]?)\s*[$€£¥]?\s*([-+]?)({UNSIGNED})(?:\s*/\s*(\d+))?\s*[$%.]{{0,2}}\s*", re.ASCII)
 LONE_LETTER = re.compile(r"(?<![A-Za-z0-9_'])[A-Da-d](?![A-Za-z0-9_'])", re.ASCII)
 CAPITAL = re.compile(r"(?<![A-Za-z0-9_'])[A-D](?![A-Za-z0-9_'])", re.ASCII)
-AROUND_LETTERS = " \t\r\n().:。、"  # what may stand around a letter that is the whole answer
+AROUND_LETTERS = " \t\r\n().:。、"  # characters that may surround a letter
 
 
 def plain(text: str) -> str:
@@ -33,7 +36,7 @@ def plain(text: str) -> str:
 
 
 def marks_of(*texts: str | None) -> Marks:
-    """Which marks a recipe's texts ask for: the first that one of them holds; #### when none does.
+    """The marks that a recipe's texts ask for: <SOLUTION>, else <answer>, else ####.
 
     >>> marks_of("Think, then <answer>\\n3\\n</answer>"), marks_of(None, "{question}")
     ('answer', 'hash')
@@ -43,7 +46,7 @@ def marks_of(*texts: str | None) -> Marks:
 
 
 def marked(text: str, marks: Marks) -> str | None:
-    """The text in the last complete pair of tags, or the line after the last ####, stripped; None without.
+    """The text in the last complete pair of tags, or the line after the last ####, stripped; None if there is none.
 
     >>> marked("<answer>1</answer> or <answer> 2 </answer> <answer>", "answer")
     '2'
@@ -74,7 +77,7 @@ def number(text: str) -> Fraction | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text as it stands there.
+    """The last number of a text, as written there.
 
     >>> last_number("10 - 3 = 7, so $1,450.")
     '1,450'
@@ -93,21 +96,21 @@ def last_number(text: str) -> str | None:
 
 
 def marker_of(config: dict[str, Any]) -> str:
-    """What a run's rewards take for a refusal to choose: the `marker` of its `reward_parameters`, else a question mark.
+    """The text that a run's rewards take for a refusal, from its `reward_parameters`; "?" when none sets it.
 
     >>> marker_of({"reward_parameters": {"refusal_reward": {"marker": "拒答"}}}), marker_of({})
     ('拒答', '?')
     """
     settings = config.get("reward_parameters")
     for parameters in settings.values() if isinstance(settings, dict) else []:
-        marker = parameters.get("marker") if isinstance(parameters, dict) else None
+        marker = parameters.get(REFUSAL_TEXT) if isinstance(parameters, dict) else None
         if isinstance(marker, str) and is_marker(marker):
             return marker
     return "?"
 
 
 def is_marker(text: str) -> bool:
-    """Whether a text can stand for a refusal: it is none of the letters.
+    """Whether a text can mark a refusal: it is not blank and not one of the letters.
 
     >>> is_marker("?"), is_marker(" (b) "), is_marker("")
     (True, False, False)
@@ -116,7 +119,7 @@ def is_marker(text: str) -> bool:
 
 
 def letter(text: str, refusal: str) -> str | None:
-    """The choice that a text is: A to D, the refusal marker, or None for neither.
+    """The choice in a text that holds nothing else: A to D or the refusal marker; None for any other text.
 
     >>> letter("(b).", "?"), letter(" ？ ", "?"), letter("B or C", "?")
     ('B', '?', None)
@@ -128,7 +131,7 @@ def letter(text: str, refusal: str) -> str | None:
 
 
 def last_letter(text: str) -> str | None:
-    """The last lone A to D of a text; a small letter counts only when no capital stands alone.
+    """The last A to D that stands alone in a text; lower case counts only when there is no upper case one.
 
     >>> last_letter("Not A, so it is (C). Got it, a bit late."), last_letter("b"), last_letter("Abba")
     ('C', 'B', None)
@@ -139,7 +142,7 @@ def last_letter(text: str) -> str | None:
 
 
 def strict(text: str, task: Task, marks: Marks, refusal: str = "?") -> str | None:
-    """The answer where the prompt wants it, and nothing beside it; None when there is none.
+    """The answer between the marks, when they hold nothing else; None otherwise.
 
     >>> strict("<answer>27 apples</answer>", "number", "answer") is None
     True
@@ -153,9 +156,9 @@ def strict(text: str, task: Task, marks: Marks, refusal: str = "?") -> str | Non
 
 
 def lenient(text: str, task: Task, marks: Marks, refusal: str = "?") -> str | None:
-    """The last number or letter of the whole text; for text, what the marks hold or the last line.
+    """The last number or letter of the whole text; for the task text, the text between the marks or the last line.
 
-    A refusal between the marks stays one, whatever letters were weighed before.
+    A choice or refusal between the marks takes precedence over letters elsewhere.
 
     >>> lenient("<answer>27 apples", "number", "answer"), lenient("A? B? <answer>?</answer>", "choice", "answer")
     ('27', '?')
@@ -171,10 +174,10 @@ def lenient(text: str, task: Task, marks: Marks, refusal: str = "?") -> str | No
     return lines[-1] if lines else None
 
 
-def right(pred: str | None, gold: str, task: Task) -> bool:
-    """Whether an extracted answer is the gold one.
+def is_correct(pred: str | None, gold: str, task: Task) -> bool:
+    """Whether an extracted answer equals the gold answer.
 
-    >>> right("73.0", "73", "number"), right("b", "B", "choice"), right(None, "", "text")
+    >>> is_correct("73.0", "73", "number"), is_correct("b", "B", "choice"), is_correct(None, "", "text")
     (True, True, False)
     """
     if pred is None:
@@ -188,7 +191,7 @@ def right(pred: str | None, gold: str, task: Task) -> bool:
 
 
 def task_of(golds: Sequence[str]) -> Task:
-    """What the gold answers are: all of them letters A to D, all numbers, or text.
+    """The task of a set of gold answers: choice if all are letters A to D, number if all are numbers, else text.
 
     >>> task_of(["A", "d"]), task_of(["1,000", "-3"]), task_of(["yes", "3"])
     ('choice', 'number', 'text')

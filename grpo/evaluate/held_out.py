@@ -1,11 +1,7 @@
-"""Greedy accuracy on held-out questions, shared over ranks, one completion a question.
+"""Greedy accuracy on held-out questions during training, on all ranks, one completion per question.
 
-    python -m grpo.evaluate --checkpoint output/checkpoint_20 --data test.jsonl --limit 100
-    torchrun --standalone --nproc_per_node=2 -m grpo.evaluate --checkpoint output/checkpoint_20
-
-evaluates a checkpoint by the answers it gives (grpo/evaluate/command.py). Within training, `evaluate` measures what is
-trained: `eval/accuracy` is the share of questions for which the first reward function of the config gives more than
-0 (more than a refusal is worth, where refusing is rewarded); beside it the mean of every reward function.
+`eval/accuracy` is the share of questions for which the first reward function of the config gives more than 0, or more
+than its score of a refusal where it rewards one; beside it the mean of every reward function.
 """
 
 from collections.abc import Callable
@@ -15,23 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config.settings import Config
 from grpo.data.questions import Questions
-from grpo.rewards import Reward
 from grpo.rewards.pool import Rewards
 from grpo.rollout import Engine, cut_chunks, requests_of
 from grpo.rollout.sampling import Sampling
 from grpo.runtime.distributed import World
 from grpo.training.scoring import Scoring
 from grpo.types import Completion, Pulse
-
-
-def worth_of_refusing(cfg: Config, reward: Reward) -> float:
-    """What the function gives for a refusal, which is no right answer; 0 where it knows none.
-
-    >>> worth_of_refusing(Config(reward_parameters={"refusal_reward": {"refuse": 0.3}}), Reward("refusal_reward", 1.0))
-    0.3
-    """
-    default = 0.4 if reward.short == "refusal_reward" else 0.0
-    return float(cfg.reward_parameters.get(reward.name, {}).get("refuse", default))
 
 
 def evaluate(
@@ -45,24 +30,27 @@ def evaluate(
     temperature: float = 0.0,
     pulse: Pulse = lambda: False,
 ) -> dict[str, float] | None:
-    """Answer every held-out question once and score the answers. Equal on every rank; None: asked to stop.
+    """Answer every held-out question once and score the answers. Equal on every rank; None: `pulse` asked to stop.
 
-    Questions are taken longest first, so that a chunk's prompts are alike in length. Answers are scored while others
-    are still being sampled; `report` gets a reward function's first failures of the whole evaluation.
+    Answers are scored while others are still being sampled; `report` gets a reward function's first failures of the
+    whole evaluation.
     """
+    # longest first, so that a chunk's prompts have similar lengths
     prompts = sorted(questions.items, key=lambda prompt: (-len(prompt.token_ids), prompt.data_row))
     sampling = Sampling(temperature=temperature, logit_clamp=cfg.logit_clamp)
-    table = np.zeros((len(prompts) + 1, len(rewards.rewards) + 1))  # the last line: asked to stop
+    table = np.zeros((len(prompts) + 1, len(rewards.rewards) + 1))  # scores and length; the last line: asked to stop
     chunks = cut_chunks(len(prompts), 1, cfg.rollout_chunk_rows)
     scoring = Scoring(cfg, rewards, prompts, tokenizer, report, pulse, num_generations=1)
     completions: list[Completion] = []
+    # sample and score this rank's chunks
     for i in world.deal(len(chunks)):
-        requests = requests_of(chunks[i], prompts, 1, step=0)
+        requests = requests_of(chunks[i], prompts, 1, first_slot=0)
         completions += engine.generate(requests, sampling, scoring.pulse, on_finished=scoring.take)
         if scoring.pulse():
             break
     scores = scoring.finish(completions).scores
-    if scoring.pulse():  # then the answers, or their scores, may be incomplete
+    # sum the rows of all ranks
+    if scoring.pulse():  # answers or scores may be incomplete
         table[-1] = 1
     elif completions:
         table[[one.row for one in completions]] = np.column_stack([scores, [len(c.token_ids) for c in completions]])
@@ -71,11 +59,11 @@ def evaluate(
         return None
     first = table[:, 0]
     metrics = {
-        "eval/accuracy": float((np.nan_to_num(first) > worth_of_refusing(cfg, rewards.rewards[0])).mean()),
+        "eval/accuracy": float((np.nan_to_num(first) > rewards.rewards[0].worth_of_refusal).mean()),
         "eval/length_mean": float(table[:, -1].mean()),
     }
     for k, reward in enumerate(rewards.rewards):
         column = table[:, k][~np.isnan(table[:, k])]
         if len(column):
-            metrics[f"eval/{reward.name.rpartition(':')[2]}"] = float(column.mean())
+            metrics[f"eval/{reward.short}"] = float(column.mean())
     return metrics

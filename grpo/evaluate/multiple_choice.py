@@ -1,11 +1,10 @@
-"""`inference.py --csv`: multiple-choice questions in, one letter or refusal each out; never a made-up default.
+"""`inference.py --csv`: answers multiple-choice questions; each answer is a letter read from the text, or a refusal.
 
-The prompt is the training prompt: the checkpoint's recipe names the columns it wants, and the file's are matched to
+The prompt is the training prompt: the checkpoint's recipe names its columns, and the file's columns are matched to
 them by name, by the run's own `column_names`, or by the letter that ends an option's name (選項A, Option A, option_a).
 """
 
 import csv
-import os
 import re
 import sys
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any
 from grpo.checkpoints.resume import read_state
 from grpo.data.file_checks import check_file
 from grpo.errors import UserError, warn
+from grpo.evaluate.arguments import write_whole
 from grpo.evaluate.ask import CheckpointModel
 from grpo.evaluate.extract import marker_of, marks_of, plain, strict
 from grpo.run.console import Console
@@ -32,7 +32,7 @@ MAX_FIELD = 2**20  # characters of a cell
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the file: what is asked, and its cells by column."""
+    """One line of the file: ID, question, and all cells by column name."""
 
     identity: str
     question: str
@@ -61,20 +61,23 @@ def read_questions(path: Path, names: dict[str, str], question_column: str) -> l
                     f"csv: {path}, row {number}: {len(cells)} cells, the header has {len(header)}. Mend it."
                 )
             named = {names.get(name, name): cell for name, cell in zip(header, cells, strict=True) if name}
-            mine = cells[identity].strip()
-            if not mine or mine in seen:
-                said = f"{mine!r} is also that of row {seen[mine]}" if mine else "it is empty"
-                raise UserError(f"csv: {path}, row {number}, column {header[identity]!r}: {said}. Give each its own.")
+            own_id = cells[identity].strip()
+            if not own_id or own_id in seen:
+                problem = f"{own_id!r} is also that of row {seen[own_id]}" if own_id else "it is empty"
+                raise UserError(
+                    f"csv: {path}, row {number}, column {header[identity]!r}: {problem}. Give each its own."
+                )
             if not cells[question].strip():
                 raise UserError(f"csv: {path}, row {number}, column {header[question]!r}: it is empty. Mend the row.")
-            seen[mine] = number
-            rows.append(Row(mine, cells[question], named))
+            seen[own_id] = number
+            rows.append(Row(own_id, cells[question], named))
     if not rows:
         raise UserError(f"csv: {path} holds no questions. Give a file with ID, Question and Option A to D.")
     return rows
 
 
 def _column(header: Sequence[str], wanted: Sequence[str], path: Path, name: str) -> int:
+    """The index of the one column called as one of `wanted`. Raises UserError."""
     found = [i for i, cell in enumerate(header) if cell.casefold() in wanted]
     if len(found) != 1:
         raise UserError(f"csv: {path} needs one column {name}, found {len(found)} among {[c for c in header if c]}.")
@@ -82,7 +85,7 @@ def _column(header: Sequence[str], wanted: Sequence[str], path: Path, name: str)
 
 
 def cells_for(template: str, cells: dict[str, str], path: Path) -> dict[str, str]:
-    """The file's cells under the names that a prompt template wants. Raises UserError for one that is missing.
+    """The file's cells under the names that a prompt template uses. Raises UserError for a missing one.
 
     >>> cells_for("{question} A. {選項A}", {"Question": "2+2?", "Option A": "4"}, Path("t.csv"))
     {'選項A': '4'}
@@ -115,7 +118,7 @@ def _option(name: str) -> str | None:
 
 
 def predict(
-    asker: CheckpointModel, folder: Path, source: Path, out: Path, refusal: str | None, batch_rows: int, world: World
+    model: CheckpointModel, folder: Path, source: Path, out: Path, refusal: str | None, batch_rows: int, world: World
 ) -> str:
     """Answer every row and write ID,Answer. Returns a line of counts. Raises UserError.
 
@@ -129,45 +132,39 @@ def predict(
     rows = read_questions(source, names if isinstance(names, dict) else {}, question_column)
     counts: Counter[str] = Counter()
     answers = {row.identity: refusal for row in rows}
-    put: list[tuple[Row, tuple[int, ...]]] = []
+    encoded: list[tuple[Row, tuple[int, ...]]] = []
     for number, row in enumerate(rows, 1):
-        columns = cells_for(asker.recipe.prompt_template, row.cells, source)
+        columns = cells_for(model.recipe.prompt_template, row.cells, source)
         try:
-            put.append((row, asker.put(row.question, columns)))
+            encoded.append((row, model.encode(row.question, columns)))
         except UserError as error:
             warn(f"csv: row {number}, ID {row.identity}: not asked, counted as refused: {error}")
             counts["not asked"] += 1
     first = rows[0]
-    marks = marks_of(asker.text_of(first.question, cells_for(asker.recipe.prompt_template, first.cells, source)))
+    marks = marks_of(model.text_of(first.question, cells_for(model.recipe.prompt_template, first.cells, source)))
     console = Console(True)
     with console:
-        console.start(len(put), 0, "questions")
-        for wave in asker.answer_all([ids for _, ids in put], 1, batch_rows, world):
-            for i, [answer] in wave:
+        console.start(len(encoded), 0, "questions")
+        for answered in model.answer_all([ids for _, ids in encoded], 1, batch_rows, world):
+            for i, [answer] in answered:
                 choice = strict(answer.text, "choice", marks, refusal)
                 counts["unreadable" if choice is None else "refused" if choice == refusal else choice] += 1
-                answers[put[i][0].identity] = choice or refusal
+                answers[encoded[i][0].identity] = choice or refusal
                 console.advance("questions")
-    _write(out, answers)
-    say = partial(label, language_of(saved))
+    write_whole(out, partial(_write_answers, answers))
+    text = partial(label, language_of(saved))
     shown = [f"{name} {counts[name]}" for name in "ABCD"]
-    shown += [f"{say(name)} {counts[name]}" for name in ("refused", "unreadable", "not asked")]
-    return say("predicted", total=len(rows), counts=", ".join(shown), refusal=refusal, out=out)
+    shown += [f"{text(name)} {counts[name]}" for name in ("refused", "unreadable", "not asked")]
+    return text("predicted", total=len(rows), counts=", ".join(shown), refusal=refusal, out=out)
 
 
 def _check_out(out: Path) -> None:
     if not out.absolute().parent.is_dir() or out.is_dir():
-        raise UserError(f"out: {out} is no file in a folder that exists. Give one, such as submission.csv.")
+        raise UserError(f"out: {out} must be a file in a folder that exists, such as submission.csv.")
 
 
-def _write(out: Path, answers: dict[str, str]) -> None:
-    """The whole file, or the one that was there before."""
-    aside = out.with_name(f".{out.name}-{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8", newline="") as file:
-            lines = csv.writer(file, lineterminator="\n")
-            lines.writerow(["ID", "Answer"])
-            lines.writerows(answers.items())
-        os.replace(aside, out)
-    except OSError as error:
-        raise UserError(f"out: {out} cannot be written: {error}. Choose another --out.") from None
+def _write_answers(answers: dict[str, str], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerow(["ID", "Answer"])
+        lines.writerows(answers.items())

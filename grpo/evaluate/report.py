@@ -1,4 +1,4 @@
-"""What an evaluation says: a line a question, the figures at the end, the JSONL of results, two of them compared."""
+"""The results of an evaluation: a line per question, the figures at the end, the JSONL file, comparing two of them."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -7,14 +7,16 @@ from functools import partial
 from pathlib import Path
 
 from grpo.errors import UserError
-from grpo.evaluate import statistics as estimates
+from grpo.evaluate import statistics
 from grpo.evaluate.ask import Answer
-from grpo.evaluate.extract import Marks, Task, lenient, number, right, strict
+from grpo.evaluate.extract import Marks, Task, is_correct, lenient, number, strict
 from grpo.run.languages import label
 from grpo.strict_json import parse_json
 
-MAX_LINE = 2**24  # characters of one result that is read
+MAX_LINE = 2**24  # characters of one line of a results file
 SHOWN = 60  # characters of an answer on the console
+
+Graded = list[tuple[str, str, bool]]  # question, gold answer, correct; of each question's first completion
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Rules:
     task: Task
     marks: Marks
     refusal: str = "?"
-    language: str = "en"  # of what is said
+    language: str = "en"  # of the printed lines
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,23 @@ class Result:
     full: str
     pred: str | None
     correct: bool
-    lenient_pred: str | None
     lenient_correct: bool
-    sample: int
+    index: int  # among the question's completions
 
 
 def grade(question: str, gold: str, answers: Sequence[Answer], rules: Rules) -> list[Result]:
     """Read and compare every completion of one question."""
     results = []
-    for sample, answer in enumerate(answers):
+    for index, answer in enumerate(answers):
         exact = strict(answer.text, rules.task, rules.marks, rules.refusal)
         loose = lenient(answer.text, rules.task, rules.marks, rules.refusal)
-        verdicts = (right(pred, gold, rules.task) for pred in (exact, loose))
-        results.append(Result(question, gold, answer.text, exact, next(verdicts), loose, next(verdicts), sample))
+        correct, lenient_correct = (is_correct(pred, gold, rules.task) for pred in (exact, loose))
+        results.append(Result(question, gold, answer.text, exact, correct, lenient_correct, index))
     return results
 
 
 class Progress:
-    """The running count, and the line that shows it."""
+    """The running accuracy, printed question by question."""
 
     def __init__(self, total: int, language: str = "en"):
         self.total = total
@@ -61,9 +62,9 @@ class Progress:
         self.done = self.correct = 0
 
     def line(self, first: Result) -> str:
-        """Count a question by its first completion.
+        """Count a question, given its first completion, and return its line.
 
-        >>> Progress(100).line(Result("3*9?", "27", "", "27", True, "27", True, 0))
+        >>> Progress(100).line(Result("3*9?", "27", "", "27", True, True, 0))
         '[001/100] ✅=1 | Acc=100.00% | Pred: 27 | GT: 27'
         """
         self.done += 1
@@ -94,20 +95,20 @@ def share(part: int, whole: int) -> str:
 
 
 def final_lines(results: Sequence[Result], rules: Rules) -> list[str]:
-    """The figures, from the first completion of each question; what sampling adds, from all of them."""
-    firsts = [result for result in results if result.sample == 0]
+    """The lines printed at the end: accuracies of the first completions; pass@k and maj@k over all completions."""
+    firsts = [result for result in results if result.index == 0]
     total, exact = len(firsts), sum(result.correct for result in firsts)
-    say = partial(label, rules.language)
-    lines = [say("final", share=share(exact, total))]
+    text = partial(label, rules.language)
+    lines = [text("final", share=share(exact, total))]
     for name, correct in (("strict", exact), ("lenient", sum(result.lenient_correct for result in firsts))):
-        low, high = estimates.wilson(correct, total)
-        lines.append(say(name, share=share(correct, total), low=low, high=high))
+        low, high = statistics.wilson(correct, total)
+        lines.append(text(name, share=share(correct, total), low=low, high=high))
     if rules.task == "choice":
         refused = sum(result.pred == rules.refusal for result in firsts)
         unreadable = sum(result.pred is None for result in firsts)
         answered = total - refused - unreadable
         shares = {"refused": share(refused, total), "answered": share(exact, answered)}
-        lines.append(say("choices", **shares, unreadable=share(unreadable, total)))
+        lines.append(text("choices", **shares, unreadable=share(unreadable, total)))
     if len(results) > len(firsts):
         lines.append("; ".join(f"{name}: {value:.2%}" for name, value in sampled(results, rules).items()))
     return lines
@@ -115,29 +116,29 @@ def final_lines(results: Sequence[Result], rules: Rules) -> list[str]:
 
 def sampled(results: Sequence[Result], rules: Rules) -> dict[str, float]:
     """pass@k for k = 1, 2, 4 … K and maj@K, means over the questions, by strict extraction."""
-    num_samples = max(result.sample for result in results) + 1
-    groups = [results[at : at + num_samples] for at in range(0, len(results), num_samples)]
+    num_each = max(result.index for result in results) + 1  # completions per question
+    groups = [results[at : at + num_each] for at in range(0, len(results), num_each)]
     counts = [sum(result.correct for result in group) for group in groups]
-    ks = sorted({2**i for i in range(num_samples.bit_length()) if 2**i <= num_samples} | {num_samples})
+    ks = sorted({2**i for i in range(num_each.bit_length()) if 2**i <= num_each} | {num_each})
     figures = {
-        f"pass@{k}": sum(estimates.pass_at_k(num_samples, correct, k) for correct in counts) / len(groups) for k in ks
+        f"pass@{k}": sum(statistics.pass_at_k(num_each, correct, k) for correct in counts) / len(groups) for k in ks
     }
     votes = 0
     for group in groups:
-        winner = estimates.majority([_vote(result.pred, rules.task) for result in group])
-        votes += right(winner, group[0].gold, rules.task)
-    return figures | {f"maj@{num_samples}": votes / len(groups)}
+        winner = statistics.majority([_vote(result.pred, rules.task) for result in group])
+        votes += is_correct(winner, group[0].gold, rules.task)
+    return figures | {f"maj@{num_each}": votes / len(groups)}
 
 
 def _vote(pred: str | None, task: Task) -> str | None:
-    """An answer in one spelling, so that 4 and 4.0 are one vote."""
+    """An answer in a normal form, so that 4 and 4.0 are one vote."""
     if pred is None or task != "number":
         return None if pred is None else " ".join(pred.split())
     return str(number(pred))
 
 
-def write_results(path: Path, results: Iterable[Result], with_samples: bool) -> None:
-    """One JSON object a completion: q, gold, pred, full, correct (and sample). Raises OSError."""
+def write_results(path: Path, results: Iterable[Result], with_index: bool) -> None:
+    """Write one JSON object per completion: q, gold, pred, full, correct (and sample, its index). Raises OSError."""
     with path.open("w", encoding="utf-8") as file:
         for result in results:
             row = {
@@ -147,11 +148,11 @@ def write_results(path: Path, results: Iterable[Result], with_samples: bool) -> 
                 "full": result.full,
                 "correct": result.correct,
             }
-            file.write(json.dumps(row | ({"sample": result.sample} if with_samples else {}), ensure_ascii=False) + "\n")
+            file.write(json.dumps(row | ({"sample": result.index} if with_index else {}), ensure_ascii=False) + "\n")
 
 
-def read_results(path: Path) -> list[tuple[str, str, bool]]:
-    """(question, gold, correct) of each question's first completion. Raises UserError naming the line."""
+def read_results(path: Path) -> Graded:
+    """The results in a file of `write_results`. Raises UserError naming the line."""
     rows = []
     try:
         with path.open(encoding="utf-8") as file:
@@ -168,8 +169,8 @@ def read_results(path: Path) -> list[tuple[str, str, bool]]:
     return rows
 
 
-def comparison(names: Sequence[str], first: list[tuple[str, str, bool]], second: list[tuple[str, str, bool]]) -> str:
-    """Two systems on the same questions, paired. Raises UserError when the questions differ."""
+def comparison(names: Sequence[str], first: Graded, second: Graded) -> str:
+    """The lines that compare two systems on the same questions, paired. Raises UserError when the questions differ."""
     if [row[:2] for row in first] != [row[:2] for row in second]:
         raise UserError(
             f"compare: {names[0]} and {names[1]} did not answer the same questions ({len(first)} and {len(second)}). "
@@ -179,12 +180,12 @@ def comparison(names: Sequence[str], first: list[tuple[str, str, bool]], second:
         raise UserError(f"compare: {names[0]} holds no results. Evaluate at least one question.")
     pairs = [(a[2], b[2]) for a, b in zip(first, second, strict=True)]
     only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
-    difference, low, high = estimates.paired_difference(only_a, only_b, len(pairs))
+    difference, low, high = statistics.paired_difference(only_a, only_b, len(pairs))
     both, neither = pairs.count((True, True)), pairs.count((False, False))
     return (
         f"A: {names[0]}: {share(both + only_a, len(pairs))}\n"
         f"B: {names[1]}: {share(both + only_b, len(pairs))}\n"
         f"paired on {len(pairs)} questions: both right {both}, only A {only_a}, only B {only_b}, neither {neither}\n"
         f"B - A: {100 * difference:+.2f} points, 95% interval {100 * low:+.2f} to {100 * high:+.2f}; "
-        f"McNemar exact p = {estimates.mcnemar(only_a, only_b):.4g}"
+        f"McNemar exact p = {statistics.mcnemar(only_a, only_b):.4g}"
     )

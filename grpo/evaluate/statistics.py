@@ -1,4 +1,4 @@
-"""How sure a measured accuracy is, and whether two of them differ: closed forms, exact where integers allow it."""
+"""Intervals of a measured accuracy, and tests of a difference: closed forms, exact where integers allow it."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
 
 def wilson(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a share: (low, high), 95 % by default. Nothing measured: (0, 1).
+    """Wilson's score interval of a share: (low, high), 95 % by default; (0, 1) for a total of 0.
 
     >>> [round(x, 4) for x in wilson(88, 100)], [round(x, 4) for x in wilson(0, 10)]
     ([0.8019, 0.93], [0.0, 0.2775])
@@ -23,10 +23,10 @@ def wilson(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact p-value that two systems are equally good, from the questions on which they differ.
+    """Two-sided exact p-value of the hypothesis that two systems are equally good, from the questions that differ.
 
-    Under that hypothesis each such question falls to either side with probability 1/2: twice the smaller tail of
-    the binomial distribution, at most 1.
+    Under it each such question favours either system with probability 1/2: twice the smaller tail of the binomial
+    distribution, at most 1.
 
     >>> mcnemar(0, 5), mcnemar(3, 3), mcnemar(0, 0)
     (0.0625, 1.0, 1.0)
@@ -40,7 +40,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def paired_difference(only_first: int, only_second: int, total: int, z: float = Z95) -> tuple[float, float, float]:
-    """Share right of the second minus that of the first, with the 95 % interval of Bonett and Price (2012).
+    """The second accuracy minus the first, with the 95 % interval of Bonett and Price (2012).
 
     Their interval adds one question to each kind of disagreement, which keeps its coverage for small numbers.
 
@@ -53,21 +53,21 @@ def paired_difference(only_first: int, only_second: int, total: int, z: float = 
     return (only_second - only_first) / max(1, total), max(-1.0, centre - spread), min(1.0, centre + spread)
 
 
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that k completions hold a right one (arXiv 2107.03374).
+def pass_at_k(completions: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the probability that one of k completions is correct (arXiv 2107.03374).
 
-        1 - C(n - c, k) / C(n, k), n samples of which c are right
+        1 - C(n - c, k) / C(n, k), n completions of which c are correct
 
     >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 4), pass_at_k(4, 0, 2)
     (0.25, 1.0, 0.0)
     """
-    if not 1 <= k <= samples or not 0 <= correct <= samples:
-        raise ValueError(f"k {k} and correct {correct} must fit {samples} samples")
-    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+    if not 1 <= k <= completions or not 0 <= correct <= completions:
+        raise ValueError(f"k {k} and correct {correct} must fit {completions} completions")
+    return 1.0 - math.comb(completions - correct, k) / math.comb(completions, k)
 
 
 def majority(votes: Sequence[str | None]) -> str | None:
-    """The answer with the most votes; of equals the one that came first. None is no vote; none at all: None.
+    """The answer with the most votes, the first one among equals. None is not a vote; None without any vote.
 
     >>> majority(["3", None, "4", "4", None, None]), majority(["2", "1"]), majority([None])
     ('4', '2', None)

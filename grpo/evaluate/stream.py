@@ -6,9 +6,9 @@ from transformers import PreTrainedTokenizerBase
 
 
 class TokenPrinter:
-    """Takes tokens of one completion as the engine draws them, hands on the text they add.
+    """Receives the tokens of one completion as the engine samples them, and passes on the text that they add.
 
-    Text is held back while it ends in half a character (one character can be several tokens).
+    Text that ends inside a character is delayed, because one character can be several tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]):

@@ -6,5 +6,5 @@ import sys
 from grpo.export.command import main
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what stands aside is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the temporary folder is removed
     sys.exit(main(sys.argv[1:]))

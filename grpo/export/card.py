@@ -1,7 +1,7 @@
 """README.md, the model card: base, data, rewards, curve, metrics, config.
 
-Names and settings come from people and files; each stands in a code span or in YAML made by a YAML writer, so that
-none of them can become markup.
+Names and settings are untrusted text; each is written in a code span or by a YAML writer, so that none of them can
+become markup.
 """
 
 import json
@@ -17,16 +17,16 @@ from grpo.export.source import Source
 from grpo.strict_json import check_regular
 
 MAX_METRICS_BYTES = 2**28
-ROWS = 12  # of the curve
+MAX_ROWS = 12  # of the curve
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.A)
 LIBRARIES = {"merged_16bit": "transformers", "merged_4bit": "transformers", "lora": "peft", "gguf": "gguf"}
 CURVE = ("reward/mean", "reward/std", "completions/length_mean", "kl")
 
 
 def read_metrics(source: Source, path: Path | None) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl up to the checkpoint's step. Without `path`: the run's own file, or none.
+    """Lines of metrics.jsonl up to the checkpoint's step. Without `path`: the run's own file; [] if there is none.
 
-    Raises UserError for a named file that cannot be read, and for one with a line that is no metrics.
+    Raises UserError for a file that cannot be read or has a line without a step.
     """
     named = path is not None
     if path is None:
@@ -46,7 +46,7 @@ def read_metrics(source: Source, path: Path | None) -> list[dict[str, Any]]:
 
 
 def code(value: Any) -> str:
-    """A value as a code span that no content can end, on one line, in a table too.
+    """A value as a code span on one line, which its content cannot end, not even inside a table.
 
     >>> print(code("a`b|c"))
     `` a`b\\|c ``
@@ -59,28 +59,28 @@ def code(value: Any) -> str:
 
 
 def is_hub_name(value: Any) -> bool:
-    """Whether a setting names something on the hub, as far as its form says, and not a folder here."""
+    """Whether a setting has the form of a hub name and is not a local folder."""
     return isinstance(value, str) and HUB_NAME.fullmatch(value) is not None and not Path(value).exists()
 
 
 def front_matter(config: dict[str, Any], methods: list[str]) -> str:
-    """The YAML that the hub reads."""
-    facts: dict[str, Any] = {"library_name": LIBRARIES[methods[0]], "pipeline_tag": "text-generation"}
-    facts["tags"] = ["grpo", "reinforcement-learning", *(["gguf"] if "gguf" in methods else [])]
+    """The card's YAML header, which the hub reads."""
+    entries: dict[str, Any] = {"library_name": LIBRARIES[methods[0]], "pipeline_tag": "text-generation"}
+    entries["tags"] = ["grpo", "reinforcement-learning", *(["gguf"] if "gguf" in methods else [])]
     if is_hub_name(config.get("model")):
-        facts["base_model"] = config["model"]
+        entries["base_model"] = config["model"]
     if is_hub_name(config.get("data")):
-        facts["datasets"] = [config["data"]]
-    return yaml.safe_dump(facts, sort_keys=False, allow_unicode=False)
+        entries["datasets"] = [config["data"]]
+    return yaml.safe_dump(entries, sort_keys=False, allow_unicode=False)
 
 
 def curve_table(lines: list[dict[str, Any]]) -> str:
-    """At most ROWS steps of training, evenly spread, the first and the last among them; "" when there is none."""
+    """A table of at most MAX_ROWS evenly spaced steps, with the first and the last; "" without any step."""
     trained = [line for line in lines if _number(line.get("reward/mean")) is not None]
     if not trained:
         return ""
     last = len(trained) - 1
-    picked = sorted({round(i * last / (ROWS - 1)) for i in range(ROWS)})
+    picked = sorted({round(i * last / (MAX_ROWS - 1)) for i in range(MAX_ROWS)})
     keys = [key for key in CURVE if any(key in line for line in trained)]
     head = f"| step | {' | '.join(code(key) for key in keys)} |\n| ---: |{' ---: |' * len(keys)}\n"
     rows = (f"| {trained[i]['step']} | {' | '.join(_cell(trained[i].get(key)) for key in keys)} |" for i in picked)
@@ -88,7 +88,7 @@ def curve_table(lines: list[dict[str, Any]]) -> str:
 
 
 def metrics_table(lines: list[dict[str, Any]]) -> str:
-    """The last evaluation on held-out questions; "" when there is none."""
+    """A table of the last evaluation on held-out questions; "" without any."""
     evaluated = [line for line in lines if _number(line.get("eval/accuracy")) is not None]
     if not evaluated:
         return ""
@@ -117,13 +117,13 @@ def card_text(source: Source, methods: list[str], lines: list[dict[str, Any]]) -
         f"# {code(config.get('run_name') or 'model')}\n",
         f"Trained from {code(config.get('model'))} with Group Relative Policy Optimization "
         f"([arXiv 2402.03300](https://arxiv.org/abs/2402.03300)), step {source.step}. "
-        f"Here as: {', '.join(methods)}. The licence is that of the base model and of the data: look there.\n",
+        f"Formats here: {', '.join(methods)}. The licences of the base model and of the data apply.\n",
         f"## Data\n\n{code(config.get('data'))}, question in {code(config.get('question_column'))}, answer in "
         f"{code(config.get('answer_column'))}.\n",
         f"## Rewards\n\n| function | weight |\n| --- | --- |\n{weights}\n",
-        f"## Curve\n\n{curve_table(lines) or 'No metrics were there when this was exported.'}",
-        f"## Evaluation\n\n{metrics_table(lines) or 'None was made on held-out questions.'}",
-        "## Prompt\n\n`trainer/recipe.json` says how a question is put.\n",
+        f"## Curve\n\n{curve_table(lines) or 'There were no metrics at the time of the export.'}",
+        f"## Evaluation\n\n{metrics_table(lines) or 'The run was not evaluated on held-out questions.'}",
+        "## Prompt\n\n`trainer/recipe.json` describes how a prompt is built from a question.\n",
         f"## Config\n\n| setting | value |\n| --- | --- |\n{settings}\n",
     ]
     return "\n".join(part if part.endswith("\n") else part + "\n" for part in parts)

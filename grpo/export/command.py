@@ -1,10 +1,10 @@
-"""The command line of an export: everything that can be refused is, before a weight is read.
+"""The command line of an export. All checks that need no weights come before any weights are read.
 
     python -m grpo.export --checkpoint output/checkpoint_20 --to merged_16bit,gguf --quant f16,q8_0 --out exported
     python -m grpo.export --checkpoint output/checkpoint_20 --to merged_16bit --out exported --push user/name --dry_run
-    python -m grpo.export --out exported --push user/name        send what was exported before
+    python -m grpo.export --out exported --push user/name        send an earlier export
 
-It is written into a folder aside and appears at --out by one rename.
+An export is written into a temporary folder, which is then renamed to --out.
 """
 
 import argparse
@@ -17,10 +17,9 @@ from functools import partial
 from pathlib import Path
 
 from grpo.checkpoints.choose import choose
-from grpo.checkpoints.manifest import NAME, files_in, sync, write_manifest
+from grpo.checkpoints.manifest import CHECKPOINT_NAME, files_in, sync, write_manifest
 from grpo.errors import UserError, warn
-from grpo.export import card
-from grpo.export import push as hub
+from grpo.export import card, push
 from grpo.export.folders import (
     DTYPES,
     add_recipe,
@@ -37,7 +36,7 @@ METHODS = ("merged_16bit", "merged_4bit", "lora", "gguf")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Read the command line; anything that does not fit ends with exit code 2."""
+    """Read the command line; a bad argument exits with code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m grpo.export", description="Export a checkpoint.", allow_abbrev=False
     )
@@ -53,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="send it to this hub repository, with the token of HF_TOKEN or of `hf auth login`",
     )
     parser.add_argument("--public", action="store_true", help="with --push: make a new repository public")
-    parser.add_argument("--dry_run", action="store_true", help="with --push: only say what would be sent")
+    parser.add_argument("--dry_run", action="store_true", help="with --push: only list what would be sent")
     return parser.parse_args(argv)
 
 
@@ -71,9 +70,9 @@ def split(text: str, what: str, allowed: tuple[str, ...]) -> list[str]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Ranges, and what contradicts what. Raises UserError."""
+    """Check which arguments go together. Raises UserError."""
     if args.push is not None:
-        hub.check_name(args.push)
+        push.check_name(args.push)
     if args.push is None and (args.dry_run or args.public):
         raise UserError("dry_run, public: they go with --push user/name.")
     if bool(args.to) != (args.checkpoint is not None):
@@ -89,37 +88,37 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_out(out: Path) -> None:
-    """Refuse a place where something stands, or where checkpoints are looked for. Raises UserError."""
+    """Refuse a folder with content, and one that would be taken for a checkpoint. Raises UserError."""
     try:
         if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
             raise UserError(f"out: {out} exists, and is never overwritten. Choose another folder, or remove it.")
     except OSError as error:
         raise UserError(f"out: {str(out)[:80]!r} cannot be used: {error.strerror}. Choose another folder.") from None
-    if NAME.fullmatch(out.resolve().name):
+    if CHECKPOINT_NAME.fullmatch(out.resolve().name):
         raise UserError(f"out: {out.name} is a checkpoint's name, and would be taken for one. Choose another.")
 
 
 @contextmanager
-def written_aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` by one rename, or is gone. Raises UserError where it cannot be."""
+def written_whole(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out`, renamed to `out` at the end, removed after an error. Raises UserError."""
     out = out.absolute()
-    aside = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     try:
         try:
-            aside.mkdir(parents=True)
-            yield aside
-            for path in sorted(aside.rglob("*")):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in sorted(temporary.rglob("*")):
                 sync(path)
-            os.rename(aside, out)
+            os.rename(temporary, out)
             sync(out.parent)
         except OSError as error:
             raise UserError(f"out: {out} could not be written: {error}. Free space, or choose another.") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def prepare(source: Source, methods: list[str], args: argparse.Namespace) -> list[tuple[str, Callable[[Path], str]]]:
-    """Every method with what writes it, after asking whether it can be done. Raises UserError."""
+    """Every method with the function that writes it, after checking that it can. Raises UserError."""
     writers: list[tuple[str, Callable[[Path], str]]] = []
     for method in methods:
         if method == "merged_16bit":
@@ -136,7 +135,7 @@ def prepare(source: Source, methods: list[str], args: argparse.Namespace) -> lis
 
 
 def check_gguf(source: Source, quant: str) -> list[str]:
-    """The quantisations asked for, after asking for whatever could stand against them. Raises UserError."""
+    """The requested quantisations, after checking that model and tokenizer can be written so. Raises UserError."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError("to: gguf needs the package gguf, which is not installed. pip install gguf.")
     from grpo.export.gguf_file import QUANTS, check_quants
@@ -151,7 +150,7 @@ def check_gguf(source: Source, quant: str) -> list[str]:
 
 
 def write_all_gguf(source: Source, folder: Path, quants: list[str]) -> str:
-    """One file for each quantisation, model-<quant>.gguf. Returns what to say about them."""
+    """Write one file for each quantisation, model-<quant>.gguf. Returns a line about them."""
     from grpo.export.gguf_file import (
         BY_LLAMA_CPP,
         WRITTEN_HERE,
@@ -166,6 +165,7 @@ def write_all_gguf(source: Source, folder: Path, quants: list[str]) -> str:
     model = source.model()
     name = str(source.state["config"].get("run_name") or "model")
     f16 = folder / "model-f16.gguf"
+    # f16 and q8_0; f16 is also the source of the K-quants
     for quant in WRITTEN_HERE:
         if quant in quants or (quant == "f16" and set(quants) & set(BY_LLAMA_CPP)):
             write_gguf(folder / f"model-{quant}.gguf", quant, model, source.tokenizer, name)
@@ -176,45 +176,45 @@ def write_all_gguf(source: Source, folder: Path, quants: list[str]) -> str:
         f16.unlink(missing_ok=True)
     add_recipe(source, folder)
     kinds = {quant: contents(folder / f"model-{quant}.gguf") for quant in quants}
-    said = "; ".join(f"{q}: {' + '.join(f'{n} {kind}' for kind, n in kinds[q].items())}" for q in quants)
+    matrices = "; ".join(f"{q}: {' + '.join(f'{n} {kind}' for kind, n in kinds[q].items())}" for q in quants)
     if not has_llama_cpp():
-        return f"matrices of {said}; the tokenizer was not tried in llama.cpp, which is not installed"
+        return f"matrices of {matrices}; the tokenizer was not tried in llama.cpp, which is not installed"
     problem = tokenizer_problem(folder / f"model-{quants[0]}.gguf", model, source.tokenizer, source.recipe.questions)
     if problem is not None:
         raise UserError(f"to: gguf is not written: {problem}. Use --to merged_16bit.")
-    return f"matrices of {said}; llama.cpp cuts text into the same tokens"
+    return f"matrices of {matrices}; llama.cpp cuts text into the same tokens"
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write what is asked for, all of it or nothing. Raises UserError."""
+    """Write all requested methods, or nothing. Raises UserError."""
     methods = split(args.to, "to", METHODS)
     check_out(args.out)
     source = Source(choose(args.checkpoint, Path()))
     writers = prepare(source, methods, args)
-    lines, said = card.read_metrics(source, args.metrics), []
-    with written_aside(args.out) as aside:
+    metrics, written = card.read_metrics(source, args.metrics), []
+    with written_whole(args.out) as folder:
         for method, write in writers:
-            said.append(f"{method}: {write(aside if len(writers) == 1 else aside / method)}")
-        if not (aside / "MANIFEST.json").exists():
-            write_manifest(aside, source.step)
-        (aside / "README.md").write_text(card.card_text(source, methods, lines), encoding="utf-8")
-    for line in said:
+            written.append(f"{method}: {write(folder if len(writers) == 1 else folder / method)}")
+        if not (folder / "MANIFEST.json").exists():
+            write_manifest(folder, source.step)
+        (folder / "README.md").write_text(card.card_text(source, methods, metrics), encoding="utf-8")
+    for line in written:
         print(line, flush=True)
     size = sum(path.stat().st_size for path in files_in(args.out))
     print(f"exported {args.checkpoint} to {args.out}: {size / 1e6:.1f} MB", flush=True)
 
 
 def main(argv: list[str]) -> int:
-    """Export, and send it where that is asked for. Returns the exit code."""
+    """Export, and push with --push. Returns the exit code."""
     try:
         args = parse(argv)
         check(args)
-        token = hub.find_token() if args.push and not args.dry_run else None
+        token = push.find_token() if args.push and not args.dry_run else None
         quiet()
         if args.to:
             export(args)
         if args.push:
-            print(hub.push(args.out, args.push, not args.public, token, args.dry_run), flush=True)
+            print(push.push(args.out, args.push, not args.public, token, args.dry_run), flush=True)
         return 0
     except UserError as error:
         warn(f"error: {error}")

@@ -1,7 +1,7 @@
-"""GGUF files: f16 and q8_0 written here, K-quants by llama.cpp's own quantiser, and llama.cpp asked afterwards.
+"""GGUF files: f16 and q8_0 are written here, K-quants by llama.cpp's quantiser; llama.cpp checks the tokenizer.
 
-llama-cpp-python is an optional extra, for it compiles for minutes. Without it f16 and q8_0 are written all the same,
-and their tokenizer is not tried in llama.cpp; K-quants are refused.
+llama-cpp-python is an optional extra, because it compiles for minutes. Without it f16 and q8_0 are written, but their
+tokenizer is not checked; K-quants are refused.
 """
 
 import ctypes
@@ -65,38 +65,38 @@ def write_gguf(path: Path, quant: str, model: PreTrainedModel, tokenizer: PreTra
 
 
 @contextmanager
-def listening() -> Iterator[list[str]]:
+def llama_cpp_log() -> Iterator[list[str]]:
     """Collect llama.cpp's log, which otherwise goes to stderr."""
     import llama_cpp
 
-    said: list[str] = []
+    lines: list[str] = []
 
     @llama_cpp.llama_log_callback
-    def listen(level: int, text: bytes, _: Any) -> None:
-        said.append(text.decode("utf-8", "replace").strip())
+    def collect(level: int, text: bytes, _: Any) -> None:
+        lines.append(text.decode("utf-8", "replace").strip())
 
-    llama_cpp.llama_log_set(listen, ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
     try:
-        yield said
+        yield lines
     finally:
         llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
 
 
 def quantize(source: Path, path: Path, quant: str) -> None:
-    """Have llama.cpp quantise an f16 file. Raises UserError with llama.cpp's last words when it will not."""
+    """Have llama.cpp quantise an f16 file. Raises UserError with the last line of llama.cpp's log when it fails."""
     import llama_cpp
 
-    with listening() as said:
+    with llama_cpp_log() as lines:
         how = llama_cpp.llama_model_quantize_default_params()
         how.ftype = int(BY_LLAMA_CPP[quant])
         failed = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(how))
     if failed or not path.is_file():
-        last = next((line for line in reversed(said) if len(line) > 1), "no reason given")
+        last = next((line for line in reversed(lines) if len(line) > 1), "no reason given")
         raise UserError(f"quant: llama.cpp could not write {quant}: {last[:200]}. Use --quant f16,q8_0.")
 
 
 def contents(path: Path) -> dict[str, int]:
-    """Kinds of tensors in a file, matrices only -> how many."""
+    """The number of matrices of each tensor type in a file."""
     kinds = Counter(t.tensor_type.name.lower() for t in GGUFReader(path).tensors if len(t.shape) > 1)
     return dict(sorted(kinds.items()))
 
@@ -104,19 +104,19 @@ def contents(path: Path) -> dict[str, int]:
 def tokenizer_problem(
     path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
 ) -> str | None:
-    """What llama.cpp makes otherwise than the tokenizer, of probes and `texts`, or of the ends; None: nothing."""
+    """The first difference between llama.cpp and the tokenizer: probes, `texts`, stop tokens, size; None without."""
     import llama_cpp
 
     special = [added.content for added in tokenizer.added_tokens_decoder.values()]
-    with listening():
-        said = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    with llama_cpp_log():
+        opened = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
         for text in (*PROBES, *texts, "a".join(["", *special[:50]])):
             text = unicodedata.normalize("NFC", text)
-            theirs = said.tokenize(text.encode(), add_bos=True, special=True)
+            theirs = opened.tokenize(text.encode(), add_bos=True, special=True)
             ours = tokenizer(text)["input_ids"]
             if theirs != ours:
                 return f"{text[:40]!r} is {theirs[:12]} to llama.cpp, {ours[:12]} to us"
-        vocab = llama_cpp.llama_model_get_vocab(said.model)
+        vocab = llama_cpp.llama_model_get_vocab(opened.model)
         for i in stop_token_ids(model, tokenizer):
             if not llama_cpp.llama_vocab_is_eog(vocab, i):
                 return f"token {i} ends an answer, and not to llama.cpp"

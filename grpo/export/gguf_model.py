@@ -1,8 +1,7 @@
 """GGUF: settings and tensors of the architectures that were checked against llama.cpp; the others are refused by name.
 
-llama.cpp builds the network from the architecture's name and a few numbers, and knows nothing of other settings of
-transformers. So every setting that changes what is computed is either written, or must have the one value that
-llama.cpp takes for granted.
+llama.cpp builds the network from the architecture's name and a few numbers, and ignores other settings of transformers.
+So every setting that changes the computation is either written, or must have the value that llama.cpp assumes.
 """
 
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ LARGEST_F16 = 65504.0
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
-    """Refuse what llama.cpp would compute in another way, or what nobody checked. Raises UserError."""
+    """Refuse a model that llama.cpp would compute differently, or that was never checked. Raises UserError."""
     kind = config.model_type
     if kind not in ARCHITECTURES:
         raise UserError(
@@ -53,12 +52,12 @@ def check_architecture(config: PreTrainedConfig) -> None:
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """Numbers in one head."""
+    """Dimension of one attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def add_settings(writer: GGUFWriter, config: PreTrainedConfig) -> None:
-    """Everything that llama.cpp needs to know about the network."""
+    """Write the settings from which llama.cpp builds the network."""
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -81,7 +80,7 @@ def tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
         yield "rope_freqs.weight", _frequency_factors(model)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue  # llama.cpp takes the embedding where there is no output
+            continue  # without an output matrix llama.cpp uses the embedding
         own = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if own is None:
             raise UserError(f"to: gguf has no name for the {config.model_type} weight {name!r}. Use --to merged_16bit.")
@@ -92,9 +91,9 @@ def tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _as_pairs(name: str, values: np.ndarray, config: PreTrainedConfig) -> np.ndarray:
-    """Rows of Llama's q and k in the order of llama.cpp, which rotates neighbours (2i, 2i+1) of a head.
+    """Rows of Llama's q and k in llama.cpp's order, which rotates the pairs (2i, 2i + 1) of a head.
 
-    transformers rotates (i, i + d/2). For the other architectures llama.cpp does that too.
+    transformers rotates the pairs (i, i + d/2), as llama.cpp does for the other architectures.
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     if heads is None:
@@ -108,7 +107,7 @@ def _scaled(config: PreTrainedConfig) -> bool:
 
 
 def _frequency_factors(model: PreTrainedModel) -> np.ndarray:
-    """What each frequency is divided by, [d/2]: the plain ones over those that transformers settled on."""
+    """[d/2] fp32: the unscaled rope frequencies divided by those of transformers."""
     dim = head_dim(model.config)
     theta = float(model.config.rope_parameters["rope_theta"])
     plain = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -117,9 +116,10 @@ def _frequency_factors(model: PreTrainedModel) -> np.ndarray:
 
 
 def kind_for(quant: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
-    """How a tensor is stored: vectors in fp32, as llama.cpp wants them; matrices as asked for.
+    """The tensor type: fp32 for vectors, as llama.cpp requires; the requested one for matrices.
 
-    Rows that q8_0's blocks of 32 do not divide are stored in f16, as llama.cpp's own quantiser does.
+    For q8_0, matrices whose row length is not a multiple of its block of 32 are stored in f16, as llama.cpp's own
+    quantiser does.
     """
     if len(shape) == 1:
         return GGMLQuantizationType.F32
@@ -127,7 +127,7 @@ def kind_for(quant: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
 
 
 def encoded(name: str, values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """The tensor's bytes as numbers of that kind. Raises UserError where f16 cannot hold them."""
+    """The tensor's values as bytes of that type. Raises UserError where f16 cannot hold them."""
     if kind == GGMLQuantizationType.F16 and np.abs(values).max() > LARGEST_F16:
         raise UserError(f"to: {name} holds values beyond f16's {LARGEST_F16:.0f}. Use --to merged_16bit.")
     return gguf.quantize(np.ascontiguousarray(values), kind)

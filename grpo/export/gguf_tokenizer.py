@@ -1,9 +1,9 @@
 """GGUF: the tokenizer as llama.cpp reads it, or a refusal by name.
 
-llama.cpp holds its rules for cutting text into words in code, chosen by a name in the file. So the tokenizer's own
-rules are compared with those that are known to be the same; a near miss would cost accuracy without a word.
-One difference remains: a tokenizer may bring text into Unicode's composed form (NFC) first, and llama.cpp does not;
-text that is in that form already, as nearly all is, is cut alike.
+llama.cpp's rules for splitting text into words are code, chosen by a name in the file. So the tokenizer's rules are
+compared with those that are known to be equal; similar rules would lower accuracy without any error. One difference
+remains: a tokenizer may normalise text to Unicode's composed form (NFC), and llama.cpp does not; text that is in that
+form already, as nearly all text is, is split the same way.
 """
 
 import json
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo.errors import UserError
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# (how text is cut, whether a word that is a token is taken without merging) -> llama.cpp's name for both
+# (steps of splitting text, whether a word that is a token is used without merging) -> llama.cpp's name for both
 KNOWN = {
     (("bytes and words",), False): "gpt-2",
     (("digits", "bytes and words"), False): "smollm",
@@ -46,7 +46,7 @@ def _refuse(what: str) -> UserError:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The tokenizer's own description, after making sure that llama.cpp has its like. Raises UserError."""
+    """The content of tokenizer.json, after checking that llama.cpp has an equal tokenizer. Raises UserError."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise _refuse(f"{type(tokenizer).__name__} has no tokenizer.json")
@@ -61,7 +61,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def pre_tokenizer_name(state: dict[str, Any]) -> str:
-    """llama.cpp's name of how this tokenizer cuts text. Raises UserError when it has none."""
+    """llama.cpp's name for the way in which this tokenizer splits text. Raises UserError when it has none."""
     model, normalizer = state["model"], state["normalizer"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
         raise _refuse(
@@ -87,7 +87,7 @@ def _flat(entry: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _step(entry: dict[str, Any]) -> str:
-    """One step of cutting text, by a name that says all about it."""
+    """A name for one step of splitting text, which determines the step."""
     if entry["type"] == "ByteLevel" and not entry["add_prefix_space"]:
         return "bytes and words" if entry["use_regex"] else "bytes"
     if entry["type"] == "Digits" and entry["individual_digits"]:
@@ -98,7 +98,7 @@ def _step(entry: dict[str, Any]) -> str:
 
 
 def ends_added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Whether the tokenizer puts bos before, and eos after every text. Raises UserError for anything else."""
+    """Whether the tokenizer adds bos before, and eos after every text. Raises UserError if it adds anything else."""
     plain = tokenizer("a b", add_special_tokens=False)["input_ids"]
     full = tokenizer("a b")["input_ids"]
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
@@ -112,7 +112,7 @@ def ends_added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
 def add_tokenizer(
     writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int, stop_ids: Iterable[int]
 ) -> None:
-    """Tokens, merges, special tokens and the chat template. Raises UserError when llama.cpp has no like of them."""
+    """Write tokens, merges, special tokens and the chat template. Raises UserError when llama.cpp cannot hold them."""
     state = check_tokenizer(tokenizer)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(state))
@@ -130,7 +130,7 @@ def add_tokenizer(
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
     bos_added, eos_added = ends_added(tokenizer)
-    writer.add_add_bos_token(bos_added)  # always said: llama.cpp's own default depends on the name above
+    writer.add_add_bos_token(bos_added)  # always written, because llama.cpp's default depends on the name above
     writer.add_add_eos_token(eos_added)
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
@@ -148,7 +148,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> list[i
 
 
 def vocabulary(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[TokenType]]:
-    """The text and kind of every id; ids that the model has and the tokenizer does not are marked as unused."""
+    """The text and type of every id; ids of the model that the tokenizer does not have are marked as unused."""
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     kinds = [TokenType.UNUSED] * vocab_size
     for token, i in state["model"]["vocab"].items():

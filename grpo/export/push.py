@@ -1,6 +1,6 @@
 """Sending an export to a hub. The token comes from HF_TOKEN or from `hf auth login`, and is never shown.
 
-HF_ENDPOINT names another hub. Nothing here changes the export: whatever the hub answers, it stays as it is.
+HF_ENDPOINT selects another hub. Pushing never changes the export, also when it fails.
 """
 
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import disable_progress_bars
 
-from grpo.checkpoints.manifest import MANIFEST, sha256_of
+from grpo.checkpoints.manifest import MANIFEST, file_sha256
 from grpo.errors import UserError
 from grpo.export.card import HUB_NAME
 from grpo.models.folder_checks import location_problem
@@ -20,14 +20,14 @@ CARD = "README.md"
 
 
 def check_name(name: str) -> None:
-    """Refuse what cannot be a repository's name. Raises UserError."""
+    """Refuse a text that cannot be a repository's name. Raises UserError."""
     bad = HUB_NAME.fullmatch(name) is None or "--" in name or ".." in name or name.endswith((".git", ".", "-"))
     if bad:
         raise UserError(f"push: must be user/name of letters, digits, -, _ and ., got {name[:80]!r}.")
 
 
 def find_token() -> str:
-    """The token of HF_TOKEN or of a login. Raises UserError when there is none."""
+    """The token of HF_TOKEN or of a login. Raises UserError without one."""
     token = get_token()
     if not token:
         raise UserError("push: no token. Set HF_TOKEN, or run `hf auth login`.")
@@ -35,16 +35,16 @@ def find_token() -> str:
 
 
 def listed(out: Path) -> list[str]:
-    """Files of an export, by its manifest, with the manifest and the card. Raises UserError when they do not hold.
+    """The files of an export by its manifest, with manifests and card. Raises UserError when a file has changed.
 
-    The card may have been edited; of everything else size and hash are compared.
+    The card may have been edited; size and hash of all other files are compared.
     """
     try:
         files = read_object(out / MANIFEST)["files"]
         for name, entry in files.items():
             problem = location_problem(out, name)
             path = out / name
-            if problem is None and (path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]):
+            if problem is None and (path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]):
                 problem = f"{name} is not as it was written"
             if problem is not None:
                 raise ValueError(problem)
@@ -55,9 +55,9 @@ def listed(out: Path) -> list[str]:
 
 
 def push(out: Path, repo: str, private: bool, token: str | None, dry_run: bool) -> str:
-    """Send the export in one commit, or only say what would be sent. Returns what to say.
+    """Send the export in one commit, or with `dry_run` only list what would be sent. Returns the text to print.
 
-    Raises UserError for whatever the hub or the network answers; the export stays.
+    Raises UserError for an error of the hub or the network.
     """
     files = listed(out)
     if dry_run:
@@ -70,7 +70,7 @@ def push(out: Path, repo: str, private: bool, token: str | None, dry_run: bool) 
             base = str(read_object(out / name).get("base_model_name_or_path"))
             if base.startswith(("/", ".", "~")):
                 raise UserError(
-                    f"push: {name} names a folder of this machine as its base, which nobody else has. Export "
+                    f"push: {name} names a folder of this machine as its base, which other machines lack. Export "
                     "merged_16bit, or train on the base by its hub name."
                 )
     disable_progress_bars()
@@ -79,7 +79,7 @@ def push(out: Path, repo: str, private: bool, token: str | None, dry_run: bool) 
         api.create_repo(repo, private=private, exist_ok=True)
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=out / name) for name in files]
         done = api.create_commit(repo, operations, commit_message="Export")
-    except Exception as error:  # the client, its HTTP library and its upload library raise a dozen kinds
+    except Exception as error:  # the client, its HTTP library and its upload library raise many types
         raise UserError(
             f"push: {repo} refused, or not reached: {_without(token, error)}. The export in {out} is whole; to try "
             f"again: python -m grpo.export --out {out} --push {repo}"
@@ -88,6 +88,6 @@ def push(out: Path, repo: str, private: bool, token: str | None, dry_run: bool) 
 
 
 def _without(token: str | None, error: Exception) -> str:
-    """An error's first line, never with the token in it."""
+    """An error's first line, with the token removed."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return (line.replace(token, "***") if token else line)[:300].rstrip(".")

@@ -1,4 +1,4 @@
-"""The checkpoint that is exported: verified first, its weights in fp32, an adapter merged into its base."""
+"""The checkpoint that is exported: its weights in fp32, an adapter merged into its base."""
 
 import dataclasses
 import math
@@ -22,13 +22,13 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint whose manifest holds. Its parts are read when they are asked for; they raise UserError."""
+    """A verified checkpoint. Its parts are read on first use; reading raises UserError."""
 
     folder: Path
 
     @cached_property
     def is_adapter(self) -> bool:
-        """Whether it holds an adapter to another model instead of whole weights."""
+        """Whether it holds an adapter instead of whole weights."""
         return is_adapter(self.folder)
 
     @cached_property
@@ -42,25 +42,25 @@ class Source:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """Counters and settings, without what only continuing needs, and without paths of this machine."""
+        """Counters and settings for the exported folder, without paths of this machine."""
         return {"counters": dataclasses.asdict(self._state["counters"]), "config": without_paths(self.raw_config)}
 
     @cached_property
     def recipe(self) -> Recipe:
-        """How prompts are put."""
+        """How prompts are built."""
         return load_recipe(self.folder / "trainer" / "recipe.json")
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """With the chat template of the run."""
+        """The tokenizer, with the chat template of the run."""
         return load_tokenizer(str(self.folder))
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """Of the whole model, read without its weights."""
+        """The config of the whole model, read without its weights."""
         folder = str(self.folder)
         if self.is_adapter:
-            from grpo.models.lora import base_of
+            from grpo.models.lora_files import base_of
 
             folder = base_of(self.folder)
         try:
@@ -71,11 +71,11 @@ class Source:
 
     @property
     def step(self) -> int:
-        """Steps of training behind the checkpoint."""
+        """The number of completed training steps."""
         return int(self._state["counters"].step)
 
     def model(self) -> PreTrainedModel:
-        """A fresh copy of the whole model, fp32 on CPU: merged, where the checkpoint is an adapter."""
+        """A new copy of the whole model, fp32 on CPU; an adapter is merged into its base."""
         if self.is_adapter:
             from grpo.models.lora import merged, open_adapter  # late: peft is needed for adapters alone
 
@@ -90,7 +90,7 @@ class Source:
 
 
 def without_paths(value: Any) -> Any:
-    """Settings with absolute paths cut to their last part: an export is for other machines, and other people.
+    """Settings with absolute paths cut to their last part, because an export is opened on other machines.
 
     >>> without_paths({"data": "/home/mia/q.jsonl", "rewards": {"~/r.py:f": 1.0}, "model": "demo/base"})
     {'data': 'q.jsonl', 'rewards': {'r.py:f': 1.0}, 'model': 'demo/base'}

@@ -1,67 +1,92 @@
-"""Attention of several completions to their shared prompt and to themselves, with a backward of its own.
+"""Attention of several completions to their shared prompt and to themselves, with its own backward.
 
     out = exp(s_prompt - lse) V_prompt + exp(s_own - lse) V_own,   lse = logaddexp(lse_prompt, lse_own)
 
-Scores are computed again in the backward, from lse (FlashAttention, arXiv 2205.14135, algorithm 4).
+The backward computes the scores again from lse instead of keeping them (FlashAttention, arXiv 2205.14135, algorithm 4).
+The simple path is one row per completion through the model's own attention: `can_share` (shared_attention.py) compares
+the two when a model is loaded.
+
+Shapes: H heads, kvh key heads, r = H / kvh, d head width, Lp tokens of the prompt, n tokens of all completions, b
+completions of at most c tokens. Padded rows [b, c] hold the n tokens as `PaddedIndex` describes.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Crown(torch.autograd.Function):
-    """Completions attending to their shared prompt and to themselves.
+class PaddedIndex(NamedTuple):
+    """The n tokens of b completions, one behind the other, as padded rows [b, c], and back."""
 
-    query [H, n, d]; stem keys and values [kvh, Lp, d]; own keys and values [kvh, n, d]; index and here
-    [b, c], order [n] as in `Forest.lanes`. Returns [H, n, d]. Softmax in fp32.
+    to_padded: Tensor  # [b, c] int64, which of the n tokens stands at [b, c]; padding: 0
+    mask: Tensor  # [b, c] bool, False: padding
+    to_tokens: Tensor  # [n] int64, where in the flattened [b c] each token stands
+
+
+class BranchAttention(torch.autograd.Function):
+    """query [H, n, d]; keys and values of the prompt [kvh, Lp, d]; of the completions [kvh, n, d] -> [H, n, d].
+
+    index, mask, inverse: a `PaddedIndex`, in its order. window: how many of the last keys a token sees, itself
+    included; None: all. The softmax is fp32.
     """
 
     @staticmethod
-    def forward(ctx, query, stem_key, stem_value, key, value, index, here, order, scale, window):  # noqa: D102
-        stem, own = _scores(query, stem_key, key, index, order, scale, window)
-        stem_lse = stem.logsumexp(-1)  # [kvh, r, n]
-        own_lse = _to_tokens(own.logsumexp(-1), order)  # [kvh, r, n]
-        lse = torch.logaddexp(stem_lse, own_lse)
-        out = _weigh(stem, own, lse, stem_value, value, index, order)
-        ctx.save_for_backward(query, stem_key, stem_value, key, value, index, here, order, out, lse)
+    def forward(ctx, query, prompt_key, prompt_value, key, value, index, mask, inverse, scale, window):
+        prompt_scores, own_scores = _scores(query, prompt_key, key, index, inverse, scale, window)
+        # merge the two softmaxes by log-sum-exp
+        prompt_lse = prompt_scores.logsumexp(-1)  # [kvh, r, n]
+        own_lse = _to_tokens(own_scores.logsumexp(-1), inverse)  # [kvh, r, n]
+        lse = torch.logaddexp(prompt_lse, own_lse)
+        out = _weighted_values(prompt_scores, own_scores, lse, prompt_value, value, index, inverse)
+        ctx.save_for_backward(query, prompt_key, prompt_value, key, value, index, mask, inverse, out, lse)
         ctx.scale, ctx.window = scale, window
         return out
 
     @staticmethod
-    def backward(ctx, gradient):  # noqa: D102
-        query, stem_key, stem_value, key, value, index, here, order, out, lse = ctx.saved_tensors
-        stem, own = _scores(query, stem_key, key, index, order, ctx.scale, ctx.window)
-        stem = stem.sub_(lse[..., None]).exp_()  # probabilities
-        # A padded lane repeats a token beside keys that are not its own: its numbers may be anything, even inf.
-        own = own.sub_(_to_lanes(lse[..., None], index)).exp_().masked_fill_(~here[..., None], 0)
+    def backward(ctx, gradient):
+        query, prompt_key, prompt_value, key, value, index, mask, inverse, out, lse = ctx.saved_tensors
+        # probabilities, from scores computed again
+        prompt_scores, own_scores = _scores(query, prompt_key, key, index, inverse, ctx.scale, ctx.window)
+        prompt_probs = prompt_scores.sub_(lse[..., None]).exp_()
+        # A padded place repeats a token beside keys of another completion: its value may be anything, even inf.
+        own_probs = own_scores.sub_(_to_padded(lse[..., None], index)).exp_().masked_fill_(~mask[..., None], 0)
         heads, tokens, width = query.shape
         kv, repeats = key.shape[0], heads // key.shape[0]
         grad = gradient.reshape(kv, repeats, tokens, width)
-        inner = (gradient * out).float().sum(-1).view(kv, repeats, tokens)
-        kind = query.dtype
+        # sum over keys of probability times its gradient, from the output (the D of FlashAttention)
+        row_sum = (gradient * out).float().sum(-1).view(kv, repeats, tokens)
+        dtype = query.dtype
 
-        flat = grad.reshape(kv, repeats * tokens, width)
-        grad_stem_value = stem.to(kind).view(kv, -1, stem.shape[-1]).transpose(1, 2) @ flat
-        slope = (grad @ stem_value[:, None].transpose(-1, -2)).float()
-        slope = (slope.sub_(inner[..., None]).mul_(stem)).to(kind)  # [kvh, r, n, Lp]
-        grad_query = (slope @ stem_key[:, None]).mul_(ctx.scale)
-        queries = query.reshape(kv, repeats * tokens, width)
-        grad_stem_key = (slope.view(kv, -1, slope.shape[-1]).transpose(1, 2) @ queries).mul_(ctx.scale)
+        # the prompt's part: values, scores, queries, keys
+        flat_grad = grad.reshape(kv, repeats * tokens, width)
+        grad_prompt_value = prompt_probs.to(dtype).view(kv, -1, prompt_probs.shape[-1]).transpose(1, 2) @ flat_grad
+        grad_scores = (grad @ prompt_value[:, None].transpose(-1, -2)).float()
+        grad_scores = (grad_scores.sub_(row_sum[..., None]).mul_(prompt_probs)).to(dtype)  # [kvh, r, n, Lp]
+        grad_query = (grad_scores @ prompt_key[:, None]).mul_(ctx.scale)
+        flat_query = query.reshape(kv, repeats * tokens, width)
+        flat_scores = grad_scores.view(kv, -1, grad_scores.shape[-1])
+        grad_prompt_key = (flat_scores.transpose(1, 2) @ flat_query).mul_(ctx.scale)
 
+        # the completions' own part, in padded rows: values, scores, queries, keys
         keys, values = key[:, index], value[:, index]  # [kvh, b, c, d]
-        lanes = _to_lanes(grad, index).masked_fill(~here[..., None], 0)  # [kvh, r, b, c, d]
-        grad_value = (own.to(kind).transpose(-1, -2) @ lanes).sum(1)
-        slope = (lanes @ values[:, None].transpose(-1, -2)).float()
-        slope = slope.sub_(_to_lanes(inner[..., None], index)).mul_(own).masked_fill_(~here[..., None], 0).to(kind)
-        own_query = (slope @ keys[:, None]).mul_(ctx.scale)
-        grad_key = (slope.transpose(-1, -2) @ _to_lanes(query.reshape(kv, repeats, tokens, width), index)).sum(1)
-        grad_query = grad_query + _to_tokens(own_query, order)
+        padded_grad = _to_padded(grad, index).masked_fill(~mask[..., None], 0)  # [kvh, r, b, c, d]
+        grad_value = (own_probs.to(dtype).transpose(-1, -2) @ padded_grad).sum(1)
+        grad_scores = (padded_grad @ values[:, None].transpose(-1, -2)).float()
+        grad_scores = grad_scores.sub_(_to_padded(row_sum[..., None], index)).mul_(own_probs)
+        grad_scores = grad_scores.masked_fill_(~mask[..., None], 0).to(dtype)  # [kvh, r, b, c, c]
+        own_grad_query = (grad_scores @ keys[:, None]).mul_(ctx.scale)
+        padded_query = _to_padded(query.reshape(kv, repeats, tokens, width), index)
+        grad_key = (grad_scores.transpose(-1, -2) @ padded_query).sum(1)
+
+        # back from padded rows to tokens
+        grad_query = grad_query + _to_tokens(own_grad_query, inverse)
         return (
             grad_query.reshape(heads, tokens, width),
-            grad_stem_key,
-            grad_stem_value,
-            _to_tokens(grad_key.mul_(ctx.scale)[:, None], order)[:, 0],
-            _to_tokens(grad_value[:, None], order)[:, 0],
+            grad_prompt_key,
+            grad_prompt_value,
+            _to_tokens(grad_key.mul_(ctx.scale)[:, None], inverse)[:, 0],
+            _to_tokens(grad_value[:, None], inverse)[:, 0],
             None,
             None,
             None,
@@ -71,40 +96,46 @@ class Crown(torch.autograd.Function):
 
 
 def _scores(
-    query: Tensor, stem_key: Tensor, key: Tensor, index: Tensor, order: Tensor, scale: float, window: int | None
+    query: Tensor, prompt_key: Tensor, key: Tensor, index: Tensor, inverse: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Scores, fp32: on the prompt [kvh, r, n, Lp], on the own completion [kvh, r, b, c, c], -inf where unseen."""
-    kv, length = stem_key.shape[:2]
+    """fp32 scores on the prompt [kvh, r, n, Lp] and on the own completion [kvh, r, b, c, c]; -inf where masked."""
+    kv, length = prompt_key.shape[:2]
     grouped = query.reshape(kv, -1, *query.shape[1:]) * scale  # [kvh, r, n, d]
-    stem = (grouped @ stem_key[:, None].transpose(-1, -2)).float()
-    own = (_to_lanes(grouped, index) @ key[:, index][:, None].transpose(-1, -2)).float()
-    at = torch.arange(index.shape[1], device=query.device)
-    seen = at[:, None] >= at
+    prompt_scores = (grouped @ prompt_key[:, None].transpose(-1, -2)).float()
+    own_scores = (_to_padded(grouped, index) @ key[:, index][:, None].transpose(-1, -2)).float()
+    place = torch.arange(index.shape[1], device=query.device)
+    visible = place[:, None] >= place
     if window is not None:
-        seen &= at[:, None] - at < window
-        steps = at.expand(index.shape).reshape(-1)[order]  # [n] how far into its completion each token is
-        unseen = (length + steps)[:, None] - torch.arange(length, device=query.device) >= window  # [n, Lp]
-        stem = stem.masked_fill(unseen, -torch.inf)
-    return stem, own.masked_fill_(~seen, -torch.inf)
+        visible &= place[:, None] - place < window
+        steps = place.expand(index.shape).reshape(-1)[inverse]  # [n] how far into its completion each token is
+        too_far = (length + steps)[:, None] - torch.arange(length, device=query.device) >= window  # [n, Lp]
+        prompt_scores = prompt_scores.masked_fill(too_far, -torch.inf)
+    return prompt_scores, own_scores.masked_fill_(~visible, -torch.inf)
 
 
-def _weigh(
-    stem: Tensor, own: Tensor, lse: Tensor, stem_value: Tensor, value: Tensor, index: Tensor, order: Tensor
+def _weighted_values(
+    prompt_scores: Tensor,
+    own_scores: Tensor,
+    lse: Tensor,
+    prompt_value: Tensor,
+    value: Tensor,
+    index: Tensor,
+    inverse: Tensor,
 ) -> Tensor:
-    """Probabilities from scores, and the values they weigh: [H, n, d]. Overwrites the scores."""
-    kind = value.dtype
-    stem.sub_(lse[..., None]).exp_()
-    own.sub_(_to_lanes(lse[..., None], index)).exp_()
-    out = stem.to(kind) @ stem_value[:, None]  # [kvh, r, n, d]
-    out = out + _to_tokens(own.to(kind) @ value[:, index][:, None], order)
+    """Values weighted by the probabilities, [H, n, d]. Overwrites the scores."""
+    dtype = value.dtype
+    prompt_scores.sub_(lse[..., None]).exp_()
+    own_scores.sub_(_to_padded(lse[..., None], index)).exp_()
+    out = prompt_scores.to(dtype) @ prompt_value[:, None]  # [kvh, r, n, d]
+    out = out + _to_tokens(own_scores.to(dtype) @ value[:, index][:, None], inverse)
     return out.reshape(-1, *out.shape[2:])
 
 
-def _to_lanes(values: Tensor, index: Tensor) -> Tensor:
-    """[kvh, r, n, x] -> [kvh, r, b, c, x]; padding repeats a token."""
-    return values[:, :, index]
+def _to_padded(tokens: Tensor, index: Tensor) -> Tensor:
+    """[kvh, r, n, x] -> [kvh, r, b, c, x]; padding repeats token 0."""
+    return tokens[:, :, index]
 
 
-def _to_tokens(lanes: Tensor, order: Tensor) -> Tensor:
-    """[kvh, r, b, c, ...] -> [kvh, r, n, ...], in the branch_attention's order."""
-    return lanes.flatten(2, 3).index_select(2, order)  # no boolean mask: it would wait for the device
+def _to_tokens(padded: Tensor, inverse: Tensor) -> Tensor:
+    """[kvh, r, b, c, ...] -> [kvh, r, n, ...]."""
+    return padded.flatten(2, 3).index_select(2, inverse)  # a boolean mask would be a device sync

@@ -1,11 +1,11 @@
-"""A micro-batch as one row without padding, each prompt once: what grpo/forward/shared_attention.py computes on.
+"""A micro-batch as one row without padding, each prompt once, for grpo/forward/shared_attention.py.
 
     rows    [prompt A, a1, a2]          flat    [A, a1, a2, b1, C, c1]
             [prompt A, b1,  - ]
             [prompt C, c1,  - ]
 
-Same log-probs, same gradient, fewer tokens: padding is left out, and a prompt that several rows share stands once. So
-does what all prompts begin with, a system prompt or worked examples.
+Log-probs and gradient are those of the padded rows, which are the simple path (`Scorer._row_inputs` in logprobs.py),
+from fewer tokens: no padding, a prompt once for all rows that share it, and the common prefix of all prompts once.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from grpo.forward.precision import host_reads_are_free
-from grpo.forward.shared_attention import Forest, Tree
+from grpo.forward.shared_attention import PromptGroup, SharedPrompts
 from grpo.types import Flat, MicroBatch
 
-SHORTEST_HEADER = 16  # tokens; below, the bookkeeping costs more than it saves
+MIN_COMMON_PREFIX = 16  # tokens; for a shorter one the bookkeeping costs more than it saves
 
 
 def flatten(
@@ -29,83 +29,91 @@ def flatten(
 ) -> Flat:
     """Flatten rows: input_ids [B, L], positions [B, T], lengths [B] targets of each row, at least one.
 
-    Rows one behind the other with the same prompt share it, and what all prompts begin with stands once at the start.
-    With position_ids [B, L], where several texts stand in a row, each text becomes a tree of its own, and nothing is
-    shared.
+    Adjacent rows with the same prompt share it, and the common prefix of all prompts stands once at the start. With
+    position_ids [B, L], where several texts share a row, each text becomes a group of its own and nothing is shared.
     """
     if position_ids is not None:
-        return _texts(input_ids, positions, lengths, device, position_ids)
-    trees: list[Tree] = []
+        return _flatten_texts(input_ids, positions, lengths, device, position_ids)
+    groups: list[PromptGroup] = []
     tokens: list[np.ndarray] = []
-    where = np.zeros_like(positions)
+    flat_positions = np.zeros_like(positions)
     prompt = np.zeros(0, input_ids.dtype)
-    branches: list[int] = []
-    header = common_header([row[: at[0] + 1] for row, at in zip(input_ids, positions, strict=True)])
-    tokens.append(input_ids[0, :header])
-    start = end = header
+    completion_lengths: list[int] = []
+    prefix = common_prefix([row[: at[0] + 1] for row, at in zip(input_ids, positions, strict=True)])
+    tokens.append(input_ids[0, :prefix])
+    start = end = prefix
     for b, count in enumerate(lengths.tolist()):
-        row, stem = input_ids[b], int(positions[b, 0]) + 1  # the first target is predicted by the prompt's last token
-        if b == 0 or not np.array_equal(row[:stem], prompt):
+        row = input_ids[b]
+        prompt_length = int(positions[b, 0]) + 1  # the first target is predicted by the prompt's last token
+        # another prompt than the row before: close its group, begin one
+        if b == 0 or not np.array_equal(row[:prompt_length], prompt):
             if b:
-                trees.append(Tree(start, len(prompt) - header, tuple(branches)))
-            prompt, branches, start = row[:stem], [], end
-            tokens.append(prompt[header:])
-            end += stem - header
-        where[b, 0] = start + stem - header - 1
-        where[b, 1:count] = np.arange(end, end + count - 1)
-        tokens.append(row[stem : stem + count - 1])
-        branches.append(count - 1)
+                groups.append(PromptGroup(start, len(prompt) - prefix, tuple(completion_lengths)))
+            prompt, completion_lengths, start = row[:prompt_length], [], end
+            tokens.append(prompt[prefix:])
+            end += prompt_length - prefix
+        # the first target is predicted by the prompt, the others by the completion's tokens but the last
+        flat_positions[b, 0] = start + prompt_length - prefix - 1
+        flat_positions[b, 1:count] = np.arange(end, end + count - 1)
+        tokens.append(row[prompt_length : prompt_length + count - 1])
+        completion_lengths.append(count - 1)
         end += count - 1
-    trees.append(Tree(start, len(prompt) - header, tuple(branches)))
-    return _flat(trees, tokens, where, device, header)
+    groups.append(PromptGroup(start, len(prompt) - prefix, tuple(completion_lengths)))
+    return _to_device(groups, tokens, flat_positions, device, prefix)
 
 
-def common_header(prompts: Sequence[Sequence[int] | np.ndarray]) -> int:
-    """Tokens that all prompts begin with, where there are several and it is worth it; each keeps one of its own.
+def common_prefix(prompts: Sequence[Sequence[int] | np.ndarray]) -> int:
+    """How many tokens all prompts begin with; each prompt keeps at least one after them.
 
-    >>> common_header([[*range(40), 7, 8], [*range(40), 9]]), common_header([[1, 2], [1, 3]])
+    0 for a single distinct prompt, and for a prefix shorter than MIN_COMMON_PREFIX.
+
+    >>> common_prefix([[*range(40), 7, 8], [*range(40), 9]]), common_prefix([[1, 2], [1, 3]])
     (40, 0)
     """
     distinct = {tuple(prompt) for prompt in prompts}
     shortest = min(map(len, distinct)) - 1
-    if len(distinct) < 2 or shortest < SHORTEST_HEADER:
+    if len(distinct) < 2 or shortest < MIN_COMMON_PREFIX:
         return 0
     table = np.array([prompt[:shortest] for prompt in distinct])
     differs = (table != table[0]).any(0)
-    header = int(differs.argmax()) if differs.any() else shortest
-    return header if header >= SHORTEST_HEADER else 0
+    length = int(differs.argmax()) if differs.any() else shortest
+    return length if length >= MIN_COMMON_PREFIX else 0
 
 
 def flatten_micro_batch(micro: MicroBatch) -> Flat:
-    """The flat form of a micro-batch that was not made with one; reads its tensors from the device."""
-    to = lambda tensor: tensor.cpu().numpy()  # noqa: E731
-    own = None if micro.position_ids is None else to(micro.position_ids)
-    lengths = to(micro.mask.sum(-1)).clip(min=1)  # an idle row has no token that counts, and keeps its one input
-    return flatten(to(micro.input_ids), to(micro.positions), lengths, micro.input_ids.device, own)
+    """Flatten a micro-batch that was collated without a flat form; several device syncs."""
+    to_host = lambda tensor: tensor.cpu().numpy()  # noqa: E731
+    position_ids = None if micro.position_ids is None else to_host(micro.position_ids)
+    lengths = to_host(micro.lengths).clip(min=1)  # an idle row has no targets, but still one input token
+    return flatten(to_host(micro.input_ids), to_host(micro.positions), lengths, micro.input_ids.device, position_ids)
 
 
-def _texts(
+def _flatten_texts(
     input_ids: np.ndarray, positions: np.ndarray, lengths: np.ndarray, device: torch.device, position_ids: np.ndarray
 ) -> Flat:
-    trees: list[Tree] = []
+    groups: list[PromptGroup] = []
     tokens: list[np.ndarray] = []
-    where = np.zeros_like(positions)
+    flat_positions = np.zeros_like(positions)
     end = 0
     for b, count in enumerate(lengths.tolist()):
         used = int(positions[b, :count].max()) + 1
-        where[b, :count] = end + positions[b, :count]
+        flat_positions[b, :count] = end + positions[b, :count]
         starts = np.flatnonzero(position_ids[b, :used] == 0).tolist()
-        trees += [Tree(end + i, j - i) for i, j in zip(starts, [*starts[1:], used], strict=True)]
+        groups += [PromptGroup(end + i, j - i) for i, j in zip(starts, [*starts[1:], used], strict=True)]
         tokens.append(input_ids[b, :used])
         end += used
-    return _flat(trees, tokens, where, device)
+    return _to_device(groups, tokens, flat_positions, device)
 
 
-def _flat(
-    trees: list[Tree], tokens: list[np.ndarray], where: np.ndarray, device: torch.device, header: int = 0
+def _to_device(
+    groups: list[PromptGroup],
+    tokens: list[np.ndarray],
+    flat_positions: np.ndarray,
+    device: torch.device,
+    prefix_length: int = 0,
 ) -> Flat:
     row = torch.from_numpy(np.concatenate(tokens).astype(np.int64))[None]
-    forest = Forest(trees, device, header)
+    shared_prompts = SharedPrompts(groups, device, prefix_length)
     if not host_reads_are_free(device):
-        forest.position_ids  # noqa: B018  copied now: in the midst of an update the device would run dry meanwhile
-    return Flat(forest, row.to(device), torch.from_numpy(where).to(device))
+        shared_prompts.copy_indices()  # now: the same copy within an update would leave the device without work
+    return Flat(shared_prompts, row.to(device), torch.from_numpy(flat_positions).to(device))

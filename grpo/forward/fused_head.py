@@ -1,11 +1,11 @@
-"""Head and log-softmax in one: hidden [M, H] -> log-probs [M], with blocks of logits that live for a moment only.
+"""Head and log-softmax in one: hidden [M, H] -> log-probs [M], with one block of logits in memory at a time.
 
     logits = scale W h,  z = clamp(logits - mid-range) / T,  logp = z_target - logsumexp(z)
     dlogp/dz = onehot(target) - softmax(z)
 
-The backward computes a block's logits again and adds its share to one gradient of W, in place: neither logits nor a
-[V, H] gradient exist once per block. It serves heads that are one plain matrix on this process; others go through
-autograd (grpo/forward/logprobs.py).
+The backward computes a block's logits again and adds its part to one gradient of W in place, so that neither the logits
+nor a [V, H] gradient per block are kept. It serves heads that are one plain matrix on this process. The simple path is
+`Scorer._block` in logprobs.py, through autograd; other heads use it, and tests compare the two.
 """
 
 import torch
@@ -13,67 +13,73 @@ from torch import Tensor, nn
 
 from grpo.forward.precision import host_reads_are_free
 
-ROWS_IN_CACHE = 2**20  # elements of logits worked on at once: they stay in the processor's cache
+ROWS_IN_CACHE = 2**20  # logits processed at once on CPU, so that they stay in the processor's cache
 
 
 class HeadLogprobs(torch.autograd.Function):
     """hidden [M, H], weight [V, H], targets [M] -> log-probs [M] fp32, and whether the target is likeliest [M] bool."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, temperature, clamp, block_rows):  # noqa: D102
-        ctx.numbers = (scale, temperature, clamp, block_rows)
+    def forward(ctx, hidden, weight, targets, scale, temperature, clamp, block_rows):
+        ctx.settings = (scale, temperature, clamp, block_rows)
         logprobs = torch.empty(len(hidden), device=hidden.device)
         lse = torch.empty_like(logprobs)
         hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-        kept = limit = None
-        low = weight.to(hidden.dtype)
+        saved_logits = limit = None
+        low_weight = weight.to(hidden.dtype)
         for block in _blocks(len(hidden), block_rows):
-            logits = _logits(hidden[block], low, scale)
+            logits = _logits(hidden[block], low_weight, scale)
             limit = _bound(logits, clamp)
             if len(hidden) <= block_rows:
-                kept = logits  # one block only: the backward need not make it again
+                saved_logits = logits  # the only block: the backward need not compute it again
             for rows in _in_cache(logits, block.start):
                 z = logits[rows.start - block.start : rows.stop - block.start]
                 if temperature != 1.0:
                     z = z / temperature
+                # log-softmax at the target
                 chosen = z.gather(-1, targets[rows, None])[:, 0]
                 top = z.amax(-1)
                 hits[rows] = chosen >= top
                 lse[rows] = (z - top[:, None]).exp_().sum(-1).log_().add_(top)
                 logprobs[rows] = chosen - lse[rows]
-        ctx.save_for_backward(hidden, weight, targets, lse, kept, limit if kept is not None else None)
+        saved_limit = limit if saved_logits is not None else None
+        ctx.save_for_backward(hidden, weight, targets, lse, saved_logits, saved_limit)
         ctx.mark_non_differentiable(hits)
         return logprobs, hits
 
     @staticmethod
-    def backward(ctx, gradient, _):  # noqa: D102
-        hidden, weight, targets, lse, kept, limit = ctx.saved_tensors
-        scale, temperature, clamp, block_rows = ctx.numbers
+    def backward(ctx, gradient, _):
+        hidden, weight, targets, lse, saved_logits, limit = ctx.saved_tensors
+        scale, temperature, clamp, block_rows = ctx.settings
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        low = weight.to(hidden.dtype)
+        low_weight = weight.to(hidden.dtype)
         for block in _blocks(len(hidden), block_rows):
-            logits = _logits(hidden[block], low, scale) if kept is None else kept.clone()
-            if kept is None:
+            # the block's logits again
+            logits = _logits(hidden[block], low_weight, scale) if saved_logits is None else saved_logits.clone()
+            if saved_logits is None:
                 limit = _bound(logits, clamp)
-            outside = None if limit is None else (logits >= limit).logical_or_(logits <= -limit)
+            clamped = None if limit is None else (logits >= limit).logical_or_(logits <= -limit)
+            # in place: logits -> gradient * (onehot(target) - softmax)
             for rows in _in_cache(logits, block.start):
                 z = logits[rows.start - block.start : rows.stop - block.start]
                 if temperature != 1.0:
                     z.div_(temperature)
                 z.sub_(lse[rows, None]).exp_().mul_(-gradient[rows, None])
                 z.scatter_add_(-1, targets[rows, None], gradient[rows, None])
-            if outside is not None:
-                logits.masked_fill_(outside, 0.0)
+            # through clamp, temperature and scale
+            if clamped is not None:
+                logits.masked_fill_(clamped, 0.0)
             if scale != temperature:
                 logits.mul_(scale / temperature)
-            slope = logits.to(hidden.dtype)
+            # to hidden states and weight
+            grad_logits = logits.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[block] = slope @ low
-            if grad_weight is not None and slope.dtype == torch.float32:
-                grad_weight.addmm_(slope.t(), hidden[block])
+                grad_hidden[block] = grad_logits @ low_weight
+            if grad_weight is not None and grad_logits.dtype == torch.float32:
+                grad_weight.addmm_(grad_logits.t(), hidden[block])
             elif grad_weight is not None:
-                grad_weight.add_(slope.t() @ hidden[block])
+                grad_weight.add_(grad_logits.t() @ hidden[block])
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
@@ -93,10 +99,10 @@ def _logits(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
 
 
 def _bound(logits: Tensor, clamp: float) -> Tensor | None:
-    """Centre each row whose range asks for it on its mid-range and clamp it, in place.
+    """Centre each row wider than 2 * clamp on its mid-range and clamp it, in place.
 
-    Returns what each row was clamped to, [M, 1], inf where it was not; None: no row was. On a GPU it is never None:
-    the question would wait for all work before it, which costs more than to clamp.
+    Returns the limit of each row, [M, 1], inf where the row was not clamped; None: no row was. On a GPU it is never
+    None: to find out whether any row is wide would be a device sync, which costs more than the clamp.
     """
     low, high = torch.aminmax(logits, dim=-1, keepdim=True)
     wide = high - low > 2 * clamp
@@ -108,7 +114,7 @@ def _bound(logits: Tensor, clamp: float) -> Tensor | None:
 
 
 def plain_matrix(head: nn.Module) -> Tensor | None:
-    """The weight of a head that is one matrix and nothing else; None for any other."""
+    """The weight of a head that is one matrix without bias or hooks; else None."""
     if type(head) is nn.Linear and head.bias is None and not head._forward_hooks and not head._forward_pre_hooks:
         return head.weight
     return None

@@ -2,12 +2,12 @@
 
     hidden [B, L, H] -> the positions that predict completion tokens [M, H] -> blocks of the head -> [M]
 
-Only completion positions meet the head, in blocks of at most `logits_chunk_mb`; a block's logits are
-recomputed in the backward (torch.utils.checkpoint), so that one block is alive at a time. The softmax is
-fp32. Sampling and scoring share `bounded_logits`: one distribution.
+The head is applied to completion positions only, in blocks of at most `logits_chunk_mb`; a block's logits are computed
+again in the backward (torch.utils.checkpoint), so that one block is in memory at a time. The softmax is fp32. Sampling
+and scoring share `bounded_logits`, and so one distribution.
 
-How a model turns hidden states into logits is read from its output embeddings and config, and checked
-against the model's own logits once; a head we do not understand falls back to the whole forward.
+`Head` applies a model's output embeddings with the scale and soft cap of its config. It is compared with the model's
+own logits once, when it is made; where they differ, the simple path is used: the model's whole forward.
 """
 
 import math
@@ -26,15 +26,15 @@ from grpo.forward.precision import arithmetic, arithmetic_dtype, host_reads_are_
 from grpo.forward.shared_attention import can_share
 from grpo.types import Flat, MicroBatch
 
-FLAT_BELOW = 0.7  # of the padded tokens: beyond, padded rows in few calls are faster than one row in many
+FLAT_BELOW = 0.7  # of the padded tokens; above, padded rows in few attention calls are faster than a flat row in many
 BLOCK_ELEMENTS_PER_MB = 2**20 // 4  # fp32 logits
 
 
 def bounded_logits(logits: Tensor, temperature: float, clamp: float) -> tuple[Tensor, Tensor]:
     """Centre each row on its mid-range, clamp to ±clamp, divide by the temperature. logits [..., V] fp32.
 
-    softmax is unchanged by a shift, so a row whose range fits is left as it is, whatever other rows hold. Also
-    returns how many logits of each row the clamp moved, [...] int64.
+    A shift does not change the softmax, so a row whose range is within 2 * clamp is left as it is, whatever other rows
+    hold. Also returns how many logits of each row the clamp changed, [...] int64.
 
     >>> bounded_logits(torch.tensor([1e4, -1e4]), 1.0, 100.0)[0].tolist()
     [100.0, -100.0]
@@ -68,7 +68,7 @@ class Head:
         return int(self.model.config.get_text_config().vocab_size)
 
     def matrix(self) -> Tensor | None:
-        """The head's weight [V, H] where the head is that and a scale; None for any other."""
+        """The head's weight [V, H] where the head is one matrix and a scale; else None."""
         return None if self.softcap is not None else plain_matrix(self.model.get_output_embeddings())
 
     def body(self) -> nn.Module:
@@ -76,7 +76,7 @@ class Head:
         return self.model.base_model if self.model.base_model is not self.model else self.model.get_decoder()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head alone, as the model applies it."""
+        """hidden [..., H] -> logits [..., V], with the model's own scale and soft cap."""
         logits = self.model.get_output_embeddings()(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -86,22 +86,22 @@ class Head:
 
     @torch.no_grad()
     def _matches_the_model(self) -> bool:
-        """Compare with the model's own logits on a few tokens; a mismatch means whole logits, and a notice.
+        """Compare with the model's own logits on a few tokens; a model that differs gets a warning.
 
-        Done once, at construction, on every rank alike: a sharded model's forward is a collective.
+        It runs on every rank: a sharded model's forward is a collective.
         """
         with arithmetic(self.dtype, self.model.device):
             return self._compare()
 
     def _compare(self) -> bool:
         ids = torch.arange(8, device=self.model.device)[None]
-        own = self.model(input_ids=ids, use_cache=False).logits.float()
-        if not bool(torch.isfinite(own).all()):
-            return True  # broken weights tell nothing about the head; the guards will meet them
+        expected = self.model(input_ids=ids, use_cache=False).logits.float()
+        if not bool(torch.isfinite(expected).all()):
+            return True  # weights with NaN say nothing about the head; the update's checks report them
         try:
-            ours = self.logits(self.body()(input_ids=ids, use_cache=False).last_hidden_state).float()
-            scale = own.abs().amax().clamp(min=1.0)
-            matches = ours.shape == own.shape and bool((ours - own).abs().amax() <= 1e-2 * scale)
+            found = self.logits(self.body()(input_ids=ids, use_cache=False).last_hidden_state).float()
+            scale = expected.abs().amax().clamp(min=1.0)
+            matches = found.shape == expected.shape and bool((found - expected).abs().amax() <= 1e-2 * scale)
         except (AttributeError, TypeError, RuntimeError):
             matches = False
         if not matches:
@@ -114,9 +114,9 @@ class Head:
 
 
 class Scorer(nn.Module):
-    """The model as the loss needs it: a micro-batch in, log-probs [B, T] of its completion tokens out.
+    """A micro-batch -> log-probs [B, T] of its completion tokens.
 
-    A module, so that a sharded backend can wrap it and its forward is the root of what the backend sees.
+    It is a module so that a sharded backend can wrap it: its forward is then the root of the modules to gather.
     """
 
     def __init__(self, model: PreTrainedModel, cfg: Config):
@@ -125,20 +125,20 @@ class Scorer(nn.Module):
         self.head = Head(model, cfg.dtype)
         self.cfg = cfg
         with arithmetic(cfg.dtype, model.device):
-            self.shares = self.head.usable and can_share(model, self.head.body())
-        self.sharded = cfg.backend == "deepspeed" and cfg.zero_stage == 3  # the head is whole inside its forward only
-        self.counts_hits = False  # also find where the target is the likeliest token
-        self.hits: Tensor | None = None  # [B, T] bool of the last forward, where they are counted
+            self.shares_prompts = self.head.usable and can_share(model, self.head.body())
+        self.sharded = cfg.backend == "deepspeed" and cfg.zero_stage == 3  # the head is whole in its own forward only
+        self.counts_hits = False  # whether `hits` is computed
+        self.hits: Tensor | None = None  # [B, T] bool, of the last forward: the target is the likeliest token
         self.block_tokens = max(1, cfg.logits_chunk_mb * BLOCK_ELEMENTS_PER_MB // self.head.vocab_size)
 
     def forward(self, micro: MicroBatch) -> Tensor:
-        """Log-probs [B, T] under the sampling distribution; 0 outside the mask.
+        """Log-probs [B, T] under the sampling distribution; 0 on tokens that are not trained.
 
-        Where the model can, and it spares tokens, rows are flattened first: no padding, each prompt once. Else no
-        attention mask is passed: rows are padded on the right, and no token looks to its right; where position ids
-        start again within a row, transformers masks what came before (grpo/sft/packing.py makes sure that it does).
+        Rows are flattened (no padding, each prompt once) where the model supports it and it saves enough tokens. Else
+        they are padded on the right and need no attention mask, because attention is causal; where position ids start
+        again within a row, transformers masks the earlier texts (grpo/sft/packing.py checks that it does).
         """
-        kept = micro.mask.reshape(-1).nonzero()[:, 0] if micro.kept is None else micro.kept  # [M]
+        kept = micro.trained.reshape(-1).nonzero()[:, 0] if micro.kept is None else micro.kept  # [M]
         targets = micro.target_ids.reshape(-1)[kept]  # [M]
         support = None if micro.support is None else micro.support.flatten(0, 1)[kept]  # [M, K]
         flat = self._worth_flattening(micro)
@@ -151,33 +151,37 @@ class Scorer(nn.Module):
                 logits = self.model(**inputs).logits[where]
                 values, hits = self._pick(logits, targets, support)
         if self.counts_hits:
-            self.hits = torch.zeros_like(micro.mask).view(-1).index_copy(0, kept, hits).view_as(micro.mask)
-        logprobs = torch.zeros(micro.mask.numel(), dtype=torch.float32, device=values.device)
-        return logprobs.index_copy(0, kept, values).view(micro.mask.shape)
+            self.hits = torch.zeros_like(micro.trained).view(-1).index_copy(0, kept, hits).view_as(micro.trained)
+        logprobs = torch.zeros(micro.trained.numel(), dtype=torch.float32, device=values.device)
+        return logprobs.index_copy(0, kept, values).view(micro.trained.shape)
 
     def _row_inputs(self, micro: MicroBatch, kept: Tensor) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
-        """Padded rows, and where in them the M targets are predicted."""
+        """Padded rows, and where the M targets are predicted in them: the simple path."""
         inputs: dict[str, Any] = {"input_ids": micro.input_ids, "use_cache": False}
         if micro.position_ids is not None:
             inputs["position_ids"] = micro.position_ids
-        return inputs, (kept // micro.mask.shape[1], micro.positions.reshape(-1)[kept])
+        return inputs, (kept // micro.trained.shape[1], micro.positions.reshape(-1)[kept])
 
     def _worth_flattening(self, micro: MicroBatch) -> Flat | None:
-        """The micro-batch as one row, where that spares enough tokens for the calls that each prompt costs."""
-        if not self.shares or micro.position_ids is not None:
+        """The flat form, where it saves enough tokens to pay for several attention calls per prompt; else None."""
+        if not self.shares_prompts or micro.position_ids is not None:
             return None
         flat = micro.flat or flatten_micro_batch(micro)
         return flat if flat.input_ids.numel() <= FLAT_BELOW * micro.input_ids.numel() else None
 
     def _flat_inputs(self, flat: Flat, kept: Tensor) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
-        """The same without padding, as one row."""
+        """The flat row, and where the M targets are predicted in it."""
         where = flat.positions.reshape(-1)[kept]
-        return {"input_ids": flat.input_ids, **flat.forest.inputs()}, (torch.zeros_like(where), where)
+        return {"input_ids": flat.input_ids, **flat.shared_prompts.inputs()}, (torch.zeros_like(where), where)
 
     def _in_blocks(
         self, hidden: Tensor, targets: Tensor, support: Tensor | None, num_blocks: int
     ) -> tuple[Tensor, Tensor]:
-        """[M, H] -> what `_pick` gives, at least `num_blocks` blocks (see MicroBatch.head_blocks)."""
+        """Hidden states [M, H] -> log-probs [M] and hits [M], as `_pick` returns them.
+
+        num_blocks: blocks to run at least (see MicroBatch.head_blocks).
+        """
+        # one plain matrix: the fused head
         matrix = None if self.sharded or support is not None else self.head.matrix()
         if matrix is not None:
             values, hits = HeadLogprobs.apply(
@@ -190,6 +194,7 @@ class Scorer(nn.Module):
                 self.block_tokens,
             )
             return values, hits if self.counts_hits else hits[:0]
+        # any other head: blocks through autograd
         num_blocks = max(num_blocks, math.ceil(len(targets) / self.block_tokens), 1)
         recompute = num_blocks > 1 and torch.is_grad_enabled()
         parts = []
@@ -207,7 +212,7 @@ class Scorer(nn.Module):
         return self._pick(self.head.logits(hidden), targets, support)
 
     def _pick(self, logits: Tensor, targets: Tensor, support: Tensor | None) -> tuple[Tensor, Tensor]:
-        """logits [M, V], targets [M] -> log-probs [M], over the support where there is one; hits [M], or none."""
+        """logits [M, V], targets [M] -> log-probs [M], over the support where given; hits [M], empty if not counted."""
         bounded, _ = bounded_logits(logits.float(), self.cfg.temperature, self.cfg.logit_clamp)
         chosen = bounded.gather(-1, targets[:, None])[:, 0]
         hits = (chosen >= bounded.amax(-1)).detach() if self.counts_hits else torch.zeros(0, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What forward passes compute in: plain fp32, or bf16 products over fp32 weights."""
+"""Process-wide choices of how forward passes compute: number types, device syncs, attention kernels."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -11,10 +11,19 @@ def arithmetic(dtype: str, device: torch.device) -> AbstractContextManager:
 
 
 def arithmetic_dtype(dtype: str) -> torch.dtype:
-    """What `arithmetic` computes products in."""
+    """The type in which `arithmetic` computes products."""
     return torch.bfloat16 if dtype == "bf16" else torch.float32
 
 
 def host_reads_are_free(device: torch.device) -> bool:
-    """Whether to ask for a number costs nothing. A GPU would first finish all work before it: there nobody asks."""
+    """True on CPU, where reading a scalar does not force a device sync."""
     return device.type == "cpu"
+
+
+def disable_cudnn_attention() -> None:
+    """Take cuDNN's kernels out of torch's choice for scaled_dot_product_attention, in this process.
+
+    torch prefers them on the newest GPUs. With a mask they have returned wrong values without an error (pytorch issues
+    193893, forward, and 196678, backward), and they plan again for every new length. The other kernels remain.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)

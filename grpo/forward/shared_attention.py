@@ -1,16 +1,17 @@
-"""Attention without padding, and with each prompt computed once for all its completions.
+"""Attention without padding, where each prompt is computed once for all its completions.
 
-A sequence here is a *tree*: a prompt, and the completions that go on from it. Trees lie behind one another in a flat
-row of tokens [1, S]; linear layers and norms see no padding, and only attention knows who belongs to whom:
+A `PromptGroup` is a prompt and the completions that continue it. Groups stand one behind the other in a flat row of
+tokens [1, S]. Linear layers and norms work on each token alone; only attention needs to know which tokens belong
+together:
 
-    header token       what all prompts begin with, such as a system prompt: sees the header up to itself
-    prompt token       sees the header and its prompt up to itself
-    completion token   sees the header, the whole prompt and its own completion up to itself
+    common prefix      what all prompts begin with, such as a system prompt: sees itself, causally
+    prompt token       sees the prefix, and its prompt up to itself
+    completion token   sees the prefix, its whole prompt, and its own completion up to itself
 
-Models of transformers that ask their attention interface are told to ask `dispatch`, which computes this where a
-`Forest` travels along and is transformers' own SDPA otherwise. branch_attention.py is the arithmetic, one tree at a time.
-
-Whether a model's attention is this one is checked against the model itself (`can_share`), never assumed.
+A model of transformers that calls the registered attention interface calls `dispatch`. It computes this attention where
+a `SharedPrompts` is among the arguments of the model's forward, and is transformers' own SDPA otherwise. The products
+and their backward are in branch_attention.py. The simple path is one padded row per completion through the model's own
+forward; `can_share` compares the two on a few tokens of the model when it is loaded.
 """
 
 import math
@@ -28,178 +29,190 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from grpo.forward.branch_attention import Crown
+from grpo.forward.branch_attention import BranchAttention, PaddedIndex
 
-NAME = "grpo_trees"
-MAX_SCORES = 2**26  # attention scores that exist at once, if one head has no more: 256 MB
-SPARED_SCORES = 2**16  # of one head, for which completions of like lengths are computed apart from longer ones
-MAX_DIFFERENCE = {False: 1e-3, True: 5e-2}  # to the model's own hidden states, relative: rounding; True: in bf16
+NAME = "grpo_shared_prompts"
+MAX_SCORES = 2**26  # attention scores in memory at once, unless a single head has more: 256 MB
+SPARED_SCORES = 2**16  # padded scores per head that a separate run of shorter completions must save
+MAX_DIFFERENCE = {False: 1e-3, True: 5e-2}  # relative, to the model's own hidden states; True: under bf16 autocast
 
 
 @dataclass(frozen=True)
-class Tree:
-    """One prompt and its completions in the flat row: the prompt's tokens after the header, then each completion's."""
+class PromptGroup:
+    """A prompt and its completions in the flat row: the prompt's tokens after the common prefix, then completions."""
 
     start: int
-    prompt: int  # tokens
-    branches: tuple[int, ...] = ()  # tokens of each completion
+    prompt_length: int
+    completion_lengths: tuple[int, ...] = ()
 
     @property
-    def stem(self) -> slice:
-        """The prompt."""
-        return slice(self.start, self.start + self.prompt)
+    def prompt(self) -> slice:
+        """Where the prompt's tokens after the common prefix stand in the flat row."""
+        return slice(self.start, self.start + self.prompt_length)
 
     @property
-    def branch_attention(self) -> slice:
-        """All completions."""
-        return slice(self.stem.stop, self.stem.stop + sum(self.branches))
+    def completions(self) -> slice:
+        """Where all completions stand in the flat row."""
+        return slice(self.prompt.stop, self.prompt.stop + sum(self.completion_lengths))
 
     @property
-    def parts(self) -> list[tuple[slice, tuple[int, ...]]]:
-        """The completions in runs of like lengths: where a run lies in the flat row, and its lengths.
+    def runs(self) -> list[tuple[slice, tuple[int, ...]]]:
+        """The completions in runs of similar lengths: where each run stands in the flat row, and its lengths.
 
-        >>> [(part.start, part.stop, lengths) for part, lengths in Tree(0, 4, (600, 500, 20, 9)).parts]
+        >>> [(run.start, run.stop, lengths) for run, lengths in PromptGroup(0, 4, (600, 500, 20, 9)).runs]
         [(4, 1104, (600, 500)), (1104, 1133, (20, 9))]
         """
         runs: list[list[int]] = []
-        for i, length in enumerate(self.branches):
+        for i, length in enumerate(self.completion_lengths):
             longest = max(runs[-1]) if runs else 0
-            spared = sum(longest**2 - other**2 for other in self.branches[i:])
+            spared = sum(longest**2 - other**2 for other in self.completion_lengths[i:])
             if not runs or (2 * length <= longest and spared >= SPARED_SCORES):
                 runs.append([])
             runs[-1].append(length)
-        ends = (self.branch_attention.start + np.cumsum([sum(run) for run in runs])).tolist()
+        ends = (self.completions.start + np.cumsum([sum(run) for run in runs])).tolist()
         return [(slice(end - sum(run), end), tuple(run)) for end, run in zip(ends, runs, strict=True)]
 
-    @property
-    def branch_starts(self) -> list[int]:
-        """Where each completion begins."""
-        return (self.branch_attention.start + np.cumsum([0, *self.branches[:-1]])).tolist() if self.branches else []
 
+class SharedPrompts:
+    """The prompt groups of one forward, and the index tensors that attention needs.
 
-class Forest:
-    """The trees of one forward, and where their tokens stand."""
+    `dispatch` calls `attend` of whatever is passed to the model as `shared_prompts`.
+    """
 
-    def __init__(self, trees: Sequence[Tree], device: torch.device, header: int = 0):
-        """header: tokens at the start of the flat row that all prompts go on from."""
-        self.trees = tuple(trees)
-        self.header = header
+    def __init__(self, groups: Sequence[PromptGroup], device: torch.device, prefix_length: int = 0):
+        """prefix_length: tokens at the start of the flat row that all prompts begin with."""
+        self.groups = tuple(groups)
+        self.prefix_length = prefix_length
         self.device = device
-        self.calls = 0  # of `attend`; 0 after a forward: the model does not ask
-        self.prompts: dict[int, tuple[Tensor, Tensor]] | None = None  # layer -> keys, values [1, kvh, S, d], if kept
+        self.calls = 0  # of `attend`; still 0 after a forward: the model does not use the attention interface
+        self.keys_values: dict[int, tuple[Tensor, Tensor]] | None = None  # layer -> [1, kvh, S, d] each; {}: collect
+        self._indices: list[Tensor] | None = None
 
     @property
-    def num_tokens(self) -> int:
-        """S."""
-        return self.trees[-1].branch_attention.stop
-
-    @cached_property
     def position_ids(self) -> Tensor:
-        """[1, S]: a prompt goes on where the header ends, a completion where its prompt ends."""
-        return self._placed[0]
+        """[1, S]: a prompt continues the common prefix, a completion continues its prompt."""
+        return self.copy_indices()[0]
 
     @cached_property
-    def lanes(self) -> list[list[tuple[slice, tuple[Tensor, Tensor, Tensor]]]]:
-        """For each tree and run: the run, and where in it token c of branch b lies [b, c] (padding: 0).
-
-        And what of that is no padding; and, for the way back, where in [b c] each of the run's n tokens lies.
-        """
-        places = iter(self._placed[1:])
+    def padded_index(self) -> list[list[tuple[slice, PaddedIndex]]]:
+        """For each group and run: where the run stands in the flat row, and its completions as padded rows."""
+        tensors = iter(self.copy_indices()[1:])
         return [
-            [(here, (next(places), next(places).bool(), next(places))) for here, _ in tree.parts] for tree in self.trees
+            [(run, PaddedIndex(next(tensors), next(tensors).bool(), next(tensors))) for run, _ in group.runs]
+            for group in self.groups
         ]
 
-    @cached_property
-    def _placed(self) -> list[Tensor]:
-        """`position_ids`, and the three parts of each run's lanes, int64: in one copy, for which the device stops."""
-        parts = [np.arange(self.header)]
-        for tree in self.trees:
-            parts.append(self.header + np.arange(tree.prompt))
-            parts += [self.header + tree.prompt + np.arange(n) for n in tree.branches]
+    def copy_indices(self) -> list[Tensor]:
+        """Copy `position_ids` and the tensors of every `PaddedIndex` to the device, once: all int64.
+
+        It is one copy for all, and a device sync. Called when a micro-batch is made, it does not stall an update.
+        """
+        if self._indices is not None:
+            return self._indices
+        parts = [np.arange(self.prefix_length)]
+        for group in self.groups:
+            parts.append(self.prefix_length + np.arange(group.prompt_length))
+            parts += [self.prefix_length + group.prompt_length + np.arange(n) for n in group.completion_lengths]
         arrays = [np.concatenate(parts)[None]]
-        for tree in self.trees:
-            arrays += [lane for _, lengths in tree.parts for lane in _lanes(lengths)]
+        for group in self.groups:
+            arrays += [array for _, lengths in group.runs for array in _padded_index(lengths)]
         values = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]).astype(np.int64)).to(self.device)
         split = values.split([array.size for array in arrays])
-        return [part.view(array.shape) for part, array in zip(split, arrays, strict=True)]
+        self._indices = [part.view(array.shape) for part, array in zip(split, arrays, strict=True)]
+        return self._indices
 
     def inputs(self) -> dict[str, Any]:
-        """What a model's forward needs beside input_ids. The mask is a placeholder: no mask is built for four axes."""
+        """Arguments of a model's forward beside input_ids."""
+        # transformers builds no mask of its own where it is given one with four axes
         placeholder = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        return {"position_ids": self.position_ids, "attention_mask": placeholder, "use_cache": False, "trees": self}
+        return {
+            "position_ids": self.position_ids,
+            "attention_mask": placeholder,
+            "use_cache": False,
+            "shared_prompts": self,
+        }
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """query [1, H, S, d], key and value [1, kvh, S, d] -> [1, S, H, d]."""
         self.calls += 1
-        if torch.is_autocast_enabled(query.device.type):  # as SDPA does, and the backward then too
-            kind = torch.get_autocast_dtype(query.device.type)
-            query, key, value = query.to(kind), key.to(kind), value.to(kind)
-        if self.prompts is not None:
-            self.prompts[layer] = (key, value)
-        root = slice(0, self.header)
-        parts = [_causal(query[:, :, root], key[:, :, root], value[:, :, root], scale, window)] if self.header else []
-        for tree, runs in zip(self.trees, self.lanes, strict=True):
-            stem = tree.stem
-            if self.header:
-                order = torch.arange(tree.prompt, device=self.device)
-                lane = (order[None], order[None] >= 0, order)
-                parts.append(self._branch(query, key, value, [root], stem, lane, scale, window))
+        if torch.is_autocast_enabled(query.device.type):  # as SDPA casts, and so that the backward has this type too
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if self.keys_values is not None:
+            self.keys_values[layer] = (key, value)
+        # the common prefix
+        prefix = slice(0, self.prefix_length)
+        parts = []
+        if self.prefix_length:
+            parts.append(_causal(query[:, :, prefix], key[:, :, prefix], value[:, :, prefix], scale, window))
+        for group, runs in zip(self.groups, self.padded_index, strict=True):
+            # the group's prompt; after a prefix it attends as a single completion of that prefix
+            prompt = group.prompt
+            if self.prefix_length:
+                order = torch.arange(group.prompt_length, device=self.device)
+                padded = PaddedIndex(order[None], order[None] >= 0, order)
+                parts.append(self._attend_after([prefix], prompt, padded, query, key, value, scale, window))
             else:
-                parts.append(_causal(query[:, :, stem], key[:, :, stem], value[:, :, stem], scale, window))
-            for here, lanes in runs:
-                if here.start < here.stop:
-                    earlier = [root, stem] if self.header else [stem]
-                    parts.append(self._branch(query, key, value, earlier, here, lanes, scale, window))
+                parts.append(_causal(query[:, :, prompt], key[:, :, prompt], value[:, :, prompt], scale, window))
+            # its completions, run by run
+            for run, padded in runs:
+                if run.start < run.stop:
+                    earlier = [prefix, prompt] if self.prefix_length else [prompt]
+                    parts.append(self._attend_after(earlier, run, padded, query, key, value, scale, window))
         return torch.cat(parts, dim=2).transpose(1, 2)
 
-    def _branch(
+    def _attend_after(
         self,
+        earlier: list[slice],
+        run: slice,
+        padded: PaddedIndex,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        earlier: list[slice],
-        here: slice,
-        lanes: tuple[Tensor, Tensor, Tensor],
         scale: float,
         window: int | None,
     ) -> Tensor:
-        """Tokens `here`, in lanes, that all go on from the tokens in `earlier`: [1, H, n, d]."""
-        before = [torch.cat([tensor[0, :, part] for part in earlier], dim=1) for tensor in (key, value)]
-        keys = (*before, key[0, :, here], value[0, :, here])
+        """Attention of the completions in `run`, which all continue the tokens in `earlier`: [1, H, n, d]."""
+        earlier_keys, earlier_values = (
+            torch.cat([tensor[0, :, part] for part in earlier], dim=1) for tensor in (key, value)
+        )
+        keys_values = (earlier_keys, earlier_values, key[0, :, run], value[0, :, run])
+        # heads are independent, so that as many are computed at once as MAX_SCORES allows
         kv, repeats = key.shape[1], query.shape[1] // key.shape[1]
-        scores = repeats * (lanes[0].numel() * lanes[0].shape[1] + keys[2].shape[1] * before[0].shape[1])
-        step = max(1, MAX_SCORES // max(1, scores))  # heads at once: they know nothing of each other
-        made = [
-            Crown.apply(
-                query[0, first * repeats : (first + step) * repeats, here],
-                *(part[first : first + step] for part in keys),
-                *lanes,
+        num_tokens, longest = run.stop - run.start, padded.to_padded.shape[1]
+        scores_per_head = repeats * (padded.to_padded.numel() * longest + num_tokens * earlier_keys.shape[1])
+        step = max(1, MAX_SCORES // max(1, scores_per_head))
+        outputs = [
+            BranchAttention.apply(
+                query[0, first * repeats : (first + step) * repeats, run],
+                *(part[first : first + step] for part in keys_values),
+                *padded,
                 scale,
                 window,
             )
             for first in range(0, kv, step)
         ]
-        return torch.cat(made)[None]
+        return torch.cat(outputs)[None]
 
 
-def _lanes(branches: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of one run, as `Forest.lanes` says."""
-    lengths = np.array(branches, dtype=np.int64)
+def _padded_index(completion_lengths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The arrays of a `PaddedIndex`."""
+    lengths = np.array(completion_lengths, dtype=np.int64)
     steps = np.arange(lengths.max(initial=0))
-    here = steps[None] < lengths[:, None]
-    index = np.where(here, (np.cumsum(lengths) - lengths)[:, None] + steps[None], 0)
-    return index, here, np.flatnonzero(here)
+    mask = steps[None] < lengths[:, None]
+    index = np.where(mask, (np.cumsum(lengths) - lengths)[:, None] + steps[None], 0)
+    return index, mask, np.flatnonzero(mask)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """Ordinary causal attention over one prompt: [1, H, L, d]."""
+    """Ordinary causal attention, [1, H, L, d]."""
     repeats, length = query.shape[1] // key.shape[1], query.shape[2]
     key, value = (tensor.repeat_interleave(repeats, dim=1) if repeats > 1 else tensor for tensor in (key, value))
     if window is None or window >= length:
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    at = torch.arange(length, device=query.device)
-    seen = (at[:, None] >= at) & (at[:, None] - at < window)
-    return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
+    place = torch.arange(length, device=query.device)
+    visible = (place[:, None] >= place) & (place[:, None] - place < window)
+    return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
 
 
 def dispatch(
@@ -211,53 +224,54 @@ def dispatch(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    trees: Any = None,
+    shared_prompts: Any = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What models call: attention over `trees` where they travel along, else transformers' SDPA."""
-    if trees is None:
+    """The attention function of a model: `shared_prompts.attend` where it is given, else transformers' SDPA.
+
+    Raises NotImplementedError for attention that `attend` does not compute, such as a soft cap on scores.
+    """
+    if shared_prompts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
     for name in ("softcap", "s_aux", "position_bias"):
         if others.get(name) is not None:
             raise NotImplementedError(f"attention with {name}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return trees.attend(module.layer_idx, query, key, value, scale, sliding_window), None
+    return shared_prompts.attend(module.layer_idx, query, key, value, scale, sliding_window), None
 
-
-# cuDNN's attention, which torch prefers on the newest GPUs, has given silently wrong numbers with a mask (pytorch issue
-# 193893, forward; 196678, backward), and it plans anew for every length. The other kernels remain.
-torch.backends.cuda.enable_cudnn_sdp(False)
 
 AttentionInterface.register(NAME, dispatch)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def use_trees(model: PreTrainedModel) -> None:
-    """Make a model ask `dispatch`, where it asks anybody; nothing else changes."""
+def use_shared_attention(model: PreTrainedModel) -> None:
+    """Make a model that uses transformers' SDPA call `dispatch`; any other is left as it is."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
 
 @torch.no_grad()
 def can_share(model: PreTrainedModel, body: nn.Module) -> bool:
-    """Whether a model computes over trees what it computes over rows: tried on a few tokens.
+    """Compare hidden states of a few tokens with shared prompts and as rows; a model that differs gets a warning.
 
-    On every rank alike: a sharded model's forward is a collective. A model that differs is left to its own forward,
-    with a notice.
+    Call it on every rank: a sharded model's forward is a collective.
     """
     ids = torch.arange(9, device=model.device) % int(model.config.get_text_config().vocab_size)
-    prompt, branches = ids[:4], (ids[4:7], ids[5:9])
-    own = [body(input_ids=torch.cat([prompt, b])[None], use_cache=False).last_hidden_state[0, 4:] for b in branches]
-    forest = Forest([Tree(0, 4, (3, 4))], model.device)
+    prompt, completions = ids[:4], (ids[4:7], ids[5:9])
+    expected = [
+        body(input_ids=torch.cat([prompt, completion])[None], use_cache=False).last_hidden_state[0, 4:]
+        for completion in completions
+    ]
+    shared_prompts = SharedPrompts([PromptGroup(0, 4, (3, 4))], model.device)
     problem = ""
     try:
-        flat = torch.cat([prompt, *branches])[None]
-        ours = body(input_ids=flat, **forest.inputs()).last_hidden_state[0, 4:].split((3, 4))
-        if forest.calls == 0:
+        flat = torch.cat([prompt, *completions])[None]
+        found = body(input_ids=flat, **shared_prompts.inputs()).last_hidden_state[0, 4:].split((3, 4))
+        if shared_prompts.calls == 0:
             problem = "its attention is not transformers' attention interface"
         else:
-            size = max(float(hidden.abs().amax()) for hidden in own)
-            gap = max(float((a - b).abs().amax()) for a, b in zip(own, ours, strict=True))
+            size = max(float(hidden.abs().amax()) for hidden in expected)
+            gap = max(float((a - b).abs().amax()) for a, b in zip(expected, found, strict=True))
             limit = MAX_DIFFERENCE[torch.is_autocast_enabled(model.device.type)]
             if math.isfinite(size) and not gap <= limit * max(size, 1.0):
                 problem = f"hidden states differ by {gap / max(size, 1.0):.1e}"

@@ -1,4 +1,4 @@
-"""Models and tokenizers, and what the rest needs to know about them."""
+"""Loading a model by name, and checks of a model and its tokenizer: vocabulary, end tokens, lengths."""
 
 import logging
 import os
@@ -12,18 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.errors import UserError
 from grpo.models.loading import load_plain, resolve
-from grpo.models.loading import load_tokenizer as load_tokenizer
-from grpo.models.loading import prepare as prepare
 from grpo.models.lora_checks import is_adapter
 
 
 def quiet() -> None:
-    """No loading bars, no library chatter: what a run says, it says itself."""
+    """Switch off progress bars and messages of transformers, datasets and DeepSpeed."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on stdout that it guessed so
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints on stdout which one it chose
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs errors that it also raises
 
 
@@ -33,7 +31,7 @@ def load_model(name: str, device: torch.device) -> PreTrainedModel:
     An adapter's folder gives its model with the adapter added to the weights. See `load_plain` in loading.py.
     """
     if is_adapter(Path(resolve(name))):
-        from grpo.models.lora import merged, open_adapter  # late: peft takes seconds
+        from grpo.models.lora import merged, open_adapter  # late: importing peft takes seconds
 
         return merged(open_adapter(resolve(name), device))
     return load_plain(name, device)
@@ -48,18 +46,18 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     ids: set[int] = set()
     for source in (model.generation_config, model.config, tokenizer):
         value = getattr(source, "eos_token_id", None)
-        for here in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
-            if type(here) is not int or not 0 <= here < limit:
+        for token in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+            if type(token) is not int or not 0 <= token < limit:
                 raise UserError(
-                    f"model: eos_token_id must be tokens of the model, 0 to {limit - 1}, got {str(here)[:60]!r}. "
+                    f"model: eos_token_id must be tokens of the model, 0 to {limit - 1}, got {str(token)[:60]!r}. "
                     "Mend generation_config.json, config.json or the tokenizer."
                 )
-            ids.add(here)
+            ids.add(token)
     return frozenset(ids)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Tokens that the model has embeddings for, also where its weights are sharded."""
+    """Number of tokens that the model has embeddings for, also when its weights are sharded."""
     return int(model.config.get_text_config().vocab_size)
 
 
@@ -76,7 +74,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """Longest sequence the model has positions for; None if it does not say."""
+    """Longest sequence the model has positions for; None if its config has no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -91,5 +89,5 @@ def check_lengths(model: PreTrainedModel, max_prompt_length: int, max_generate_l
 
 
 def is_lora(model: nn.Module) -> bool:
-    """Whether a model is frozen and trained through an adapter inside it (grpo/models/lora.py)."""
+    """Whether the model is frozen and an adapter inside it is trained (lora.py)."""
     return hasattr(model, "lora_config")

@@ -1,8 +1,8 @@
-"""Files of unknown origin: model folders and checkpoints are looked at before any library opens them.
+"""Checks of model folders and checkpoints of unknown origin, before any library opens them.
 
-JSON is read strictly (size, depth, duplicate keys, numbers that are none), safetensors headers are checked against
-the file's length, and whatever could run code, lead out of the folder or block on reading is named and refused.
-Nothing here imports torch or transformers. Functions named `check_...` raise ValueError saying what is wrong.
+JSON is read strictly (size, depth, duplicate keys, NaN), safetensors headers are checked against the file's length,
+and files that could run code, point out of the folder or block on reading are named and refused. Nothing here imports
+torch or transformers. Functions named `check_...` raise ValueError with the reason.
 """
 
 import json
@@ -76,9 +76,9 @@ NEEDED = (("config.json", "adapter_config.json"), ("trainer/state.json",), ("tra
 
 
 def check_safetensors(path: Path) -> dict[str, tuple[str, list[int]]]:
-    """Read a safetensors header. Returns tensor name -> (dtype, shape). Nothing but the header is read.
+    """Read the header, and only the header, of a safetensors file. Returns tensor name -> (dtype, shape).
 
-    Tensors must fill the file exactly, one after the other, each as long as its dtype and shape say.
+    The tensors must fill the file without gaps, each with the length that follows from its dtype and shape.
     """
     size = check_regular(path)
     with path.open("rb") as file:
@@ -89,41 +89,41 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, list[int]]]:
             )
         header = parse_json(file.read(length))
     if not isinstance(header, dict):
-        raise ValueError("its header is no object")
+        raise ValueError("its header is not a JSON object")
     header.pop("__metadata__", None)
     tensors, spans = {}, []
     for name, entry in header.items():
         try:
             dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            whole = [first, last, *shape]
+            numbers = [first, last, *shape]
         except (TypeError, KeyError, ValueError):
             raise ValueError(f"tensor {name[:60]!r} is described wrongly") from None
-        if dtype not in DTYPE_BITS or any(type(number) is not int or number < 0 for number in whole):
+        if dtype not in DTYPE_BITS or any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError(f"tensor {name[:60]!r} is described wrongly")
         if (last - first) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
             raise ValueError(f"tensor {name[:60]!r} of shape {shape} does not fit its {last - first} bytes")
         tensors[name] = (dtype, shape)
         spans.append((first, last))
-    reached = 0
+    end = 0
     for first, last in sorted(spans):
-        if first != reached:
-            raise ValueError(f"its tensors overlap or leave a gap at byte {min(first, reached)}")
-        reached = last
-    if reached != size - 8 - length:
-        raise ValueError(f"its tensors end at byte {reached}, its data at {size - 8 - length}")
+        if first != end:
+            raise ValueError(f"its tensors overlap or leave a gap at byte {min(first, end)}")
+        end = last
+    if end != size - 8 - length:
+        raise ValueError(f"its tensors end at byte {end}, its data at {size - 8 - length}")
     return tensors
 
 
-def _values_of(settings: Any, wanted: str) -> Iterator[Any]:
-    """Values of a key, at any depth."""
+def _values_of(settings: Any, key_pattern: str) -> Iterator[Any]:
+    """Values whose key matches, at any depth."""
     if isinstance(settings, dict):
         for key, value in settings.items():
-            if re.fullmatch(wanted, key):
+            if re.fullmatch(key_pattern, key):
                 yield value
-            yield from _values_of(value, wanted)
+            yield from _values_of(value, key_pattern)
     elif isinstance(settings, list):
         for value in settings:
-            yield from _values_of(value, wanted)
+            yield from _values_of(value, key_pattern)
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
@@ -134,15 +134,15 @@ def _check_settings(settings: dict[str, Any]) -> None:
             raise ValueError(f"it names code to fetch, {str(value)[:60]!r}, which is never done")
     templates = settings.get("chat_template")
     for template in templates if isinstance(templates, list) else []:
-        # transformers writes them to files of these names when it saves the tokenizer
+        # transformers uses the name as a file name when it saves the tokenizer
         if not isinstance(template, dict) or not re.fullmatch(r"[\w-]{1,64}", str(template.get("name")), re.A):
-            raise ValueError("a chat template's name is no plain word")
+            raise ValueError("a chat template's name is not a plain word")
     if templates is not None and len(json.dumps(templates)) > MAX_TEMPLATE_BYTES:
         raise ValueError(f"its chat template is longer than {MAX_TEMPLATE_BYTES} characters")
 
 
 def check_index(path: Path) -> list[str]:
-    """Files that a weights index names: safetensors, in the same folder."""
+    """The safetensors files, all in the same folder, that a weights index names."""
     weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError("it has no weight_map")
@@ -153,14 +153,14 @@ def check_index(path: Path) -> list[str]:
 
 
 def check_entry(path: Path) -> None:
-    """One file of a model folder, by its name."""
+    """Check one file of a model folder; its name decides how."""
     if path.is_dir():
         if path.suffix in (".json", ".safetensors", ".jinja"):
             raise ValueError("it is a folder, not a file")
         return
     check_regular(path)
     if path.name == "adapter_config.json":
-        raise ValueError("an adapter's settings lie beside a model's config.json: remove one of the two")
+        raise ValueError("an adapter's settings are beside a model's config.json: remove one of the two")
     if path.name in SETTINGS:
         _check_settings(read_object(path, infinity=True))
     elif path.suffix == ".jinja":
@@ -169,14 +169,14 @@ def check_entry(path: Path) -> None:
         check_safetensors(path)
     elif path.name.endswith(".safetensors.index.json"):
         for name in check_index(path):
-            if (path.parent / name).exists():  # the tokenizer is looked at before weights are fetched
+            if (path.parent / name).exists():  # a tokenizer's folder is checked before weights are fetched
                 check_safetensors(path.parent / name)
     elif path.suffix in (".json", ".model", ".txt"):
         check_regular(path, MAX_VOCABULARY_BYTES)
 
 
 def model_problem(folder: Path) -> str | None:
-    """Why a model folder must not be opened, naming the file; None when nothing speaks against it."""
+    """Why a model folder must not be opened, naming the file; None when it may be."""
     path = folder / "config.json"
     try:
         check_entry(path)
@@ -190,7 +190,7 @@ def model_problem(folder: Path) -> str | None:
 
 
 def weights_problem(folder: Path) -> str | None:
-    """Why the weights of a folder cannot be a model's; None when they can. To be asked after `model_problem`."""
+    """Why the weights of a folder cannot be the model's; None when they can. Call `model_problem` first."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     names = [single.name] if single.exists() else check_index(index) if index.exists() else []
     if not names:
@@ -207,7 +207,7 @@ def weights_problem(folder: Path) -> str | None:
     for key, limit in (("vocab_size", largest), ("hidden_size", largest), ("num_hidden_layers", len(tensors))):
         for value in _values_of(config, key):
             if type(value) is int and not 0 < value <= limit:
-                return f"config.json says {key} {value}, which its weights do not have"
+                return f"config.json has {key} {value}, which does not fit its weights"
     return None
 
 
@@ -233,13 +233,13 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
 
 
 def location_problem(folder: Path, name: str) -> str | None:
-    """Why a listed file is none of the folder's own; None when it is. Opens nothing."""
+    """Why a listed file is not a regular file inside the folder; None when it is. Opens nothing."""
     path = folder
     for part in PurePosixPath(name).parts:
         path = path / part
         if path.is_symlink():
             return f"{name} points elsewhere"
     try:
-        return None if stat.S_ISREG(os.lstat(path).st_mode) else f"{name} is no regular file"
+        return None if stat.S_ISREG(os.lstat(path).st_mode) else f"{name} is not a regular file"
     except OSError:
         return f"{name} is missing"

@@ -1,8 +1,8 @@
-"""Repositories of the Hugging Face hub: fetched into its cache, where they are folders like any other.
+"""Repositories of the Hugging Face hub, fetched into its cache as local folders.
 
-A model from the hub becomes a local folder before anything opens it, and that folder is looked at like every other
-(folder_checks.py). One question to the hub says whether a repository is there; when the hub cannot be reached, the
-cached copy serves, without the minutes of retries that each library would make on its own.
+A model from the hub becomes a local folder before anything opens it, and is checked like any other folder
+(folder_checks.py). One request finds out whether a repository exists; when the hub cannot be reached, the cached copy
+is used, without the minutes of retries of each library.
 """
 
 import functools
@@ -22,10 +22,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from grpo.errors import UserError, warn
+from grpo.errors import UserError, first_line, warn
 
-TIMEOUT_S = 20.0  # for the answer to one question
-SETTINGS = (".json", ".jinja", ".model", ".txt")  # of a model or tokenizer, beside its weights
+TIMEOUT_S = 20.0  # of one request
+SETTINGS = (".json", ".jinja", ".model", ".txt")  # files of a model or tokenizer other than weights
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TEMPLATES = "additional_chat_templates/"
 
@@ -34,48 +34,48 @@ TEMPLATES = "additional_chat_templates/"
 def fetch_model(name: str, weights: bool = True) -> Path:
     """The cached folder of a model on the hub. Raises UserError.
 
-    weights: False leaves them out, as a tokenizer needs none. Files for other programs are never fetched, pickles
-    neither.
+    weights: False leaves them out; a tokenizer needs none. Pickles and files for other programs are never fetched.
     """
-    files = _ask("model", name)
+    files = _list_files("model", name)
     try:
         if files is None:
             return Path(snapshot_download(name, local_files_only=True, allow_patterns=["config.json"]))
-        adapter = "adapter_config.json" in files and "config.json" not in files  # small, and looked at as a whole
-        wanted = [file for file in files if _is_setting(file)] + (_weights(files, name) if weights or adapter else [])
-        if not wanted:
+        adapter = "adapter_config.json" in files and "config.json" not in files  # small, and checked with its weights
+        needed = [file for file in files if _is_setting(file)] + (_weights(files, name) if weights or adapter else [])
+        if not needed:
             raise UserError(f"model: {name!r} on the hub holds no model. Give another name, or a local folder.")
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of its retries the error says enough
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log every retry
+        return Path(snapshot_download(name, allow_patterns=needed))
     except UserError:
         raise
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise _unreachable("model", name) from None
-    except Exception as error:  # of HTTP, of the disk: the client raises its libraries' kinds
-        raise UserError(f"model: {name!r} could not be fetched from the hub: {_brief(error)}. Try again.") from None
+    except Exception as error:  # the client raises exceptions of its HTTP library and of the disk
+        reason = first_line(error)[:200]
+        raise UserError(f"model: {name!r} could not be fetched from the hub: {reason}. Try again.") from None
 
 
 def check_dataset(name: str) -> None:
-    """Make sure that a dataset is on the hub, before `datasets` looks for it. Raises UserError.
+    """Make sure that a dataset is on the hub, before `datasets` opens it. Raises UserError.
 
-    When the hub cannot be reached, `datasets` is left to its cache.
+    When the hub cannot be reached, `datasets` uses its cache.
     """
-    _ask("dataset", name)
+    _list_files("dataset", name)
 
 
 def no_cached_dataset(name: str) -> UserError | None:
-    """Why a dataset that could not be opened is not there: the hub cannot be reached. None: for another reason."""
+    """The error for a dataset that is not in the cache while the hub cannot be reached; None when it can."""
     return _unreachable("dataset", name) if huggingface_hub.constants.is_offline_mode() else None
 
 
-def _ask(kind: Literal["model", "dataset"], name: str) -> list[str] | None:
-    """Names of a repository's files; None where the hub cannot be reached. Raises UserError when it says no."""
+def _list_files(kind: Literal["model", "dataset"], name: str) -> list[str] | None:
+    """Names of a repository's files; None when the hub cannot be reached. Raises UserError when it refuses."""
     what = "data" if kind == "dataset" else "model"
     if huggingface_hub.constants.is_offline_mode():
         return None
     try:
-        found: Any = huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT_S)
-        return [file.rfilename for file in found.siblings or []]
+        repository: Any = huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT_S)
+        return [file.rfilename for file in repository.siblings or []]
     except HFValidationError:
         raise UserError(f"{what}: {name!r} is no file, no folder and no name on the hub. Mend it.") from None
     except GatedRepoError:
@@ -88,14 +88,15 @@ def _ask(kind: Literal["model", "dataset"], name: str) -> list[str] | None:
             f"{what}: there is no {kind} {name!r} on the hub ({huggingface_hub.constants.ENDPOINT}), or it is private. "
             "Mend the name, or log in with `hf auth login`."
         ) from None
-    except Exception as error:  # no connection, no answer in time, an answer that is none: many libraries' kinds
+    except Exception as error:  # no connection, a timeout, a malformed response: exceptions of several libraries
         _go_offline(error)
         return None
 
 
 def _go_offline(error: Exception) -> None:
-    """From now on the cache alone: as HF_HUB_OFFLINE=1 does, which the libraries read before we can know."""
-    warn(f"note: the hub ({huggingface_hub.constants.ENDPOINT}) cannot be reached ({_brief(error)}); its cache is used")
+    """Use only the cache from now on, as HF_HUB_OFFLINE=1 would; the libraries read that variable at import."""
+    reason = first_line(error)[:200]
+    warn(f"note: the hub ({huggingface_hub.constants.ENDPOINT}) cannot be reached ({reason}); its cache is used")
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True
 
@@ -114,7 +115,7 @@ def _is_setting(file: str) -> bool:
 
 
 def _weights(files: Sequence[str], name: str) -> list[str]:
-    """The files with a model's or an adapter's weights, each tensor once. Raises UserError when only pickles are there.
+    """The files with a model's or an adapter's weights, each tensor once. Raises UserError when all are pickles.
 
     >>> _weights(["model-1-of-2.safetensors", "model-2-of-2.safetensors", "pytorch_model.bin"], "m")
     ['model-1-of-2.safetensors', 'model-2-of-2.safetensors']
@@ -130,7 +131,3 @@ def _weights(files: Sequence[str], name: str) -> list[str]:
             "Use one with safetensors weights."
         )
     return found
-
-
-def _brief(error: Exception) -> str:
-    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)

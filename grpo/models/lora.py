@@ -2,10 +2,10 @@
 
     y = W x + (lora_alpha / r) B A x        W frozen, A [r, in], B [out, r] trained, B zero at the start
 
-peft puts the matrices into the model's own modules. What the trainer, the engine and the scorer hold is that
-model (`plain(peft_model)`), so that its body, head and config are found as in any other. Tensors are stored under
-peft's names, as adapter_config.json and adapter_model.safetensors, which plain peft opens. Nothing but plain
-LoRA on linear layers is read: adapters come from strangers as models do.
+peft puts the matrices into the model's own modules. The trainer, the engine and the scorer use that model
+(`plain(peft_model)`), which has its body, head and config like any other. Tensors are stored under peft's names, in
+adapter_config.json and adapter_model.safetensors, which plain peft opens. Adapters are untrusted, as models are: only
+plain LoRA on linear layers is read.
 """
 
 import os
@@ -29,54 +29,52 @@ from grpo.models.lora_files import (
     ACTIVE,
     REFERENCE,
     base_of,
-    held_in_4bit,
+    dtype_of_4bit,
     inner_name,
     outer_name,
     refuse_empty,
     settings_of,
     tensors_of,
 )
-from grpo.models.quantization import is_4bit, nothing_fetched, unpack
+from grpo.models.quantization import dequantize, is_4bit, no_kernel_download
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # peft imports DeepSpeed where it is installed, which asks
-with nothing_fetched():  # and bitsandbytes
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # peft imports DeepSpeed, which reads it
+with no_kernel_download():  # peft imports bitsandbytes, too
     from peft import LoraConfig, PeftModel, PeftModelForCausalLM
     from peft.tuners.lora import LoraLayer
 
-__all__ = ["is_adapter", "merged", "open_adapter"]
-
 
 def open_adapter(folder: Path | str, device: torch.device) -> PeftModelForCausalLM:
-    """An adapter on its model, ready to be used. Raises UserError.
+    """Load an adapter with its base model. Raises UserError.
 
-    The model is held as in training: fp32, or in 4 bits where the checkpoint says so.
+    The base is loaded as in training: fp32, or 4 bits if the checkpoint was trained so.
     """
     folder = Path(folder)
     settings, name = settings_of(folder), base_of(folder)
-    base = load_plain(name, device, four_bit=held_in_4bit(folder))
+    base = load_plain(name, device, four_bit=dtype_of_4bit(folder))
     return _with_adapter(base, name, settings, folder)
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
-    """The model with the adapter added to its weights, W + (alpha / r) B A, and no trace of LoRA or of 4 bits.
+    """A plain model with the adapter added to its weights, W + (alpha / r) B A.
 
-    Weights in 4 bits are first written out as what they stand for: rounded again, the sum would be another model.
+    4-bit weights are converted to fp32 first: rounding the sum to 4 bits again would give another model.
     """
-    inside: Any = model
+    peft_model: Any = model
     if any(is_4bit(module) for module in model.modules()):
-        config, kept = model.peft_config[ACTIVE], adapter_tensors(plain(model))
-        base = unpack(inside.unload())
-        inside = _wrap(base, str(config.base_model_name_or_path), _known(config.to_dict()))
-        _copy(plain(inside), kept)
-    without: PreTrainedModel = inside.merge_and_unload()
-    return without.requires_grad_(True)
+        config, tensors = model.peft_config[ACTIVE], adapter_tensors(plain(model))
+        base = dequantize(peft_model.unload())
+        peft_model = _wrap(base, str(config.base_model_name_or_path), _lora_settings(config.to_dict()))
+        _copy(plain(peft_model), tensors)
+    merged_model: PreTrainedModel = peft_model.merge_and_unload()
+    return merged_model.requires_grad_(True)
 
 
 def adapter_tensors(model: nn.Module, adapter: str = ACTIVE) -> dict[str, nn.Parameter]:
-    """The adapter's matrices by their parameters' names."""
-    marks = (f".lora_A.{adapter}.", f".lora_B.{adapter}.")
-    return {name: p for name, p in model.named_parameters() if any(mark in name for mark in marks)}
+    """Parameter name -> matrix A or B of the adapter."""
+    infixes = (f".lora_A.{adapter}.", f".lora_B.{adapter}.")
+    return {name: p for name, p in model.named_parameters() if any(infix in name for infix in infixes)}
 
 
 def _copy(model: nn.Module, tensors: dict[str, Any], adapter: str = ACTIVE) -> None:
@@ -84,49 +82,49 @@ def _copy(model: nn.Module, tensors: dict[str, Any], adapter: str = ACTIVE) -> N
         parameter.data.copy_(tensors[name])
 
 
-def _known(settings: dict[str, Any]) -> dict[str, Any]:
-    known = ("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform", "use_rslora")
-    return {key: settings[key] for key in known if key in settings}
+def _lora_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    names = ("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform", "use_rslora")
+    return {name: settings[name] for name in names if name in settings}
 
 
 def plain(model: PeftModel) -> PreTrainedModel:
-    """The model itself, with the adapter inside its modules."""
+    """The transformers model, with the adapter inside its modules."""
     return cast(PreTrainedModel, model.get_base_model())
 
 
 def load_lora(cfg: Config, device: torch.device, checkpoint: Path | None = None) -> PreTrainedModel:
-    """The model of a LoRA run: frozen, with a new adapter, or a checkpoint's. Raises UserError.
+    """The model of a LoRA run: frozen, with a new adapter or a checkpoint's. Raises UserError.
 
-    Where `model` is an adapter itself, training goes on from it, on its model. Under bf16 arithmetic the frozen
-    layers are held in bf16: autocast would round them so in every product, to the same bits.
+    If `model` is an adapter itself, training continues it, on its base. In bf16 arithmetic the frozen layers are
+    stored in bf16: autocast would round them to the same bits in every product.
     """
     assert cfg.model is not None
     path = Path(resolve(cfg.model, weights=False))
-    begin = Path(resolve(cfg.model)) if is_adapter(path) else None
-    compute = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
-    base = load_plain(base_of(begin) if begin else cfg.model, device, compute if cfg.load_in_4bit else None)
-    model = start_lora(base, cfg, begin)
+    initial = Path(resolve(cfg.model)) if is_adapter(path) else None
+    compute_dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+    base = load_plain(base_of(initial) if initial else cfg.model, device, compute_dtype if cfg.load_in_4bit else None)
+    model = start_lora(base, cfg, initial)
     if checkpoint is not None:
         fill(model, checkpoint)
-    if cfg.dtype == "bf16" and cfg.backend != "deepspeed":  # which wants all of a model in one type
-        _hold_in_bf16(model)
-    return model.eval()  # new layers begin in training mode, with dropout on
+    if cfg.dtype == "bf16" and cfg.backend != "deepspeed":  # DeepSpeed needs all weights in one dtype
+        _frozen_to_bf16(model)
+    return model.eval()  # new layers start in training mode, with dropout on
 
 
-def _hold_in_bf16(model: PreTrainedModel) -> None:
-    ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+def _frozen_to_bf16(model: PreTrainedModel) -> None:
+    embeddings = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     for module in model.modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and not is_4bit(module) and id(module.weight) not in ends:
+        if isinstance(module, (nn.Linear, Conv1D)) and not is_4bit(module) and id(module.weight) not in embeddings:
             for parameter in module.parameters():
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.bfloat16()
 
 
-def start_lora(base: PreTrainedModel, cfg: Config, begin: Path | None = None) -> PreTrainedModel:
-    """Freeze the model and put a new adapter beside its layers. Raises UserError.
+def start_lora(base: PreTrainedModel, cfg: Config, initial: Path | None = None) -> PreTrainedModel:
+    """Freeze the model and add a new adapter to its layers. Raises UserError.
 
-    A is drawn from `seed` alone, the same on every rank; B is zero. begin: start from this adapter's numbers,
-    which stay beside it, frozen, as the reference where beta asks for one.
+    A is drawn from `seed` alone, the same on every rank; B is zero. initial: the folder of an adapter whose values the
+    new one starts from; with beta > 0 a frozen copy of them stays in the model as the reference.
     """
     settings = {
         "r": cfg.lora_r,
@@ -134,17 +132,19 @@ def start_lora(base: PreTrainedModel, cfg: Config, begin: Path | None = None) ->
         "lora_dropout": cfg.lora_dropout,
         "target_modules": cfg.lora_target_modules,
     }
-    name = base_of(begin) if begin is not None else str(cfg.model)
-    if begin is not None and (scale := _scale(settings_of(begin))) != _scale(settings):
-        raise UserError(f"lora_alpha: {begin} counts {scale:g} times, got {_scale(settings):g}. Use its own settings.")
+    name = base_of(initial) if initial is not None else str(cfg.model)
+    if initial is not None and (scale := _scale(settings_of(initial))) != _scale(settings):
+        raise UserError(
+            f"lora_alpha: {initial} counts {scale:g} times, got {_scale(settings):g}. Use its own settings."
+        )
     model = _wrap(base, name, settings)
     _draw(model, cfg.seed)
-    if begin is not None:
-        fill(plain(model), begin)
+    if initial is not None:
+        fill(plain(model), initial)
         if cfg.beta > 0:
             model.add_adapter(REFERENCE, model.peft_config[ACTIVE])
             model.set_adapter(ACTIVE)
-            fill(plain(model), begin, REFERENCE)
+            fill(plain(model), initial, REFERENCE)
     base = plain(model).requires_grad_(False)
     for parameter in adapter_tensors(base).values():
         parameter.requires_grad_(True)
@@ -160,11 +160,11 @@ def _scale(settings: dict[str, Any]) -> float:
 
 
 def _wrap(base: PreTrainedModel, name: str, settings: dict[str, Any]) -> PeftModelForCausalLM:
-    """peft's model around ours. Raises UserError when the target modules do not fit."""
+    """Wrap the model in peft's, with a new adapter. Raises UserError when the target modules do not fit."""
     config = LoraConfig(task_type="CAUSAL_LM", bias="none", **settings)
     config.base_model_name_or_path = name
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Conv1D layers are transposed: peft says so, and acts on it
+        warnings.simplefilter("ignore")  # peft warns that Conv1D layers are transposed, and handles it
         try:
             model = PeftModelForCausalLM(base, config, adapter_name=ACTIVE)
         except ValueError as error:
@@ -172,8 +172,8 @@ def _wrap(base: PreTrainedModel, name: str, settings: dict[str, Any]) -> PeftMod
                 f"lora_target_modules: {settings['target_modules']} do not fit the model: "
                 f"{' '.join(str(error).split())[:200]} Use all-linear, or names of its linear layers."
             ) from None
-    ends = (base.get_input_embeddings(), base.get_output_embeddings())
-    if any(isinstance(module, LoraLayer) for module in ends):
+    embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
+    if any(isinstance(module, LoraLayer) for module in embeddings):
         raise UserError(
             f"lora_target_modules: {settings['target_modules']} include the embeddings or the head. "
             "Use all-linear, or names of linear layers inside the blocks."
@@ -182,9 +182,9 @@ def _wrap(base: PreTrainedModel, name: str, settings: dict[str, Any]) -> PeftMod
 
 
 def _with_adapter(base: PreTrainedModel, name: str, settings: dict[str, Any], folder: Path) -> PeftModelForCausalLM:
-    """A stored adapter on its model. Raises UserError."""
+    """Add a stored adapter to its base. Raises UserError."""
     try:
-        model = _wrap(base, name, _known(settings))
+        model = _wrap(base, name, _lora_settings(settings))
     except UserError as error:
         raise UserError(f"adapter: {folder} does not fit {name!r}: {error}") from None
     fill(plain(model), folder)
@@ -194,7 +194,7 @@ def _with_adapter(base: PreTrainedModel, name: str, settings: dict[str, Any], fo
 
 
 def _draw(model: PeftModel, seed: int) -> None:
-    """Uniform in +-1/sqrt(in), as peft draws A, but from a seed of our own."""
+    """Initialize A uniformly in +-1/sqrt(in), as peft does but from our seed, and B with zeros."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     for name, parameter in sorted(plain(model).named_parameters()):
         if f".lora_A.{ACTIVE}." in name:
@@ -209,50 +209,50 @@ def fill(model: PreTrainedModel, folder: Path, adapter: str = ACTIVE) -> None:
     """Copy a folder's tensors into the model's adapter of this name. Raises UserError when they do not fit."""
     stored = {inner_name(name, adapter): tensor for name, tensor in tensors_of(folder).items()}
     own = adapter_tensors(model, adapter)
-    odd = sorted(stored.keys() ^ own.keys()) or [n for n in own if own[n].shape != stored[n].shape]
-    if odd:
-        there, wanted = (list(s[odd[0]].shape) if odd[0] in s else "nothing" for s in (stored, own))
+    misfits = sorted(stored.keys() ^ own.keys()) or [n for n in own if own[n].shape != stored[n].shape]
+    if misfits:
+        first = misfits[0]
+        got, expected = (list(tensors[first].shape) if first in tensors else "nothing" for tensors in (stored, own))
         raise UserError(
-            f"adapter: {folder} does not fit the model: {len(odd)} tensors, such as {outer_name(odd[0])[:120]}: "
-            f"{there} there, {wanted} wanted. Use the model it was trained on, and its own settings."
+            f"adapter: {folder} does not fit the model: {len(misfits)} tensors, such as {outer_name(first)[:120]}: "
+            f"expected {expected}, got {got}. Use the model it was trained on, and its own settings."
         )
     _copy(model, stored, adapter)
 
 
 class KeyedDropout(nn.Module):
-    """Dropout whose masks follow from a key: the same on any rank, in a recomputed forward, and after resuming."""
+    """Dropout with masks drawn from a key: the same on any rank, in a recomputed forward, and after resuming."""
 
     def __init__(self, share: float, index: int):
         super().__init__()
         self.share = share
         self.index = index  # of this layer
-        self.key = (0, 0, 0)
+        self.key = (0, 0, 0)  # seed, update, first row of the micro-batch
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Leave out a share of the inputs while training, scale the rest up."""
         if not self.training:
             return inputs
         seed = np.random.SeedSequence([*self.key, self.index]).generate_state(1, np.uint64)[0]
         generator = torch.Generator(inputs.device).manual_seed(int(seed >> 1))
-        kept = torch.rand(inputs.shape, generator=generator, device=inputs.device) >= self.share
-        return inputs * kept / (1 - self.share)
+        mask = torch.rand(inputs.shape, generator=generator, device=inputs.device) >= self.share
+        return inputs * mask / (1 - self.share)
 
 
-def key_dropout(model: nn.Module, seed: int, update: int, sample: int) -> None:
-    """Choose the masks of the next forward: by seed, update and the micro-batch's first row."""
+def key_dropout(model: nn.Module, seed: int, update: int, row: int) -> None:
+    """Set the key of the next forward's masks. row: the first one of the micro-batch."""
     for module in model.modules():
         if isinstance(module, KeyedDropout):
-            module.key = (seed, update, sample)
+            module.key = (seed, update, row)
 
 
 @contextmanager
 def as_reference(model: PreTrainedModel) -> Iterator[None]:
-    """The model as training met it: the adapter off, or in its place the one that training began with.
+    """The reference model: with the adapter switched off, or replaced by the one that training started from.
 
-    Set on the layers themselves: peft's own switch also turns gradients off and on, which ZeRO must not meet.
+    Set on the layers themselves: peft's own switch also toggles requires_grad, which ZeRO does not support.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    kept = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     try:
         for layer in layers:
             if REFERENCE in layer.lora_A:
@@ -261,5 +261,5 @@ def as_reference(model: PreTrainedModel) -> Iterator[None]:
                 layer._disable_adapters = True
         yield
     finally:
-        for layer, (disabled, active) in zip(layers, kept, strict=True):
+        for layer, (disabled, active) in zip(layers, before, strict=True):
             layer._disable_adapters, layer._active_adapter = disabled, active

@@ -1,7 +1,7 @@
-"""Adapters of unknown origin: looked at before any library opens them, as folder_checks.py does with models.
+"""Checks of adapters of unknown origin, before any library opens them (folder_checks.py checks models).
 
-An adapter is plain LoRA or it is refused: peft knows dozens of settings, some of which change the model, read
-further files, or hold patterns that a matcher can hang on. Nothing here imports torch.
+Only plain LoRA is accepted: peft has dozens of settings, some of which change the model, read further files, or hold
+patterns that take a matcher exponential time. Nothing here imports torch.
 """
 
 import math
@@ -16,7 +16,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 PICKLE = "adapter_model.bin"
 MAX_RANK, MAX_MODULES = 2**14, 2**14
 STORED_NAME = re.compile(r"base_model\.model\.[\w.]{1,300}\.lora_[AB]\.weight", re.A)
-WITHOUT_EFFECT = {  # keys of adapter_config.json that say nothing about the numbers, or are told by the model itself
+WITHOUT_EFFECT = {  # keys of adapter_config.json that change no numbers, or that follow from the model
     "peft_version",
     "auto_mapping",
     "inference_mode",
@@ -30,17 +30,17 @@ WITHOUT_EFFECT = {  # keys of adapter_config.json that say nothing about the num
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, a few matrices for another model, and no model."""
+    """Whether a folder holds an adapter and no model."""
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists()
 
 
 def _is_names(value: Any) -> bool:
-    named = [name for name in value if isinstance(name, str) and re.fullmatch(r"[\w.-]{1,300}", name, re.A)]
-    return 0 < len(value) == len(named) <= MAX_MODULES
+    names = [name for name in value if isinstance(name, str) and re.fullmatch(r"[\w.-]{1,300}", name, re.A)]
+    return 0 < len(value) == len(names) <= MAX_MODULES
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json: plain LoRA with whole numbers and plain names. Raises OSError or ValueError."""
+    """Read adapter_config.json and check that it is plain LoRA, and its weights. Raises OSError or ValueError."""
     path = folder / ADAPTER_CONFIG
     settings = read_object(path)
     rank, alpha, modules = (settings.get(key) for key in ("r", "lora_alpha", "target_modules"))
@@ -72,12 +72,12 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         raise ValueError(f"it holds no {ADAPTER_WEIGHTS}{pickled}")
     for name, (dtype, shape) in check_safetensors(folder / ADAPTER_WEIGHTS).items():
         if not STORED_NAME.fullmatch(name) or dtype not in TRAINABLE or len(shape) != 2:
-            raise ValueError(f"{ADAPTER_WEIGHTS}: {ascii(name)[:120]} {dtype} {shape} is no matrix of plain LoRA")
+            raise ValueError(f"{ADAPTER_WEIGHTS}: {ascii(name)[:120]} {dtype} {shape} is not a matrix of plain LoRA")
     return settings
 
 
 def adapter_problem(folder: Path) -> str | None:
-    """Why an adapter's folder must not be opened, naming the file; None when nothing speaks against it."""
+    """Why an adapter's folder must not be opened, naming the file; None when it may be."""
     path = folder / ADAPTER_CONFIG
     try:
         check_adapter(folder)

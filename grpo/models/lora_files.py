@@ -1,8 +1,8 @@
-"""An adapter's two files, adapter_config.json and adapter_model.safetensors, as plain peft writes and opens them.
+"""An adapter's two files, adapter_config.json and adapter_model.safetensors, in the format of plain peft.
 
-What is read was looked at first (grpo/models/lora_checks.py); what was written is read back. An adapter is of no use
-when a number is not finite, or when B A is zero in every module: B starts at zero, so nothing was trained then. A
-module that is still zero among others is no fault: it is counted.
+Files are checked before they are read (lora_checks.py) and read back after they are written. An adapter is refused
+when a value is not finite, or when B A is zero in every module: B starts at zero, so nothing was trained. Some modules
+may be zero; they are counted.
 """
 
 import json
@@ -24,21 +24,21 @@ ACTIVE, REFERENCE = "default", "reference"  # names of adapters inside a model
 
 
 def base_of(folder: Path) -> str:
-    """The model that an adapter belongs to: a folder that is there, or a hub name. Raises UserError."""
-    named = settings_of(folder)["base_model_name_or_path"]
-    path = find_path(named)
-    if path is None and (named.startswith((".", "/", "~")) or named.count("/") != 1):
+    """The model that an adapter belongs to: an existing folder or a hub name. Raises UserError."""
+    name = settings_of(folder)["base_model_name_or_path"]
+    path = find_path(name)
+    if path is None and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise UserError(
-            f"adapter: {folder} belongs to the model {named!r}, which is not there. Put it there, or mend "
+            f"adapter: {folder} belongs to the model {name!r}, which does not exist. Put it there, or mend "
             f"base_model_name_or_path in its {ADAPTER_CONFIG}."
         )
     if path is not None and is_adapter(path):
-        raise UserError(f"adapter: {folder} belongs to {named!r}, an adapter itself. Merge that one first.")
-    return named
+        raise UserError(f"adapter: {folder} belongs to {name!r}, an adapter itself. Merge that one first.")
+    return name
 
 
-def held_in_4bit(folder: Path) -> torch.dtype | None:
-    """The arithmetic of one of our own checkpoints that was trained on a model held in 4 bits; None for all others."""
+def dtype_of_4bit(folder: Path) -> torch.dtype | None:
+    """The compute dtype of a checkpoint of ours that was trained on 4-bit weights; None for all others."""
     try:
         settings = read_object(folder / "trainer" / "state.json")["config"]
         if settings.get("load_in_4bit") is True:
@@ -49,7 +49,7 @@ def held_in_4bit(folder: Path) -> torch.dtype | None:
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, looked at. Raises UserError."""
+    """Read adapter_config.json, after all checks. Raises UserError."""
     try:
         return check_adapter(folder)
     except OSError as error:
@@ -59,13 +59,13 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """adapter_model.safetensors, looked at first. Raises UserError."""
+    """Read adapter_model.safetensors, after all checks. Raises UserError."""
     settings_of(folder)
     return load_file(folder / ADAPTER_WEIGHTS)
 
 
 def inner_name(name: str, adapter: str = ACTIVE) -> str:
-    """A stored name -> the parameter's.
+    """Name in the file -> name of the parameter.
 
     >>> inner_name("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight")
     'model.layers.0.mlp.up_proj.lora_A.default.weight'
@@ -74,7 +74,7 @@ def inner_name(name: str, adapter: str = ACTIVE) -> str:
 
 
 def outer_name(name: str) -> str:
-    """A parameter's name -> the stored one.
+    """Name of the parameter -> name in the file.
 
     >>> outer_name("model.layers.0.mlp.up_proj.lora_A.default.weight")
     'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight'
@@ -83,9 +83,9 @@ def outer_name(name: str) -> str:
 
 
 def write_adapter(config: dict[str, Any], weights: Iterable[tuple[str, Tensor]], folder: Path) -> str | None:
-    """Write the two files that plain peft opens, and read them back. Returns why the adapter is of no use, or None.
+    """Write the two files and read them back. Returns why the adapter is useless (`problem_of`), or None.
 
-    config: what peft's LoraConfig gives as a dictionary. weights: by their parameters' names.
+    config: peft's LoraConfig as a dictionary. weights: (name of the parameter, tensor).
     """
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     text = json.dumps({**config, "inference_mode": True}, indent=2, default=str, sort_keys=True)
@@ -95,14 +95,15 @@ def write_adapter(config: dict[str, Any], weights: Iterable[tuple[str, Tensor]],
     return problem_of(tensors_of(folder))
 
 
-def verdict(folder: Path) -> str:
-    """What to say of an adapter that was written, and read back."""
-    idle, modules = idle_modules(tensors_of(folder))
-    return "LoRA weights saved and verified." + (f" {idle} of {modules} modules are still zero." if idle else "")
+def saved_line(folder: Path) -> str:
+    """The line printed after an adapter was written and read back."""
+    num_zero, num_modules = zero_modules(tensors_of(folder))
+    zeros = f" {num_zero} of {num_modules} modules are still zero." if num_zero else ""
+    return f"LoRA weights saved and verified.{zeros}"
 
 
 def problem_of(stored: dict[str, Tensor]) -> str | None:
-    """Why an adapter is of no use; None when it is: finite, and B A is not zero in every module.
+    """Why an adapter is useless: a value is not finite, or B A is zero in every module. None otherwise.
 
     >>> problem_of({"m.lora_A.weight": torch.ones(1, 2), "m.lora_B.weight": torch.zeros(2, 1)})
     'all its weights are zero (B A of each of its 1 modules): nothing was trained'
@@ -110,14 +111,14 @@ def problem_of(stored: dict[str, Tensor]) -> str | None:
     for name, tensor in stored.items():
         if not bool(torch.isfinite(tensor).all()):
             return f"{name} holds NaN or Inf"
-    idle, modules = idle_modules(stored)
-    if idle == modules:
-        return f"all its weights are zero (B A of each of its {modules} modules): nothing was trained"
+    num_zero, num_modules = zero_modules(stored)
+    if num_zero == num_modules:
+        return f"all its weights are zero (B A of each of its {num_modules} modules): nothing was trained"
     return None
 
 
-def idle_modules(stored: dict[str, Tensor]) -> tuple[int, int]:
-    """Modules that the adapter leaves as they are, because A or B is all zero; and modules in all."""
+def zero_modules(stored: dict[str, Tensor]) -> tuple[int, int]:
+    """(modules whose A or B is all zero, so that the adapter does not change them; all modules)"""
     zero: dict[str, bool] = {}
     for name, tensor in stored.items():
         module = name.rpartition(".lora_")[0]
@@ -126,7 +127,7 @@ def idle_modules(stored: dict[str, Tensor]) -> tuple[int, int]:
 
 
 def refuse_empty(folder: Path, stored: dict[str, Tensor]) -> None:
-    """Raises UserError for an adapter that changes nothing, or holds numbers that are none."""
+    """Raises UserError for an adapter that changes nothing, or holds NaN or Inf."""
     problem = problem_of(stored)
     if problem is not None:
         raise UserError(f"adapter: {folder} is refused: {problem}. Use another checkpoint.")

@@ -1,7 +1,7 @@
-"""What bitsandbytes gives: a frozen model held in 4 bits (QLoRA, arXiv 2305.14314), AdamW with 8-bit moments.
+"""bitsandbytes: a frozen model in 4 bits (QLoRA, arXiv 2305.14314), and AdamW with 8-bit moments.
 
-Both run on CUDA and on the CPU; paged moments need CUDA's unified memory. bitsandbytes is an extra:
-pip install 'grpo-torchrun[quant]'. Weights are NF4 in blocks of 64 with their scales in 8 bits, about 4.13 bits each.
+Both run on CUDA and on the CPU; paged moments need CUDA's unified memory. bitsandbytes is an optional dependency:
+pip install 'grpo-torchrun[quant]'. Weights are NF4 in blocks of 64 with 8-bit scales, about 4.13 bits each.
 """
 
 import logging
@@ -19,15 +19,16 @@ from grpo.errors import UserError
 LIBRARY = "bitsandbytes"
 MARK = "is_loaded_in_4bit"
 MIN_8BIT_ELEMENTS = 4096  # bitsandbytes keeps smaller parameters' moments in fp32
-CODES = {"codes1": "state1", "codes2": "state2", "absmax1": "absmax1", "absmax2": "absmax2"}  # name -> its name there
-WHOLE = {"exp_avg": "state1", "exp_avg_sq": "state2"}  # where they are fp32
+# Names of moments in checkpoints -> names in bitsandbytes' optimizer state.
+MOMENTS_8BIT = {"codes1": "state1", "codes2": "state2", "absmax1": "absmax1", "absmax2": "absmax2"}
+MOMENTS_FP32 = {"exp_avg": "state1", "exp_avg_sq": "state2"}
 
 
 @contextmanager
-def nothing_fetched() -> Iterator[None]:
-    """While bitsandbytes is imported: on some CPUs it would load a kernel from the hub, through `kernels`."""
+def no_kernel_download() -> Iterator[None]:
+    """Import bitsandbytes inside: on some CPUs it would download a kernel from the hub, through `kernels`."""
     logger = logging.getLogger(LIBRARY)
-    level, kept = logger.level, sys.modules.get("kernels")
+    level, kernels = logger.level, sys.modules.get("kernels")
     logger.setLevel(logging.ERROR)
     sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
@@ -35,14 +36,14 @@ def nothing_fetched() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         del sys.modules["kernels"]
-        if kept is not None:
-            sys.modules["kernels"] = kept
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
 
 
 def library(setting: str) -> Any:
-    """bitsandbytes. Raises UserError, naming the setting that wants it, where it is missing."""
+    """Import bitsandbytes. Raises UserError, naming the setting that needs it, when it is missing."""
     try:
-        with nothing_fetched():
+        with no_kernel_download():
             import bitsandbytes
             import bitsandbytes.optim
     except ImportError as error:
@@ -55,9 +56,9 @@ def library(setting: str) -> Any:
 
 
 def quantize(model: PreTrainedModel, compute: torch.dtype = torch.float32) -> None:
-    """Turn the linear layers, the head excepted, into 4-bit ones; they are rounded when they meet their device.
+    """Replace the linear layers, except the head, by 4-bit layers; weights are rounded when moved to their device.
 
-    compute: the arithmetic of their products. Raises UserError.
+    compute: the dtype of their products. Raises UserError.
     """
     four_bit = library("load_in_4bit").nn
     head = model.get_output_embeddings()
@@ -81,12 +82,12 @@ def quantize(model: PreTrainedModel, compute: torch.dtype = torch.float32) -> No
         )
         if layer.bias is not None:
             new.bias = nn.Parameter(layer.bias.data, requires_grad=False)
-        # It would repack weights for a kernel of its own when it samples: other numbers than in training.
+        # It would repack weights for a special kernel in sampling, with other numbers than in training.
         new.support_avx512bf16_for_cpu = False
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, new)
     model.requires_grad_(False)
-    setattr(model, MARK, True)  # where peft looks
+    setattr(model, MARK, True)  # read by peft
 
 
 def is_4bit(module: nn.Module) -> bool:
@@ -94,8 +95,8 @@ def is_4bit(module: nn.Module) -> bool:
     return type(module).__name__ == "Linear4bit"
 
 
-def unpack(model: PreTrainedModel) -> PreTrainedModel:
-    """Put plain linear layers, with the weights that the 4 bits stand for, in place of 4-bit ones, in place."""
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace 4-bit layers by plain linear layers with the same weights in fp32, in place."""
     for name, layer in [(name, m) for name, m in model.named_modules() if is_4bit(m)]:
         functional = library("load_in_4bit").functional
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
@@ -111,24 +112,24 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def make_adamw(kind: str, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
-    """AdamW with moments in 8 bits, each block of 256 with its own scale. Raises UserError where it cannot run."""
+    """AdamW with 8-bit moments and a scale for each block of 256. Raises UserError where it cannot run."""
     paged = kind == "paged_adamw_8bit"
     on_cpu = any(p.device.type == "cpu" for group in groups for p in group["params"])
     if paged and on_cpu:
         raise UserError("optimizer: paged_adamw_8bit needs CUDA's unified memory, got cpu. Use adamw_8bit.")
     optim = library("optimizer").optim
-    made: torch.optim.Optimizer = (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, **settings)
-    return made
+    optimizer: torch.optim.Optimizer = (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, **settings)
+    return optimizer
 
 
 def moments_of(state: dict[str, Any]) -> dict[str, Tensor]:
-    """What a parameter's state holds, by the names that checkpoints use; exact: codes are kept, not their values."""
-    names = CODES if "absmax1" in state else WHOLE
-    return {name: state[theirs] for name, theirs in names.items() if theirs in state}
+    """Name in checkpoints -> tensor of a parameter's state, without rounding: 8-bit codes stay codes."""
+    names = MOMENTS_8BIT if "absmax1" in state else MOMENTS_FP32
+    return {name: state[state_name] for name, state_name in names.items() if state_name in state}
 
 
 def fill_moments(optimizer: Any, parameter: nn.Parameter, read: Any, name: str, updates: int) -> None:
-    """Put a parameter's state back. read: as in grpo/backends, by name, moment, start and length."""
+    """Restore a parameter's state. read(name, moment, start, length): see grpo/training/backends/."""
     for group_index, group in enumerate(optimizer.param_groups):
         for index, one in enumerate(group["params"]):
             if one is parameter:

@@ -1,8 +1,8 @@
 """Formulas for the memory of each process and the bytes it sends in a step; grpo/plan/command.py prints them.
 
-The model is built without storage, so that parameters are counted exactly. A figure is the sum of what is alive at
-once, in the worst case that the settings allow: every prompt and completion at its longest, every row with a
-gradient. docs/scaling.md explains the formulas and says against what they were checked.
+The model is built on the meta device, so that parameters are counted exactly. A figure is the sum of what is allocated
+at the same time in the worst case that the settings allow: every prompt and completion at its longest, every row with
+a gradient. docs/scaling.md explains the formulas and lists the measurements that they were compared with.
 """
 
 import math
@@ -11,15 +11,16 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from grpo.config.settings import Config, prompts_per_step, updates_per_step
-from grpo.plan.model_size import Held, Shape, held, shape_of
+from grpo.config.settings import Config, is_deepspeed, prompts_per_step, shards_weights, updates_per_step
+from grpo.plan.model_size import BF16_BYTES, FP32_BYTES, ModelSize, ModelStates, model_size, model_states
 from grpo.rollout import cut_chunks
 from grpo.rollout.sampling import sampling_of
-from grpo.training.backends.ddp import BUCKET_ELEMENTS
+from grpo.training.backends.gradient_sums import BUCKET_ELEMENTS
 
-PHASES = ("start-up", "rollout", "update", "optimizer")
-REST = PHASES[1:]
-ZERO_BUCKET, ZERO_LIVE = 2**26, 10**9  # elements: backends/zero.py's buckets, DeepSpeed's stage3_max_live_parameters
+MEMORY_PHASES = ("start-up", "rollout", "update", "optimizer")
+AFTER_LOADING = MEMORY_PHASES[1:]
+ZERO_BUCKET = 2**26  # elements of a bucket in training/backends/deepspeed.py
+ZERO_LIVE = 10**9  # elements: DeepSpeed's stage3_max_live_parameters
 SAVED = {  # bytes kept for the backward, by token and layer, for each element of (hidden, queries, keys, mlp) width
     "plain": {"fp32": (24, 8, 8, 16), "bf16": (26, 4, 4, 8)},
     "qk_norm": {"fp32": (24, 16, 16, 16), "bf16": (26, 10, 10, 8)},
@@ -29,78 +30,87 @@ SAVED = {  # bytes kept for the backward, by token and layer, for each element o
 
 
 @dataclass(frozen=True)
-class Row:
-    """One use of memory: bytes, and the phases during which it is held."""
+class Entry:
+    """One line of the report: bytes allocated during some phases, or bytes sent in a step (no phases)."""
 
     name: str
     bytes: float
     phases: tuple[str, ...]
-    why: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Memory of one GPU and bytes it sends in one step."""
 
-    shape: Shape
-    rows: tuple[Row, ...]
-    moved: tuple[Row, ...]
+    size: ModelSize
+    memory: tuple[Entry, ...]
+    traffic: tuple[Entry, ...]
     host_bytes: float  # of each process, in CPU memory
 
     def at(self, phase: str, without: str = "") -> float:
-        """Bytes alive in a phase, the row named `without` left out."""
-        return sum(row.bytes for row in self.rows if phase in row.phases and row.name != without)
+        """Bytes allocated in a phase, without the entry of that name."""
+        return sum(entry.bytes for entry in self.memory if phase in entry.phases and entry.name != without)
 
     def peak(self, without: str = "") -> float:
-        """Bytes at the highest."""
-        return max(self.at(phase, without) for phase in PHASES)
+        """Bytes in the phase that needs most."""
+        return max(self.at(phase, without) for phase in MEMORY_PHASES)
 
     @property
     def worst(self) -> str:
         """The phase with the peak."""
-        return max(PHASES, key=self.at)
+        return max(MEMORY_PHASES, key=self.at)
 
 
-def kv_bytes(shape: Shape, rows: int, tokens: int, dtype: str) -> int:
+def kv_bytes(size: ModelSize, rows: int, tokens: int, dtype: str) -> int:
     """KV cache of `rows` sequences, and the one tensor that exists twice while a token is appended.
 
-    fp32 also in bf16 arithmetic: the rotation promotes keys, and DynamicCache gives values the keys' type.
+    The cache is fp32 also in bf16 arithmetic: the rotation promotes keys, and DynamicCache gives values the keys' type.
     """
-    size = 2 if dtype == "bf16" and shape.style == "gpt2" else 4  # gpt2 rotates nothing
-    held = (shape.layers - shape.sliding) * tokens + shape.sliding * min(tokens, shape.window)
-    return rows * shape.keys * size * (2 * held + tokens)
+    element = BF16_BYTES if dtype == "bf16" and size.style == "gpt2" else FP32_BYTES  # gpt2 has no rotation
+    layer_tokens = (size.layers - size.sliding) * tokens + size.sliding * min(tokens, size.window)
+    keys_and_values = 2 * layer_tokens
+    return rows * size.keys * element * (keys_and_values + tokens)
 
 
-def layer_bytes(shape: Shape, tokens: int, row_tokens: int, dtype: str) -> int:
-    """What one layer keeps for the backward of `tokens` in rows of `row_tokens`."""
-    widths = (shape.hidden, shape.queries, shape.keys, shape.mlp)
-    saved = sum(a * b for a, b in zip(SAVED[shape.style][dtype], widths, strict=True))
-    return tokens * (saved + 8 * shape.score_heads * row_tokens)
+def layer_bytes(size: ModelSize, tokens: int, row_tokens: int, dtype: str) -> int:
+    """What one layer stores for the backward of `tokens` in rows of `row_tokens`."""
+    widths = (size.hidden, size.queries, size.keys, size.mlp)
+    saved = sum(element * width for element, width in zip(SAVED[size.style][dtype], widths, strict=True))
+    scores = 2 * FP32_BYTES * size.score_heads * row_tokens  # eager attention: capped scores and their softmax
+    return tokens * (saved + scores)
 
 
-def activation_bytes(shape: Shape, tokens: int, row_tokens: int, dtype: str, checkpointing: bool) -> int:
-    """What a micro-batch keeps for its backward: every layer's, or the inputs of all and the inside of one.
-
-    To that, three tensors after the last layer.
-    """
-    one = layer_bytes(shape, tokens, row_tokens, dtype)
-    kept = shape.layers * tokens * shape.hidden * 4 + one if checkpointing else shape.layers * one
-    return kept + 3 * tokens * shape.hidden * 4
+def _after_layers_bytes(size: ModelSize, tokens: int) -> int:
+    """Three tensors [tokens, hidden] after the last layer."""
+    return 3 * tokens * size.hidden * FP32_BYTES
 
 
-def head_bytes(shape: Shape, completion_tokens: int, chunk_mb: int, truncates: bool, frozen: bool = False) -> int:
+def activation_bytes(size: ModelSize, tokens: int, row_tokens: int, dtype: str, checkpointing: bool) -> int:
+    """What a micro-batch stores for its backward: all layers, or with checkpointing all inputs and one layer."""
+    one_layer = layer_bytes(size, tokens, row_tokens, dtype)
+    layer_inputs = size.layers * tokens * size.hidden * FP32_BYTES
+    layers = layer_inputs + one_layer if checkpointing else size.layers * one_layer
+    return layers + _after_layers_bytes(size, tokens)
+
+
+def head_bytes(size: ModelSize, completion_tokens: int, chunk_mb: int, truncates: bool, frozen: bool = False) -> int:
     """One block of logits, fp32, in the backward: 4 copies (3 under truncation), or 1 and the head's new gradient.
 
-    The block; its softmax twice; its gradient, which comes in two parts. A frozen head has no gradient.
+    The copies are the block, its softmax twice, and its gradient in two parts. A frozen head has no gradient.
     """
-    block = min(completion_tokens * shape.vocab * 4, max(chunk_mb * 2**20, shape.vocab * 4))
-    return max((3 if truncates else 4) * block, 0 if frozen else block + shape.vocab * shape.hidden * 4)
+    row = size.vocab * FP32_BYTES
+    block = min(completion_tokens * row, max(chunk_mb * 2**20, row))
+    return max((3 if truncates else 4) * block, 0 if frozen else block + row * size.hidden)
 
 
-def draw_bytes(shape: Shape, rows: int, temperature: float) -> int:
-    """Logits [rows, V] while a token is drawn: fp32 logits, their exponentials, and those padded to whole blocks."""
-    scaled = 0 if temperature == 1.0 else 4
-    return rows * shape.vocab * (12 + scaled)
+def draw_bytes(size: ModelSize, rows: int, temperature: float) -> int:
+    """Tensors [rows, V] while a token is drawn: logits, exponentials, and those padded to whole blocks; all fp32.
+
+    A temperature other than 1 makes a scaled copy of the logits.
+    """
+    copies = 3 if temperature == 1.0 else 4
+    return rows * size.vocab * FP32_BYTES * copies
 
 
 def all_reduce(size: float, ranks: int) -> float:
@@ -128,9 +138,9 @@ class Work:
     row_tokens: int  # of the longest row
     micro_rows: int
     micro_batches: int  # of one optimizer step, on the busiest rank
-    decode_rows: int  # that decode at once
-    cache_tokens: int  # of prompts and completions in the KV cache
-    rank_rows: int  # rows that one rank trains on, in a step
+    decode_rows: int  # rows that decode at the same time
+    cache_tokens: int  # tokens of prompts and completions in the KV cache
+    rank_rows: int  # rows that one rank trains on in a step
 
 
 def work_of(cfg: Config, ranks: int) -> Work:
@@ -152,115 +162,155 @@ def work_of(cfg: Config, ranks: int) -> Work:
     return Work(row_tokens, micro_rows, micro_batches, decode_rows, cache_tokens, rank_rows)
 
 
-def _state_rows(cfg: Config, shape: Shape, own: Held, ranks: int, on_gpu: bool, again: bool) -> Iterator[Row]:
-    """Rows that depend on the backend: weights, gradients, moments, buckets. again: a second micro-batch follows."""
-    stage = cfg.zero_stage if cfg.backend == "deepspeed" else 0
-    whole, share = 4 * own.trained, 4 * math.ceil(own.trained / ranks)
-    off_state, off_weights = cfg.offload != "none" and on_gpu, cfg.offload == "all" and on_gpu
-    loading = own.weights if cfg.load_in_4bit and on_gpu else 4 * shape.parameters
-    yield Row("weights while loading", loading, ("start-up",), "every process loads them whole, then shards")
+def _zero_stage(cfg: Config) -> int:
+    """0 without DeepSpeed."""
+    return cfg.zero_stage if is_deepspeed(cfg) else 0
+
+
+def _state_entries(
+    cfg: Config, size: ModelSize, states: ModelStates, ranks: int, on_gpu: bool, accumulates: bool
+) -> Iterator[Entry]:
+    """Entries that depend on the backend: weights, gradients, moments, buckets.
+
+    accumulates: an optimizer step has several micro-batches, so activations meet gradients of an earlier one.
+    """
+    stage = _zero_stage(cfg)
+    all_gradients = FP32_BYTES * states.trained
+    shard = FP32_BYTES * math.ceil(states.trained / ranks)
+    optimizer_on_cpu, weights_on_cpu = cfg.offload != "none" and on_gpu, cfg.offload == "all" and on_gpu
+
+    # start-up
+    loading = states.weights if cfg.load_in_4bit and on_gpu else FP32_BYTES * size.parameters
+    yield Entry("weights while loading", loading, ("start-up",), "every process loads them whole, then shards")
     if stage in (1, 2):
-        yield Row("flat copy while sharding", whole, ("start-up",))
-    held_as = "4 bits" if cfg.load_in_4bit else "frozen" if cfg.lora_r else "fp32"
-    yield Row("weights", 0 if off_weights else own.weights / (ranks if stage == 3 else 1), REST, held_as)
+        yield Entry("flat copy while sharding", all_gradients, ("start-up",))
+
+    # weights and moments
+    precision = "4 bits" if cfg.load_in_4bit else "frozen" if cfg.lora_r else "fp32"
+    weights = 0 if weights_on_cpu else states.weights / (ranks if stage == 3 else 1)
+    yield Entry("weights", weights, AFTER_LOADING, precision)
     if stage >= 1:
-        yield Row("master weights", 0 if off_state else share, PHASES, "DeepSpeed's own fp32 copy of its share")
-    yield Row("moments", 0 if off_state else own.moments / (ranks if stage else 1), REST, cfg.optimizer)
+        master = 0 if optimizer_on_cpu else shard
+        yield Entry("master weights", master, MEMORY_PHASES, "DeepSpeed's own fp32 copy of its share")
+    moments = 0 if optimizer_on_cpu else states.moments / (ranks if stage else 1)
+    yield Entry("moments", moments, AFTER_LOADING, cfg.optimizer)
+
+    # gradients: the first backward of a step has none before the head's
     sharded = stage >= 2
-    gradients = (0 if off_state else share) if sharded else whole
-    early = gradients if again or sharded else 4 * own.trained_largest  # a first backward has none before the head's
-    yield Row("gradients", early, ("update",), "fp32, while activations are held")
-    yield Row("gradients, all", gradients + (share if stage in (1, 2, 3) and not off_state else 0), ("optimizer",))
+    gradients = (0 if optimizer_on_cpu else shard) if sharded else all_gradients
+    with_activations = gradients if accumulates or sharded else FP32_BYTES * states.trained_largest
+    yield Entry("gradients", with_activations, ("update",), "fp32, while activations are held")
+    optimizer_copy = shard if stage in (1, 2, 3) and not optimizer_on_cpu else 0
+    yield Entry("gradients, all", gradients + optimizer_copy, ("optimizer",))
     if cfg.deterministic:
-        yield Row("gradients in int64", 2 * whole, REST, "deterministic")
+        yield Entry("gradients in int64", 2 * all_gradients, AFTER_LOADING, "deterministic")
+
+    # communication buffers
     if stage == 0 and ranks > 1:
-        yield Row("gradient bucket", 4 * min(max(BUCKET_ELEMENTS, own.trained_largest), own.trained), ("update",))
+        bucket = min(max(BUCKET_ELEMENTS, states.trained_largest), states.trained)
+        yield Entry("gradient bucket", FP32_BYTES * bucket, ("update",))
     if stage >= 1:
-        when = REST if stage == 3 else ("update",)  # stage 3 allocates it once, for good
-        yield Row("gradient bucket", 4 * min(own.trained, ZERO_BUCKET), when)
+        phases = AFTER_LOADING if stage == 3 else ("update",)  # stage 3 never frees it
+        yield Entry("gradient bucket", FP32_BYTES * min(states.trained, ZERO_BUCKET), phases)
     if stage == 3 and ranks > 1:
-        yield Row("gathered weights", min(own.weights, 4 * ZERO_LIVE), ("update",), "DeepSpeed's live limit")
-    if stage and not off_state:  # without DeepSpeed the optimizer is fused, and needs none
-        step = share if on_gpu else 2 * share
-        yield Row("AdamW's temporaries", step, ("optimizer",))
+        gathered = min(states.weights, FP32_BYTES * ZERO_LIVE)
+        yield Entry("gathered weights", gathered, ("update",), "DeepSpeed's live limit")
+
+    # the optimizer's step: without DeepSpeed AdamW is fused and needs no temporaries
+    if stage and not optimizer_on_cpu:
+        yield Entry("AdamW's temporaries", shard if on_gpu else 2 * shard, ("optimizer",))
 
 
-def _reference_row(cfg: Config, whole: int, on_gpu: bool) -> Iterator[Row]:
+def _reference_entry(cfg: Config, whole: int, on_gpu: bool) -> Iterator[Entry]:
     if cfg.beta > 0 and cfg.lora_r:
-        yield Row("reference", 0, PHASES, "the frozen model itself, its adapter off")
+        yield Entry("reference", 0, MEMORY_PHASES, "the frozen model itself, its adapter off")
     elif cfg.beta > 0:
-        away = cfg.reference_offload and on_gpu
-        why = "in CPU memory but while it scores" if away else "whole on every GPU, every backend"
-        yield Row("reference", whole, ("rollout",) if away else PHASES, why)
+        offloaded = cfg.reference_offload and on_gpu
+        note = "in CPU memory except while it scores" if offloaded else "whole on every GPU, every backend"
+        yield Entry("reference", whole, ("rollout",) if offloaded else MEMORY_PHASES, note)
 
 
 def estimate(cfg: Config, model_config: PreTrainedConfig, world_size: int) -> Estimate:
     """Memory of each process and bytes it sends in a step, for a config on `world_size` processes."""
-    return estimate_shape(cfg, shape_of(model_config), world_size)
+    return estimate_for(cfg, model_size(model_config), world_size)
 
 
-def estimate_shape(cfg: Config, shape: Shape, world_size: int) -> Estimate:
-    """The same for a model that is counted already."""
+def estimate_for(cfg: Config, size: ModelSize, world_size: int) -> Estimate:
+    """`estimate` of a model whose size is known."""
     work, on_gpu = work_of(cfg, world_size), cfg.device != "cpu"
-    sampling = sampling_of(cfg)
-    own, completion, width = held(cfg, shape), cfg.max_generate_length, sampling.support_width
-    stage = cfg.zero_stage if cfg.backend == "deepspeed" else 0
-    rows = list(_state_rows(cfg, shape, own, world_size, on_gpu, work.micro_batches > 1))
-    rows += _reference_row(cfg, 4 * shape.parameters, on_gpu)
-    if stage == 3:
-        rows.append(Row("rollout copy", own.weights, REST, "the engine's gathered weights, whole on every GPU"))
-        rows.append(Row("parameter being gathered", 8 * shape.largest, ("rollout",)))
+    states, completion = model_states(cfg, size), cfg.max_generate_length
+    support_width = sampling_of(cfg).support_width
+    loading = FP32_BYTES * size.parameters  # every process loads whole weights into CPU memory first
+
+    # model states
+    memory = list(_state_entries(cfg, size, states, world_size, on_gpu, work.micro_batches > 1))
+    memory += _reference_entry(cfg, FP32_BYTES * size.parameters, on_gpu)
+    if shards_weights(cfg):
+        note = "the engine's gathered weights, whole on every GPU"
+        memory.append(Entry("rollout copy", states.weights, AFTER_LOADING, note))
+        memory.append(Entry("parameter being gathered", 2 * FP32_BYTES * size.largest, ("rollout",)))
     if cfg.dtype == "bf16":
-        phases = ("update",) if stage == 3 or cfg.lora_r else ("rollout", "update")
-        rows.append(Row("bf16 copies of weights", own.copies, phases, "autocast keeps them for the backward"))
+        phases = ("update",) if shards_weights(cfg) or cfg.lora_r else ("rollout", "update")
+        memory.append(Entry("bf16 copies of weights", states.copies, phases, "autocast keeps them for the backward"))
+
+    # activations of one micro-batch
     micro_tokens = work.micro_rows * (work.row_tokens - 1)
-    sizes = (shape, micro_tokens, work.row_tokens, cfg.dtype)
-    away = 0.0
+    sizes = (size, micro_tokens, work.row_tokens, cfg.dtype)
+    offloaded = 0.0
     activations = activation_bytes(*sizes, cfg.gradient_checkpointing)
     if not cfg.gradient_checkpointing:
-        activations += micro_tokens * own.adapter_tokens
-    if cfg.activation_offload and on_gpu:  # all but one layer's inside, and what follows the last
-        away, activations = activations, layer_bytes(*sizes) + 3 * micro_tokens * shape.hidden * 4
-    logits = head_bytes(shape, work.micro_rows * completion, cfg.logits_chunk_mb, width > 0, cfg.lora_r > 0)
-    record = work.rank_rows * (8 * work.row_tokens + completion * (29 + 8 * width))
-    cache = kv_bytes(shape, 1, work.row_tokens, cfg.dtype) * work.cache_tokens / work.row_tokens
-    rows += [
-        Row("KV cache", cache, ("rollout",), f"{work.cache_tokens:,} tokens"),
-        Row("drawing a token", draw_bytes(shape, work.decode_rows, cfg.temperature), ("rollout",)),
-        Row("what was drawn", work.decode_rows * completion * (16 + 4 * width), ("rollout",)),
-        Row("activations", activations, ("update",), "one micro-batch"),
-        Row("logits block", logits, ("update",)),
-        Row("rows to train on", record, ("update", "optimizer"), "ids, log-probs, support"),
+        activations += micro_tokens * states.adapter_tokens
+    if cfg.activation_offload and on_gpu:  # one layer and what follows the last layer stay on the GPU
+        offloaded, activations = activations, layer_bytes(*sizes) + _after_layers_bytes(size, micro_tokens)
+
+    # rows of a step: the constants are bytes per token of ids, positions, masks and log-probs
+    logits = head_bytes(size, work.micro_rows * completion, cfg.logits_chunk_mb, support_width > 0, cfg.lora_r > 0)
+    train_rows = work.rank_rows * (8 * work.row_tokens + completion * (29 + 8 * support_width))
+    cache = kv_bytes(size, 1, work.row_tokens, cfg.dtype) * work.cache_tokens / work.row_tokens
+    drawn = work.decode_rows * completion * (16 + 4 * support_width)
+    memory += [
+        Entry("KV cache", cache, ("rollout",), f"{work.cache_tokens:,} tokens"),
+        Entry("drawing a token", draw_bytes(size, work.decode_rows, cfg.temperature), ("rollout",)),
+        Entry("what was drawn", drawn, ("rollout",)),
+        Entry("activations", activations, ("update",), "one micro-batch"),
+        Entry("logits block", logits, ("update",)),
+        Entry("rows to train on", train_rows, ("update", "optimizer"), "ids, log-probs, support"),
     ]
-    copy = 4 * own.trained + own.moments / world_size  # rank 0's weights, every rank's share of the moments
+
+    # a checkpoint's snapshot: rank 0's weights, every rank's shard of the moments
+    snapshot = FP32_BYTES * states.trained + states.moments / world_size
     if cfg.save_in_background and not on_gpu:
-        rows.append(Row("checkpoint being written", copy, REST, "a copy, while training goes on"))
-    payload = work.rank_rows * completion * 4 * (2 + width)
-    host = 4 * shape.parameters + payload + copy + away + (_offloaded(cfg, own, world_size) if on_gpu else 0)
+        memory.append(Entry("checkpoint being written", snapshot, AFTER_LOADING, "a copy, while training goes on"))
+
+    # CPU memory
+    payload = work.rank_rows * completion * 4 * (2 + support_width)  # token ids, log-probs and support that are sent
+    offloaded_states = _offloaded_states(cfg, states, world_size) if on_gpu else 0
+    host_bytes = loading + payload + snapshot + offloaded + offloaded_states
     if cfg.reference_offload and on_gpu:
-        host += 4 * shape.parameters
-    return Estimate(shape, tuple(rows), tuple(_moved(cfg, own, work, world_size, payload)), host)
+        host_bytes += FP32_BYTES * size.parameters
+    return Estimate(size, tuple(memory), tuple(_traffic(cfg, states, work, world_size, payload)), host_bytes)
 
 
-def _offloaded(cfg: Config, own: Held, ranks: int) -> float:
-    """Bytes of a process that live in CPU memory: master weights, gradients, two moments; under `all` weights too."""
-    state = 0.0 if cfg.offload == "none" else 16 * own.trained
-    return (state + (own.weights if cfg.offload == "all" else 0)) / ranks
+def _offloaded_states(cfg: Config, states: ModelStates, ranks: int) -> float:
+    """Bytes of a process in CPU memory: master weights, gradients, two moments; with `all` also the weights."""
+    optimizer = 0.0 if cfg.offload == "none" else 4 * FP32_BYTES * states.trained
+    return (optimizer + (states.weights if cfg.offload == "all" else 0)) / ranks
 
 
-def _moved(cfg: Config, own: Held, work: Work, ranks: int, payload: int) -> Iterator[Row]:
+def _traffic(cfg: Config, states: ModelStates, work: Work, ranks: int, payload: int) -> Iterator[Entry]:
     """Bytes that one process sends in a step, worst case."""
-    whole, updates = 4 * own.trained, updates_per_step(cfg)
-    stage = cfg.zero_stage if cfg.backend == "deepspeed" else 0
+    whole, updates = FP32_BYTES * states.trained, updates_per_step(cfg)
+    stage = _zero_stage(cfg)
     backwards = updates * work.micro_batches
     if stage < 3:
         times = backwards if stage == 2 else updates
-        yield Row("gradients, all-reduce", times * all_reduce(whole, ranks), (), f"{times} x")
+        yield Entry("gradients, all-reduce", times * all_reduce(whole, ranks), (), f"{times} x")
     if stage in (1, 2):
-        yield Row("weights, all-gather", updates * one_way(whole, ranks), (), f"{updates} x")
+        yield Entry("weights, all-gather", updates * one_way(whole, ranks), (), f"{updates} x")
     if stage == 3:
-        gathers = backwards * (1 if own.weights <= 4 * ZERO_LIVE else 2)  # within the limit they stay for the backward
-        yield Row("weights, forward and backward", gathers * one_way(own.weights, ranks), (), f"{gathers} x")
-        yield Row("gradients, reduce-scatter", backwards * one_way(whole, ranks), (), f"{backwards} x")
-        yield Row("weights, for the rollout", one_way(whole, ranks), (), "once")
-    yield Row("exchange of rows", one_way(payload, ranks), (), "gloo, CPU memory")
+        stay_for_backward = states.weights <= FP32_BYTES * ZERO_LIVE
+        gathers = backwards * (1 if stay_for_backward else 2)
+        yield Entry("weights, forward and backward", gathers * one_way(states.weights, ranks), (), f"{gathers} x")
+        yield Entry("gradients, reduce-scatter", backwards * one_way(whole, ranks), (), f"{backwards} x")
+        yield Entry("weights, for the rollout", one_way(whole, ranks), (), "once")
+    yield Entry("exchange of rows", one_way(payload, ranks), (), "gloo, CPU memory")

@@ -1,28 +1,29 @@
-"""Reward functions to choose from. reward_func.py offers all of them by name; docs/rewards.md says what each rewards.
+"""Reward functions to choose from. reward_func.py offers all of them by name; docs/rewards.md describes each.
 
-In: completions as text, the gold answer and other data columns. Out: one number, or None, for each completion. A new
-function goes into one of the files, its name into `__all__` below and a row into docs/rewards.md.
+In: completions as text, the gold answer and other data columns. Out: one number, or None, for each completion. To add
+a function, write it in one of the files, and add its name to `__all__` below and a row to docs/rewards.md.
 
     think_answer      <think> and <answer>: two recipes for GSM8K, rule by rule
     reasoning_answer  <reasoning> and <answer>
     working_out       <end_working_out> and <SOLUTION>
     multiple_choice   a letter, and the refusal
-    numeric           numbers as people write them, compared as fractions
+    numeric           numbers in everyday notation, compared as fractions
     shaping           format over several lines, length, repetition, language
     structured        JSON objects
     mathematics       equality by Math-Verify (an extra: pip install math-verify)
-    model             a sequence classifier as judge
-    parameters        checks of what reward_parameters says
+    model             the score of a sequence classifier
+    parameters        checks of the values in reward_parameters
+    scanning          finding the text between two marks
 
-The rules of the recipes are kept to the letter, oddities included, so that a score means what it meant there; what
-they get wrong is mended in functions of other names. Our own rules take time linear in the length of the text: they
-look for fixed strings, or use patterns that never try one place twice.
+The rules of the recipes are implemented exactly, oddities included, so that scores can be compared with those of the
+recipe; functions of other names correct their mistakes. The project's own rules take time linear in the length of the
+text: they look for fixed strings, or use patterns that never try one place twice.
 
 A function names its parameters in `f.parameters`; they come from reward_parameters, never from a data column.
-`f.prepare(**parameters)` runs once in each worker, before the first call: it checks them (ValueError says what is
-wrong), loads what is slow to load, and may return text that belongs to the run's fingerprint.
+`f.prepare(**parameters)` runs once in each worker, before the first call: it checks them (and raises ValueError),
+loads what is slow to load, and may return text that becomes part of the run's fingerprint.
 
-Reward workers import this package: neither torch nor numpy at module level.
+Reward workers import this package, so its modules do not import torch or numpy at module level.
 """
 
 from grpo.reward_library.mathematics import math_reward

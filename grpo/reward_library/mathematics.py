@@ -1,7 +1,7 @@
 """Equality of mathematical expressions by Math-Verify, an extra: `pip install math-verify`.
 
-It parses the text into expressions and compares them by value. Its own time limits are switched off: they use SIGALRM,
-which fails outside the main thread, and turn a hang into a silent 0. A reward worker's deadline does their work.
+It parses texts into expressions and compares them by value. Its own time limits are switched off: they use SIGALRM,
+which fails outside the main thread, and they turn a hang into a silent 0. A reward worker's deadline replaces them.
 """
 
 import importlib.util

@@ -1,8 +1,8 @@
-"""A reward model: a sequence classifier of transformers reads prompt and completion, its logit is the score.
+"""A reward model: a sequence classifier of transformers reads prompt and completion; its logit is the score.
 
-It runs on the CPU of a reward worker, one thread; a group's completions are read in batches, longest with longest. A
-group is scored in the same batches wherever it was sampled, so the number of processes changes no score. The folder is
-looked at before it is opened: safetensors only, no code of its own.
+It runs on the CPU of a reward worker, in one thread; a group's completions are sorted by length and read in batches. A
+group's batches do not depend on the rank that sampled it, so the number of processes changes no score. The folder is
+checked before it is opened: only safetensors weights, no code.
 """
 
 import hashlib

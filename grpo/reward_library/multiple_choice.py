@@ -1,8 +1,8 @@
 """Multiple choice: the rule of the recipe, and one in which refusing pays when the model is unsure.
 
-Refusal: a right letter 1, the refusal marker r, all else 0. A model that is right with probability P gets P on average
-for answering, so refusing pays exactly when P < r. Blind guessing is right once in `options`, so r must exceed
-1/options: below, refusing would never pay, and the setting is refused.
+With refusal a right letter scores 1, the refusal marker r, everything else 0. A model that is right with probability P
+gets P on average for answering, so refusing pays exactly when P < r. Blind guessing is right once in `options`, so r
+must exceed 1/options: at or below that, refusing would never pay, and the setting is rejected.
 """
 
 import re

@@ -1,6 +1,6 @@
-"""Numbers as people write them, compared as exact fractions: 1,450 = 1450.00, ½ = 0.5, −8 = -8, $73 = 73.
+"""Numbers in everyday notation, compared as exact fractions: 1,450 = 1450.00, ½ = 0.5, −8 = -8, $73 = 73.
 
-Nothing is evaluated and nothing goes through floats: digits are read by fixed patterns from at most 100 characters.
+No text is evaluated and no value is rounded to a float: fixed patterns read digits from at most 100 characters.
 """
 
 import re
@@ -13,7 +13,7 @@ from grpo.reward_library.parameters import declare
 from grpo.reward_library.scanning import check_marks, inside
 from grpo.rewards import completion_text
 
-MAX_LENGTH = 100  # characters; no number that a task asks for is longer, and the work stays bounded
+MAX_LENGTH = 100  # characters; longer than any number in a task, and a bound on the work
 MINUS = dict.fromkeys("−–‒﹣", "-")
 SLASH = dict.fromkeys("⁄∕", "/")
 AMOUNT = re.compile(

@@ -1,4 +1,4 @@
-"""What a function says about its parameters, and checks of them: ValueError says what is allowed and what was given."""
+"""Declaring the parameters of a reward function, and checks of their values, which raise ValueError."""
 
 import math
 from collections.abc import Callable

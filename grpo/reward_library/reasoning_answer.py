@@ -1,4 +1,4 @@
-"""<reasoning> and <answer>: the five rules of a GSM8K recipe, to the letter; at most 3.999 together."""
+"""<reasoning> and <answer>: the five rules of a GSM8K recipe, implemented exactly; together at most 3.999."""
 
 import re
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""What a text looks like, whatever it says: format over several lines, length, repetition, language.
+"""The form of a text, independent of its content: format over several lines, length, repetition, language.
 
-Alone such a reward teaches nothing but itself: give it a small weight beside one that asks for the right answer.
+Such a reward alone teaches only the form: give it a small weight beside a reward for the right answer.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""<think> and <answer>: the rules of two GSM8K recipes, to the letter.
+"""<think> and <answer>: the rules of two GSM8K recipes, implemented exactly.
 
-The Chinese recipe: correctness, digit, hard_format and mark, at most 3.5 together. The English one: format, tag_count
-and accuracy, weighted 0.5, 0.5, 1; a second set of its for message lists: xmlcount, soft_format, strict_format,
-math_correctness and int. docs/rewards.md says how each can be hacked.
+The Chinese recipe: correctness, digit, hard_format and mark, together at most 3.5. The English one: format, tag_count
+and accuracy, weighted 0.5, 0.5, 1; its second set, for message lists: xmlcount, soft_format, strict_format,
+math_correctness and int. docs/rewards.md describes how each can be hacked.
 """
 
 import re

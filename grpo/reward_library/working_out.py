@@ -1,7 +1,7 @@
-"""<start_working_out> … <end_working_out><SOLUTION> … </SOLUTION>: four rules of a recipe for DAPO-Math, to the letter.
+"""<start_working_out> … <end_working_out><SOLUTION> … </SOLUTION>: four rules of a DAPO-Math recipe, exactly.
 
-Together from -10 to 13. The start tag is part of the prompt, so no rule asks for it. In training special tokens are
-gone when a text is scored, so `eos_token` matters for texts from elsewhere only.
+Together from -10 to 13. The start tag is part of the prompt, so no rule checks for it. In training special tokens are
+removed before a text is scored, so `eos_token` only matters for texts from other sources.
 """
 
 import re

@@ -1,36 +1,41 @@
-"""Rewards: the user's functions, called in processes of their own, so that none can take the run down.
+"""Rewards: the user's functions, called in separate processes, so that a failing function cannot end the run.
 
-A function is called with one completion (lists of length 1), or, when marked `sees_group`, with one whole
-group in sample order; never with whatever a rank happens to hold. So a score cannot depend on the number
-of processes.
+A function is called with one completion (lists of length 1), or, when marked `sees_group`, with one whole group in
+row order. A call never depends on which rows a rank holds, so a score does not depend on the number of processes.
 
-In: completions as text, with their data columns. Out: one number, None or a failure for each function and completion.
-What functions there are to choose from: grpo/reward_library/. Another way to isolate them is another file here.
+In: completions as text, with their data columns. Out: a number, None or a failure for each function and completion.
+The functions that come with the project are in grpo/reward_library/. Another way to isolate functions is another file
+here.
 
     trainer (pool)  --calls-->  supervisor  --calls-->  worker: imports the user's file, calls the function
                     <-answers--             <-answers--
 
-    pool               finds the functions, deals calls out to the supervisors, reads their answers
-    pending_calls      the calls of one step: which wait, what was answered
-    supervisor_handle  a supervisor process as the trainer holds it
-    supervisor         holds the deadline and the limits; kills and replaces its worker; runs no user code
-    worker             the only process that runs the user's file; marked `runs_code`, one process for each sample
+    pool               finds the functions, hands calls out to the supervisors, reads their answers
+    pending_calls      the calls of one step: which wait, and the answers so far
+    supervisor_handle  the trainer's side of one supervisor: its process, its socket, the calls it is working on
+    supervisor         enforces the deadline and the limits; kills and replaces its worker; runs no user code
+    worker             the only process that runs the user's file; functions marked `runs_code` get one process a call
     functions          importing a file, one call, what counts as a score
-    protocol           frames of JSON between them
+    loading            finding the files of the functions; their descriptions as `Reward`
+    calls              calls and answers as bytes
+    protocol           frames of JSON between the processes
     sandbox            what the kernel offers: namespaces, limits, finding and killing all descendants
 
-A call that raises, hangs, dies, or returns something that is no usable number is a failure: its score is None,
-the function's name, the reason and the sample are reported, and too many failures stop the run.
+A call that raises, hangs, dies, or returns something other than usable numbers is a failure: its score is None, the
+function's name, the reason and the completion are reported, and too many failures stop the run.
 
-Workers import this package: it stays free of numpy and torch.
+Workers import this package, so it imports neither numpy nor torch.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+# A function that rewards a refusal to answer has these two parameters: the score of a refusal, and its text.
+REFUSAL_SCORE, REFUSAL_TEXT = "refuse", "marker"
+
 
 def completion_text(completion: str | list[dict[str, str]]) -> str:
-    """The text of a completion, given as a string or as a list of messages (its last one counts).
+    """The text of a completion: the string itself, or the content of the last message.
 
     >>> completion_text([{"role": "assistant", "content": "4"}])
     '4'
@@ -50,13 +55,14 @@ class RewardInput:
 
 @dataclass(frozen=True)
 class Reward:
-    """A named reward function: its weight, and how it wants to be called."""
+    """A named reward function: its weight, and how it is called."""
 
     name: str
     weight: float
     sees_group: bool = False  # called with a whole group at once
     runs_code: bool = False  # executes what a model wrote: one process for each call
     source: str = ""  # the function's text, for the run's fingerprint
+    worth_of_refusal: float = 0.0  # its score for a refusal, 0 where it does not reward one
 
     @property
     def short(self) -> str:
@@ -70,13 +76,13 @@ class Reward:
 
 @dataclass(frozen=True)
 class Failure:
-    """A call that gave no usable score."""
+    """A call that gave no usable score for a completion."""
 
     name: str
     reason: str
-    sample: RewardInput
+    input: RewardInput
     timeout: bool = False  # no answer before the deadline
 
     def __str__(self) -> str:
-        text = " ".join(completion_text(self.sample.completion).split())
+        text = " ".join(completion_text(self.input.completion).split())
         return f"reward {self.name} failed: {self.reason}; completion: {text[:200]!r}"

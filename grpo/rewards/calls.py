@@ -20,44 +20,46 @@ class Call:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a call gave: an outcome for each of its rows, a str being the reason why there is no score."""
+    """The outcome of a call for each of its rows; a str is the reason why a row has no score."""
 
     outcomes: list[Outcome]
     timeout: bool = False
 
 
 class Packed:
-    """Samples as they travel; those of one prompt share its columns."""
+    """Reward inputs as bytes; inputs of one prompt share the bytes of its columns.
+
+    A str in place of bytes says why a part cannot be sent.
+    """
 
     def __init__(self) -> None:
         self.rows: list[bytes | str] = []
         self.prompts: list[bytes | str] = []
-        self.prompt_of: list[int] = []
-        self.known: dict[tuple[int, int], int] = {}
-        self.held: list[
-            RewardInput
-        ] = []  # one of each prompt: while they are here, nothing else gets their objects' ids
+        self.prompt_of: list[int] = []  # row -> index in prompts
+        self.prompt_index: dict[tuple[int, int], int] = {}  # ids of columns and prompt -> index in prompts
+        self.keep_alive: list[RewardInput] = []  # one input of each prompt, so that the ids above are not reused
 
-    def add(self, samples: Sequence[RewardInput]) -> None:
-        """More samples; their rows follow those that are here."""
-        for sample in samples:
-            self.rows.append(_dump([sample.completion, sample.token_ids]))
-            key = (id(sample.columns), id(sample.prompt))
-            if key not in self.known:
-                self.known[key] = len(self.prompts)
-                self.prompts.append(_dump([sample.prompt, sample.columns]))
-                self.held.append(sample)
-            self.prompt_of.append(self.known[key])
+    def add(self, inputs: Sequence[RewardInput]) -> None:
+        """Append inputs; their rows continue the numbering."""
+        for one in inputs:
+            self.rows.append(_dump([one.completion, one.token_ids]))
+            key = (id(one.columns), id(one.prompt))
+            if key not in self.prompt_index:
+                self.prompt_index[key] = len(self.prompts)
+                self.prompts.append(_dump([one.prompt, one.columns]))
+                self.keep_alive.append(one)
+            self.prompt_of.append(self.prompt_index[key])
 
     def problem(self, rows: Sequence[int]) -> str | None:
-        """Why these rows cannot travel, if so."""
+        """Why these rows cannot be sent; None: they can."""
         parts = [part for row in rows for part in (self.prompts[self.prompt_of[row]], self.rows[row])]
         return next((part for part in parts if isinstance(part, str)), None)
 
     def request(self, calls: Sequence[Call]) -> tuple[dict[str, Any], bytes]:
-        """Header and body that let a worker make these calls."""
+        """Header and body of a request for these calls, with only the rows and prompts that they need."""
         rows = sorted({row for one in calls for row in one.rows})
         prompts = sorted({self.prompt_of[row] for row in rows})
+        # place of each row and prompt in the body
         row_at = {row: at for at, row in enumerate(rows)}
         prompt_at = {prompt: at for at, prompt in enumerate(prompts)}
         header = {
@@ -69,15 +71,15 @@ class Packed:
         return header, b"".join(frame(part) for part in parts if isinstance(part, bytes))
 
 
-def read_answer(said: bytes, current: Call) -> Answer:
-    """An answer from its bytes; a worker may have written anything.
+def read_answer(data: bytes, current: Call) -> Answer:
+    """An answer from its bytes, which are not trusted: a worker may have written anything.
 
     >>> read_answer(b"A[1.0,null]", Call(0, (4, 5))).outcomes
     [1.0, None]
     >>> read_answer(b"A[1e400]", Call(0, (4,))).outcomes
     ['its worker gave something that is no answer']
     """
-    kind, payload = said[:1], said[1:]
+    kind, payload = data[:1], data[1:]
     if kind != ANSWER:
         return Answer([payload.decode("utf-8", "replace")[:MAX_REASON]] * len(current.rows), kind == LATE)
     try:
@@ -103,5 +105,5 @@ def _is_outcome(value: Any) -> bool:
 
 
 def failed(current: Call, reason: str) -> Answer:
-    """No score for any of its rows."""
+    """The answer of a call without a score for any of its rows."""
     return Answer([reason] * len(current.rows))

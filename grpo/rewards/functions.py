@@ -1,7 +1,7 @@
 """One reward function: importing it, one call, what counts as a score. Runs in the worker; plain Python only.
 
-The file is imported from the text that was read when the run started: a worker that is replaced in the middle of a
-run runs the same function, whatever has been written to the file since.
+The file is imported from the text that was read when the run started, so a worker that is replaced in the middle of a
+run gets the same function even when the file has changed.
 """
 
 import difflib
@@ -10,21 +10,23 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
+
+from grpo.rewards import REFUSAL_SCORE, REFUSAL_TEXT
 
 RewardFunction = Callable[..., Sequence[float | None]]
 Outcome = float | str | None  # a score, why there is none, or "does not apply"
 
 LARGEST = 1e100  # squares and weighted sums of scores stay finite
 MAX_REASON = 300  # characters
-MAX_NAMES = 8  # named when there is no such function
-ARGUMENTS = ("prompts", "completions", "completion_ids")  # what every call brings
+MAX_NAMES = 8  # functions named in the error about a missing one
+ARGUMENTS = ("prompts", "completions", "completion_ids")  # passed in every call
 
 
-class _Kept(importlib.abc.InspectLoader):
-    """Imports a file from its text as it was when the run started."""
+class _TextLoader(importlib.abc.InspectLoader):
+    """Imports a file from the text that was read when the run started."""
 
     def __init__(self, path: str, text: str):
         self.path, self.text = path, text
@@ -43,8 +45,8 @@ class _Kept(importlib.abc.InspectLoader):
 
 
 def load_module(module_name: str, path: str, text: str) -> ModuleType:
-    """Import the file. Raises whatever it raises."""
-    spec = importlib.util.spec_from_file_location(module_name, path, loader=_Kept(path, text))
+    """Import the file. Raises whatever the file's code raises."""
+    spec = importlib.util.spec_from_file_location(module_name, path, loader=_TextLoader(path, text))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # as an import would: dataclasses and pickling look there
@@ -57,7 +59,7 @@ def load_module(module_name: str, path: str, text: str) -> ModuleType:
 
 
 def find(module: ModuleType, function: str) -> RewardFunction | str:
-    """The function, or what the file has instead."""
+    """The function; or, as a str, that the file does not have it, and the names it has."""
     found = getattr(module, function, None)
     if callable(found):
         return found
@@ -75,11 +77,11 @@ def _looks_like_a_reward(name: str, value: Any) -> bool:
 
 
 def bind(function: RewardFunction, given: dict[str, Any]) -> tuple[RewardFunction, str]:
-    """A function with its parameters set, and what its `prepare` says for the run's fingerprint.
+    """A function with its parameters set, and the text that its `prepare` adds to the run's fingerprint.
 
-    Parameters are the arguments that it names in its mark `parameters`, which then never come from a data column; or,
-    without that mark, any argument with a default. Raises ValueError for one that it has not, and lets through what
-    `prepare` raises.
+    Parameters are the arguments named in the function's attribute `parameters`, which then never come from a data
+    column; without that attribute, all arguments with a default. Raises ValueError for an unknown parameter; whatever
+    `prepare` raises passes through.
     """
     named = getattr(function, "parameters", None)
     defaults = _defaults(function)
@@ -89,18 +91,18 @@ def bind(function: RewardFunction, given: dict[str, Any]) -> tuple[RewardFunctio
         raise ValueError(f"it has no parameter {unknown!r}. It has: {', '.join(allowed) or 'none'}.")
     values = {name: defaults[name] for name in allowed if named is not None} | given
     prepare = getattr(function, "prepare", None)
-    said = prepare(**values) if callable(prepare) else None
+    more_source = (prepare(**values) if callable(prepare) else None) or ""
     if not values:
-        return function, said or ""
+        return function, more_source
 
     def bound(**arguments: Any) -> Sequence[float | None]:
         return function(**{**arguments, **values})
 
-    return bound, said or ""
+    return bound, more_source
 
 
 def _defaults(function: RewardFunction) -> dict[str, Any]:
-    """Arguments with a default, and their defaults; none for a callable that does not say."""
+    """Arguments with a default, and their defaults; empty for a callable without a signature."""
     try:
         arguments = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -108,14 +110,22 @@ def _defaults(function: RewardFunction) -> dict[str, Any]:
     return {one.name: one.default for one in arguments if one.default is not one.empty}
 
 
-def describe(function: RewardFunction, name: str) -> dict[str, Any]:
-    """The marks of a function, and its text for the run's fingerprint."""
+def describe(function: RewardFunction, name: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What the trainer needs to know of a function: the fields of Reward. given: its parameters from the settings."""
     try:
         source = inspect.getsource(function)
-    except (OSError, TypeError):  # a callable object, or made on the fly
+    except (OSError, TypeError):  # a callable object, or a function made at run time
         source = name
     marks = {mark: bool(getattr(function, mark, False)) for mark in ("sees_group", "runs_code")}
-    return {**marks, "source": source}
+    return {**marks, "source": source, "worth_of_refusal": _worth_of_refusal(function, given or {})}
+
+
+def _worth_of_refusal(function: RewardFunction, given: Mapping[str, Any]) -> float:
+    """The score of a refusal: as given; else the default, where the function has a parameter for its text too."""
+    defaults = _defaults(function)
+    default = defaults.get(REFUSAL_SCORE) if REFUSAL_TEXT in defaults else None
+    value = given.get(REFUSAL_SCORE, default)
+    return float(value) if isinstance(value, (int, float)) else 0.0
 
 
 def call(
@@ -125,24 +135,24 @@ def call(
     token_ids: list[list[int]],
     columns: dict[str, list[Any]],
 ) -> list[Outcome]:
-    """Score completions in one call: an outcome each. Lets through what is no Exception, such as SystemExit."""
-    kept = {key: values for key, values in columns.items() if key not in ("prompts", "completions")}
+    """Score completions in one call: one outcome each. A BaseException such as SystemExit passes through."""
+    others = {key: values for key, values in columns.items() if key not in ("prompts", "completions")}
     try:
-        scores = function(prompts=prompts, completions=completions, **{**kept, "completion_ids": token_ids})
+        scores = function(prompts=prompts, completions=completions, **{**others, "completion_ids": token_ids})
         return weigh(scores, len(completions))
     except Exception as error:  # a user's function may raise anything; the run decides, not the exception
         return [raised(error)] * len(completions)
 
 
 def weigh(scores: Any, wanted: int) -> list[Outcome]:
-    """What a function returned, as outcomes.
+    """The outcomes of a call, from what the function returned for `wanted` completions.
 
     >>> weigh([1, None, True, "2"], 4)
     [1.0, None, 1.0, 2.0]
     >>> weigh([float("nan")], 1)
     ['returned nan, expected a finite number']
     """
-    numpy = sys.modules.get("numpy")  # an array can only come from where numpy was imported
+    numpy = sys.modules.get("numpy")  # not imported here: without it there can be no array
     kinds = (list, tuple) if numpy is None else (list, tuple, numpy.ndarray)
     if not isinstance(scores, kinds):
         return [f"returned {type(scores).__name__}, expected a list of numbers or None"] * wanted
@@ -166,7 +176,7 @@ def _weigh_one(score: Any) -> Outcome:
 
 
 def raised(error: BaseException) -> str:
-    """One line about an exception, even about one that cannot be shown."""
+    """One line about an exception, also where its own text raises."""
     try:
         text = str(error)
     except Exception as second:  # its __str__ is the user's code too

@@ -1,4 +1,4 @@
-"""The trainer's side of finding reward functions: names to files, files to text, descriptions to rewards."""
+"""Finding reward functions, in the trainer: names to files, files to text, descriptions to rewards."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from grpo.rewards import Reward
 
 
 def locate(cfg: Config) -> list[dict[str, Any]]:
-    """For each reward the file it is in, its text, and its parameters. Raises UserError.
+    """For each reward its file, the file's text, and its parameters. Raises UserError.
 
     The file is reward_func.py, or that of `path.py:function`.
     """
     texts: dict[Path, str] = {}
-    found = []
+    functions = []
     for name in cfg.rewards:
         file, _, function = name.rpartition(":")
         path = find_path(file) if file else find_path("reward_func.py")
@@ -26,8 +26,9 @@ def locate(cfg: Config) -> list[dict[str, Any]]:
         if path not in texts:
             texts[path] = _read(path)
         module = "reward_func" if path == PROJECT / "reward_func.py" else f"rewards_from_{path.stem}"
-        parameters = {key: _found(name, key, value) for key, value in cfg.reward_parameters.get(name, {}).items()}
-        found.append(
+        given = cfg.reward_parameters.get(name, {})
+        parameters = {key: _with_path(name, key, value) for key, value in given.items()}
+        functions.append(
             {
                 "name": name,
                 "path": str(path),
@@ -37,11 +38,11 @@ def locate(cfg: Config) -> list[dict[str, Any]]:
                 "parameters": parameters,
             }
         )
-    return found
+    return functions
 
 
-def _found(name: str, key: str, value: Any) -> Any:
-    """A parameter's value; a file or folder, by the parameter's name, is looked for like every other path."""
+def _with_path(name: str, key: str, value: Any) -> Any:
+    """A parameter's value; where its name ends in file or folder, the absolute path. Raises UserError."""
     if not isinstance(value, str) or not key.endswith(("file", "folder")):
         return value
     path = find_path(value)
@@ -62,18 +63,18 @@ def _read(path: Path) -> str:
         raise UserError(f"rewards: {path} cannot be read: {error}. Give a Python file that can.") from None
 
 
-def make_rewards(cfg: Config, said: Sequence[dict[str, Any]]) -> list[Reward]:
-    """What a worker said about the functions, as rewards. Raises UserError for what it could not find or import."""
-    if said and "error" in said[-1]:
-        raise UserError(f"rewards: {said[-1]['error']}")
+def make_rewards(cfg: Config, descriptions: Sequence[dict[str, Any]]) -> list[Reward]:
+    """Rewards from a worker's descriptions of the functions. Raises UserError for one not found or not importable."""
+    if descriptions and "error" in descriptions[-1]:
+        raise UserError(f"rewards: {descriptions[-1]['error']}")
     rewards = [
-        Reward(name, weight, one["sees_group"], one["runs_code"], one["source"])
-        for (name, weight), one in zip(cfg.rewards.items(), said, strict=True)
+        Reward(name, weight, one["sees_group"], one["runs_code"], one["source"], one["worth_of_refusal"])
+        for (name, weight), one in zip(cfg.rewards.items(), descriptions, strict=True)
     ]
-    seeing = [reward.name for reward in rewards if reward.sees_group]
-    if seeing and cfg.rollout_chunk_rows < cfg.num_generations:
+    grouped = [reward.name for reward in rewards if reward.sees_group]
+    if grouped and cfg.rollout_chunk_rows < cfg.num_generations:
         raise UserError(
-            f"rollout_chunk_rows: {seeing[0]} sees whole groups of {cfg.num_generations}, a chunk must hold one, got "
+            f"rollout_chunk_rows: {grouped[0]} sees whole groups of {cfg.num_generations}, a chunk must hold one, got "
             f"{cfg.rollout_chunk_rows}. Raise it to {cfg.num_generations} at least."
         )
     return rewards

@@ -1,10 +1,11 @@
-"""Rewards as the trainer holds them: calls go in, an answer for each comes out, whatever the functions do.
+"""The trainer's side of rewards: calls go in, an answer for each comes out, whatever the functions do.
 
-`open_rewards` gives a Pool of supervisors (see `grpo/rewards/__init__.py`), or, with reward_workers 0, functions that are
-called right here, for debugging. Both give the same answers for functions that depend on their arguments alone.
+`open_rewards` returns a Pool of supervisors (see `grpo/rewards/__init__.py`), or, with reward_workers 0, an InProcess,
+which calls the functions in the trainer, for debugging. Both give the same answers for functions that depend on their
+arguments alone.
 
-A round of calls is begun, submitted at once or bit by bit, and collected. A pool makes calls from the moment they are
-submitted, as far as `advance` is called now and then: no thread, so that nothing happens while nobody looks.
+A round of calls is begun, submitted at once or in parts, and collected. There is no thread: a pool sends calls and
+reads answers only inside `advance` and `collect`.
 """
 
 import atexit
@@ -24,164 +25,160 @@ from grpo.rewards.supervisor_handle import GRACE_S, IMPORT_S, SupervisorHandle
 from grpo.types import Pulse
 
 PULSE_S = 0.1
-LOOK_S = 0.02  # at least, between two looks of `advance`
-EARLY_S = 0.05  # a round that takes so long when all its calls are made in the end: the next ones begin early
-MEASURED_ROUNDS = 16  # after so many rounds that is measured anew
-UNSEEN_S = 1.0  # more than that between two looks is not held against a supervisor: nobody was there to hear it
+LOOK_S = 0.02  # `advance` reads answers at most this often
+EARLY_S = 0.05  # if a round takes this long when all its calls are made in `collect`, later rounds begin early
+MEASURED_ROUNDS = 16  # every so many rounds that time is measured again
+UNSEEN_S = 1.0  # the most that the time between two reads counts against a supervisor's deadline
 
 
 class Rewards(Protocol):
-    """What scoring needs."""
+    """The interface that scoring uses: `begin` a round, `submit` its calls, `collect` their answers."""
 
     rewards: list[Reward]
 
     @property
     def early(self) -> bool:
-        """Whether it pays to have calls made while completions are still sampled."""
+        """Whether making calls while completions are still sampled saves time."""
 
     def begin(self) -> None:
-        """A new round. What was submitted before and never collected is forgotten."""
+        """Start a new round. Calls that were submitted before and not collected are dropped."""
 
-    def submit(self, samples: Sequence[RewardInput], calls: Sequence[Call]) -> None:
-        """Have calls made; their rows count all samples of the round so far, these included. Does not wait."""
+    def submit(self, inputs: Sequence[RewardInput], calls: Sequence[Call]) -> None:
+        """Add calls; their rows are places among all inputs of the round, including these. Does not wait."""
 
     def advance(self) -> None:
-        """Move calls along, without waiting. Cheap enough to be called once a token."""
+        """Send calls and read answers, without waiting. Cheap enough to be called once a token."""
 
     def collect(self, pulse: Pulse) -> list[Answer | None]:
-        """Wait for the round's answers, in the order of submission; None: left undone because `pulse` said stop."""
+        """Wait for the round's answers, in the order of submission; None: not made, because `pulse` asked to stop."""
 
     def close(self) -> None:
         """End every process that was started."""
 
 
 def open_rewards(cfg: Config, notice: Callable[[str], None]) -> Rewards:
-    """Find, import and describe the reward functions of a run. Raises UserError. `close` it in the end."""
+    """Find, import and describe the reward functions of a run. The caller must `close` them. Raises UserError."""
     if cfg.reward_workers == 0:
         from grpo.rewards.worker import load_functions
 
-        functions, said = load_functions(locate(cfg))
-        return InProcess(make_rewards(cfg, said), functions)
+        functions, descriptions = load_functions(locate(cfg))
+        return InProcess(make_rewards(cfg, descriptions), functions)
     return Pool(cfg, notice)
 
 
 class InProcess:
-    """Functions called in this process, when they are collected: no deadline, no limits, breakpoints work."""
+    """Functions called in this process by `collect`: no deadline, no limits, breakpoints work."""
 
     early = False
 
     def __init__(self, rewards: list[Reward], functions: Sequence[RewardFunction]):
         self.rewards, self.functions = rewards, functions
-        self.samples: list[RewardInput] = []
+        self.inputs: list[RewardInput] = []
         self.calls: list[Call] = []
 
     @classmethod
     def of(cls, functions: dict[str, RewardFunction]) -> "InProcess":
-        """From functions that are at hand, with weight 1."""
+        """From imported functions, by name, each with weight 1."""
         return cls([Reward(name, 1.0, **describe(f, name)) for name, f in functions.items()], list(functions.values()))
 
     def begin(self) -> None:
-        """See Rewards."""
-        self.samples, self.calls = [], []
+        self.inputs, self.calls = [], []
 
-    def submit(self, samples: Sequence[RewardInput], calls: Sequence[Call]) -> None:
-        """See Rewards."""
-        self.samples += samples
+    def submit(self, inputs: Sequence[RewardInput], calls: Sequence[Call]) -> None:
+        self.inputs += inputs
         self.calls += calls
 
     def advance(self) -> None:
-        """See Rewards. Nothing moves before `collect`."""
+        pass
 
     def collect(self, pulse: Pulse) -> list[Answer | None]:
-        """See Rewards."""
         answers: list[Answer | None] = [None] * len(self.calls)
         for i, one in enumerate(self.calls):
             if pulse():
                 break
-            chosen = [self.samples[row] for row in one.rows]
-            columns = {key: [sample.columns[key] for sample in chosen] for key in chosen[0].columns}
+            chosen = [self.inputs[row] for row in one.rows]
+            columns = {key: [each.columns[key] for each in chosen] for key in chosen[0].columns}
             outcomes = call(
                 self.functions[one.k],
-                [s.prompt for s in chosen],
-                [s.completion for s in chosen],
-                [s.token_ids for s in chosen],
+                [each.prompt for each in chosen],
+                [each.completion for each in chosen],
+                [each.token_ids for each in chosen],
                 columns,
             )
             answers[i] = Answer(outcomes)
         return answers
 
     def close(self) -> None:
-        """Nothing to end."""
+        pass
 
 
 class Pool:
-    """`reward_workers` supervisors. Calls go to whichever is free."""
+    """`reward_workers` supervisors. A call goes to any supervisor that is free."""
 
     def __init__(self, cfg: Config, notice: Callable[[str], None]):
-        """Start the supervisors, all at once. Raises UserError when a function cannot be found or imported."""
+        """Start all supervisors at the same time. Raises UserError when a function cannot be found or imported."""
         self.functions = locate(cfg)
         self.cfg = cfg
         self.supervisors: list[SupervisorHandle] = []
-        self.round = PendingCalls([], cfg.reward_workers)
+        self.pending = PendingCalls([], cfg.reward_workers)
         self.looked_at = 0.0
-        self.rounds = 0
-        self.whole_s = 0.0  # what the last round took whose calls were all made in the end
+        self.num_rounds = 0
+        self.whole_s = 0.0  # duration of the last round whose calls were all made in `collect`
         atexit.register(self.close)
         try:
             self.supervisors += [SupervisorHandle(cfg, self.functions) for _ in range(cfg.reward_workers)]
-            said = [supervisor.greeting() for supervisor in self.supervisors]
-            self.rewards = make_rewards(cfg, said[0]["functions"])
+            greetings = [supervisor.greeting() for supervisor in self.supervisors]
+            self.rewards = make_rewards(cfg, greetings[0]["functions"])
         except BaseException:
             self.close()
             raise
-        if not said[0]["enclosed"]:
+        if not greetings[0]["enclosed"]:
             notice(
                 "note: this system allows no namespaces: reward workers have network access, and a process that a "
                 "reward starts can hide from its end"
             )
 
     def begin(self) -> None:
-        """See Rewards. Supervisors that were lost are replaced, those busy with forgotten calls too."""
+        """See Rewards. Replaces supervisors that were lost or are still working on dropped calls."""
         self._drop_busy()
-        self._revive()
-        self.round = PendingCalls(self.rewards, self.cfg.reward_workers)
-        self.rounds += 1
+        self._restart_missing()
+        self.pending = PendingCalls(self.rewards, self.cfg.reward_workers)
+        self.num_rounds += 1
 
     @property
     def early(self) -> bool:
-        """See Rewards. Workers take turns with the trainer on few processors: it pays where rewards take their time."""
-        return self.whole_s >= EARLY_S and self.rounds % MEASURED_ROUNDS != 0
+        """See Rewards. Only for slow rewards: where processors are few, workers slow the trainer's own decoding."""
+        return self.whole_s >= EARLY_S and self.num_rounds % MEASURED_ROUNDS != 0
 
-    def submit(self, samples: Sequence[RewardInput], calls: Sequence[Call]) -> None:
-        """See Rewards."""
-        self.round.add(samples, calls)
+    def submit(self, inputs: Sequence[RewardInput], calls: Sequence[Call]) -> None:
+        self.pending.add(inputs, calls)
 
     def advance(self) -> None:
-        """See Rewards. A supervisor that is lost meanwhile is replaced when answers are collected, as that takes time."""
-        if time.monotonic() >= self.looked_at + LOOK_S and (self.round.waits or self._busy()):
+        """See Rewards. Replacing a lost supervisor takes time, so that is left to `collect`."""
+        if time.monotonic() >= self.looked_at + LOOK_S and (self.pending.waits or self._busy()):
             self._take_answers(0.0)
             self._hand_out()
 
     def collect(self, pulse: Pulse) -> list[Answer | None]:
-        """See Rewards. Returns at once when `pulse` says stop: the workers that are busy are killed."""
-        began, whole, stopped = time.monotonic(), self.round.untouched, False
-        while self.round.waits or self._busy():
+        """See Rewards. Returns at once when `pulse` asks to stop, and kills the busy workers."""
+        began, whole, stopped = time.monotonic(), self.pending.untouched, False
+        while self.pending.waits or self._busy():
             if stopped := pulse():
                 self._drop_busy()
                 break
-            self._revive()
+            self._restart_missing()
             self._hand_out()
             self._take_answers(PULSE_S)
         if whole and not stopped:
             self.whole_s = time.monotonic() - began
-        answers, self.round = self.round.answers, PendingCalls(self.rewards, self.cfg.reward_workers)
+        answers, self.pending = self.pending.answers, PendingCalls(self.rewards, self.cfg.reward_workers)
         return answers
 
     def close(self) -> None:
-        """End every supervisor, and with it all that its workers started."""
+        """End every supervisor, and with it every process that its workers started."""
         atexit.unregister(self.close)
         for supervisor in self.supervisors:
-            supervisor.socket.close()  # all first: they end side by side
+            supervisor.socket.close()  # all sockets first, so that the supervisors end at the same time
         for supervisor in list(self.supervisors):
             self._drop(supervisor)
 
@@ -189,7 +186,7 @@ class Pool:
         self.supervisors.remove(supervisor)
         supervisor.close()
 
-    def _revive(self) -> None:
+    def _restart_missing(self) -> None:
         while len(self.supervisors) < self.cfg.reward_workers:
             self.supervisors.append(SupervisorHandle(self.cfg, self.functions))
             self.supervisors[-1].greeting()
@@ -203,47 +200,49 @@ class Pool:
 
     def _hand_out(self) -> None:
         for supervisor in self.supervisors:
-            if self.round.waits and not supervisor.busy:
-                supervisor.busy = self.round.next_batch()
-                header, body = self.round.request(supervisor.busy)
-                supervisor.patience_s = self._patience_s(supervisor)
+            if self.pending.waits and not supervisor.busy:
+                supervisor.busy = self.pending.next_batch()
+                header, body = self.pending.request(supervisor.busy)
+                supervisor.time_left_s = self._time_allowed_s(supervisor)
                 supervisor.send(frame(dump(header)) + frame(body))
 
-    def _patience_s(self, supervisor: SupervisorHandle) -> float:
-        current = self.round.calls[supervisor.busy[0]]
+    def _time_allowed_s(self, supervisor: SupervisorHandle) -> float:
+        current = self.pending.calls[supervisor.busy[0]]
         return self.cfg.reward_timeout_s * len(current.rows) + IMPORT_S + GRACE_S
 
     def _take_answers(self, wait_s: float) -> None:
-        """Read what supervisors have answered; wait for one of them at most. Those that are lost are dropped."""
+        """Read the answers of busy supervisors, waiting at most `wait_s` for the first. Drops lost supervisors."""
+        # charge the time since the last read to every busy supervisor
         now = time.monotonic()
         passed_s, self.looked_at = now - self.looked_at, now
         for supervisor in self._busy():
-            supervisor.patience_s -= min(passed_s, UNSEEN_S)
+            supervisor.time_left_s -= min(passed_s, UNSEEN_S)
+        # a lost supervisor costs the call that ran; the others of its batch wait again
         for supervisor in self._ready(wait_s):
             if not self._receive(supervisor):
                 first, *rest = supervisor.busy
-                self.round.fail(first, "its worker's supervisor was ended from outside")
-                self.round.put_back(rest)
+                self.pending.fail(first, "its worker's supervisor was ended from outside")
+                self.pending.put_back(rest)
                 self._drop(supervisor)
 
     def _ready(self, wait_s: float) -> list[SupervisorHandle]:
-        """Supervisors to read from, or that should have been; waits for one."""
+        """Busy supervisors with data to read; if there are none after `wait_s`, those whose time is up."""
         with selectors.DefaultSelector() as selector:
             for supervisor in self._busy():
                 selector.register(supervisor.socket, selectors.EVENT_READ, supervisor)
             ready = [key.data for key, _ in selector.select(wait_s)]
-        return ready or [supervisor for supervisor in self._busy() if supervisor.patience_s < 0]
+        return ready or [supervisor for supervisor in self._busy() if supervisor.time_left_s < 0]
 
     def _receive(self, supervisor: SupervisorHandle) -> bool:
-        """Take the answers that are there. False: the supervisor is gone."""
+        """Read the answers that have arrived. False: the supervisor is lost."""
         try:
-            data = b"" if supervisor.patience_s < 0 else supervisor.socket.recv(1 << 18)
+            data = b"" if supervisor.time_left_s < 0 else supervisor.socket.recv(1 << 18)
         except OSError:
             data = b""
         supervisor.splitter.feed(data)
-        while supervisor.busy and (said := supervisor.splitter.next()) is not None:
-            now = supervisor.busy.pop(0)
-            self.round.answers[now] = read_answer(said, self.round.calls[now])
+        while supervisor.busy and (answer := supervisor.splitter.next()) is not None:
+            i = supervisor.busy.pop(0)
+            self.pending.answers[i] = read_answer(answer, self.pending.calls[i])
             if supervisor.busy:
-                supervisor.patience_s = self._patience_s(supervisor)
+                supervisor.time_left_s = self._time_allowed_s(supervisor)
         return bool(data) or not supervisor.busy

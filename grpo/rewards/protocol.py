@@ -1,7 +1,7 @@
 """Frames between trainer, supervisors and workers: four bytes of length, then that many bytes, mostly JSON.
 
-Floats travel as their shortest repr and come back bit-equal. Values of data columns that JSON has no word for
-(bytes, dates, times, Decimal) travel tagged. Nothing that is read can run anything.
+Floats are sent as their shortest repr and come back bit-equal. Values of data columns that JSON cannot express (bytes,
+dates, times, Decimal) are sent with a tag. Reading a frame never executes code.
 """
 
 import base64
@@ -31,7 +31,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
 def _tag(value: Any) -> dict[str, Any]:
     if isinstance(value, bytes):
         return {"\0bytes": base64.b64encode(value).decode()}
-    if isinstance(value, datetime.datetime):  # before date: it is one
+    if isinstance(value, datetime.datetime):  # before date, of which it is a subclass
         return {"\0datetime": value.isoformat()}
     if isinstance(value, datetime.date):
         return {"\0date": value.isoformat()}
@@ -45,11 +45,11 @@ def _tag(value: Any) -> dict[str, Any]:
 
 
 def _escaped(value: Any) -> Any:
-    """The same, with objects that look like a tag wrapped into one."""
+    """The value, with every object that looks like a tag wrapped into a tag of its own."""
     if isinstance(value, dict):
         inner = {key: _escaped(item) for key, item in value.items()}
-        looks_so = len(inner) == 1 and next(iter(inner)) in READERS
-        return {"\0object": [list(item) for item in inner.items()]} if looks_so else inner
+        looks_like_a_tag = len(inner) == 1 and next(iter(inner)) in READERS
+        return {"\0object": [list(item) for item in inner.items()]} if looks_like_a_tag else inner
     return [_escaped(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -62,19 +62,19 @@ def _untag(pairs: dict[str, Any]) -> Any:
 
 
 def dump(value: Any) -> bytes:
-    """As JSON. Raises TypeError, ValueError or RecursionError for what cannot travel.
+    """The value as JSON. Raises TypeError, ValueError or RecursionError for one that cannot be sent.
 
     >>> load(dump([0.1, None, b"x", {"a": (1, 2)}]))
     [0.1, None, b'x', {'a': [1, 2]}]
     """
     text = json.dumps(value, default=_tag, separators=(",", ":"))
-    if '{"\\u0000' in text:  # tags, or a column that looks like one
+    if '{"\\u0000' in text:  # a tag, or a column that looks like one
         text = json.dumps(_escaped(value), default=_tag, separators=(",", ":"))
     return text.encode()
 
 
 def load(data: bytes) -> Any:
-    """The value back. Raises ValueError or RecursionError when it is no JSON."""
+    """The value of `dump`'s JSON. Raises ValueError or RecursionError for anything that is not JSON."""
     return json.loads(data, object_hook=_untag)
 
 
@@ -84,7 +84,7 @@ def frame(data: bytes) -> bytes:
 
 
 def cut(data: bytes) -> list[bytes]:
-    """Frames that follow each other, without their lengths.
+    """Split consecutive frames, and remove their lengths.
 
     >>> cut(frame(b"a") + frame(b"") + frame(b"bc"))
     [b'a', b'', b'bc']
@@ -120,25 +120,25 @@ def _read_exactly(fd: int, size: int) -> bytes | None:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write everything, however many calls it takes."""
+    """Write all of the data, in several calls where needed."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
 
 
 class Splitter:
-    """Cuts a stream that comes in pieces into frames."""
+    """Cuts a stream that arrives in pieces into frames."""
 
     def __init__(self, cap: int):
         self.cap = cap
         self.buffer = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """Add what was read."""
+        """Append a piece of the stream."""
         self.buffer += data
 
     def next(self) -> bytes | None:
-        """The next whole frame, or None. Raises ValueError when it is announced longer than `cap`."""
+        """The next whole frame, or None. Raises ValueError when its length exceeds `cap`."""
         if len(self.buffer) < LENGTH.size:
             return None
         [size] = LENGTH.unpack_from(self.buffer)

@@ -1,6 +1,6 @@
-"""What the kernel offers to hold a worker: namespaces, limits, privileges dropped, all descendants found and killed.
+"""What the kernel offers to confine a worker: namespaces, limits, dropping privileges, killing all descendants.
 
-Linux, through libc; elsewhere the functions below do what is left: a session of its own and rlimits.
+Linux, through libc. On other systems only the portable part remains: a session of its own, and rlimits.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ LINUX = sys.platform == "linux"
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x10000000, 0x20000000, 0x40000000
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
 CAPABILITY_VERSION_3, CAP_DAC_READ_SEARCH = 0x20080522, 2
-WITHOUT_NAMESPACES = "GRPO_REWARDS_WITHOUT_NAMESPACES"  # set to 1: as on a system that allows none
+WITHOUT_NAMESPACES = "GRPO_REWARDS_WITHOUT_NAMESPACES"  # set to 1: as on a system that does not allow namespaces
 
 MAX_PROCESSES = 64  # of one worker, itself included
-MAX_THREADS = 512  # and processes, where the kernel counts them for a worker alone
+MAX_THREADS = 512  # threads and processes together, where the kernel counts them for each worker separately
 MAX_FILE_BYTES = 1 << 28
 MAX_OPEN_FILES = 256
 
@@ -34,11 +34,11 @@ def _prctl(option: int, value: int) -> None:
 
 
 def enclose() -> bool:
-    """Put the children to come into namespaces of their own; False where the system does not allow it.
+    """Put future children into new namespaces; False where the system does not allow it.
 
-    Process, network and IPC namespace, and a user namespace where it takes one: they see no process but their own,
-    have no network, and the death of the first child ends all the others, whatever they did to get away. Call
-    before there are threads.
+    Process, network and IPC namespace, and a user namespace where one is needed: the children see only their own
+    processes, have no network, and the death of the first child kills all others, whatever sessions or forks they
+    made. Must be called before the process has threads.
     """
     if not LINUX or os.environ.get(WITHOUT_NAMESPACES) == "1":
         return False
@@ -50,48 +50,50 @@ def enclose() -> bool:
         return False
     for file, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         with contextlib.suppress(OSError), open(f"/proc/self/{file}", "w", encoding="ascii") as opened:
-            opened.write(text)  # without a name for its user the worker can do less, not more
+            opened.write(text)  # best effort: an unmapped user has fewer rights, not more
     return True
 
 
 def die_with(parent: int, number: int) -> None:
-    """Get signal `number` when the parent dies; end at once when it is dead already. Resets on a change of user."""
+    """Get signal `number` when the parent dies; exit if it is dead already. A change of user resets this."""
     _prctl(PR_SET_PDEATHSIG, number)
-    if os.getppid() not in (parent, 0):  # 0: it is outside our process namespace
+    if os.getppid() not in (parent, 0):  # 0: the parent is outside our process namespace
         os._exit(1)
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose parents die, so that they are found, and reaped."""
+    """Become the parent of descendants whose parents die, so that they can be found and reaped."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def hide() -> None:
-    """Let no process of the same user read or write our memory or open files, nor those of our forks."""
+    """Forbid processes of the same user to read or write the memory or open files of this process and its forks."""
     _prctl(PR_SET_DUMPABLE, 0)
 
 
 def nest() -> None:
-    """Make the next child the first process of one more namespace, where the system allows it."""
+    """Make the next child the first process of a nested process namespace, where the system allows it."""
     if LINUX and os.environ.get(WITHOUT_NAMESPACES) != "1":
         _libc().unshare(CLONE_NEWPID)
 
 
 def drop_privileges() -> None:
-    """Give up capabilities, for good: for children, and through set-user-id programs, too."""
+    """Give up capabilities permanently, also for children and through set-user-id programs."""
     if not LINUX:
         return
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
-    kept = 1 << CAP_DAC_READ_SEARCH if os.geteuid() == 0 else 0  # else a root could not read what others own
+    # root keeps one, without which it could not read files of other users
+    kept = 1 << CAP_DAC_READ_SEARCH if os.geteuid() == 0 else 0
     header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
     _libc().capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0))
 
 
 def limit(enclosed: bool) -> None:
-    """Cores, files, processes. Memory comes later, when it is known what the worker needs idle."""
+    """Limit core dumps, files and processes. Memory is limited after the import, when the idle need is known."""
     wanted = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: MAX_FILE_BYTES, resource.RLIMIT_NOFILE: MAX_OPEN_FILES}
-    own_count = enclosed and kernel() >= (5, 14)  # else all processes of the user count, here as elsewhere
-    if own_count and os.geteuid() != 0:  # it does not bind a root, whose namespaces may come without a user's
+    # before 5.14 the limit counted the user's processes outside of the namespace too; it never binds root
+    own_count = enclosed and kernel() >= (5, 14)
+    if own_count and os.geteuid() != 0:
         wanted[resource.RLIMIT_NPROC] = MAX_THREADS
     for what, most in wanted.items():
         _, hard = resource.getrlimit(what)
@@ -108,36 +110,36 @@ def limit_memory(more_mb: int) -> None:
 
 
 def kernel() -> tuple[int, int]:
-    """Major and minor version."""
+    """Major and minor version of the kernel."""
     major, minor = platform.release().split(".")[:2]
     return int(major), int("".join(c for c in minor if c.isdigit()) or 0)
 
 
 def address_space() -> int:
-    """Bytes of this process's address space."""
+    """Bytes of this process's address space, from /proc."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
 def resident(pids: list[int]) -> int:
-    """Bytes of memory that these processes hold together; those that are gone count nothing."""
+    """Bytes of private memory of these processes together; ended processes count 0."""
     pages = 0
     for pid in pids:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/statm", encoding="ascii") as file:
             words = file.read().split()
-            pages += int(words[1]) - int(words[2])  # shared pages, such as those since the fork of code, not
+            pages += int(words[1]) - int(words[2])  # less shared pages, such as code that a fork shares
     return pages * resource.getpagesize()
 
 
 def descendants() -> list[int]:
-    """Processes below this one, as /proc numbers them; none where the system does not tell."""
+    """Process ids of all descendants, from /proc; empty where /proc does not list them."""
     found: list[int] = []
     stack = ["self"]
     while stack:
         pid = stack.pop()
         try:
             threads = os.listdir(f"/proc/{pid}/task")
-        except OSError:  # gone
+        except OSError:  # the process has ended
             continue
         for thread in threads:
             with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as file:
@@ -148,13 +150,13 @@ def descendants() -> list[int]:
 
 
 def kill_all(enclosed: bool, sessions: list[int]) -> None:
-    """Kill every descendant, and reap them. `sessions`: process groups to kill where /proc does not tell.
+    """Kill and reap every descendant. `sessions`: process groups to kill where /proc does not list descendants.
 
-    Enclosed, this is process 1 of its namespace, and one signal meets everybody in it.
+    enclosed: this is process 1 of its namespace, so that one signal reaches every other process in it.
     """
     while True:
         if enclosed:
-            assert os.getpid() == 1  # anywhere else this would be everybody's end
+            assert os.getpid() == 1  # anywhere else the signal would kill every process of the user
             with contextlib.suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGKILL)
         else:
@@ -165,7 +167,7 @@ def kill_all(enclosed: bool, sessions: list[int]) -> None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
         try:
-            os.waitpid(-1, 0)  # an orphan becomes our child before its parent is reaped: none is missed
+            os.waitpid(-1, 0)  # an orphan becomes our child before its parent is reaped, so none is missed
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         except ChildProcessError:

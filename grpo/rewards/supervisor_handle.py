@@ -1,4 +1,4 @@
-"""A supervisor as the trainer holds it: its process, the socket to it, the calls it is busy with."""
+"""The trainer's side of one supervisor: its process, the socket to it, the calls it is working on."""
 
 import contextlib
 import os
@@ -17,18 +17,18 @@ from grpo.rewards.protocol import MAX_ANSWER, MAX_REQUEST, Splitter, dump, frame
 from grpo.rewards.sandbox import WITHOUT_NAMESPACES
 
 IMPORT_S = 60.0  # for importing the functions' files
-GRACE_S = 10.0  # beyond all deadlines, before a supervisor itself counts as lost
+GRACE_S = 10.0  # beyond all deadlines, until a supervisor itself counts as lost
 KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ", "SYSTEMROOT", "VIRTUAL_ENV")  # and LC_*
 
 
 class SupervisorHandle:
-    """One supervisor. `greeting` must be asked for before anything is sent."""
+    """One supervisor. `greeting` must be called before anything is sent."""
 
     def __init__(self, cfg: Config, functions: list[dict[str, Any]]):
-        """Start the process; does not wait for it."""
+        """Start the process, without waiting for it. functions: see `locate`."""
         self.splitter = Splitter(MAX_ANSWER + 1)
-        self.busy: list[int] = []  # calls, the one that runs first
-        self.patience_s = 0.0  # without an answer for that much longer, the supervisor itself is gone
+        self.busy: list[int] = []  # the calls it was sent and has not answered; the first one runs
+        self.time_left_s = 0.0  # without an answer within this time the supervisor itself counts as lost
         self.socket, theirs = socket.socketpair()
         self.folder = Path(tempfile.mkdtemp(prefix="reward-"))
         try:
@@ -54,44 +54,44 @@ class SupervisorHandle:
         self.send(frame(dump(hello)))
 
     def send(self, data: bytes) -> None:
-        """Send all of it. Where the supervisor is gone, reading from it will tell."""
+        """Send all of it. An error is ignored here: the next read from a lost supervisor reports it."""
         with contextlib.suppress(OSError):
             self.socket.sendall(data)
 
     def greeting(self) -> dict[str, Any]:
-        """Wait for what it says once the functions are imported. Raises UserError when it says nothing."""
+        """Wait until the functions are imported: their descriptions, and whether it is enclosed. Raises UserError."""
         self.socket.setblocking(True)
         ready = selectors.DefaultSelector()
         with ready:
             ready.register(self.socket, selectors.EVENT_READ)
-            said = read_frame(self.socket.fileno(), MAX_REQUEST) if ready.select(IMPORT_S + GRACE_S) else None
+            greeting = read_frame(self.socket.fileno(), MAX_REQUEST) if ready.select(IMPORT_S + GRACE_S) else None
         self.socket.settimeout(GRACE_S)
-        if said is None:
+        if greeting is None:
             error = UserError(
-                "rewards: a reward worker could not be started; its last words, if any, are above. "
+                "rewards: a reward worker could not be started; its output, if any, is above. "
                 "--reward_workers 0 calls reward functions in the trainer's own process."
             )
             error.on_one_rank = True
             raise error
-        return load(said)
+        return load(greeting)
 
     def close(self) -> None:
-        """Let it end by itself, which takes everything below along; kill it when it does not."""
+        """Close the socket, on which the supervisor ends with all its descendants; kill it if it does not."""
         self.socket.close()
         try:
             self.process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)  # gone already, unless it was killed
+        shutil.rmtree(self.folder, ignore_errors=True)  # the supervisor removed it, unless it was killed
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """What workers get of the environment: no tokens, no GPU, one thread, a home of their own."""
-    kept = {key: value for key, value in os.environ.items() if key in KEPT_ENVIRONMENT or key.startswith("LC_")}
+    """The environment of workers: no access tokens, no GPU, one thread, `folder` as home."""
+    passed = {key: value for key, value in os.environ.items() if key in KEPT_ENVIRONMENT or key.startswith("LC_")}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {
-        **kept,
+        **passed,
         **threads,
         "HOME": str(folder),
         "TMPDIR": str(folder),

@@ -1,9 +1,9 @@
 """The process that runs the user's file: forked by a supervisor, under its limits, replaced when it is killed.
 
 It reads a header (the calls to make) and a body (prompts, then rows, a frame each), and answers each call as soon as
-it is made, so that the supervisor knows which one is running. A function marked `runs_code` gets a process for each
-call: the worker has imported the file, forks, and passes on the one frame that its child wrote, unread. What runs in
-that process cannot reach the worker, so it cannot touch the calls that follow.
+it is made, so that the supervisor can tell which call is running. A function marked `runs_code` gets a process for
+each call: the worker forks after the import, and forwards the one frame that its child wrote without parsing it. Code
+in that process cannot reach the worker, so it cannot change later calls.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo.errors import UserError
-from grpo.rewards import sandbox as confine
+from grpo.rewards import sandbox
 from grpo.rewards.functions import Outcome, RewardFunction, bind, call, describe, find, load_module, raised
 from grpo.rewards.protocol import MAX_ANSWER, MAX_REQUEST, cut, dump, frame, load, read_frame, write_all
 
@@ -24,13 +24,13 @@ TICK_S = 0.02
 
 
 def serve(hello: dict[str, Any], reading: int, writing: int, fork_each: bool) -> None:
-    """Import the functions, say what they are, then answer calls until the end of the stream."""
+    """Import the functions, send their descriptions, then answer calls until the end of the stream."""
     sys.path[:] = hello["path"]
-    functions, said = load_functions(hello["functions"], only_code=fork_each)
-    write_all(writing, frame(dump(said)))
+    functions, descriptions = load_functions(hello["functions"], only_code=fork_each)
+    write_all(writing, frame(dump(descriptions)))
     if len(functions) != len(hello["functions"]):
         return
-    confine.limit_memory(hello["memory_mb"])
+    sandbox.limit_memory(hello["memory_mb"])
     while (header := read_frame(reading, MAX_REQUEST)) is not None:
         body = read_frame(reading, MAX_REQUEST)
         assert body is not None
@@ -49,13 +49,13 @@ def serve(hello: dict[str, Any], reading: int, writing: int, fork_each: bool) ->
 def load_functions(
     wanted: list[dict[str, Any]], only_code: bool = False
 ) -> tuple[list[RewardFunction], list[dict[str, Any]]]:
-    """Import each file once, set parameters. Returns functions and descriptions; the last one says what went wrong.
+    """Import each file once, set parameters. Returns functions and descriptions; on failure only {"error": reason}.
 
-    only_code: this worker will call those that run code alone, so the others are not prepared.
+    wanted: see `locate`. only_code: this worker only calls functions that run code, so the others are not prepared.
     """
     modules: dict[str, Any] = {}
     functions: list[RewardFunction] = []
-    said: list[dict[str, Any]] = []
+    descriptions: list[dict[str, Any]] = []
     for one in wanted:
         path = one["path"]
         try:
@@ -66,59 +66,59 @@ def load_functions(
         found = find(modules[path], one["function"])
         if isinstance(found, str):
             return functions, [{"error": f"{os.path.basename(path)} {found}"}]
-        described = describe(found, one["name"])
+        described = describe(found, one["name"], one["parameters"])
         if not only_code or described["runs_code"]:
             try:
-                found, more = bind(found, one["parameters"])
+                found, more_source = bind(found, one["parameters"])
             except (ValueError, UserError) as error:
                 return functions, [{"error": " ".join(f"{one['name']}: {error}".split())}]
             except BaseException as error:  # `prepare` may be the user's: it may raise anything
                 return functions, [{"error": f"{one['name']}: preparing it raised {raised(error)}."}]
-            described["source"] += more
+            described["source"] += more_source
         functions.append(found)
-        said.append(described)
-    return functions, said
+        descriptions.append(described)
+    return functions, descriptions
 
 
 def make_call(function: RewardFunction, pairs: list[tuple[bytes, bytes]]) -> list[Outcome]:
-    """One call on (prompt, row) pairs as they travelled. It gets values of its own, to change as it likes."""
-    asked, completions, token_ids = [], [], []
+    """One call on (prompt, row) pairs of JSON. Each call gets new copies, so a function may change its arguments."""
+    prompts, completions, token_ids = [], [], []
     columns: dict[str, list[Any]] = {}
     for prompt_data, row_data in pairs:
         prompt, row_columns = load(prompt_data)
         completion, ids = load(row_data)
-        asked.append(prompt)
+        prompts.append(prompt)
         completions.append(completion)
         token_ids.append(ids)
         for key, value in row_columns.items():
             columns.setdefault(key, []).append(value)
     try:
-        return call(function, asked, completions, token_ids, columns)
-    except BaseException as error:  # SystemExit, KeyboardInterrupt, time-outs of libraries: none is for us
+        return call(function, prompts, completions, token_ids, columns)
+    except BaseException as error:  # SystemExit, KeyboardInterrupt, time-outs of libraries: a failure like others
         return [raised(error)] * len(pairs)
 
 
 def answer_alone(answer: Callable[[], bytes], *private: int) -> bytes:
-    """Have `answer` run where it reaches nothing of ours; `private` fds are closed there.
+    """Run `answer` in a process that cannot reach this one; the fds `private` are closed there.
 
-    The process that runs it is the first one of a namespace: it cannot name another of ours, nor outlive its
-    own end by a child. It has no privileges, a session and a working folder of its own.
+    That process is the first one of a nested namespace: it cannot address processes outside, and its children die with
+    it. It has no privileges, and its own session and working folder.
     """
     folder = tempfile.mkdtemp(dir=os.environ["HOME"])
 
     def alone() -> bytes:
         for fd in private:
             os.close(fd)
-        confine.drop_privileges()
+        sandbox.drop_privileges()
         os.setsid()
         enter(folder)
         return answer()
 
     def nest() -> bytes:
-        confine.nest()
+        sandbox.nest()
         return in_child(alone)
 
-    said = in_child(nest)
+    frame_of_child = in_child(nest)
     try:
         os.rmdir(folder)
     except OSError:
@@ -126,16 +126,16 @@ def answer_alone(answer: Callable[[], bytes], *private: int) -> bytes:
 
         with contextlib.suppress(OSError, RecursionError):  # the folder above is removed at the end
             shutil.rmtree(folder)
-    return said
+    return frame_of_child
 
 
 def in_child(work: Callable[[], bytes]) -> bytes:
-    """What `work` returns in a forked process, which is killed then; or how the process ended without, as JSON."""
+    """The result of `work` in a forked process, which is then killed; without a result, how it ended, as JSON."""
     reading, writing = os.pipe()
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        confine.die_with(parent, signal.SIGKILL)
+        sandbox.die_with(parent, signal.SIGKILL)
         os.close(reading)
         write_all(writing, frame(work()))
         os._exit(0)
@@ -144,12 +144,12 @@ def in_child(work: Callable[[], bytes]) -> bytes:
     while status is None and not select.select([reading], [], [], TICK_S)[0]:
         gone, how = os.waitpid(pid, os.WNOHANG)
         status = how if gone == pid else None
-    said = _answer_of(reading)
+    result = _read_result(reading)
     os.close(reading)
     if status is None:
-        os.kill(pid, signal.SIGKILL)  # no more than a formality for one that has ended: its status stays
+        os.kill(pid, signal.SIGKILL)  # no effect on a process that has ended: its exit status stays
         status = os.waitpid(pid, 0)[1]
-    return said or dump(f"{how_it_ended(status)} before it answered")
+    return result or dump(f"{how_it_ended(status)} before it answered")
 
 
 def how_it_ended(status: int) -> str:
@@ -166,8 +166,8 @@ def how_it_ended(status: int) -> str:
     return f"its process was ended by {signal.Signals(-code).name}"
 
 
-def _answer_of(reading: int) -> bytes:
-    """The frame that is there, or an empty one: the child ended without, or wrote something else."""
+def _read_result(reading: int) -> bytes:
+    """The frame that the child wrote; empty if it wrote none, or something else."""
     if not select.select([reading], [], [], 0)[0]:
         return b""
     try:
@@ -177,14 +177,14 @@ def _answer_of(reading: int) -> bytes:
 
 
 def enter(folder: str) -> None:
-    """Make it the working folder, home and place of temporary files."""
+    """Make it the working folder, home and folder of temporary files."""
     os.chdir(folder)
     os.environ["HOME"] = os.environ["TMPDIR"] = folder
     tempfile.tempdir = None
 
 
 def stay_in_session() -> None:
-    """Outlive signals that mean the trainer; those that the user's code sends to its own children work as ever."""
+    """Ignore signals meant for the trainer; children of this process handle them as usual."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)  # a handler, as children that exec start with the default then
+        signal.signal(number, lambda *_: None)  # a handler, not SIG_IGN, which an exec would inherit
         os.register_at_fork(after_in_child=lambda number=number: signal.signal(number, signal.SIG_DFL))

@@ -6,14 +6,14 @@ token, why it stopped. An engine is a file here and its line in train.py.
 An engine is a class with two methods:
 
     load_weights(weights)                take the policy's tensors, a stream of (name, tensor), once per rollout
-    generate(requests, sampling, pulse,  sample one completion for each request, in their order; tell of those
-             on_finished)                that are final while others are still being sampled
+    generate(requests, sampling, pulse,  sample one completion for each request, in their order; pass each one to
+             on_finished)                on_finished when it is final, while others are still being sampled
 
-`native.py` is ours, on transformers' models; another engine (vLLM) is another file with the same two.
+`engine.py` is the native engine, on transformers' models; another engine (vLLM) is another file with these methods.
 
-The N = P*G rows of a step are cut into chunks of `rollout_chunk_rows`, whole groups where G fits; the
-cut does not depend on the number of ranks. Ranks take the next chunk whenever they are free, so that they
-finish together; what a chunk samples does not depend on who takes it.
+The N = P*G rows of a step are cut into chunks of `rollout_chunk_rows`, whole groups where G fits; the cut does not
+depend on the number of ranks. Ranks take the next chunk whenever they are free, so that they finish together; what a
+chunk samples does not depend on the rank that takes it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -39,13 +39,14 @@ class Request:
     slot: int  # step*P + p
     generation: int  # g
     prompt_ids: tuple[int, ...]
+    num_drawn: int = 0  # tokens of the row drawn by earlier calls: the row's random numbers continue from here
 
 
 class Engine(Protocol):
     """What samples completions."""
 
     fitting: FittingSize
-    """How many rows fit into memory at once."""
+    """How many rows fit into memory at once, as found when memory ran out."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take the policy's current weights."""
@@ -53,11 +54,12 @@ class Engine(Protocol):
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, pulse: Pulse, *, on_finished: OnFinished | None = None
     ) -> list[Completion]:
-        """Sample one completion for each request, in their order; fewer when `pulse` says to stop.
+        """Sample one completion for each request, in their order; fewer when `pulse` returns True.
 
-        `pulse` is called for each token, or as often as can be: rewards move along in it. `on_finished` gets every
-        completion that is returned, once, as it is returned, in this thread, in any order: as early as it is final, or,
-        where that cannot be told, all at the end. Those that were cut since `pulse` said stop may be among them.
+        pulse: called once per decode step, or as often as possible; rewards make progress in it. on_finished: called in
+        this thread with every completion that is returned, once, in any order, and as early as it is final; an engine
+        that does not know may call it at the end. Completions that were cut because `pulse` returned True may be among
+        them.
         """
 
 
@@ -77,12 +79,10 @@ def cut_chunks(num_prompts: int, num_generations: int, chunk_rows: int) -> list[
     return [list(step_rows[i : i + rows]) for i in range(0, len(step_rows), rows)]
 
 
-def requests_of(chunk: list[int], prompts: Sequence[Prompt], num_generations: int, step: int) -> list[Request]:
-    """The requests behind a chunk's rows."""
+def requests_of(chunk: list[int], prompts: Sequence[Prompt], num_generations: int, first_slot: int) -> list[Request]:
+    """The requests behind a chunk's rows. first_slot: that of prompts[0]; a slot is never used twice in a run."""
     return [
-        Request(
-            n, step * len(prompts) + n // num_generations, n % num_generations, prompts[n // num_generations].token_ids
-        )
+        Request(n, first_slot + n // num_generations, n % num_generations, prompts[n // num_generations].token_ids)
         for n in chunk
     ]
 
@@ -90,20 +90,21 @@ def requests_of(chunk: list[int], prompts: Sequence[Prompt], num_generations: in
 def rollout(
     engine: Engine,
     prompts: Sequence[Prompt],
-    step: int,
+    first_slot: int,
     cfg: Config,
     world: World,
     pulse: Pulse = lambda: False,
     on_finished: OnFinished | None = None,
 ) -> list[Completion]:
-    """Sample this rank's share of a step's completions: chunk after chunk, until none is left or `pulse` says stop.
+    """Sample this rank's part of a step's completions, chunk after chunk, until none is left or `pulse` returns True.
 
-    `on_finished`: see Engine; it sees the completions of every chunk.
+    first_slot: step * P, what the random numbers of prompts[0] are keyed by. `on_finished`: see Engine; it sees the
+    completions of every chunk.
     """
     chunks = cut_chunks(len(prompts), cfg.num_generations, cfg.rollout_chunk_rows)
     completions: list[Completion] = []
     for i in world.deal(len(chunks)):
-        requests = requests_of(chunks[i], prompts, cfg.num_generations, step)
+        requests = requests_of(chunks[i], prompts, cfg.num_generations, first_slot)
         completions += engine.generate(requests, sampling_of(cfg), pulse, on_finished=on_finished)
         if pulse():
             break

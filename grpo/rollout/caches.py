@@ -1,10 +1,9 @@
-"""What the engine remembers of B rows while it decodes: the keys and values of their prompts and of their own tokens.
+"""Keys and values of the prompts and own tokens of B rows while the engine decodes them.
 
-A cache has three methods: `join` computes prompts of rows that begin, `decode` takes each row's next token, `keep` lets
-rows leave.
-`SharedCache` (shared_cache.py) holds each prompt once; it needs a model whose attention is transformers'
-(forward/shared_attention.py). `PlainCache` is transformers' own, a prompt's keys and values repeated for each row; it serves
-every other model.
+A cache has three methods: `join` computes prompts of rows that start, `decode` takes each row's next token, `keep`
+drops the other rows. `PlainCache` is the simple path: transformers' own cache, with a prompt's keys and values repeated
+for each row; every model can use it. `SharedCache` (shared_cache.py) stores each prompt once; it needs a model whose
+attention can share prompts (`can_share` in forward/shared_attention.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from grpo.forward.logprobs import Head
 from grpo.forward.shared_attention import MAX_DIFFERENCE
 from grpo.rollout import Request
 from grpo.rollout.cuda_graph import StepGraph
-from grpo.rollout.fast_llama import FastLlama, fast_llama
+from grpo.rollout.fast_llama import FastLlama
 from grpo.rollout.prefill import distinct_prompts
 from grpo.rollout.shared_cache import SharedCache
 
@@ -27,9 +26,9 @@ T = TypeVar("T")
 
 
 class PlainCache:
-    """Prompts padded on the left to the longest, one column for all rows; transformers' DynamicCache."""
+    """transformers' DynamicCache: prompts padded on the left to the longest, so that all rows write one column."""
 
-    joins = False  # all rows begin together
+    joins = False  # all rows start together
     graph = None
 
     def __init__(self, model: PreTrainedModel, max_new_tokens: int):
@@ -37,7 +36,7 @@ class PlainCache:
         self.max_new_tokens = max_new_tokens
 
     def join(self, requests: Sequence[Request], last: bool) -> Tensor:
-        """Compute each distinct prompt once; logits [B, V] of the first token."""
+        """Compute each distinct prompt once; logits [B, V] of the first token. Call it once."""
         distinct, rows = distinct_prompts(requests, self.model.device)
         longest = max(map(len, distinct))
         input_ids = torch.zeros(len(distinct), longest, dtype=torch.int64)
@@ -62,14 +61,14 @@ class PlainCache:
         return logits[rows]
 
     def keep(self, rows: np.ndarray, last: bool) -> np.ndarray:
-        """Only these rows go on, in this order."""
+        """Keep only these rows, in this order. Returns which row stands where now."""
         index = torch.from_numpy(rows).to(self.model.device)
         self.cache.batch_select_indices(index)
         self.mask, self.position = self.mask[index], self.position[index]
         return rows
 
-    def decode(self, token_ids: Tensor, then: Callable[[Tensor], T]) -> T:
-        """Take each row's next token [B]; what `then` makes of the logits [B, V] of the one after."""
+    def decode(self, token_ids: Tensor, on_logits: Callable[[Tensor], T]) -> T:
+        """Take each row's next token [B]; returns on_logits(logits [B, V] of the token after it)."""
         self.column += 1
         logits = self.model(
             input_ids=token_ids[:, None],
@@ -79,37 +78,37 @@ class PlainCache:
             use_cache=True,
         ).logits[:, -1]
         self.position = self.position + 1
-        return then(logits)
+        return on_logits(logits)
 
 
 def open_cache(
     head: Head,
-    shares: bool,
+    shares_prompts: bool,
     requests: Sequence[Request],
     max_new_tokens: int,
-    lean: FastLlama | None = None,
+    fast_llama: FastLlama | None = None,
     graph: StepGraph | None = None,
 ) -> PlainCache | SharedCache:
-    """The cache for a model: shared where its attention can, else transformers' own. requests: all that will join."""
-    if shares:
-        return SharedCache(head, requests, max_new_tokens, lean, graph)
+    """requests: all that will join."""
+    if shares_prompts:
+        return SharedCache(head, requests, max_new_tokens, fast_llama, graph)
     return PlainCache(head.model, max_new_tokens)
 
 
 def checked_fast_llama(head: Head) -> FastLlama | None:
-    """The lean body, when it is the model's own forward up to rounding; None where there is none, or it is not."""
-    body = fast_llama(head.model, head.body())
-    if body is None:
+    """The fast form of the model's body, compared with the model's own forward; None: it has none, or they differ."""
+    fast_llama = FastLlama.of(head.model, head.body())
+    if fast_llama is None:
         return None
     requests = [Request(0, 0, 0, tuple(i % head.vocab_size for i in range(5)))]
     own = SharedCache(head, requests, 2)
     token = own.join(requests, last=True).argmax(-1)
     try:
-        lean = SharedCache(head, requests, 2, body)
-        lean.join(requests, last=True)
-        expected, found = own.decode(token, Tensor.float), lean.decode(token, Tensor.float)
-    except (AttributeError, TypeError, RuntimeError):  # a member of the family that is built otherwise
+        fast = SharedCache(head, requests, 2, fast_llama)
+        fast.join(requests, last=True)
+        expected, found = own.decode(token, Tensor.float), fast.decode(token, Tensor.float)
+    except (AttributeError, TypeError, RuntimeError):  # its modules have other names or shapes
         return None
     size = float(expected.abs().amax().clamp(min=1.0))
     close = float((found - expected).abs().amax()) <= MAX_DIFFERENCE[torch.is_autocast_enabled(own.device.type)] * size
-    return body if close or not bool(torch.isfinite(expected).all()) else None
+    return fast_llama if close or not bool(torch.isfinite(expected).all()) else None

@@ -1,4 +1,4 @@
-"""What was drawn: kept step by step while a batch decodes, and filed by row when rows leave it."""
+"""The drawn tokens of a batch: collected step by step while it decodes, and by row when rows leave it."""
 
 from collections.abc import Sequence
 
@@ -12,83 +12,86 @@ from grpo.types import Completion
 
 
 class DrawnTokens:
-    """The tokens of the rows of a batch, on the device until a row is done."""
+    """The tokens of a batch's B rows, on the device until a row is finished."""
 
     def __init__(self, max_new_tokens: int, device: torch.device):
         self.max_new_tokens = max_new_tokens
         self.device = device
         self.requests: list[Request] = []
-        self.drawn: list[tuple[Draw, Tensor]] = []  # of the steps since the last `file`
-        self.columns: dict[str, Tensor] = {}  # name -> [B, max_new] or [B, max_new, K], as far as it is filed
-        self.filed = torch.zeros(0, dtype=torch.int64, device=device)  # [B] tokens of each row
+        self.pending: list[tuple[Draw, Tensor]] = []  # draws and stopped [B] of the steps since the last `flush`
+        self.columns: dict[str, Tensor] = {}  # name -> [B, max_new] or [B, max_new, K], what was flushed
+        self.counts = torch.zeros(0, dtype=torch.int64, device=device)  # [B] flushed tokens of each row
 
     def join(self, requests: Sequence[Request]) -> None:
-        """Rows that begin now, behind the others. Call after `file`."""
-        assert not self.drawn
+        """Append rows that start now. Call after `flush`."""
+        assert not self.pending
         self.requests += requests
-        self.filed = torch.cat([self.filed, self.filed.new_zeros(len(requests))])
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(len(requests))])
         for name, column in self.columns.items():
             self.columns[name] = torch.cat([column, column.new_zeros(len(requests), *column.shape[1:])])
 
     def add(self, drawn: Draw, stopped: Tensor) -> None:
-        """A step: one token of each row, and whether it ends the completion."""
-        self.drawn.append((drawn, stopped))
+        """Add a step: one token of each row; stopped [B]: whether it ends the completion."""
+        self.pending.append((drawn, stopped))
 
-    def file(self) -> None:
-        """Sort what was drawn by row. A row that is done and still here has drawn what nobody will read."""
-        if not self.drawn:
+    def flush(self) -> None:
+        """Write the pending steps into `columns`. Tokens drawn after a row finished are ignored later."""
+        if not self.pending:
             return
-        draws = [drawn for drawn, _ in self.drawn]
+        # [B, steps] of each quantity
+        draws = [drawn for drawn, _ in self.pending]
         parts = {
             "token_ids": torch.stack([drawn.token_ids.int() for drawn in draws], 1),
             "logprobs": torch.stack([drawn.logprobs for drawn in draws], 1),
             "finite": torch.stack([drawn.finite for drawn in draws], 1),
-            "stopped": torch.stack([stopped for _, stopped in self.drawn], 1),
+            "stopped": torch.stack([stopped for _, stopped in self.pending], 1),
         }
         clamped = [drawn.clamped for drawn in draws]
-        none = next((torch.zeros_like(one) for one in clamped if one is not None), None)
-        if none is not None:
-            parts["clamped"] = torch.stack([none if one is None else one for one in clamped], 1)
+        no_clamp = next((torch.zeros_like(counts) for counts in clamped if counts is not None), None)
+        if no_clamp is not None:
+            parts["clamped"] = torch.stack([no_clamp if counts is None else counts for counts in clamped], 1)
         if draws[0].support is not None:
             parts["support"] = torch.stack([drawn.support.int() for drawn in draws if drawn.support is not None], 1)
-        rows = torch.arange(len(self.filed), device=self.device)[:, None]
-        at = self.filed[:, None] + torch.arange(len(draws), device=self.device)
+        # each row continues at its own count
+        rows = torch.arange(len(self.counts), device=self.device)[:, None]
+        places = self.counts[:, None] + torch.arange(len(draws), device=self.device)
         for name, part in parts.items():
             if name not in self.columns:
                 self.columns[name] = part.new_zeros(len(part), self.max_new_tokens, *part.shape[2:])
-            self.columns[name][rows, at] = part
-        self.filed = self.filed + len(draws)
-        self.drawn = []
+            self.columns[name][rows, places] = part
+        self.counts = self.counts + len(draws)
+        self.pending = []
 
     def keep(self, order: np.ndarray) -> None:
-        """Only these rows go on, in this order. Call after `file`."""
+        """Keep only these rows, in this order. Call after `flush`."""
         self.requests = [self.requests[i] for i in order]
         index = torch.from_numpy(order).to(self.device)
-        self.filed = self.filed[index]
+        self.counts = self.counts[index]
         self.columns = {name: column[index] for name, column in self.columns.items()}
 
     def completions(self, rows: np.ndarray) -> list[Completion]:
-        """These rows as they are, cut where they ended. Call after `file`."""
+        """The completions of these rows, cut where they ended. Call after `flush`."""
         index = torch.from_numpy(rows).to(self.device)
         columns = {name: column[index].cpu().numpy() for name, column in self.columns.items()}
-        counts = self.filed[index].tolist()
-        made = []
+        counts = self.counts[index].tolist()
+        completions = []
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-            of = {name: column[i] for name, column in columns.items()}
-            broken, ends = np.flatnonzero(~of["finite"][:count]), np.flatnonzero(of["stopped"][:count])
+            drawn = {name: column[i] for name, column in columns.items()}
+            # the first stop token, or the first draw from logits that were not finite
+            broken, ends = np.flatnonzero(~drawn["finite"][:count]), np.flatnonzero(drawn["stopped"][:count])
             length, finish = count, "length"
             if len(ends) and not (len(broken) and broken[0] <= ends[0]):
                 length, finish = int(ends[0]) + 1, "stop"
             elif len(broken):
                 length, finish = int(broken[0]), "error"
-            made.append(
+            completions.append(
                 Completion(
                     self.requests[row].row,
-                    of["token_ids"][:length].copy(),
-                    of["logprobs"][:length].copy(),
+                    drawn["token_ids"][:length].copy(),
+                    drawn["logprobs"][:length].copy(),
                     finish,
-                    of["support"][:length].copy() if "support" in of else None,
-                    int(of["clamped"][:length].sum()) if "clamped" in of else 0,
+                    drawn["support"][:length].copy() if "support" in drawn else None,
+                    int(drawn["clamped"][:length].sum()) if "clamped" in drawn else 0,
                 )
             )
-        return made
+        return completions

@@ -1,8 +1,8 @@
-"""Our own engine, on any transformers causal language model, in the training process.
+"""The native engine: any causal language model of transformers, in the training process.
 
-A group's prompt is computed once, and read once a token for all its rows (caches.py); rows that finish leave the
-batch and others take their place (admission.py); every completion carries the log-prob of each token and, under
-truncation, the support it was drawn from. With temperature 0 the tokens are those of `transformers.generate`.
+A group's prompt is computed once, and read once per decode step for all its rows (caches.py); finished rows leave the
+batch and others take their place (admission.py); every completion has the log-prob of each token and, under truncation,
+the support it was drawn from. With temperature 0 the tokens are those of `transformers.generate`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,14 +28,14 @@ from grpo.runtime.out_of_memory import FittingSize, ran_out
 from grpo.types import Completion, Pulse
 
 LEAVE_SHARE = 1 / 32  # finished rows leave once they are this share of the batch
-LEAVE_SHARE_GRAPH = 1 / 4  # where each new shape costs a graph
-LOOK_STEPS = 8  # between two questions who is done, where they are not free
+LEAVE_SHARE_GRAPH = 1 / 4  # the same with CUDA graphs, where each new batch shape costs a capture
+READ_DONE_STEPS = 8  # steps between two reads of which rows are finished, where a read is a device sync
 
 OnTokens = Callable[[list[tuple[int, int]]], None]
 
 
 class NativeEngine:
-    """Samples with the given model, sharing the trainer's weights where they are the same tensors."""
+    """Samples with the given model; it may be the trainer's own."""
 
     def __init__(
         self,
@@ -56,21 +56,21 @@ class NativeEngine:
         self.max_tokens = max_tokens
         self.head = Head(model, dtype)
         with torch.no_grad(), arithmetic(dtype, model.device):
-            self.shares = self.head.usable and can_share(model, self.head.body())
-            self.lean = checked_fast_llama(self.head) if self.shares else None
-        graphs = cuda_graphs and self.shares and model.device.type == "cuda"
+            self.shares_prompts = self.head.usable and can_share(model, self.head.body())
+            self.fast_llama = checked_fast_llama(self.head) if self.shares_prompts else None
+        graphs = cuda_graphs and self.shares_prompts and model.device.type == "cuda"
         self.graph = StepGraph() if graphs else None
         self.fitting = FittingSize("rollout", "rollout_chunk_rows", "rows")
-        self.look_steps = 1 if host_reads_are_free(model.device) else LOOK_STEPS
-        self.in_flight: Sequence[Request] = ()
+        self.read_done_steps = 1 if host_reads_are_free(model.device) else READ_DONE_STEPS
+        self.in_flight: Sequence[Request] = ()  # rows that decode now, named when memory runs out
 
     @classmethod
     def of(cls, cfg: Config, model: PreTrainedModel, stop_ids: Iterable[int]) -> "NativeEngine":
-        """The engine that a run's settings ask for."""
+        """An engine with a run's settings."""
         return cls(model, stop_ids, cfg.max_generate_length, cfg.seed, cfg.dtype, cfg.rollout_tokens, cfg.cuda_graphs)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy the tensors that are not already ours."""
+        """Copy the tensors that this engine's model does not already share."""
         own = dict(self.model.named_parameters())
         for name, tensor in weights:
             if own[name].data_ptr() != tensor.data_ptr():
@@ -85,34 +85,35 @@ class NativeEngine:
         on_tokens: OnTokens | None = None,
         on_finished: OnFinished | None = None,
     ) -> list[Completion]:
-        """Sample one completion for each request; `on_tokens` sees (row, token id) pairs as they come.
+        """Sample one completion for each request, in their order.
 
-        `on_finished` gets each completion once, when it is final. When `pulse` says so, the rest is left: completions
-        are cut, and some requests have none. Where memory does not suffice, fewer rows decode at once. Raises
-        OutOfMemory when even one is too much.
+        on_tokens: called with (row, token id) pairs as they are drawn. on_finished: called once for each completion,
+        when it is final. When `pulse` returns True, completions are cut where they are, and requests that have not
+        started get none. Where memory does not suffice, fewer rows decode at once; raises OutOfMemory when even one
+        does not fit.
         """
         was_training = self.model.training
         self.model.eval()
-        made: dict[int, Completion] = {}  # by row
+        completed: dict[int, Completion] = {}  # by row
 
         def finished(completions: list[Completion]) -> None:
-            made.update((completion.row, completion) for completion in completions)
+            completed.update((completion.row, completion) for completion in completions)
             self.fitting.fitted()
             if on_finished is not None:
                 on_finished(completions)
 
         try:
-            while (left := [request for request in requests if request.row not in made]) and not pulse():
-                self.in_flight = left[: self.fitting.part(len(left))]
+            while (open_requests := [r for r in requests if r.row not in completed]) and not pulse():
+                self.in_flight = open_requests[: self.fitting.part(len(open_requests))]
                 try:
                     with arithmetic(self.dtype, self.model.device):
-                        self._generate(left, sampling, pulse, on_tokens, finished)
+                        self._generate(open_requests, sampling, pulse, on_tokens, finished)
                     continue
                 except (RuntimeError, MemoryError) as error:
                     if not ran_out(error):
                         raise
                 if self.graph is not None:
-                    self.graph.forget()  # it keeps the cache alive
+                    self.graph.forget()  # it keeps the cache in memory
                 tried = self.in_flight
                 longest = max(len(request.prompt_ids) for request in tried)
                 shape = f"{len(tried)} rows of up to {longest} + {self.max_new_tokens} tokens"
@@ -121,7 +122,7 @@ class NativeEngine:
             self.model.train(was_training)
             if self.graph is not None:
                 self.graph.forget()
-        return [made[request.row] for request in requests if request.row in made]
+        return [completed[request.row] for request in requests if request.row in completed]
 
     def _generate(
         self,
@@ -132,15 +133,20 @@ class NativeEngine:
         finished: OnFinished,
     ) -> None:
         rows = self.fitting.part(len(requests))
-        shares = self.shares and max(len(request.prompt_ids) for request in requests) > SHORT_PROMPT  # else a row each
-        queue = Admission(requests, self.max_new_tokens, self.max_tokens, rows, shares)
-        while queue.waiting and not pulse():  # once, where rows may join; else batch after batch
+        # short prompts are copied for each row (shared_cache.py), and so cost memory for each
+        shares_prompts = self.shares_prompts and max(len(r.prompt_ids) for r in requests) > SHORT_PROMPT
+        queue = Admission(requests, self.max_new_tokens, self.max_tokens, rows, shares_prompts)
+        while queue.waiting and not pulse():  # one batch if rows can join it, else one after another
             waiting = [request for group in queue.waiting for request in group]
             Batch(self, queue, waiting, sampling).run(pulse, on_tokens, finished)
 
 
 class Batch:
-    """The rows that decode together: B of them, some leaving, some joining."""
+    """The B rows that decode together; finished ones leave, others join.
+
+    The number of tokens of each row is kept twice: `ages` on the host, for decisions, and `ages_on_device`, for the
+    decode step. They change in the same three places: a step, a join, a leave.
+    """
 
     def __init__(self, engine: NativeEngine, queue: Admission, requests: list[Request], sampling: Sampling):
         """requests: all that may join."""
@@ -148,51 +154,56 @@ class Batch:
         self.max_new = engine.max_new_tokens
         device = engine.model.device
         graph = engine.graph if engine.graph is not None and engine.graph.usable else None
-        self.cache = open_cache(engine.head, engine.shares, requests, self.max_new, engine.lean, graph)
-        self.record = DrawnTokens(self.max_new, device)
+        self.cache = open_cache(engine.head, engine.shares_prompts, requests, self.max_new, engine.fast_llama, graph)
+        self.drawn_tokens = DrawnTokens(self.max_new, device)
         self.randoms = torch.zeros(0, self.max_new, dtype=torch.float64, device=device)  # [B, max_new]
         self.done = torch.zeros(0, dtype=torch.bool, device=device)  # [B]
         self.ages = np.zeros(0, np.int64)  # [B] tokens of each row
-        self.aged = torch.zeros(0, dtype=torch.int64, device=device)  # [B] the same, as a step may read it
+        self.ages_on_device = torch.zeros(0, dtype=torch.int64, device=device)  # [B]
         self.leave_share = LEAVE_SHARE if self.cache.graph is None else LEAVE_SHARE_GRAPH
 
     def run(self, pulse: Pulse, on_tokens: OnTokens | None, finished: OnFinished) -> None:
-        """Decode until nobody is left, or `pulse` says stop."""
-        engine, record, steps = self.engine, self.record, 0
+        """Decode until all rows are finished, or `pulse` returns True."""
+        engine, drawn_tokens, steps = self.engine, self.drawn_tokens, 0
+        # the first rows join: their prompts, and the first token of each
         first = self._join()
         drawn = None if first is None else self._draw(first)
         while drawn is not None:
+            # collect the drawn tokens
             token_ids = drawn.token_ids
             stopped = (token_ids[:, None] == engine.stop_ids).any(-1)
-            record.add(drawn, stopped)
+            drawn_tokens.add(drawn, stopped)
             if on_tokens is not None:
-                alive = (~self.done).tolist()
-                pairs = zip(record.requests, token_ids.tolist(), alive, strict=True)
-                on_tokens([(request.row, token) for request, token, here in pairs if here])
+                unfinished = (~self.done).tolist()
+                triples = zip(drawn_tokens.requests, token_ids.tolist(), unfinished, strict=True)
+                on_tokens([(request.row, token) for request, token, streams in triples if streams])
             self.done = self.done | stopped | ~drawn.finite
             self.ages += 1
-            self.aged += 1
+            self.ages_on_device += 1
             steps += 1
-            old, left = int(self.ages.max()) == self.max_new, False
+            # asked to stop: completions as they are
             if pulse():
-                record.file()
-                finished(record.completions(np.arange(len(self.ages))))
+                drawn_tokens.flush()
+                finished(drawn_tokens.completions(np.arange(len(self.ages))))
                 return
-            if old or steps % engine.look_steps == 0:
+            # rows leave: when one is at its limit, or, looking at `done` now and then, when enough are finished
+            at_limit, have_left = int(self.ages.max()) == self.max_new, False
+            if at_limit or steps % engine.read_done_steps == 0:
                 leaving = self.done.cpu().numpy() | (self.ages == self.max_new)
                 count = int(leaving.sum())
-                if old or count >= max(1, self.leave_share * len(leaving)):
-                    order, left = self._leave(leaving, finished), True
+                if at_limit or count >= max(1, self.leave_share * len(leaving)):
+                    order, have_left = self._leave(leaving, finished), True
                     if not len(order) and not (self.cache.joins and self.queue.waiting):
                         return
                     token_ids = token_ids[torch.from_numpy(order).to(token_ids.device)]
-            drawn = self._next(token_ids, left and self.cache.joins and bool(self.queue.waiting))
+            # the next token of each row, and others may join where rows have left
+            drawn = self._next(token_ids, have_left and self.cache.joins and bool(self.queue.waiting))
 
-    def _next(self, token_ids: Tensor, joins: bool) -> Draw:
-        """One more token of each row, and the first one of rows that may join now."""
-        if not joins:
+    def _next(self, token_ids: Tensor, may_join: bool) -> Draw:
+        """Draw the next token of each row, and the first one of rows that join."""
+        if not may_join:
             return self.cache.decode(token_ids, self._draw)
-        parts = [self.cache.decode(token_ids, _as_they_are)] if len(token_ids) else []
+        parts = [self.cache.decode(token_ids, _unchanged)] if len(token_ids) else []
         joined = self._join()
         return self._draw(torch.cat(parts if joined is None else [*parts, joined]))
 
@@ -200,41 +211,41 @@ class Batch:
         return draw(logits, self._uniforms(), self.sampling)
 
     def _uniforms(self) -> Tensor:
-        """Of each row, the one for its next token, [B]."""
+        """[B], the uniform for the next token of each row."""
         youngest, oldest = int(self.ages.min()), int(self.ages.max())
         if youngest == oldest and self.cache.graph is None:
             return self.randoms[:, oldest]
-        return self.randoms.gather(1, self.aged[:, None])[:, 0]
+        return self.randoms.gather(1, self.ages_on_device[:, None])[:, 0]
 
     def _join(self) -> Tensor | None:
-        """Rows begin for which there is room; logits [b, V] of their first tokens. None: there is none."""
-        requests = self.queue.admit(self.record.requests)
+        """Start rows that the budget allows; logits [b, V] of their first tokens. None: it allows no more."""
+        requests = self.queue.admit(self.drawn_tokens.requests)
         if not requests:
             return None
-        self.engine.in_flight = [*self.record.requests, *requests]
+        self.engine.in_flight = [*self.drawn_tokens.requests, *requests]
         logits = self.cache.join(requests, last=not self.queue.waiting)
-        self.record.file()
-        self.record.join(requests)
-        slots, generations = (np.array([getattr(r, name) for r in requests]) for name in ("slot", "generation"))
-        randoms = torch.from_numpy(uniforms(self.engine.seed, slots, generations, self.max_new)).to(logits.device)
-        self.randoms = torch.cat([self.randoms, randoms])
+        self.drawn_tokens.flush()
+        self.drawn_tokens.join(requests)
+        slots, generations, num_drawn = np.array([(r.slot, r.generation, r.num_drawn) for r in requests]).T
+        randoms = torch.from_numpy(uniforms(self.engine.seed, slots, generations, self.max_new, num_drawn))
+        self.randoms = torch.cat([self.randoms, randoms.to(logits.device)])
         self.done = torch.cat([self.done, self.done.new_zeros(len(requests))])
         self.ages = np.concatenate([self.ages, np.zeros(len(requests), np.int64)])
-        self.aged = torch.cat([self.aged, self.aged.new_zeros(len(requests))])
+        self.ages_on_device = torch.cat([self.ages_on_device, self.ages_on_device.new_zeros(len(requests))])
         return logits
 
     def _leave(self, leaving: np.ndarray, finished: OnFinished) -> np.ndarray:
-        """Rows that are done go. Returns which row stands where now."""
-        self.record.file()
-        finished(self.record.completions(np.flatnonzero(leaving)))
+        """Complete the leaving rows and drop them. Returns which row stands where now."""
+        self.drawn_tokens.flush()
+        finished(self.drawn_tokens.completions(np.flatnonzero(leaving)))
         order = self.cache.keep(np.flatnonzero(~leaving), last=not self.queue.waiting)
-        self.record.keep(order)
-        self.engine.in_flight = self.record.requests or self.engine.in_flight
+        self.drawn_tokens.keep(order)
+        self.engine.in_flight = self.drawn_tokens.requests or self.engine.in_flight
         index = torch.from_numpy(order).to(self.done.device)
         self.randoms, self.done = self.randoms[index], self.done[index]
-        self.ages, self.aged = self.ages[order], self.aged[index]
+        self.ages, self.ages_on_device = self.ages[order], self.ages_on_device[index]
         return order
 
 
-def _as_they_are(logits: Tensor) -> Tensor:
+def _unchanged(logits: Tensor) -> Tensor:
     return logits

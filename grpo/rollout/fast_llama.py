@@ -1,11 +1,12 @@
-"""The decoder layers of the Llama family, called without what transformers wraps around them.
+"""The decoder layers of the Llama family for one token per row, without transformers' module calls.
 
-A decode step of a small model, or of few rows, is bound by the calls and not by the arithmetic. Llama, Qwen2 and Qwen3
-share one layer; here it is once more, on the model's own modules, so that adapters and 4-bit layers stay what they are:
+A decode step of a small model, or of few rows, spends its time in Python calls rather than in arithmetic. Llama, Qwen2
+and Qwen3 have the same layer; it is written out here, on the model's own modules, so that adapters and 4-bit layers
+keep working:
 
     h += o(attention(rope(q(n(h))), rope(k(n(h))), v(n(h))));  h += down(act(gate(m(h))) up(m(h)))
 
-grpo/rollout/engine.py compares it with the model's own forward before it is used.
+The simple path is the model's own forward: `checked_fast_llama` in grpo/rollout/caches.py compares the two.
 """
 
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 from transformers import PreTrainedModel
 
-CONSTANT = ("default", "linear", "llama3", "yarn")  # ways to turn that do not depend on how long the text has become
-FAMILY = ("llama", "qwen2", "qwen3")  # model types; others of like shape differ in windows, scales or norms
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # rope types whose angles do not depend on the sequence length
+FAMILY = ("llama", "qwen2", "qwen3")  # model types; similar ones differ in windows, scales or norms
 
 
 class FastLlama:
@@ -26,71 +27,79 @@ class FastLlama:
 
     def __init__(self, body: Any):
         self.body = body
-        self.angles: tuple[Tensor, Tensor] | None = None  # cos, sin [positions, 1, d]
+        self.rope: tuple[Tensor, Tensor] | None = None  # cos, sin [positions, 1, d]
         self.layers: list[_Layer] = []
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, body: nn.Module) -> "FastLlama | None":
+        """For a model of the family, not yet checked; None for any other."""
+        return cls(body) if model.config.model_type in FAMILY else None
+
     def open(self) -> None:
-        """Look at the model anew: its parts may have been exchanged since the last batch."""
+        """Collect the model's modules again: some may have been replaced since the last batch."""
         self.layers = [_Layer(layer) for layer in self.body.layers]
 
     def __call__(self, token_ids: Tensor, positions: Tensor, cache: Any, limit: int) -> Tensor:
-        """cache.mix is called as in shared_cache.py. limit: above all positions to come."""
+        """cache.mix: attention of one layer, see shared_cache.py. limit: greater than any position of the batch."""
         rows = len(token_ids)
         hidden = self.body.embed_tokens(token_ids)
-        cos, sin = self._turns(hidden, positions, limit)
+        cos, sin = self._cos_sin(hidden, positions, limit)
         for number, layer in enumerate(self.layers):
+            # query, key and value [B, heads, d]
             normed = layer.before_attention(hidden)
             query, key, value = (part(normed).view(rows, -1, layer.width) for part in layer.projections)
             if layer.query_norm is not None and layer.key_norm is not None:
                 query, key = layer.query_norm(query), layer.key_norm(key)
+            # rotary embedding of queries and keys together
             heads = query.shape[1]
             both = torch.cat([query, key], 1)
             both = torch.addcmul(both * cos, both.roll(layer.width // 2, -1), sin)
+            # attention, then the MLP
             mixed = cache.mix(number, both[:, :heads], both[:, heads:], value, layer.scale, layer.window)
             hidden = hidden + layer.out(mixed.reshape(rows, -1))
             normed = layer.before_mlp(hidden)
             hidden = hidden + layer.down(layer.act(layer.gate(normed)) * layer.up(normed))
         return _norm(self.body.norm)(hidden)
 
-    def _turns(self, hidden: Tensor, positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [B, 1, d] by which halves of queries and keys turn; the sine's first half is negative."""
-        if getattr(self.body.rotary_emb, "rope_type", None) in CONSTANT:
-            if self.angles is None or len(self.angles[0]) < limit or self.angles[0].dtype != hidden.dtype:
-                self.angles = self._angles(hidden, torch.arange(limit, device=hidden.device))
-            return self.angles[0][positions], self.angles[1][positions]
-        return self._angles(hidden, positions)
+    def _cos_sin(self, hidden: Tensor, positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [B, 1, d] of the rotary embedding; the first half of the sine is negated."""
+        if getattr(self.body.rotary_emb, "rope_type", None) in FIXED_ROPE:
+            if self.rope is None or len(self.rope[0]) < limit or self.rope[0].dtype != hidden.dtype:
+                self.rope = self._compute_rope(hidden, torch.arange(limit, device=hidden.device))
+            return self.rope[0][positions], self.rope[1][positions]
+        return self._compute_rope(hidden, positions)
 
-    def _angles(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _compute_rope(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self.body.rotary_emb(hidden[:, None], positions[:, None])  # [n, 1, d]
         half = sin.shape[-1] // 2
         return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
 
 
 class _Layer:
-    """A decoder layer's parts as functions."""
+    """The modules of a decoder layer, as functions."""
 
     def __init__(self, layer: Any):
-        own, mlp = layer.self_attn, layer.mlp
-        self.projections = [_linear(part) for part in (own.q_proj, own.k_proj, own.v_proj)]
-        self.out = _linear(own.o_proj)
-        self.query_norm = _norm(own.q_norm) if hasattr(own, "q_norm") else None
-        self.key_norm = _norm(own.k_norm) if hasattr(own, "k_norm") else None
+        attention, mlp = layer.self_attn, layer.mlp
+        self.projections = [_linear(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self.out = _linear(attention.o_proj)
+        self.query_norm = _norm(attention.q_norm) if hasattr(attention, "q_norm") else None
+        self.key_norm = _norm(attention.k_norm) if hasattr(attention, "k_norm") else None
         self.before_attention, self.before_mlp = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         self.gate, self.up, self.down = (_linear(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         self.act = mlp.act_fn
-        self.width, self.scale = own.head_dim, own.scaling
-        self.window = getattr(own, "sliding_window", None)
+        self.width, self.scale = attention.head_dim, attention.scaling
+        self.window = getattr(attention, "sliding_window", None)
 
 
 def _linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The module; where it is torch's plain linear layer and nobody listens, without the call of a module."""
+    """The module; a plain nn.Linear without hooks as a function, which skips Module.__call__."""
     if type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
         return partial(linear, weight=module.weight, bias=module.bias)
     return module
 
 
 def _norm(norm: Any) -> Callable[[Tensor], Tensor]:
-    """RMS norm in fp32, as the Llama family has it."""
+    """RMS norm in fp32, as the Llama family computes it."""
     shape, weight, eps = tuple(norm.weight.shape), norm.weight, norm.variance_epsilon
 
     def normed(hidden: Tensor) -> Tensor:
@@ -99,8 +108,3 @@ def _norm(norm: Any) -> Callable[[Tensor], Tensor]:
         return rms_norm(hidden.float(), shape, weight.float(), eps).to(hidden.dtype)
 
     return normed
-
-
-def fast_llama(model: PreTrainedModel, body: nn.Module) -> FastLlama | None:
-    """The lean form of a body of the family; None for any other."""
-    return FastLlama(body) if model.config.model_type in FAMILY else None

@@ -1,9 +1,10 @@
-"""Attention over keys that lie in several places: each place by itself, then merged by their sums.
+"""Attention over keys that are stored in several places: each place alone, then merged to one softmax.
 
     a, b: largest score of each place, m of both;  A, B: weighted sums of values;  sum A, sum B: of weights
     (e^(a-m) A + e^(b-m) B) / (e^(a-m) sum A + e^(b-m) sum B)
 
-As in Dao et al., FlashAttention (arXiv 2205.14135), section 3.1, over blocks of keys.
+Dao et al., FlashAttention (arXiv 2205.14135), section 3.1, does this over blocks of keys. The simple path is one
+softmax over all keys; the doctest of `merged` compares them.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ Part = tuple[Tensor, Tensor, Tensor]
 
 
 def part_of(scores: Tensor, values: Tensor) -> Part:
-    """Of one place: scores [..., q, k], values [..., k, d]."""
+    """scores [..., q, k], values [..., k, d] of one place. Overwrites the scores if they are fp32."""
     scores = scores.float()
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
@@ -32,8 +33,9 @@ def merged(parts: Sequence[Part]) -> Tensor:
     True
     """
     top, total, out = parts[0]
-    for top_here, total_here, out_here in parts[1:]:
-        most = torch.maximum(top, top_here)
-        a, b = (top - most).exp_(), (top_here - most).exp_()
-        top, total, out = most, total * a + total_here * b, out * a + out_here * b
+    for part_top, part_total, part_out in parts[1:]:
+        new_top = torch.maximum(top, part_top)
+        # factors that bring both parts to the common maximum
+        a, b = (top - new_top).exp_(), (part_top - new_top).exp_()
+        top, total, out = new_top, total * a + part_total * b, out * a + part_out * b
     return out / total

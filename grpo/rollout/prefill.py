@@ -1,4 +1,7 @@
-"""The keys and values of prompts: each prompt computed once, without padding, and a very long one piece by piece."""
+"""Keys and values of prompts: each prompt computed once, without padding, and a very long one piece by piece.
+
+The simple path is `PlainCache.join` in caches.py, one padded forward of the model; tests compare the two.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,23 +11,23 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from grpo.forward.logprobs import Head
-from grpo.forward.shared_attention import Forest, Tree
+from grpo.forward.shared_attention import PromptGroup, SharedPrompts
 from grpo.rollout import Request
 
 KeysValues = tuple[Tensor, Tensor]
 
-PREFILL_TOKENS = 8192  # prompts computed at once
-PIECE = 2048  # tokens at once of a prompt that is longer
+PREFILL_TOKENS = 8192  # tokens of prompts in one forward
+PIECE = 2048  # tokens in one forward of a prompt that is longer
 
 
 @dataclass(frozen=True)
 class Prefilled:
-    """P prompts, of which the header, what all begin with, stands apart."""
+    """P prompts; the prefix that all begin with is stored once."""
 
     logits: Tensor  # [P, V] of the first token of a completion
-    lengths: Tensor  # [P] tokens after the header
-    heads: dict[int, KeysValues]  # layer -> keys, values [kvh, Lh, d]
-    stems: dict[int, KeysValues]  # layer -> keys, values [kvh, P, Lp, d]; after a prompt's end its last token, repeated
+    lengths: Tensor  # [P] tokens after the prefix
+    prefix: dict[int, KeysValues]  # layer -> keys, values [kvh, Lh, d]
+    prompts: dict[int, KeysValues]  # layer -> keys, values [kvh, P, Lp, d]; padding repeats a prompt's last token
 
 
 def distinct_prompts(requests: Sequence[Request], device: torch.device) -> tuple[list[tuple[int, ...]], Tensor]:
@@ -34,79 +37,90 @@ def distinct_prompts(requests: Sequence[Request], device: torch.device) -> tuple
     return distinct, torch.tensor([which[request.prompt_ids] for request in requests], device=device)
 
 
-def prefill(head: Head, prompts: Sequence[tuple[int, ...]], header: int) -> Prefilled:
-    """Compute prompts that have their first `header` tokens in common, and at least one more each."""
+def prefill(head: Head, prompts: Sequence[tuple[int, ...]], prefix_length: int) -> Prefilled:
+    """Compute prompts that share their first `prefix_length` tokens and have at least one more each."""
     device = head.model.device
-    rests = [ids[header:] for ids in prompts]
-    at = torch.arange(max(map(len, rests)), device=device)
+    rests = [ids[prefix_length:] for ids in prompts]
+    places = torch.arange(max(map(len, rests)), device=device)
     logits: list[Tensor] = []
-    heads: dict[int, KeysValues] = {}
-    stems: dict[int, list[KeysValues]] = {}
+    prefix: dict[int, KeysValues] = {}
+    padded: dict[int, list[KeysValues]] = {}  # layer -> keys, values of each part
     for part in _parts(rests):
-        trees = _stems(part, header)
-        row = torch.tensor([*prompts[0][:header], *(token for ids in part for token in ids)], device=device)
-        ends = torch.tensor([tree.stem.stop for tree in trees], device=device)
-        starts = torch.tensor([tree.start for tree in trees], device=device)
-        long = len(part) == 1 and len(row) > PREFILL_TOKENS
-        last, kept = _by_pieces(head, row) if long else _at_once(head, row, Forest(trees, device, header), ends - 1)
-        logits.append(head.logits(last))
-        index = torch.minimum(starts[:, None] + at, ends[:, None] - 1)  # [P, Lp]
-        for layer, (keys, values) in kept.items():
-            heads[layer] = (keys[0, :, :header].clone(), values[0, :, :header].clone())
-            stems.setdefault(layer, []).append((keys[0][:, index], values[0][:, index]))
-    whole = {layer: (_joined([k for k, _ in found]), _joined([v for _, v in found])) for layer, found in stems.items()}
-    return Prefilled(torch.cat(logits), torch.tensor([len(ids) for ids in rests], device=device), heads, whole)
+        # one flat row: the prefix, then the prompts of this part
+        groups = _groups(part, prefix_length)
+        row = torch.tensor([*prompts[0][:prefix_length], *(token for ids in part for token in ids)], device=device)
+        ends = torch.tensor([group.prompt.stop for group in groups], device=device)
+        starts = torch.tensor([group.start for group in groups], device=device)
+        if len(part) == 1 and len(row) > PREFILL_TOKENS:
+            hidden, keys_values = _by_pieces(head, row)
+        else:
+            hidden, keys_values = _at_once(head, row, SharedPrompts(groups, device, prefix_length), ends - 1)
+        logits.append(head.logits(hidden))
+        # cut the row's keys and values into the prefix and padded prompts
+        index = torch.minimum(starts[:, None] + places, ends[:, None] - 1)  # [P, Lp]
+        for layer, (keys, values) in keys_values.items():
+            prefix[layer] = (keys[0, :, :prefix_length].clone(), values[0, :, :prefix_length].clone())
+            padded.setdefault(layer, []).append((keys[0][:, index], values[0][:, index]))
+    whole = {layer: (_cat([k for k, _ in parts]), _cat([v for _, v in parts])) for layer, parts in padded.items()}
+    return Prefilled(torch.cat(logits), torch.tensor([len(ids) for ids in rests], device=device), prefix, whole)
 
 
-def _at_once(head: Head, row: Tensor, forest: Forest, last: Tensor) -> tuple[Tensor, dict[int, KeysValues]]:
+def _at_once(
+    head: Head, row: Tensor, shared_prompts: SharedPrompts, last: Tensor
+) -> tuple[Tensor, dict[int, KeysValues]]:
     """Hidden states at `last` of several prompts in one row [S], and the row's keys and values [1, kvh, S, d]."""
-    forest.prompts = {}
-    hidden = head.body()(input_ids=row[None], **forest.inputs()).last_hidden_state
-    return hidden[0, last], forest.prompts
+    shared_prompts.keys_values = {}
+    hidden = head.body()(input_ids=row[None], **shared_prompts.inputs()).last_hidden_state
+    return hidden[0, last], shared_prompts.keys_values
 
 
 def _by_pieces(head: Head, row: Tensor) -> tuple[Tensor, dict[int, KeysValues]]:
-    """The same of one prompt [S] that is too long to be computed at once: hidden state of its end [1, H]."""
+    """The same for one long prompt [S], piece by piece: hidden state of its last token [1, H], keys and values."""
     pieces = _Pieces()
     placeholder = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=row.device)
     hidden = row
     for start in range(0, len(row), PIECE):
         piece = row[start : start + PIECE]
-        position_ids = torch.arange(start, start + len(piece), device=row.device)[None]
         hidden = head.body()(
-            input_ids=piece[None], position_ids=position_ids, attention_mask=placeholder, use_cache=False, trees=pieces
+            input_ids=piece[None],
+            position_ids=torch.arange(start, start + len(piece), device=row.device)[None],
+            attention_mask=placeholder,
+            use_cache=False,
+            shared_prompts=pieces,
         ).last_hidden_state
-    return hidden[0, -1:], pieces.kept
+    return hidden[0, -1:], pieces.keys_values
 
 
 class _Pieces:
-    """What came before the piece that is computed. Travels into the attention as `trees`."""
+    """Keys and values of the pieces so far. Passed to the model as `shared_prompts`."""
 
     def __init__(self) -> None:
-        self.kept: dict[int, KeysValues] = {}
+        self.keys_values: dict[int, KeysValues] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """query [1, H, n, d], key and value [1, kvh, n, d] of one piece -> [1, n, H, d]."""
-        if torch.is_autocast_enabled(query.device.type):  # as SDPA does
-            kind = torch.get_autocast_dtype(query.device.type)
-            query, key, value = query.to(kind), key.to(kind), value.to(kind)
-        if layer in self.kept:
-            key, value = (torch.cat(both, 2) for both in zip(self.kept[layer], (key, value), strict=True))
-        self.kept[layer] = (key, value)
-        at = torch.arange(key.shape[2], device=key.device)
-        mine = at[-query.shape[2] :, None]
-        seen = at <= mine if window is None else (at <= mine) & (mine - at < window)
+        if torch.is_autocast_enabled(query.device.type):  # as SDPA casts
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        # append to the earlier pieces
+        if layer in self.keys_values:
+            key, value = (torch.cat(both, 2) for both in zip(self.keys_values[layer], (key, value), strict=True))
+        self.keys_values[layer] = (key, value)
+        # the piece's queries are the last positions
+        places = torch.arange(key.shape[2], device=key.device)
+        own = places[-query.shape[2] :, None]
+        visible = places <= own if window is None else (places <= own) & (own - places < window)
         repeats = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
-        return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale).transpose(1, 2)
+        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale).transpose(1, 2)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _cat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _parts(prompts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Prompts in their order, cut so that each part holds at most PREFILL_TOKENS, one prompt at least."""
+    """Prompts in their order, cut into parts of at most PREFILL_TOKENS, or of one longer prompt."""
     parts: list[list[tuple[int, ...]]] = []
     for ids in prompts:
         if not parts or sum(map(len, parts[-1])) + len(ids) > PREFILL_TOKENS:
@@ -115,8 +129,8 @@ def _parts(prompts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
     return parts
 
 
-def _stems(prompts: list[tuple[int, ...]], header: int) -> list[Tree]:
-    trees: list[Tree] = []
+def _groups(prompts: list[tuple[int, ...]], prefix_length: int) -> list[PromptGroup]:
+    groups: list[PromptGroup] = []
     for ids in prompts:
-        trees.append(Tree(trees[-1].stem.stop if trees else header, len(ids)))
-    return trees
+        groups.append(PromptGroup(groups[-1].prompt.stop if groups else prefix_length, len(ids)))
+    return groups

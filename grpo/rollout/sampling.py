@@ -1,10 +1,10 @@
 """One token from one row of logits: the distribution, and the draw.
 
-    p = softmax(clamp(logits) / temperature), restricted to the kept support and renormalised
+    p = softmax(clamp(logits) / temperature), restricted to the support and renormalised
     token = the first, in vocabulary order, whose cumulative probability exceeds the uniform
 
-The cumulative sum is in float64, in vocabulary order. The support (what top_k, top_p and min_p kept) is part of the
-distribution: it is stored with the token, and training renormalises over the same ids.
+The cumulative sum is in float64, in vocabulary order. The support, the ids that top_k, top_p and min_p keep, is part of
+the distribution: it is stored with the token, and training renormalises over the same ids.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from grpo.config.settings import Config
 from grpo.forward.logprobs import bounded_logits
 from grpo.forward.precision import host_reads_are_free
 
-BLOCK = 512  # columns summed at once
+BLOCK = 512  # vocabulary entries of one block of the cumulative sum
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. temperature 0 means greedy."""
+    """The sampling distribution. temperature 0 is greedy decoding."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -32,7 +32,7 @@ class Sampling:
 
     @property
     def truncates(self) -> bool:
-        """Whether a support is kept and stored."""
+        """Whether a support is stored with each token."""
         return self.temperature > 0 and (self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0)
 
     @property
@@ -42,7 +42,7 @@ class Sampling:
 
 
 def sampling_of(cfg: Config) -> Sampling:
-    """The training distribution."""
+    """The sampling distribution of training."""
     return Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, cfg.max_support, cfg.logit_clamp)
 
 
@@ -52,16 +52,16 @@ class Draw:
 
     token_ids: Tensor  # [B] int64
     logprobs: Tensor  # [B] float32
-    finite: Tensor  # [B] bool; False: the row's logits were not finite, its token means nothing
-    clamped: Tensor | None  # [B] int64, logits that the clamp moved; None: it moved none
+    finite: Tensor  # [B] bool; False: the row's logits were not finite, and its token is arbitrary
+    clamped: Tensor | None  # [B] int64, logits that the clamp changed; None: no row had any
     support: Tensor | None = None  # [B, K] int64, ascending, -1 padded
 
 
 def kept_support(probs: Tensor, sampling: Sampling) -> Tensor:
     """[B, V] -> [B, K] ids kept by top_k, top_p and min_p, ascending, -1 padded.
 
-    top_p keeps the likeliest tokens until their sum reaches it, the one that crosses included; at least
-    the likeliest is kept, at most max_support.
+    top_p keeps the likeliest tokens until their sum reaches it, the token that crosses it included. At least the
+    likeliest token is kept, at most max_support tokens.
 
     >>> kept_support(torch.tensor([[0.1, 0.6, 0.3]]), Sampling(top_p=0.8, max_support=3)).tolist()
     [[1, 2, -1]]
@@ -79,14 +79,16 @@ def kept_support(probs: Tensor, sampling: Sampling) -> Tensor:
 def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Draw:
     """Draw one token per row from logits [B, V] with uniforms [B] in [0, 1), float64."""
     logits = logits.float()
-    low, high = torch.aminmax(logits, dim=-1)  # NaN where any logit is
+    # on CPU one read finds that no row is non-finite or needs the clamp; elsewhere both are always handled
+    low, high = torch.aminmax(logits, dim=-1)  # NaN where any logit is NaN
     finite, clamped = high - low <= 2 * sampling.logit_clamp, None
-    if not host_reads_are_free(logits.device) or not bool(finite.all()):  # too wide, or not finite
+    if not host_reads_are_free(logits.device) or not bool(finite.all()):
         finite = torch.isfinite(low) & torch.isfinite(high)
         logits = torch.where(finite[:, None], logits, torch.zeros((), device=logits.device))
         logits, clamped = bounded_logits(logits, 1.0, sampling.logit_clamp)
     if sampling.temperature not in (0.0, 1.0):
         logits = logits / sampling.temperature
+    # greedy, whole vocabulary, or a support
     if sampling.temperature == 0:
         token_ids = logits.argmax(-1)
         logprobs = logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
@@ -101,10 +103,10 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Draw:
 
 
 def _pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """The token whose share of the cumulative sum holds the uniform, and its log-prob: [B, V], [B] -> [B], [B].
+    """Inverse CDF: logits [B, V], uniforms [B] -> token [B] and its log-prob [B].
 
-    A long sum is taken in two turns, over blocks and then inside one, so that only a block's worth is ever float64.
-    A uniform is at most 1 - 2^-53, and its product with the total below the total: some column exceeds it.
+    A long cumulative sum is computed over blocks and then within one block, so that only one block is in float64. A
+    uniform is at most 1 - 2^-53, so its product with the total is below the total and some entry exceeds it.
     """
     high = logits.amax(-1, keepdim=True)
     weights = (logits - high).exp_()
@@ -116,6 +118,7 @@ def _pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         padding = -weights.shape[-1] % BLOCK
         if padding:
             weights = nn.functional.pad(weights, (0, padding))
+        # the block, then the place within it
         blocks = weights.view(len(weights), -1, BLOCK)
         sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, V / BLOCK]
         total = sums[:, -1:]
@@ -131,8 +134,8 @@ def _pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 def _first_beyond(sums: Tensor, threshold: Tensor) -> Tensor:
     """First column whose cumulative sum exceeds the threshold, [B, V], [B, 1] -> [B, 1].
 
-    Rounding can put the threshold on the very end of the sum: then the last column that added anything.
+    Where rounding puts the threshold at the end of the sum, it is the last column with a weight above 0.
     """
     picks = torch.searchsorted(sums, threshold, right=True)
-    last = torch.searchsorted(sums, sums[:, -1:].contiguous())  # the first that reaches the end
+    last = torch.searchsorted(sums, sums[:, -1:].contiguous())  # the first that equals the end
     return torch.minimum(picks, last)

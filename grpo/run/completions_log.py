@@ -1,7 +1,7 @@
-"""Rollouts kept to be read: question, gold answer, completion, each reward, advantage. As JSON lines, text or a table.
+"""Logged completions: question, gold answer, completion, rewards, advantage. As JSON lines, Markdown or a table.
 
-Every rank writes the completions that it sampled to runs/<name>/rollouts-rank<R>.jsonl: no rank sees all texts, and
-none waits for another. `cat rollouts-rank*.jsonl` is the whole of a step.
+Every rank writes the completions that it sampled to runs/<name>/rollouts-rank<R>.jsonl: no rank has all texts, and
+no rank waits for another. `cat rollouts-rank*.jsonl` gives all completions of a step.
 """
 
 import json
@@ -21,13 +21,13 @@ from grpo.rewards import completion_text
 from grpo.run.languages import label
 from grpo.training.scoring import Scored, combine
 
-SHOWN = 4  # completions as text or in the table
-CELL = 600  # characters of a text in the table
+NUM_SHOWN = 4  # completions in the Markdown text and in the table
+MAX_CELL_CHARACTERS = 600
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion with what it earned."""
+    """One completion with its rewards."""
 
     step: int
     row: int  # n of the step
@@ -35,72 +35,71 @@ class Rollout:
     gold: Any
     completion: str
     finish: str
-    rewards: dict[str, float | None]  # by function; None: it does not apply, or failed
-    reward: float | None  # their weighted sum
+    rewards: dict[str, float | None]  # by function; None: the function does not apply, or failed
+    reward: float | None  # the weighted sum
     advantage: float
 
 
 def rollouts_of(step: int, scored: Scored, advantages: np.ndarray, cfg: Config) -> list[Rollout]:
     """This rank's rollouts of a step, by row. advantages: [N], of all ranks."""
     totals = combine(scored.scores, list(cfg.rewards.values())) if len(scored.inputs) else np.zeros(0)
-    found = []
-    for i, (completion, given) in enumerate(zip(scored.completions, scored.inputs, strict=True)):
-        question = given.columns.get("question")
-        found.append(
+    rollouts = []
+    for i, (completion, reward_input) in enumerate(zip(scored.completions, scored.inputs, strict=True)):
+        question = reward_input.columns.get("question")
+        rollouts.append(
             Rollout(
                 step=step,
                 row=completion.row,
-                question=question if isinstance(question, str) else completion_text(given.prompt),
-                gold=given.columns.get("answer"),
-                completion=completion_text(given.completion),
+                question=question if isinstance(question, str) else completion_text(reward_input.prompt),
+                gold=reward_input.columns.get("answer"),
+                completion=completion_text(reward_input.completion),
                 finish=completion.finish,
-                rewards={name: _known(value) for name, value in zip(cfg.rewards, scored.scores[i], strict=True)},
-                reward=_known(totals[i]),
+                rewards={name: _none_if_nan(value) for name, value in zip(cfg.rewards, scored.scores[i], strict=True)},
+                reward=_none_if_nan(totals[i]),
                 advantage=float(advantages[completion.row]),
             )
         )
-    return sorted(found, key=lambda rollout: rollout.row)
+    return sorted(rollouts, key=lambda rollout: rollout.row)
 
 
-def _known(value: float) -> float | None:
+def _none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
 class RolloutFile:
-    """Appends one rank's rollouts; a resumed run first drops the lines it will write again. Raises OSError."""
+    """Appends one rank's rollouts. A resumed run first drops lines of steps after `done`. Raises OSError."""
 
     def __init__(self, folder: Path, rank: int, done: int):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rollouts-rank{rank}.jsonl"
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
-            path.write_text("".join(kept), encoding="utf-8")
+            valid = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+            path.write_text("".join(valid), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, rollouts: Sequence[Rollout]) -> None:
-        """One line for each."""
+        """Write one line per rollout."""
         for rollout in rollouts:
             self.file.write(json.dumps(vars(rollout), ensure_ascii=False, default=str) + "\n")
         self.file.flush()
 
     def close(self) -> None:
-        """Close the file."""
         self.file.close()
 
 
 def as_markdown(rollouts: Sequence[Rollout], language: str = "en") -> str:
-    """A few rollouts for a tracker. Model text is shown, not rendered: no HTML, line breaks kept."""
-    say = partial(label, language)
-    none = say("none")
+    """A few rollouts for a tracker. Model text is escaped: HTML is not rendered, line breaks are preserved."""
+    text = partial(label, language)
+    none = text("none")
     blocks = []
-    for one in rollouts[:SHOWN]:
-        earned = ", ".join(f"{name} {_number(value, none)}" for name, value in one.rewards.items())
+    for rollout in rollouts[:NUM_SHOWN]:
+        rewards = ", ".join(f"{name} {_number(value, none)}" for name, value in rollout.rewards.items())
         texts = (
-            f"**{say('question')}** {one.question}",
-            f"**{say('completion')}** {one.completion}",
-            f"**{say('gold')}** {one.gold}, **{say('rewards')}** {earned}, "
-            f"**{say('sum')}** {_number(one.reward, none)}, **{say('advantage')}** {one.advantage:+.3f}",
+            f"**{text('question')}** {rollout.question}",
+            f"**{text('completion')}** {rollout.completion}",
+            f"**{text('gold')}** {rollout.gold}, **{text('rewards')}** {rewards}, "
+            f"**{text('sum')}** {_number(rollout.reward, none)}, **{text('advantage')}** {rollout.advantage:+.3f}",
         )
         blocks.append("\n\n".join(map(_escape, texts)))
     return "\n\n---\n\n".join(blocks)
@@ -108,15 +107,16 @@ def as_markdown(rollouts: Sequence[Rollout], language: str = "en") -> str:
 
 def as_table(rollouts: Sequence[Rollout], language: str = "en") -> Table:
     """A few rollouts for the console."""
-    say = partial(label, language)
-    none = say("none")
-    table = Table(title=say("completions", step=rollouts[0].step), show_lines=True)
+    text = partial(label, language)
+    none = text("none")
+    table = Table(title=text("completions", step=rollouts[0].step), show_lines=True)
     for name, ratio in (("question", 3), ("completion", 5), ("gold", 1), ("rewards", 2), ("advantage", 1)):
-        table.add_column(say(name), ratio=ratio, overflow="fold")
-    for one in rollouts[:SHOWN]:
-        earned = [f"{name.rpartition(':')[2]} {_number(value, none)}" for name, value in one.rewards.items()]
-        earned.append(f"{say('sum')} {_number(one.reward, none)}")
-        cells = (one.question, one.completion, str(one.gold), "\n".join(earned), f"{one.advantage:+.3f}")
+        table.add_column(text(name), ratio=ratio, overflow="fold")
+    for rollout in rollouts[:NUM_SHOWN]:
+        rewards = [f"{name.rpartition(':')[2]} {_number(value, none)}" for name, value in rollout.rewards.items()]
+        rewards.append(f"{text('sum')} {_number(rollout.reward, none)}")
+        advantage = f"{rollout.advantage:+.3f}"
+        cells = (rollout.question, rollout.completion, str(rollout.gold), "\n".join(rewards), advantage)
         table.add_row(*(Text(_printable(cell)) for cell in cells))
     return table
 
@@ -126,8 +126,8 @@ def _number(value: float | None, none: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without control characters: a model's text must not steer the terminal."""
-    shown = text if len(text) <= CELL else text[:CELL] + " …"
+    """Replace control characters: a model's text must not control the terminal."""
+    shown = text if len(text) <= MAX_CELL_CHARACTERS else text[:MAX_CELL_CHARACTERS] + " …"
     return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in shown)
 
 

@@ -1,4 +1,4 @@
-"""What rank 0 says: one line a step on stdout and in runs/<name>/train.log; on a terminal, a live bar below it."""
+"""Output of rank 0: one line per step on stdout and in runs/<name>/train.log; on a terminal, a progress bar below."""
 
 import io
 from pathlib import Path
@@ -19,7 +19,7 @@ from rich.table import Table
 from grpo.errors import warn
 from grpo.training.metrics import PHASES
 
-WIDTH = 120  # of a table where no terminal says how wide it is
+TABLE_WIDTH = 120  # without a terminal
 
 
 class Console:
@@ -27,33 +27,33 @@ class Console:
 
     def __init__(self, is_main: bool, log: Path | None = None):
         self.is_main = is_main
-        self.file = log.open("a", encoding="utf-8") if is_main and log is not None else None
+        self.log_file = log.open("a", encoding="utf-8") if is_main and log is not None else None
         self.rich = RichConsole(highlight=False, soft_wrap=True)
         self.progress: Progress | None = None
         self.task: TaskID | None = None
 
-    def say(self, line: str) -> None:
-        """Print a line and keep it in train.log."""
+    def write_line(self, line: str) -> None:
+        """Print a line and append it to train.log."""
         if not self.is_main:
             return
         if self.progress is not None:
             self.progress.console.print(line, markup=False)
         else:
             print(line, flush=True)
-        self._keep(line + "\n")
+        self._append_to_log(line + "\n")
 
-    def _keep(self, text: str) -> None:
+    def _append_to_log(self, text: str) -> None:
         try:
-            if self.file is not None:
-                self.file.write(text)
-                self.file.flush()
-        except OSError as error:  # a full disk: a log is not worth a run
+            if self.log_file is not None:
+                self.log_file.write(text)
+                self.log_file.flush()
+        except OSError as error:  # a full disk must not end the run
             warn(f"warning: train.log cannot be written ({error}); it is left out from now on")
-            self.file = None
+            self.log_file = None
 
     def show(self, table: Table) -> None:
-        """Print a table, in colour on a terminal, and keep it in train.log."""
-        width = self.rich.width if self.rich.is_terminal else WIDTH
+        """Print a table, in colour on a terminal, and append it to train.log."""
+        width = self.rich.width if self.rich.is_terminal else TABLE_WIDTH
         plain = RichConsole(file=io.StringIO(), width=width, color_system=None)
         plain.print(table)
         assert isinstance(plain.file, io.StringIO)
@@ -61,10 +61,10 @@ class Console:
             (self.progress.console if self.progress else self.rich).print(table, soft_wrap=False)
         elif self.is_main:
             print(plain.file.getvalue(), end="", flush=True)
-        self._keep(plain.file.getvalue())
+        self._append_to_log(plain.file.getvalue())
 
     def start(self, total: int, done: int, what: str = "training") -> None:
-        """Show the bar, where there is a terminal to show it on."""
+        """Show the progress bar when stdout is a terminal."""
         if self.is_main and self.rich.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -79,7 +79,7 @@ class Console:
             self.progress.start()
 
     def advance(self, description: str) -> None:
-        """Move the bar by one step."""
+        """Advance the progress bar by one step."""
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, advance=1, description=description)
 
@@ -91,12 +91,12 @@ class Console:
     ) -> None:
         if self.progress is not None:
             self.progress.stop()
-        if self.file is not None:
-            self.file.close()
+        if self.log_file is not None:
+            self.log_file.close()
 
 
 def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
-    """The line of one step."""
+    """The console's line of one GRPO step. `grpo_loss` names the metric `loss`, whatever its weighting is."""
     parts = [
         f"step: {step}/{total}  grpo_loss: {metrics['loss']:.4f}",
         f"reward {metrics['reward/mean']:.3f}±{metrics['reward/std']:.3f}",
@@ -111,7 +111,7 @@ def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
 
 
 def sft_line(step: int, total: int, metrics: dict[str, float]) -> str:
-    """The line of one supervised step."""
+    """The console's line of one supervised step."""
     parts = [f"step: {step}/{total}  sft_loss: {metrics['sft/loss']:.4f}"]
     if "sft/token_accuracy" in metrics:
         parts.append(f"tokens right {metrics['sft/token_accuracy']:.1%}")

@@ -1,14 +1,14 @@
-"""What is said about completions, in the language of the task: `console_language`.
+"""Labels of completions and results in the language of the task (`console_language`).
 
 Covered: the held-out line and the tables of completions in training; the lines of `python -m grpo.evaluate`; the
 labels of inference.py and its counts for a CSV. The step line, pass@k, comparisons, notes, warnings and errors are
-English in every language: programs read them, and so do people who are asked for help.
+always English, because programs parse them and users quote them when they need help.
 """
 
 from typing import Any
 
 EN = {
-    "held_out": "held-out after {step} steps: {said}",
+    "held_out": "held-out after {step} steps: {results}",
     "held_out_loss": "loss {loss:.4f}, tokens right {right:.1%}",
     "held_out_accuracy": "accuracy {accuracy:.1%} (greedy), length {length:.1f}",
     "completions": "completions of step {step}",
@@ -28,12 +28,12 @@ EN = {
     "refused": "refused",
     "unreadable": "unreadable",
     "not asked": "not asked",
-    "ask": "❓ 问题: ",  # Chinese for everybody: what users of this inference.py know and look for
+    "ask": "❓ 问题: ",  # the same in every language: users search for these labels
     "answer": "💡 回答: ",
     "case": "[测试 {at}/{total}]",
 }
 ZH = {
-    "held_out": "留出集，第 {step} 步后：{said}",
+    "held_out": "留出集，第 {step} 步后：{results}",
     "held_out_loss": "损失 {loss:.4f}，词元正确率 {right:.1%}",
     "held_out_accuracy": "准确率 {accuracy:.1%}（贪心解码），长度 {length:.1f}",
     "completions": "第 {step} 步的回答",
@@ -58,7 +58,7 @@ ZH = {
     "case": "[测试 {at}/{total}]",
 }
 ZH_HANT = {
-    "held_out": "保留集，第 {step} 步後：{said}",
+    "held_out": "保留集，第 {step} 步後：{results}",
     "held_out_loss": "損失 {loss:.4f}，詞元正確率 {right:.1%}",
     "held_out_accuracy": "正確率 {accuracy:.1%}（貪婪解碼），長度 {length:.1f}",
     "completions": "第 {step} 步的回答",
@@ -86,7 +86,7 @@ LANGUAGES = {"en": EN, "zh": ZH, "zh-Hant": ZH_HANT}
 
 
 def label(language: str, key: str, **values: Any) -> str:
-    """One text, filled in.
+    """A text of the console with its values filled in.
 
     >>> label("zh", "completions", step=10)
     '第 10 步的回答'
@@ -95,7 +95,7 @@ def label(language: str, key: str, **values: Any) -> str:
 
 
 def language_of(config: dict[str, Any]) -> str:
-    """The language of a run, from the settings in its checkpoint; English where they say none.
+    """The language of a run, from the settings in its checkpoint; English when they do not name one.
 
     >>> language_of({"console_language": "zh"}), language_of({"console_language": ["x"]}), language_of({})
     ('zh', 'en', 'en')

@@ -16,9 +16,9 @@ from grpo.runtime.signals import forget_exit, write_exit
 def run_main(
     job: Callable[[Config, World], None], load_config: Callable[[list[str]], tuple[Config, str | None]], argv: list[str]
 ) -> int:
-    """Read the settings, join the ranks, do the job. Returns the exit code.
+    """Read the settings, start torch.distributed, run the job. Returns the exit code.
 
-    What the user can mend ends in one line, from rank 0, and a code of its own (grpo/errors.py).
+    A UserError ends in one line, from rank 0 unless it occurs on one rank only, and its own code (grpo/errors.py).
     """
     if any(arg.partition("=")[0] == "--show_prompt" for arg in argv):
         return show_prompt(argv)  # instead of the job
@@ -45,7 +45,7 @@ def run_main(
             kind = "stopped" if isinstance(error, Preempted) else "error"
             warn(f"{kind}: {rank_named}{error}")
             write_exit(Path(cfg.output_dir if cfg else "output"), error.code, str(error))
-        elif cfg is not None and world is None:  # joining failed: each rank has reasons of its own
+        elif cfg is not None and world is None:  # torch.distributed did not start: each rank may have another reason
             warn(f"error: rank {rank}: {error}")
         return error.code
     if is_main:

@@ -1,6 +1,6 @@
-"""A run's surroundings: its folders, what identifies it, where it starts, what it logs and saves.
+"""A run's folders, fingerprint, resume point, log, checkpoints, and its reactions to signals and failures.
 
-train.py is the algorithm; this is the clerk beside it. Only rank 0 writes.
+train.py and grpo/sft/train.py are the loops; they call a `Run` for everything that is not the algorithm.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from grpo.checkpoints import checkpoint
 from grpo.checkpoints.background import Saver
 from grpo.checkpoints.fingerprints import fingerprints
 from grpo.checkpoints.resume import check_same_run, read_state
-from grpo.config.settings import Config
+from grpo.config.settings import Config, shards_weights
 from grpo.data.questions import Questions
 from grpo.data.recipe import Recipe
 from grpo.errors import EXIT_STALLED, Corrupted, Preempted, UserError, warn
@@ -28,13 +28,13 @@ from grpo.runtime.distributed import World
 from grpo.runtime.heartbeat import Heartbeat, Watchdog
 from grpo.runtime.signals import StopRequest, write_exit
 from grpo.runtime.startup import OutputLock, check_folder_shared, check_ranks_agree
-from grpo.training import skipped_updates as guards
-from grpo.training.exchange import broken_rows
+from grpo.training import skipped_updates
+from grpo.training.special_micro_batches import broken_rows
 from grpo.training.metrics import Tally
 from grpo.training.policy import Policy
 from grpo.types import Completion, MicroBatch, Noticed, Prompt, Pulse
 
-SAVE_MARGIN = 1.5  # a save is begun only when this many times what the last one took is left
+SAVE_MARGIN = 1.5  # before the job is killed, a save starts only if this many times its last duration is left
 
 
 class Run:
@@ -46,40 +46,40 @@ class Run:
         self.output_dir = Path(cfg.output_dir)
         assert cfg.run_name is not None
         self.folder = Path(cfg.runs_dir) / cfg.run_name
-        self.facts: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {}  # fingerprints, see `identify`
         self._prepare_folders()
         self.heartbeat = Heartbeat(self.output_dir, world)
         self.stop = StopRequest(self.heartbeat, self.output_dir, cfg.preempt_grace_s)
         check_folder_shared(world, self.output_dir)
         self.heartbeat(0, "start")
         self.log = RunLog(cfg, world, self.folder)
-        self.saver = Saver(cfg, self.output_dir, self.heartbeat, self.log.say)
+        self.saver = Saver(cfg, self.output_dir, self.heartbeat, self.log.write_line)
         self.log.extras = self.saver.take_seconds
-        self.kept = guards.KeptWeights(self.output_dir / "anomalies", world.rank)
+        self.kept_weights = skipped_updates.KeptWeights(self.output_dir / "anomalies", world.rank)
         self.resumed_step = -1
 
     def _prepare_folders(self) -> None:
-        """On rank 0, for all. Raises UserError, on every rank alike."""
+        """Rank 0 makes the folders. Raises UserError on every rank when that fails."""
         problem = None
         if self.world.is_main:
             try:
                 checkpoint.make_output(self.output_dir)
-                self.lock = OutputLock(self.output_dir, warn)  # before anything there is touched
+                self.lock = OutputLock(self.output_dir, warn)  # before any file in it is changed
                 checkpoint.prepare_output(self.output_dir, self.cfg.resume)
                 self._make_folder()
             except UserError as error:
                 problem = error
         (failed,) = self.world.any_rank(problem is not None)
         if failed:
-            raise problem or UserError("output_dir, runs_dir: rank 0 could not prepare them, and says why.")
+            raise problem or UserError("output_dir, runs_dir: rank 0 could not prepare them, see its error.")
 
     def _make_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not checkpoint.checkpoints(self.output_dir):  # a fresh run: keep the curves of the one before
+            if not checkpoint.checkpoint_folders(self.output_dir):  # a new run: set the logs of the last one aside
                 old = [path for path in self.folder.iterdir() if path.is_file()]
                 if old:
-                    previous = checkpoint.unused(self.folder.with_name(f"{self.folder.name}-previous"))
+                    previous = checkpoint.unused_path(self.folder.with_name(f"{self.folder.name}-previous"))
                     previous.mkdir()
                     for path in old:
                         path.rename(previous / path.name)
@@ -89,15 +89,15 @@ class Run:
     def identify(
         self, questions: Questions, rewards: Sequence[Reward], tokenizer: PreTrainedTokenizerBase, **more: str
     ) -> None:
-        """Fingerprint what decides the trajectory; make sure that all ranks mean the same run. Raises UserError.
+        """Fingerprint what decides the trajectory; check that all ranks have the same settings and fingerprints.
 
-        more: fingerprints of what only this kind of run has.
+        more: fingerprints that only this kind of run has. Raises UserError.
         """
         self.facts = fingerprints(self.cfg, questions, rewards, tokenizer) | more
         check_ranks_agree(self.world, self.cfg, self.facts)
 
     def resume_point(self) -> Path | None:
-        """The checkpoint to continue from, as `resume` says; the same on every rank. Raises UserError."""
+        """The checkpoint to continue from, by the setting `resume`; the same on every rank. Raises UserError."""
         folder = None
         if self.world.is_main and self.cfg.resume != "never":
             folder = checkpoint.newest_valid(self.output_dir, warn)
@@ -111,7 +111,7 @@ class Run:
             return None
         folder = self.output_dir / f"checkpoint_{step}"
         check_same_run(folder, read_state(folder), self.cfg, self.facts)
-        self.log.say(f"resuming from {folder}")
+        self.log.write_line(f"resuming from {folder}")
         self.resumed_step = step
         return folder
 
@@ -119,11 +119,11 @@ class Run:
     def training(
         self, total: int, done: int, policy: Policy, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
     ) -> Iterator[None]:
-        """Trackers, the progress bar, the watchdog and the ear for signals, for the steps from `done` on.
+        """Run trackers, progress bar, watchdog and signal handling while the steps after `done` are trained.
 
-        policy, tokenizer and recipe: what checkpoints are made of.
+        policy, tokenizer and recipe are what checkpoints store.
         """
-        self.parts = (policy, tokenizer, recipe)
+        self.policy, self.tokenizer, self.recipe = policy, tokenizer, recipe
         self.heartbeat(done, "start")
         watchdog = Watchdog(self.heartbeat, self.cfg.stall_timeout_s, self._stalled)
         watchdog.start()
@@ -137,7 +137,7 @@ class Run:
                 self.saver.finish()
                 self.heartbeat.leave()
             except UserError as error:
-                if not error.on_one_rank:  # all ranks leave together: let the save in flight end
+                if not error.on_one_rank:  # all ranks leave together: let the running save end
                     self.saver.wait()
                     self.heartbeat.leave()
                 raise
@@ -153,19 +153,28 @@ class Run:
 
     @property
     def pulse(self) -> Pulse:
-        """Called for each piece of work: notes it, and says whether it should be the last."""
+        """Called for each piece of work: records progress; returns True when the run should stop after it."""
         return self.stop.pulse
 
     def _report(self, error: Exception) -> None:
-        """One line that names rank, phase and step, before the traceback; and which rank went first, if one did."""
-        first = " ".join(str(error).split())[:200]
+        """Before the traceback, one line with rank, phase and step; and a line for each rank that ended earlier."""
+        message = " ".join(str(error).split())[:200]
         for line in self.heartbeat.gone():
             warn(f"error: {line}")
-        warn(f"error: {self.heartbeat.where()}: {type(error).__name__}: {first}")
+        warn(f"error: {self.heartbeat.where()}: {type(error).__name__}: {message}")
 
     def tally(self, step: int) -> Tally:
         """The metrics of step `step` (counted from 1); its phases show in this rank's heartbeat."""
         return Tally(on_phase=lambda phase: self.heartbeat(step, phase))
+
+    def evaluation_due(self, step: int, first: int, total: int) -> bool:
+        """Whether to evaluate after `step` steps: before and after training, and every eval_steps.
+
+        A resumed run, whose first step is `first`, does not repeat an evaluation that is logged. A collective: all
+        ranks must call it.
+        """
+        due = step in (0, total) or (self.cfg.eval_steps > 0 and step % self.cfg.eval_steps == 0)
+        return due and not (step == first and self.log.evaluated(step))
 
     def due(self, step: int, total: int) -> bool:
         """Whether step `step` (counted from 1) saves: every save_steps, and the last."""
@@ -173,48 +182,48 @@ class Run:
 
     def save(self, last: bool = False) -> None:
         """Begin to write checkpoint_<steps done>, all ranks together. last: no other save will follow."""
-        self.saver.save(*self.parts, self.facts, last)
+        self.saver.save(self.policy, self.tokenizer, self.recipe, self.facts, last)
 
     def notices(self, policy: Policy, step: int) -> tuple[bool, bool]:
-        """What this rank has to tell all others before an update: asked to stop, and weights that have changed."""
+        """This rank's notices before an update: it got a stop signal; its weights or moments changed by themselves."""
         every = self.cfg.check_weights_steps
-        broken = policy.changed_tensor() if every and step % every == 0 else None
-        if broken is not None:
-            warn(f"error: {self.heartbeat.where()}: {broken} is not what the last update left: a bit has flipped")
-        return self.stop.asked, broken is not None
+        changed = policy.changed_tensor() if every and step % every == 0 else None
+        if changed is not None:
+            warn(f"error: {self.heartbeat.where()}: {changed} is not what the last update left: a bit has flipped")
+        return self.stop.asked, changed is not None
 
-    def act_on_notices(self, told: Noticed) -> None:
-        """Act on the notices of all ranks, on every rank alike. Raises Corrupted or Preempted."""
-        if ranks := told.corrupted_ranks:
+    def act_on_notices(self, notices: Noticed) -> None:
+        """Leave the run if a rank's notice requires it, on every rank alike. Raises Corrupted or Preempted."""
+        if ranks := notices.corrupted_ranks:
             raise Corrupted(
                 f"memory: weights or optimizer state of rank {', '.join(map(str, ranks))} changed between two updates: "
                 "a bit has flipped. Nothing of it was saved. Check that machine's memory, then run the same command."
             )
-        if told.asked_to_stop:
+        if notices.asked_to_stop:
             self.preempt()
 
     def preempt(self) -> NoReturn:
         """Save if there is something new and time for it. Raises Preempted."""
         self.saver.wait()
-        step = self.parts[0].counters.step
+        step = self.policy.counters.step
         name = f"{self.output_dir}/checkpoint_{step}"
         (late,) = self.world.any_rank(self.stop.seconds_left() < SAVE_MARGIN * self.saver.expected_s)
         if step in (0, self.resumed_step) or (self.saver.step == step and self.saver.failure is None):
-            said = f"{name} holds all that was done" if step else "before the first step was done, nothing to save"
+            outcome = f"{name} holds all finished steps" if step else "no step is finished, nothing to save"
         elif late:
-            said = f"no time left to save step {step}: the newest checkpoint is what there is"
+            outcome = f"no time left to save step {step}: the newest checkpoint stays as it is"
         else:
             self.save(last=True)
             self.saver.wait()
             failure = self.saver.failure
-            said = f"saved {name}" if failure is None else f"{name} could not be written: {failure}"
-        raise Preempted(f"asked to stop after step {step}; {said}. The same command continues.")
+            outcome = f"saved {name}" if failure is None else f"{name} could not be written: {failure}"
+        raise Preempted(f"asked to stop after step {step}; {outcome}. The same command continues.")
 
     def finish(self, first: int, total: int) -> None:
-        """The last word."""
+        """Print the newest checkpoint and how to use it. first: steps done when this process started."""
         if not self.world.is_main:
             return
-        newest = checkpoint.checkpoints(self.output_dir)
+        newest = checkpoint.checkpoint_folders(self.output_dir)
         if first >= total > 0:
             print(
                 f"nothing to do: {newest[0]} is already the last of {total} steps. Ask it: python inference.py "
@@ -228,21 +237,24 @@ class Run:
         rollouts: tuple[Sequence[Prompt], Sequence[Completion]],
         policy: Policy,
         minibatch: Sequence[MicroBatch],
-        skip: guards.SkippedUpdate,
+        skip: skipped_updates.SkippedUpdate,
         iteration: int,
     ) -> None:
-        """Keep this rank's part of a skipped update, with the weights. A disk that refuses costs the evidence only."""
+        """Store this rank's part of a skipped update and the weights, for `python -m grpo.replay`.
+
+        rollouts: the step's prompts and this rank's completions. A disk error causes a warning only.
+        """
         step, rank = policy.counters.step + 1, self.world.rank
         folder = self.output_dir / "anomalies" / f"step_{step}"
         if not skip.losses:
             minibatch = broken_rows(*rollouts, self.cfg.num_generations, self.world.device)
-        whole = not (self.cfg.backend == "deepspeed" and self.cfg.zero_stage == 3)
-        own = whole and not all(map(math.isfinite, skip.losses))
+        whole = not shards_weights(self.cfg)
+        own_copy = whole and not all(map(math.isfinite, skip.losses))  # the weights of this rank alone may be broken
         try:
-            weights = self.kept.keep(
-                folder, policy.weights(), policy.counters.updates, self.world.is_main or own, whole
+            weights = self.kept_weights.keep(
+                folder, policy.weights(), policy.counters.updates, self.world.is_main or own_copy, whole
             )
-            evidence = guards.Evidence(
+            evidence = skipped_updates.Evidence(
                 reason=str(skip),
                 rank=rank,
                 weights=weights,
@@ -253,7 +265,7 @@ class Run:
                 rows=[list(micro.rows) for micro in minibatch],
                 config=dataclasses.asdict(self.cfg),
             )
-            guards.quarantine(folder, evidence, minibatch)
+            skipped_updates.quarantine(folder, evidence, minibatch)
         except (OSError, SafetensorError) as error:
             warn(f"warning: rank {rank}: {folder} could not be written: {error}")
-        self.log.say(f"step {step}: update skipped on all ranks ({skip}); python -m grpo.replay {folder}")
+        self.log.write_line(f"step {step}: update skipped on all ranks ({skip}); python -m grpo.replay {folder}")

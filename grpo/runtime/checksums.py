@@ -1,7 +1,7 @@
-"""Silent corruption: a bit that flips in memory between two updates is found before it is trained on.
+"""Silent corruption: a bit that flips in memory between two updates is found before the next update.
 
-After each update a rank takes a checksum of what it holds, before the next one it takes it again. Nothing but
-the optimizer may change it in between. Any single flipped bit changes the sum.
+A rank computes checksums of its weights and optimizer state after each update and again before the next one. Nothing
+changes these tensors in between, and any single flipped bit changes the sum.
 """
 
 from collections.abc import Iterable
@@ -25,13 +25,13 @@ def checksum(tensor: Tensor) -> Tensor:
     pairs = 8 // width
     if words.storage_offset() % pairs:
         return words.sum(dtype=torch.int64)
-    whole = len(words) // pairs * pairs  # eight bytes at a time: no conversion, 30 times faster on CPU
-    return words[:whole].view(torch.int64).sum() + words[whole:].sum(dtype=torch.int64)
+    paired = len(words) // pairs * pairs  # eight bytes at a time: no conversion, 30 times faster on CPU
+    return words[:paired].view(torch.int64).sum() + words[paired:].sum(dtype=torch.int64)
 
 
-def checksums(held: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    """Name -> checksum of everything that a rank holds. One wait for the device."""
-    named = [(name, checksum(tensor)) for name, tensor in held if tensor.numel()]
+def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """Name -> checksum of each tensor. One device sync."""
+    named = [(name, checksum(tensor)) for name, tensor in tensors if tensor.numel()]
     if not named:
         return {}
     device = named[0][1].device
@@ -40,5 +40,5 @@ def checksums(held: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
 
 
 def first_difference(before: dict[str, int], after: dict[str, int]) -> str | None:
-    """The first name whose checksum is another one now; None: all are the same."""
+    """The first name whose checksum differs; None when all are equal."""
     return next((name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)), None)

@@ -1,9 +1,9 @@
-"""Ranks and collectives: the only module, beside backends/, that touches torch.distributed.
+"""Ranks and collectives: the only module that uses torch.distributed, apart from training/backends/.
 
-Three collectives a step beside the gradients': `sum_rows` (the O(N) table of the rollout), `exchange` (each
-row's payload, once, to the rank that trains on it) and `gather_rows` (metrics). Their number depends neither on
-the data nor on gradient accumulation; `any_rank` is for checkpoints. Work is dealt out through a counter in the
-rendezvous store. No pickle.
+Three collectives a step, in addition to those of the gradients: `sum_rows` (the O(N) table of the rollout), `exchange`
+(each row's payload, once, to the rank that trains on it) and `gather_rows` (metrics). Their number depends neither on
+the data nor on gradient accumulation; `any_rank` is for checkpoints. Work is distributed through a counter in the
+rendezvous store. Nothing is pickled.
 """
 
 import itertools
@@ -21,13 +21,12 @@ from grpo.errors import UserError
 
 
 class Waits:
-    """The collective that this rank's main thread is inside of; "": none. For the watchdog: who waits for whom."""
+    """The collective that this rank's main thread is in, "" for none. The watchdog reads it."""
 
     inside = ""
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Note that a collective is entered, and left."""
         self.inside = name
         try:
             yield
@@ -37,7 +36,7 @@ class Waits:
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is among all. size 1 without torchrun means: no process group at all."""
+    """This process's rank, the number of ranks, and their collectives. With size 1 there is no process group."""
 
     rank: int
     size: int
@@ -46,7 +45,7 @@ class World:
     device: torch.device
     control: "dist.ProcessGroup | None" = None  # gloo, on CPU: small tables and flags, also beside NCCL
     background: "dist.ProcessGroup | None" = None  # gloo, for the thread that saves while training goes on
-    deals: Iterator[int] = field(default_factory=itertools.count)  # numbers the calls of `deal`, alike on every rank
+    deals: Iterator[int] = field(default_factory=itertools.count)  # numbers the calls of `deal`, equally on all ranks
     waits: Waits = field(default_factory=Waits)
 
     @property
@@ -55,7 +54,7 @@ class World:
         return self.rank == 0
 
     def sum_rows(self, table: np.ndarray) -> np.ndarray:
-        """Sum float64 tables of one shape over ranks: each rank fills its own rows, zeros elsewhere."""
+        """Sum float64 tables of one shape over ranks: each rank fills its own rows and has zeros elsewhere."""
         if self.size == 1:
             return table
         tensor = torch.from_numpy(np.ascontiguousarray(table, dtype=np.float64))
@@ -67,14 +66,14 @@ class World:
         """[K] float64 on each rank -> [W, K] on every rank."""
         if self.size == 1:
             return row[None]
-        mine = torch.from_numpy(np.ascontiguousarray(row, dtype=np.float64))
-        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        own_row = torch.from_numpy(np.ascontiguousarray(row, dtype=np.float64))
+        rows = [torch.empty_like(own_row) for _ in range(self.size)]
         with self.waits("gather_rows"):
-            dist.all_gather(rows, mine, group=self.control)
+            dist.all_gather(rows, own_row, group=self.control)
         return torch.stack(rows).numpy()
 
     def any_rank(self, *flags: bool, background: bool = False) -> tuple[bool, ...]:
-        """For each flag: is it set on any rank? One MAX reduction for all of them; in a thread's own group, or ours."""
+        """For each flag, whether it is set on any rank. One MAX reduction; background: in the saving thread's group."""
         if self.size == 1:
             return flags
         tensor = torch.tensor(flags, dtype=torch.int32)
@@ -82,7 +81,7 @@ class World:
         return tuple(bool(flag) for flag in tensor.tolist())
 
     def exchange(self, outgoing: list[np.ndarray], incoming_sizes: list[int]) -> list[np.ndarray]:
-        """Send outgoing[r] (int32) to rank r; return what each rank sent here. One all-to-all."""
+        """Send outgoing[r] (int32) to rank r. Returns the arrays received, by rank. One all-to-all."""
         if self.size == 1:
             return outgoing
         send = torch.from_numpy(np.concatenate(outgoing))
@@ -93,16 +92,16 @@ class World:
         return np.split(receive.numpy(), np.cumsum(incoming_sizes)[:-1])
 
     def deal(self, count: int) -> Iterator[int]:
-        """Share 0 … count-1 out over ranks, each to whichever asks next. Every rank must call it.
+        """Distribute 0 … count-1 over ranks, on demand. Every rank must call it.
 
-        No collective: ranks ask a counter in the rendezvous store, so that a rank with short work takes more.
+        Not a collective: ranks increment a counter in the rendezvous store, so a rank with short work takes more.
         """
         if self.size == 1:
             yield from range(count)
             return
         store = dist.distributed_c10d._get_default_store()
         deal = next(self.deals)
-        if self.is_main and deal >= 2:  # every rank is past it: a collective lies between two deals
+        if self.is_main and deal >= 2:  # all ranks have finished it: a collective lies between two calls
             store.delete_key(f"grpo/deal {deal - 2}")
         while (item := store.add(f"grpo/deal {deal}", 1) - 1) < count:
             yield item
@@ -114,12 +113,12 @@ class World:
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
-    """Resolve auto | cpu | cuda to this process's device. Raises UserError when CUDA is not there."""
+    """Resolve auto | cpu | cuda to this process's device. Raises UserError when CUDA is not available."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(
-            "device: got cuda, but PyTorch sees no GPU here. Use --device cpu, or auto to take what there is."
+            "device: got cuda, but PyTorch sees no GPU here. Use --device cpu, or auto to take what is available."
         )
     if local_rank >= torch.cuda.device_count():
         raise UserError(
@@ -131,19 +130,19 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 
 def set_threads(num_threads: int | None, local_size: int) -> None:
-    """Fix the intra-op threads; by default this machine's cores, shared among its ranks.
+    """Set the number of intra-op threads; by default this machine's cores divided by its ranks.
 
-    torchrun sets OMP_NUM_THREADS=1 only for several processes, so that without this the arithmetic of
-    one process would differ from that of two.
+    torchrun sets OMP_NUM_THREADS=1 for several processes only, so the arithmetic of one process would differ from that
+    of two.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     torch.set_num_threads(num_threads or max(1, cores // local_size))
 
 
 def start(device: str = "cpu", num_threads: int | None = None, timeout_s: float = 600.0) -> World:
-    """Join the ranks that torchrun started, or be the only one.
+    """Join the ranks that torchrun started; without torchrun there is one rank.
 
-    Raises UserError for a device that is not there.
+    Raises UserError for a device that is not available.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))

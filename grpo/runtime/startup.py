@@ -1,4 +1,4 @@
-"""Before the first step: one writer per output folder, a folder that all ranks see, ranks that mean the same run."""
+"""Checks before the first step: one run per output folder, a folder that all ranks share, equal settings."""
 
 import contextlib
 import dataclasses
@@ -21,18 +21,18 @@ FOLDER_WAIT_S = 30.0
 
 
 class OutputLock:
-    """One writer per output folder. The kernel lets go of the lock when its holder dies, however it dies."""
+    """Allows one run per output folder. The kernel releases the lock when the process that holds it ends."""
 
     def __init__(self, output_dir: Path, notice: Callable[[str], None], wait_s: float = LOCK_WAIT_S):
-        """Wait for a predecessor that is still ending. Raises UserError when it does not end in time."""
+        """Wait for an earlier run to end. Raises UserError when it does not end in time."""
         self.file: IO[str] = (output_dir / ".lock").open("a+", encoding="utf-8")
         deadline = time.monotonic() + wait_s
-        told = False
-        while not self._taken():
-            if not told:
+        waiting = False
+        while not self._try_lock():
+            if not waiting:
                 self.file.seek(0)
                 notice(f"{output_dir} is in use by process {self.file.read().strip() or '?'}: waiting for it to end")
-                told = True
+                waiting = True
             if time.monotonic() > deadline:
                 raise UserError(
                     f"output_dir: {output_dir} is in use by another run, still after {wait_s:.0f} s. "
@@ -43,7 +43,7 @@ class OutputLock:
         self.file.write(f"{os.getpid()}\n")
         self.file.flush()
 
-    def _taken(self) -> bool:
+    def _try_lock(self) -> bool:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -52,9 +52,9 @@ class OutputLock:
 
 
 def check_folder_shared(world: World, output_dir: Path, wait_s: float = FOLDER_WAIT_S) -> None:
-    """Have every rank find a file that rank 0 writes. Raises UserError, on every rank, naming one that does not.
+    """Check that every rank sees a file that rank 0 writes. Raises UserError, on every rank, naming one that does not.
 
-    Looks for a while: a network file system may show a new file late. Listing the folders makes it ask again.
+    It retries for a while: a network file system may show a new file late. Listing the folders refreshes its cache.
     """
     if world.size == 1:
         return
@@ -64,18 +64,19 @@ def check_folder_shared(world: World, output_dir: Path, wait_s: float = FOLDER_W
     token = int(world.sum_rows(np.array([token], dtype=np.float64))[0])
     file = output_dir / f".shared-{token}"
     deadline = time.monotonic() + wait_s
-    while not (found := file.exists()) and time.monotonic() < deadline:
+    while not (visible := file.exists()) and time.monotonic() < deadline:
         for folder in (output_dir.parent, output_dir):
             with contextlib.suppress(OSError):
                 os.listdir(folder)
         time.sleep(0.5)
-    seen = world.gather_rows(np.array([found], dtype=np.float64))[:, 0]
+    visible_on = world.gather_rows(np.array([visible], dtype=np.float64))[:, 0]
     if world.is_main:
         file.unlink(missing_ok=True)
-    blind = np.flatnonzero(seen == 0).tolist()
-    if blind:
+    missing_on = np.flatnonzero(visible_on == 0).tolist()
+    if missing_on:
         raise UserError(
-            f"output_dir: rank {blind[0]} does not see what rank 0 writes to {output_dir}, still after {wait_s:.0f} s. "
+            f"output_dir: rank {missing_on[0]} does not see what rank 0 writes to {output_dir}, still after "
+            f"{wait_s:.0f} s. "
             "All nodes need the same folder: choose an --output_dir on a disk that they share."
         )
 
@@ -86,9 +87,9 @@ def check_ranks_agree(world: World, cfg: Config, facts: Mapping[str, object]) ->
     row = [int.from_bytes(hashlib.sha256(repr(v).encode()).digest()[:6], "big") for v in values.values()]
     rows = world.gather_rows(np.array(row, dtype=np.float64))
     for column, name in enumerate(values):
-        odd = [rank for rank in range(world.size) if rows[rank, column] != rows[0, column]]
-        if odd:
+        different = [rank for rank in range(world.size) if rows[rank, column] != rows[0, column]]
+        if different:
             raise UserError(
-                f"ranks disagree about {name}: rank {odd[0]} differs from rank 0. Start every process with the same "
-                "settings, files and versions."
+                f"ranks disagree about {name}: rank {different[0]} differs from rank 0. Start every process with the "
+                "same settings, files and versions."
             )

@@ -1,9 +1,9 @@
-"""Several texts in one row: less padding where lengths differ much, and none of them sees another.
+"""Packing: several texts in one row, which saves padding when lengths differ much. No text attends to another.
 
-Position ids start again from 0 with each text. transformers takes that for a packed row and masks everything that
-stands before, sliding windows included; forward/flat_rows.py makes a tree of each text. A model that mixes them, such as
-one that carries a state along the row, is refused before anything is trained. What is packed depends on the step's
-lengths alone, not on the number of ranks.
+Position ids start again from 0 with each text. transformers recognizes such a row as packed and masks all earlier
+texts, also with sliding windows; forward/flat_rows.py treats each text as a prompt group of its own. A model that mixes
+packed texts, such as one with a recurrent state, is refused before training. What is packed together depends on the
+lengths of the step's texts only, not on the number of ranks.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ from transformers import PreTrainedModel
 
 from grpo.errors import UserError
 from grpo.forward.logprobs import Head
-from grpo.training.exchange import collate
+from grpo.training.collate import collate
 from grpo.types import MicroBatch, TrainRow
 
-CHECKED = (7, 3, 12)  # tokens of the texts of the self-check
-TOLERANCE = 5e-2  # of what the same texts would change if they did see each other
+CHECK_LENGTHS = (7, 3, 12)  # tokens of the texts of `check_packing`
+TOLERANCE = 5e-2  # relative to the change of hidden states when the texts do attend to each other
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[tuple[int, ...]]:
-    """Put texts into rows of at most `capacity` tokens: longest first, each where it leaves the least room.
+    """Put texts into rows of at most `capacity` tokens: longest first, each into the row that it fills best.
 
     A text that is longer than the capacity gets a row of its own.
 
@@ -32,31 +32,33 @@ def pack(lengths: Sequence[int], capacity: int) -> list[tuple[int, ...]]:
     [(1,), (2, 0, 3)]
     """
     rows: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []  # tokens left in each row
     for text in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
-        fits = [row for row, left in enumerate(room) if left >= lengths[text]]
-        if fits:
-            best = min(fits, key=lambda row: (room[row], row))
+        candidates = [row for row, tokens in enumerate(free) if tokens >= lengths[text]]
+        if candidates:
+            best = min(candidates, key=lambda row: (free[row], row))
         else:
             best = len(rows)
             rows.append([])
-            room.append(capacity)
+            free.append(capacity)
         rows[best].append(text)
-        room[best] -= lengths[text]
+        free[best] -= lengths[text]
     return [tuple(row) for row in rows]
 
 
 def collate_packs(
     numbers: Sequence[int], packs: Sequence[Sequence[TrainRow]], weight: float, device: torch.device
 ) -> MicroBatch:
-    """One micro-batch whose b-th row, called numbers[b], holds the texts packs[b] one after the other.
+    """One micro-batch whose b-th row, with the row number numbers[b], holds the texts packs[b] one after the other.
 
-    Each text comes without its last token, which predicts nothing, so no text predicts another's first token.
+    Each text is without its last token, which predicts nothing, so no text predicts the first token of the next one.
     weight: of each token in the loss.
     """
     if all(len(texts) == 1 for texts in packs):
-        alone = [texts[0] for texts in packs]
-        return dataclasses.replace(collate(alone, {text.row: weight for text in alone}, device), rows=tuple(numbers))
+        unpacked = [texts[0] for texts in packs]
+        weights = {text.row: weight for text in unpacked}
+        return dataclasses.replace(collate(unpacked, weights, device), rows=tuple(numbers))
+    # one micro-batch per text, and where each text begins in its row
     cpu = torch.device("cpu")
     rows = [[collate([text], {text.row: weight}, cpu) for text in texts] for texts in packs]
     starts = [np.cumsum([0, *(micro.input_ids.shape[1] for micro in row)]).tolist() for row in rows]
@@ -64,18 +66,20 @@ def collate_packs(
     def joined(name: str) -> Tensor:
         return _padded([torch.cat([getattr(micro, name)[0] for micro in row]) for row in rows]).to(device)
 
-    places = [
-        torch.cat([micro.positions[0] + start for micro, start in zip(row, here, strict=False)])
-        for row, here in zip(rows, starts, strict=True)
+    # positions count from the start of the row, position ids from the start of the text
+    positions = [
+        torch.cat([micro.positions[0] + start for micro, start in zip(row, row_starts, strict=False)])
+        for row, row_starts in zip(rows, starts, strict=True)
     ]
-    mask = _padded([torch.cat([micro.mask[0] for micro in row]) for row in rows])
+    trained = _padded([torch.cat([micro.trained[0] for micro in row]) for row in rows])
     return MicroBatch(
         rows=tuple(numbers),
         input_ids=joined("input_ids"),
-        positions=_padded(places).to(device),
+        positions=_padded(positions).to(device),
         target_ids=joined("target_ids"),
-        mask=mask.to(device),
-        kept=mask.view(-1).nonzero()[:, 0].to(device),
+        lengths=torch.tensor([sum(int(micro.lengths[0]) for micro in row) for row in rows], device=device),
+        trained=trained.to(device),
+        kept=trained.view(-1).nonzero()[:, 0].to(device),
         advantages=torch.zeros(len(rows), device=device),
         sampler_logprobs=joined("sampler_logprobs"),
         weights=joined("weights"),
@@ -84,9 +88,9 @@ def collate_packs(
 
 
 def position_ids(starts: Sequence[Sequence[int]]) -> Tensor:
-    """[B, L] int64: places of tokens within their own texts. starts: where a row's texts begin, then where it ends.
+    """[B, L] int64: positions of tokens within their own texts. starts: where a row's texts begin, then where it ends.
 
-    Padding goes on counting from the last text: nothing looks to its right, so nothing sees it.
+    Padding continues the last text's positions: attention is causal, so no token attends to it.
 
     >>> position_ids([[0, 2, 5], [0, 3]]).tolist()
     [[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]]
@@ -105,31 +109,33 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel) -> None:
-    """Compare hidden states of texts in one row with those of each alone. Raises UserError when they differ.
+    """Compare the hidden states of packed texts with those of each text alone. Raises UserError when they differ.
 
-    The measure is how much the same row changes when its texts do see each other, whatever the model's scale.
+    The difference is measured relative to the change when the texts do attend to each other, so that the tolerance
+    does not depend on the model's scale.
     """
     body = Head(model).body()
     vocabulary = int(model.config.get_text_config().vocab_size)
     texts = [
-        torch.arange(n * 5, n * 5 + length, device=model.device)[None] % vocabulary for n, length in enumerate(CHECKED)
+        torch.arange(n * 5, n * 5 + length, device=model.device)[None] % vocabulary
+        for n, length in enumerate(CHECK_LENGTHS)
     ]
-    ids = position_ids([np.cumsum([0, *CHECKED]).tolist()]).to(model.device)
+    ids = position_ids([np.cumsum([0, *CHECK_LENGTHS]).tolist()]).to(model.device)
     try:
         alone = torch.cat([body(input_ids=text, use_cache=False).last_hidden_state for text in texts], 1)
         row = torch.cat(texts, 1)
-        together = body(input_ids=row, position_ids=ids, use_cache=False).last_hidden_state
+        packed = body(input_ids=row, position_ids=ids, use_cache=False).last_hidden_state
         mixed = body(input_ids=row, use_cache=False).last_hidden_state
     except (AttributeError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"packing: {type(model).__name__} takes no position ids ({error}). Set packing: false."
+            f"packing: {type(model).__name__} accepts no position ids ({error}). Set packing: false."
         ) from None
     if not bool(torch.isfinite(alone).all()):
-        return  # broken weights tell nothing; the guards will meet them
-    apart, seen = (float((other - alone).abs().amax()) for other in (together, mixed))
+        return  # weights that are not finite decide nothing here; training skips such updates
+    packed_error, mixed_error = (float((other - alone).abs().amax()) for other in (packed, mixed))
     rounding = 1e-6 * float(alone.abs().amax())
-    if apart > max(TOLERANCE * seen, rounding):
+    if packed_error > max(TOLERANCE * mixed_error, rounding):
         raise UserError(
             f"packing: {type(model).__name__} lets texts of one row see each other: hidden states differ by "
-            f"{apart:.2g} from those of each text alone, {seen:.2g} without any border. Set packing: false."
+            f"{packed_error:.2g} from those of each text alone, {mixed_error:.2g} without masking. Set packing: false."
         )

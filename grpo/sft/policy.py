@@ -1,6 +1,6 @@
-"""The policy as a student: the same updates as GRPO's, on a loss of its own.
+"""The policy of supervised training: the same updates as in GRPO with the loss of supervised training.
 
-    loss = - sum over texts and tokens of log p(token) / (tokens that count, in the whole step, over all ranks)
+    loss = - sum over texts and trained tokens of log p(token) / (trained tokens of the whole step, over all ranks)
 
 Log-probs are those of temperature 1 over the whole vocabulary. Weights are divided before the backward, gradients
 are summed over ranks: see grpo/training/losses.py.
@@ -18,16 +18,18 @@ from grpo.config.sft_section import own_settings
 from grpo.forward.precision import arithmetic
 from grpo.runtime.distributed import World
 from grpo.sft.packing import check_packing, collate_packs, pack
-from grpo.training.exchange import even_out
+from grpo.training.special_micro_batches import even_out
 from grpo.training.losses import row_weights
-from grpo.training.metrics import Tally
+from grpo.training.metrics import Tally, declare
 from grpo.training.minibatches import Minibatch, assign, cut_micro_batches
 from grpo.training.policy import Policy
 from grpo.types import MicroBatch, TrainRow
 
+declare(means=("sft/token_accuracy",))
+
 
 def sft_batches(cfg: Config, world: World, rows: Sequence[TrainRow], even_block: int = 0) -> list[MicroBatch]:
-    """This rank's micro-batches of a step's texts. Their content does not depend on the number of ranks.
+    """This rank's micro-batches of a step's texts. The micro-batches do not depend on the number of ranks.
 
     even_block: see `deliver` in grpo/training/exchange.py.
     """
@@ -35,23 +37,23 @@ def sft_batches(cfg: Config, world: World, rows: Sequence[TrainRow], even_block:
     capacity = cfg.max_prompt_length + cfg.max_generate_length
     packs = pack(lengths, capacity) if own_settings(cfg).packing else [(n,) for n in range(len(rows))]
     sizes = [sum(lengths[n] for n in texts) for texts in packs]
-    learned = np.array([sum(len(rows[n].token_ids) for n in texts) for texts in packs])
+    num_trained = np.array([sum(len(rows[n].token_ids) for n in texts) for texts in packs])
     micro_batches = cut_micro_batches(range(len(packs)), sizes, cfg.micro_batch_tokens)
     owners = assign([len(micro) * sizes[micro[0]] for micro in micro_batches], world.size)
     plan = Minibatch(tuple(range(len(packs))), tuple(micro_batches), tuple(owners))
-    [weight, *_] = row_weights("dapo", learned.tolist(), cfg.max_generate_length)  # one token's share of all
+    [weight, *_] = row_weights("dapo", num_trained.tolist(), cfg.max_generate_length)  # 1 / trained tokens
     mine = [
         collate_packs(micro, [[rows[n] for n in packs[number]] for number in micro], weight, world.device)
         for micro in plan.of_rank(world.rank)
     ]
-    return even_out(mine, plan, learned, even_block, world) if even_block else mine
+    return even_out(mine, plan, num_trained, even_block, world) if even_block else mine
 
 
 class SftPolicy(Policy):
-    """A policy that learns from texts."""
+    """A policy that is trained on given completions."""
 
     def __init__(self, cfg: Config, world: World, model: PreTrainedModel, reference: PreTrainedModel | None = None):
-        """Raises UserError when rows are to be packed and the model would mix what is in them."""
+        """Raises UserError when rows are to be packed and the model mixes packed texts."""
         if own_settings(cfg).packing:
             with arithmetic(cfg.dtype, world.device):
                 check_packing(model)
@@ -62,25 +64,27 @@ class SftPolicy(Policy):
         """Weighted negative log-probs of a micro-batch, already divided by the global denominator."""
         assert micro.weights is not None
         logprobs = self.backend.score(micro)  # [B, T]
-        loss = -(torch.where(micro.mask, logprobs, 0.0) * micro.weights).sum()
+        loss = -(torch.where(micro.trained, logprobs, 0.0) * micro.weights).sum()
         assert self.scorer.hits is not None
-        tally.micro_batch(loss.detach(), {"sft/token_accuracy": self.scorer.hits}, {}, micro.mask)
+        tally.micro_batch(loss.detach(), {"sft/token_accuracy": self.scorer.hits}, {}, micro.trained)
         return loss
 
     @torch.no_grad()
     def measure(self, rows: Sequence[TrainRow]) -> dict[str, float]:
-        """Loss and token accuracy on texts, over all ranks and equal on every one; nothing is learned."""
+        """Loss and token accuracy on texts, over all ranks and the same on every rank. Trains nothing."""
         batches = sft_batches(self.cfg, self.world, rows, self.even_block)
 
-        def add_up(pieces: list[MicroBatch]) -> np.ndarray:
+        def add_up(micro_batches: list[MicroBatch]) -> np.ndarray:
+            """[3]: sums of negative log-probs, correct tokens, trained tokens."""
             totals = []
-            for micro in pieces:
+            for micro in micro_batches:
                 self.pulse()
                 logprobs = self.backend.score(micro)
                 assert self.scorer.hits is not None
-                lost = -torch.where(micro.mask, logprobs, 0.0).sum(dtype=torch.float64)
-                totals.append(torch.stack([lost, (self.scorer.hits & micro.mask).sum(), micro.mask.sum()]))
+                negative_logprobs = -torch.where(micro.trained, logprobs, 0.0).sum(dtype=torch.float64)
+                hits = (self.scorer.hits & micro.trained).sum()
+                totals.append(torch.stack([negative_logprobs, hits, micro.trained.sum()]))
             return torch.stack(totals).cpu().numpy().sum(axis=0) if totals else np.zeros(3)
 
-        lost, right, tokens = self.world.sum_rows(self._within_memory(batches, add_up))
-        return {"eval/loss": float(lost / tokens), "eval/token_accuracy": float(right / tokens)}
+        negative_logprobs, hits, tokens = self.world.sum_rows(self._within_memory(batches, add_up))
+        return {"eval/loss": float(negative_logprobs / tokens), "eval/token_accuracy": float(hits / tokens)}

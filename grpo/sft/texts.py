@@ -1,6 +1,6 @@
-"""Questions with reference solutions -> texts to learn: the prompt as GRPO asks it, and what has to follow.
+"""Questions with reference solutions -> texts to train on: the same prompt as in GRPO, and the solution after it.
 
-The solution goes through the chat template as the assistant's turn and ends with the token that ends a completion,
+The solution is rendered by the chat template as the assistant's turn and ends with the token that ends a completion,
 so that the model learns to stop. `SftTexts.of_step` is a pure function of (seed, step), like `Questions.prompts`.
 """
 
@@ -31,7 +31,7 @@ class SftTexts:
 
     questions: Questions
     solutions: list[np.ndarray]  # [C] int32 each, by Prompt.row, the end token included
-    whole: bool = False  # learn the prompt as well
+    whole: bool = False  # train on the prompt's tokens too
 
     def of_step(self, step: int, num_texts: int) -> list[TrainRow]:
         """The texts of a step."""
@@ -42,48 +42,51 @@ class SftTexts:
         return [self._row(n, prompt) for n, prompt in enumerate(self.questions.items)]
 
     def _row(self, row: int, prompt: Prompt) -> TrainRow:
-        before, learned = prompt.token_ids, self.solutions[prompt.data_row]
-        if self.whole:  # the first token of all has nothing before it that could predict it
-            learned = np.concatenate([np.array(before[1:], np.int32), learned])
-            before = before[:1]
-        return TrainRow(row, before, learned, np.zeros(len(learned), np.float32), None, 0.0)
+        prompt_ids, target_ids = prompt.token_ids, self.solutions[prompt.data_row]
+        if self.whole:  # all but the first token, which no token predicts
+            target_ids = np.concatenate([np.array(prompt_ids[1:], np.int32), target_ids])
+            prompt_ids = prompt_ids[:1]
+        return TrainRow(row, prompt_ids, target_ids, np.zeros(len(target_ids), np.float32), None, 0.0)
 
 
 def load_texts(
     cfg: Config, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, questions: Questions, stop_ids: frozenset[int]
 ) -> SftTexts:
-    """Give every question its solution; leave out, with a count, those that are too long. Raises UserError."""
+    """Add the solution to every question; drop and count those that are too long. Raises UserError."""
     own = own_settings(cfg)
     if not stop_ids:
         raise UserError("model: it names no eos_token_id, so its answers could not end. Give one in config.json.")
-    texts = [(item.text, _completion(item, solution_of(item, own, cfg), recipe, tokenizer)) for item in questions.items]
+    completions = [_completion(item, solution_of(item, own, cfg), recipe, tokenizer) for item in questions.items]
     end_renderers()
     eos = tokenizer.eos_token_id
-    end = eos if eos in stop_ids else min(stop_ids)
-    plain = lambda some, special: tokenizer(some, add_special_tokens=special)["input_ids"]  # noqa: E731
-    wholes = plain([before + after for before, after in texts], not recipe.chat)
-    kept: list[Prompt] = []
+    end_id = eos if eos in stop_ids else min(stop_ids)
+    # tokenize prompt and completion together, because tokens may differ at the border
+    texts = [item.text + completion for item, completion in zip(questions.items, completions, strict=True)]
+    ids_of_texts = tokenizer(texts, add_special_tokens=not recipe.chat)["input_ids"]
+    items: list[Prompt] = []
     solutions: list[np.ndarray] = []
-    for item, (_, after), whole in zip(questions.items, texts, wholes, strict=True):
-        asked = list(item.token_ids)
-        # Tokens that reach over the border would leave no prompt to ask: then the solution stands alone.
-        ids = whole[len(asked) :] if whole[: len(asked)] == asked else plain(after, False)
-        ids = _ended(ids, stop_ids, end)
+    for item, completion, text_ids in zip(questions.items, completions, ids_of_texts, strict=True):
+        prompt_ids = list(item.token_ids)
+        if text_ids[: len(prompt_ids)] == prompt_ids:
+            ids = text_ids[len(prompt_ids) :]
+        else:  # a token spans the border: tokenize the completion alone, so that the prompt stays the same
+            ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        ids = _end_with_stop_token(ids, stop_ids, end_id)
         if len(ids) <= cfg.max_generate_length:
-            kept.append(dataclasses.replace(item, data_row=len(kept)))
+            items.append(dataclasses.replace(item, data_row=len(items)))
             solutions.append(np.array(ids, np.int32))
-    dropped = len(questions.items) - len(kept)
-    if not kept:
+    dropped = len(questions.items) - len(items)
+    if not items:
         raise UserError(
             f"data: every solution ({dropped}) is longer than max_generate_length {cfg.max_generate_length}. Raise it."
         )
     drops = {**questions.drops, **({TOO_LONG: dropped} if dropped else {})}
-    left = Questions(kept, questions.num_dropped + dropped, questions.seed, drops)
-    return SftTexts(left, solutions, own.loss_on == "all")
+    usable = Questions(items, questions.num_dropped + dropped, questions.seed, drops)
+    return SftTexts(usable, solutions, own.loss_on == "all")
 
 
 def solutions_sha256(questions: Questions) -> str:
-    """What identifies the solutions beside the questions: the cells as they stand, of which columns keep a part."""
+    """Fingerprint of the solutions: the unchanged cells of the answer column, of which `answer` may be a part."""
     digest = hashlib.sha256()
     for item in questions.items:
         digest.update(json.dumps(item.reference, default=str, sort_keys=True).encode() + b"\n")
@@ -91,7 +94,7 @@ def solutions_sha256(questions: Questions) -> str:
 
 
 def solution_of(item: Prompt, own: SftSettings, cfg: Config) -> str:
-    """The text that solution_column and solution_template make of a row. Raises UserError naming the row."""
+    """The text of solution_column and solution_template for a row. Raises UserError naming the row."""
     cells: dict[str, Any] = dict(item.columns)
     column = own.solution_column
     if column is not None:
@@ -123,11 +126,11 @@ def _cleaned(cell: Any, remove: list[str], strip: bool) -> Any:
 
 
 def _completion(item: Prompt, solution: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the model has to say after the prompt's text, and, under a chat template, what ends its turn."""
+    """The text after the prompt: the solution and, with a chat template, what ends the assistant's turn."""
     try:
         solution.encode()
     except UnicodeEncodeError:
-        raise UserError(f"data: question {item.data_row + 1}: its solution holds half of a surrogate pair.") from None
+        raise UserError(f"data: question {item.data_row + 1}: its solution has half of a surrogate pair.") from None
     if not recipe.chat:
         return solution
     assert item.messages is not None
@@ -135,19 +138,19 @@ def _completion(item: Prompt, solution: str, recipe: Recipe, tokenizer: PreTrain
     text = render_chat(tokenizer.get_chat_template(), tokenizer.special_tokens_map, turns, opening=False)
     if not text.startswith(item.text):
         raise UserError(
-            f"chat_template: question {item.data_row + 1}: with the solution in its place the conversation does not begin "
-            "with the prompt, so the prompt cannot be learned from. Try --chat_template false, or chat_template_file."
+            f"chat_template: question {item.data_row + 1}: rendered with the solution, the conversation does not begin "
+            "with the prompt, so it cannot be used. Try --chat_template false, or chat_template_file."
         )
     return text[len(item.text) :]
 
 
-def _ended(ids: list[int], stop_ids: frozenset[int], end: int) -> list[int]:
-    """Up to the first token that ends a completion; with one where there is none.
+def _end_with_stop_token(ids: list[int], stop_ids: frozenset[int], end_id: int) -> list[int]:
+    """Cut after the first stop token; append `end_id` if there is no stop token.
 
-    >>> _ended([5, 0, 8], frozenset({0}), 0), _ended([5], frozenset({0, 2}), 2)
+    >>> _end_with_stop_token([5, 0, 8], frozenset({0}), 0), _end_with_stop_token([5], frozenset({0, 2}), 2)
     ([5, 0], [5, 2])
     """
-    for here, token in enumerate(ids):
+    for position, token in enumerate(ids):
         if token in stop_ids:
-            return ids[: here + 1]
-    return [*ids, end]
+            return ids[: position + 1]
+    return [*ids, end_id]

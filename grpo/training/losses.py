@@ -1,11 +1,15 @@
-"""The objective: PPO's clip per token, k3 against the reference, one global denominator.
+"""The loss of GRPO: a surrogate per token, k3 against the reference, one global denominator.
 
-    ratio_t = exp(clamp(logp_t - old_t, ±20))
-    loss_t  = -min(ratio_t * A, clip(ratio_t, 1 - eps_low, 1 + eps_high) * A) + beta * k3_t
-    k3_t    = exp(ref_t - logp_t) - (ref_t - logp_t) - 1                 DeepSeekMath, arXiv 2402.03300, eq. 3 and 4
-    loss    = sum over rows and tokens of weight * loss_t                weights below, already divided
+    loss    = sum over rows n and trained tokens t of  w_n * (s_nt * c_nt + beta * k3_nt)
+    k3_t    = exp(ref_t - logp_t) - (ref_t - logp_t) - 1                 DeepSeekMath, arXiv 2402.03300, eq. 4
+    c_t     = min(exp(old_t - sampler_t), max_importance_weight)         1 where old_t is sampler_t
 
-Weights (N rows of the minibatch over all ranks, C_n tokens of row n, C_max = max_generate_length):
+`surrogate` chooses s, `weighting` chooses w; each is a small table below. Surrogates:
+
+    ppo_clip  -min(ratio_t * A, clip(ratio_t, 1 - eps_low, 1 + eps_high) * A)          arXiv 2402.03300, eq. 3
+              ratio_t = exp(clamp(logp_t - old_t, +-20))
+
+Weightings, for N rows of the minibatch over all ranks, C_n trained tokens of row n, C_max = max_generate_length:
 
     grpo      1 / (N * C_n)      mean over rows of the row's mean         arXiv 2402.03300, eq. 3
     dapo      1 / sum C_n        mean over all tokens                     DAPO, arXiv 2503.14476, eq. 8
@@ -13,27 +17,91 @@ Weights (N rows of the minibatch over all ranks, C_n tokens of row n, C_max = ma
 
 The gradient contract: what `backward` gets is divided by the global denominator; backends *sum* over ranks.
 
-Differs from the paper: the log-ratio is clamped before exp; a weight truncated at `max_importance_weight`
-corrects a sampler whose log-probs are not the trainer's (arXiv 2503.14476 does without).
+Differs from the paper: the log-ratio is clamped before exp; the truncated importance weight c corrects a sampler whose
+log-probs are not the trainer's (arXiv 2503.14476 does without).
+
+A new surrogate is a function with the signature of `ppo_clip` and its entry in SURROGATES, a new weighting an entry in
+WEIGHTINGS and in the annotation of the setting. A user's own surrogate needs neither (surrogate.py).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from grpo.config.settings import Config
+from grpo.training.metrics import declare
+
 LOG_RATIO_CLAMP = 20.0
 
+declare(
+    means=("kl", "kl_old", "clip/low", "clip/high", "clip/importance", "sampler_gap/mean"),
+    maxima=("ratio_gap", "sampler_gap/max"),
+)
 
-def ppo_clip(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """Per-token clipped surrogate: log_ratio [B, T], advantages [B] -> [B, T].
 
-    >>> ppo_clip(torch.tensor([[1.5, 0.5]]).log(), torch.tensor([1.0]), 0.2, 0.2).tolist()
-    [[-1.2000000476837158, -0.5]]
+@dataclass(frozen=True)
+class LossInputs:
+    """What a surrogate may depend on, for B rows of T tokens."""
+
+    logprobs: Tensor  # [B, T] of the policy, with gradient
+    old_logprobs: Tensor  # [B, T] of the policy before the step's first update
+    ref_logprobs: Tensor | None  # [B, T] of the reference; None without KL
+    sampler_logprobs: Tensor  # [B, T] as the engine sampled
+    advantages: Tensor  # [B]
+    trained: Tensor  # [B, T] bool, the tokens that carry loss; elsewhere log-probs mean nothing
+
+
+@dataclass
+class Measured:
+    """What a micro-batch measures beside its loss."""
+
+    means: dict[str, Tensor] = field(default_factory=dict)  # [B, T] each, averaged over trained tokens
+    maxima: dict[str, Tensor] = field(default_factory=dict)  # [] each
+    sampler_gap: Tensor | None = None  # [] largest |policy - sampler| log-prob where both held the same weights
+
+
+Surrogate = Callable[[LossInputs, Config], tuple[Tensor, dict[str, Tensor]]]
+"""-> loss of each token [B, T], unweighted, and named metrics [B, T]. What stands outside `trained` is ignored."""
+
+
+def ppo_clip(inputs: LossInputs, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate with separate widths below and above.
+
+    >>> ratios = torch.tensor([[1.5, 0.5]])
+    >>> one = LossInputs(ratios.log(), torch.zeros(1, 2), None, torch.zeros(1, 2), torch.ones(1), ratios > 0)
+    >>> loss, metrics = ppo_clip(one, Config(clip_eps=0.2))
+    >>> loss.tolist(), metrics["clip/high"].tolist()
+    ([[-1.2000000476837158, -0.5]], [[True, False]])
     """
+    low, high = cfg.clip_eps, cfg.clip_eps if cfg.clip_eps_high is None else cfg.clip_eps_high
+    log_ratio = torch.where(inputs.trained, inputs.logprobs - inputs.old_logprobs, 0.0)
     ratio = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
-    gain = advantages[:, None]
-    return -torch.minimum(ratio * gain, ratio.clamp(1 - low, 1 + high) * gain)
+    gain = inputs.advantages[:, None]
+    loss = -torch.minimum(ratio * gain, ratio.clamp(1 - low, 1 + high) * gain)
+    ratio = ratio.detach()
+    return loss, {"clip/low": (ratio < 1 - low) & (gain < 0), "clip/high": (ratio > 1 + high) & (gain > 0)}
+
+
+SURROGATES: dict[str, Surrogate] = {"ppo_clip": ppo_clip}
+
+RowWeight = Callable[[int, Sequence[int], int], float]
+
+WEIGHTINGS: dict[str, RowWeight] = {
+    "grpo": lambda trained, all_trained, max_length: 1.0 / (len(all_trained) * max(1, trained)),
+    "dapo": lambda trained, all_trained, max_length: 1.0 / max(1, sum(all_trained)),
+    "dr_grpo": lambda trained, all_trained, max_length: 1.0 / (len(all_trained) * max_length),
+}
+
+
+def row_weights(weighting: str, trained: Sequence[int], max_length: int) -> list[float]:
+    """Weight of each token of each row of a minibatch, from the trained tokens of all its rows, on all ranks.
+
+    >>> row_weights("grpo", [1, 3], 8), row_weights("dapo", [1, 3], 8), row_weights("dr_grpo", [1, 3], 8)
+    ([0.5, 0.16666666666666666], [0.25, 0.25], [0.0625, 0.0625])
+    """
+    return [WEIGHTINGS[weighting](count, trained, max_length) for count in trained]
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -42,19 +110,51 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return gap.exp() - gap - 1
 
 
-RowWeight = Callable[[int, Sequence[int], int], float]
+def policy_loss(
+    inputs: LossInputs,
+    weights: Tensor,
+    cfg: Config,
+    surrogate: Surrogate = ppo_clip,
+    trust_sampler: bool = False,
+    weights_unchanged: bool = False,
+) -> tuple[Tensor, Measured]:
+    """Weighted loss of each token [B, T], 0 outside `trained`, and what it measures. Its sum goes to the backward.
 
-ROW_WEIGHTS: dict[str, RowWeight] = {
-    "grpo": lambda length, lengths, max_length: 1.0 / (len(lengths) * max(1, length)),
-    "dapo": lambda length, lengths, max_length: 1.0 / max(1, sum(lengths)),
-    "dr_grpo": lambda length, lengths, max_length: 1.0 / (len(lengths) * max_length),
-}
-
-
-def row_weights(loss: str, lengths: Sequence[int], max_length: int) -> list[float]:
-    """Weight of each token of each row of a minibatch, from the lengths of all its rows, on all ranks.
-
-    >>> row_weights("grpo", [1, 3], 8), row_weights("dapo", [1, 3], 8), row_weights("dr_grpo", [1, 3], 8)
-    ([0.5, 0.16666666666666666], [0.25, 0.25], [0.0625, 0.0625])
+    weights: [B, T], already divided by the global denominator. trust_sampler: the old log-probs are the sampler's, so
+    no importance weight is needed. weights_unchanged: sampler and trainer hold the same weights, so every gap between
+    their log-probs is arithmetic.
     """
-    return [ROW_WEIGHTS[loss](length, lengths, max_length) for length in lengths]
+    trained, logprobs, old = inputs.trained, inputs.logprobs, inputs.old_logprobs
+    measured = Measured()
+
+    # per-token surrogate
+    token_loss, measured.means = surrogate(inputs, cfg)
+
+    # importance weight, where the sampler's distribution is not the trainer's
+    log_weight = torch.where(trained, old - inputs.sampler_logprobs, 0.0)
+    if not trust_sampler:
+        importance = log_weight.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+        token_loss = token_loss * importance.clamp(max=cfg.max_importance_weight)
+
+    # KL against the reference
+    if inputs.ref_logprobs is not None:
+        measured.means["kl"] = k3(logprobs, torch.where(trained, inputs.ref_logprobs, logprobs.detach()))
+        token_loss = token_loss + cfg.beta * measured.means["kl"]
+
+    # the mask comes before the weights: what stands outside it may be NaN
+    token_loss = torch.where(trained, token_loss, 0.0) * weights
+
+    # how far the policy has moved within the step: k3 of KL(old || policy)
+    log_ratio = torch.where(trained, logprobs.detach() - old, 0.0)
+    measured.means["kl_old"] = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp() - 1 - log_ratio
+
+    # how far the sampler's log-probs are from the trainer's
+    if weights_unchanged:
+        gap = torch.where(trained, logprobs.detach() - inputs.sampler_logprobs, 0.0)
+        measured.means["sampler_gap/mean"] = gap.abs()
+        measured.sampler_gap = gap.abs().amax()
+        measured.maxima["sampler_gap/max"] = measured.sampler_gap
+        measured.maxima["ratio_gap"] = (gap.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp() - 1).abs().amax()
+        if not trust_sampler:
+            measured.means["clip/importance"] = log_weight.exp() > cfg.max_importance_weight
+    return token_loss, measured

@@ -1,12 +1,14 @@
 """Metrics of one step: sums with counts, and maxima; never a mean of means.
 
-Every rank tallies the same names whatever it did, so one fixed-shape gather reduces them all.
+A metric is declared by the module that measures it (`declare`), at import or before training begins. Every rank tallies
+all declared names whatever it did, so one gather of a fixed shape reduces them all.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,19 +16,36 @@ from torch import Tensor
 
 from grpo.runtime.distributed import World
 
+NOT_MEASURED = -1.0
 PHASES = ("rollout", "reward", "exchange", "logprobs", "update")
-MEANS = ("clip/low", "clip/high", "clip/importance", "kl", "kl_old", "sampler_gap/mean", "sft/token_accuracy")
-SUMS = ("loss",)
-COUNTS = ("guards/oom_rollout", "guards/oom_update")
 REPORTED = {phase: phase for phase in PHASES} | {"micro_batches": "update", "reduce": "reduce"}  # in heartbeats
-MAXIMA = (
-    "ratio_gap",
-    "sampler_gap/max",
-    "time/step_s",
-    "time/micro_batches_s",
-    "time/reduce_s",
-    *(f"time/{phase}_s" for phase in PHASES),
+MEANS: set[str] = set()  # over tokens, or whatever else is counted
+SUMS: set[str] = set()  # over ranks, divided by the number of updates
+COUNTS: set[str] = set()  # over ranks
+MAXIMA: set[str] = set()  # over ranks
+
+
+def declare(
+    means: Iterable[str] = (), sums: Iterable[str] = (), counts: Iterable[str] = (), maxima: Iterable[str] = ()
+) -> None:
+    """Make names of metrics known. All ranks must declare the same ones, before the first step."""
+    for known, names in ((MEANS, means), (SUMS, sums), (COUNTS, counts), (MAXIMA, maxima)):
+        known.update(names)
+
+
+declare(
+    sums=("loss",),
+    counts=("guards/oom_rollout",),
+    maxima=("time/step_s", "time/micro_batches_s", "time/reduce_s", *(f"time/{phase}_s" for phase in PHASES)),
 )
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A step's metrics over all ranks, the same on every rank."""
+
+    metrics: dict[str, float]
+    sampler_gap: float | None  # largest |policy - sampler| log-prob; None: not measured in this step
 
 
 class Tally:
@@ -34,9 +53,10 @@ class Tally:
 
     def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
         self.on_phase = on_phase
-        self.sums = dict.fromkeys((*MEANS, *SUMS, *COUNTS), 0.0)
-        self.counts = dict.fromkeys(MEANS, 0.0)
-        self.maxima = dict.fromkeys(MAXIMA, 0.0)
+        self.sums = dict.fromkeys(sorted(MEANS | SUMS | COUNTS), 0.0)
+        self.counts = dict.fromkeys(sorted(MEANS), 0.0)
+        self.maxima = dict.fromkeys(sorted(MAXIMA), 0.0)
+        self.sampler_gap = NOT_MEASURED
         self.pending: list[tuple[tuple[str, ...], tuple[str, ...], Tensor]] = []  # measured, still on the device
         self.began = time.monotonic()
         self.updates = 0
@@ -57,10 +77,21 @@ class Tally:
         if math.isfinite(value):
             self.maxima[name] = max(self.maxima[name], value)
 
-    def micro_batch(self, loss: Tensor, means: dict[str, Tensor], maxima: dict[str, Tensor], mask: Tensor) -> None:
-        """Note what a micro-batch measured: means [B, T] over the mask, maxima []. Nothing is read before `settle`."""
-        totals = [torch.where(mask, values.detach().float(), 0.0).sum() for values in means.values()]
-        numbers = torch.stack([loss, mask.sum().float(), *totals, *maxima.values()]).detach()
+    def micro_batch(
+        self,
+        loss: Tensor,
+        means: dict[str, Tensor],
+        maxima: dict[str, Tensor],
+        trained: Tensor,
+        sampler_gap: Tensor | None = None,
+    ) -> None:
+        """Note what a micro-batch measured: means [B, T] over trained tokens, maxima []. Read when `settle` is called.
+
+        Reading a value at once would be a device sync.
+        """
+        totals = [torch.where(trained, values.detach().float(), 0.0).sum() for values in means.values()]
+        gap = torch.full_like(loss, NOT_MEASURED) if sampler_gap is None else sampler_gap
+        numbers = torch.stack([loss, trained.sum(), gap, *totals, *maxima.values()]).detach()
         self.pending.append((tuple(means), tuple(maxima), numbers))
 
     def settle(self) -> None:
@@ -69,7 +100,9 @@ class Tally:
         read = iter(torch.cat([numbers for _, _, numbers in pending]).tolist() if pending else ())
         for means, maxima, _ in pending:
             self.add("loss", next(read))
-            count = next(read)
+            count, gap = next(read), next(read)
+            if math.isfinite(gap):
+                self.sampler_gap = max(self.sampler_gap, gap)
             for name in means:
                 self.mean(name, next(read), count)
             for name in maxima:
@@ -86,34 +119,36 @@ class Tally:
         finally:
             self.maxima[f"time/{name}_s"] += time.monotonic() - start
 
-    def mark(self) -> tuple[dict[str, float], ...]:
+    def mark(self) -> tuple[dict[str, float], dict[str, float], dict[str, float], float]:
         """Where the sums stand, for `rewind`."""
         self.settle()
-        return self.sums.copy(), self.counts.copy(), self.maxima.copy()
+        return self.sums.copy(), self.counts.copy(), self.maxima.copy(), self.sampler_gap
 
-    def rewind(self, mark: tuple[dict[str, float], ...]) -> None:
+    def rewind(self, mark: tuple[dict[str, float], dict[str, float], dict[str, float], float]) -> None:
         """Forget what was added since `mark`, times excepted: it will be added again."""
         times = {name: value for name, value in self.maxima.items() if name.startswith("time/")}
-        self.sums, self.counts, self.maxima = mark[0].copy(), mark[1].copy(), mark[2] | times
+        sums, counts, maxima, self.sampler_gap = mark
+        self.sums, self.counts, self.maxima = sums.copy(), counts.copy(), maxima | times
         self.pending = []
 
-    def reduce(self, world: World) -> dict[str, float]:
+    def reduce(self, world: World) -> Reduced:
         """Reduce over ranks: means by their counts, sums, maxima. One gather. Means of nothing are left out."""
         if self.on_phase is not None:
             self.on_phase("log")
         self.settle()
         self.maxima["time/step_s"] = time.monotonic() - self.began
-        row = np.array([*self.sums.values(), *self.counts.values(), *self.maxima.values()], dtype=np.float64)
-        rows = world.gather_rows(row)
-        sums, counts, maxima = np.split(rows, [len(self.sums), len(self.sums) + len(self.counts)], axis=1)
+        row = [*self.sums.values(), *self.counts.values(), *self.maxima.values(), self.sampler_gap]
+        rows = world.gather_rows(np.array(row, dtype=np.float64))
+        sums, counts, maxima, gaps = np.split(rows, np.cumsum([len(self.sums), len(self.counts), len(self.maxima)]), 1)
         total = dict(zip(self.sums, sums.sum(0).tolist(), strict=True))
         count = dict(zip(self.counts, counts.sum(0).tolist(), strict=True))
-        means = {name: total[name] / count[name] for name in MEANS if count[name]}
         slowest = dict(zip(self.maxima, maxima.max(0).tolist(), strict=True))
         average = dict(zip(self.maxima, maxima.mean(0).tolist(), strict=True))
+        updates = max(1.0, self.updates)  # the same on every rank
+        metrics = {name: total[name] / count[name] for name in count if count[name]}
         for work in ("rollout", "micro_batches"):  # done apart; what follows waits for the slowest rank
             name = f"time/{work}_s"
-            means[f"idle/{work}"] = 1 - average[name] / slowest[name] if slowest[name] > 0 else 0.0
-        updates = max(1.0, self.updates)  # the same on every rank
-        counted = {name: total[name] for name in COUNTS}
-        return means | {name: total[name] / updates for name in SUMS} | counted | slowest
+            metrics[f"idle/{work}"] = 1 - average[name] / slowest[name] if slowest[name] > 0 else 0.0
+        metrics |= {name: total[name] / (updates if name in SUMS else 1) for name in total if name not in count}
+        gap = float(gaps.max())
+        return Reduced(metrics | slowest, None if gap == NOT_MEASURED else gap)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grpo.config.settings import Config
-from grpo.forward.flat_rows import common_header
+from grpo.forward.flat_rows import common_prefix
 from grpo.types import Prompt
 
 
@@ -54,7 +54,7 @@ def cut_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: i
     return [*micro_batches, tuple(current)] if current else micro_batches
 
 
-def cut_trees(
+def cut_shared_prompts(
     rows: Sequence[int], prompts: Sequence[int], lengths: Sequence[int], group: int, max_tokens: int, header: int = 0
 ) -> list[tuple[int, ...]]:
     """Pack rows of whole groups, longest first, so that prompts and completions together stay within the budget.
@@ -62,7 +62,7 @@ def cut_trees(
     prompts, lengths: tokens of each row's prompt and completion; a prompt counts once for all rows of its group, row
     n being of group n // group, and the `header` that all prompts begin with once a micro-batch. One row at least.
 
-    >>> cut_trees([0, 1, 2, 3], prompts=[5, 5, 5, 5], lengths=[4, 3, 9, 2], group=2, max_tokens=16)
+    >>> cut_shared_prompts([0, 1, 2, 3], prompts=[5, 5, 5, 5], lengths=[4, 3, 9, 2], group=2, max_tokens=16)
     [(2, 3), (0, 1)]
     """
     longest: dict[int, int] = {}
@@ -103,26 +103,29 @@ def make_plan(
     advantages: np.ndarray,
     world_size: int,
     shares: bool = True,
+    num_trained: np.ndarray | None = None,
 ) -> list[Minibatch]:
     """Cut a step's rows into minibatches of whole groups, and those into micro-batches with owners.
 
-    lengths, advantages: [N], of all rows. Without KL, a row with advantage 0 carries no gradient. shares: rows are
-    computed without padding and prompts once a group; else padded, each with its own prompt.
+    lengths, advantages: [N], of all rows. Without KL, a row with advantage 0 carries no gradient, nor does one without
+    a trained token (num_trained: [N]; None: every token is trained). shares: rows are computed without padding and
+    prompts once a group; else padded, each with its own prompt.
     """
     group = cfg.num_generations
     asked = [len(prompts[n // group].token_ids) for n in range(len(lengths))]
     said = lengths.tolist()
-    header = common_header([prompt.token_ids for prompt in prompts]) if shares else 0
+    header = common_prefix([prompt.token_ids for prompt in prompts]) if shares else 0
+    trained_tokens = lengths if num_trained is None else num_trained
     total = [prompt + int(length) for prompt, length in zip(asked, said, strict=True)]
     carries = [
-        bool(length > 0 and (cfg.beta > 0 or gain != 0)) for length, gain in zip(lengths, advantages, strict=True)
+        bool(count > 0 and (cfg.beta > 0 or gain != 0)) for count, gain in zip(trained_tokens, advantages, strict=True)
     ]
     plan = []
     for groups in split_evenly(len(prompts), cfg.num_minibatches):
         rows = range(groups.start * group, groups.stop * group)
         trained = [n for n in rows if carries[n]]
         if shares:
-            micro_batches = cut_trees(trained, asked, said, group, cfg.micro_batch_tokens, header)
+            micro_batches = cut_shared_prompts(trained, asked, said, group, cfg.micro_batch_tokens, header)
             asked_once = [{n // group: asked[n] - header for n in micro} for micro in micro_batches]
             costs = [
                 header + sum(once.values()) + sum(said[n] for n in micro)

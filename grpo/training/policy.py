@@ -15,22 +15,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.config.settings import Config, updates_per_step
+from grpo.config.settings import Config, shards_weights, updates_per_step
 from grpo.errors import UserError
 from grpo.forward.logprobs import Scorer
 from grpo.models.checks import is_lora, load_model
-from grpo.models.offload import ActivationOffload, brought, check_device
+from grpo.models.offload import ActivationOffload, on_device, check_device
 from grpo.runtime.checksums import checksums, first_difference
 from grpo.runtime.distributed import World
 from grpo.runtime.out_of_memory import FittingSize, OutOfMemory, ran_out
 from grpo.training.backends import Backend, load_backend
-from grpo.training.exchange import halves
-from grpo.training.losses import k3, ppo_clip
-from grpo.training.metrics import Tally
+from grpo.training.losses import LossInputs, policy_loss
+from grpo.training.metrics import Tally, declare
 from grpo.training.skipped_updates import SkippedUpdate, count_skip
+from grpo.training.special_micro_batches import halves
+from grpo.training.surrogate import load_surrogate
 from grpo.types import Counters, MicroBatch, Pulse
 
 Done = TypeVar("Done")
+
+declare(counts=("guards/oom_update",))
 
 MAX_TRUSTED_GAP = 1e-4  # largest |sampler - trainer| log-prob for sampler log-probs to serve as old ones
 
@@ -59,6 +62,7 @@ class Policy:
         self.cfg = cfg
         self.world = world
         self.model = model
+        self.surrogate, _ = load_surrogate(cfg)
         self.counters = Counters()
         self.last_lr = 0.0
         if cfg.gradient_checkpointing:
@@ -86,7 +90,7 @@ class Policy:
         self.known_checksums = checksums(self.backend.held())
 
     def changed_tensor(self) -> str | None:
-        """What is no longer as `remember_checksums` met it, though no update came between: memory has failed. None: all is well."""
+        """A tensor that changed since `remember_checksums` though no update came between; None: none did."""
         return first_difference(self.known_checksums, checksums(self.backend.held())) if self.known_checksums else None
 
     def _reference_logprobs(self, micro: MicroBatch) -> Tensor | None:
@@ -105,7 +109,7 @@ class Policy:
         single update those are the bare ones, detached (None); for several, an extra forward.
         """
         away = self.reference is not None and self.cfg.reference_offload
-        with brought(self.reference, self.world.device) if away and self.reference else nullcontext():
+        with on_device(self.reference, self.world.device) if away and self.reference else nullcontext():
             return [
                 self._within_memory(minibatch, lambda pieces: [self._annotate(micro) for micro in pieces])
                 for minibatch in batches
@@ -152,36 +156,14 @@ class Policy:
 
     def loss(self, micro: MicroBatch, tally: Tally, weights_unchanged: bool) -> Tensor:
         """Weighted loss of a micro-batch, already divided by the global denominator."""
-        cfg = self.cfg
+        assert micro.weights is not None
         logprobs = self.backend.score(micro)  # [B, T]
         old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
-        log_ratio = torch.where(micro.mask, logprobs - old, 0.0)
-        high = cfg.clip_eps if cfg.clip_eps_high is None else cfg.clip_eps_high
-        token_loss = ppo_clip(log_ratio, micro.advantages, cfg.clip_eps, high)
-        sampler_gap = torch.where(micro.mask, old - micro.sampler_logprobs, 0.0)
-        if not self.counters.trust_sampler:
-            token_loss = token_loss * sampler_gap.clamp(-20, 20).exp().clamp(max=cfg.max_importance_weight)
-        means = {}
-        if micro.ref_logprobs is not None:
-            means["kl"] = k3(logprobs, torch.where(micro.mask, micro.ref_logprobs, logprobs.detach()))
-            token_loss = token_loss + cfg.beta * means["kl"]
-        assert micro.weights is not None
-        loss = (torch.where(micro.mask, token_loss, 0.0) * micro.weights).sum()
-
-        ratio = log_ratio.detach().clamp(-20, 20).exp()
-        gain = micro.advantages[:, None]
-        means["clip/low"] = (ratio < 1 - cfg.clip_eps) & (gain < 0)
-        means["clip/high"] = (ratio > 1 + high) & (gain > 0)
-        means["kl_old"] = ratio - 1 - log_ratio.detach()  # k3 of KL(old || policy)
-        maxima = {}
-        if weights_unchanged:  # sampler and trainer hold the same weights: any gap is arithmetic
-            gap = torch.where(micro.mask, logprobs.detach() - micro.sampler_logprobs, 0.0)
-            means["sampler_gap/mean"] = gap.abs()
-            maxima["sampler_gap/max"] = gap.abs().amax()
-            maxima["ratio_gap"] = (gap.clamp(-20, 20).exp() - 1).abs().amax()
-            if not self.counters.trust_sampler:
-                means["clip/importance"] = sampler_gap.exp() > cfg.max_importance_weight
-        tally.micro_batch(loss.detach(), means, maxima, micro.mask)
+        inputs = LossInputs(logprobs, old, micro.ref_logprobs, micro.sampler_logprobs, micro.advantages, micro.trained)
+        trust = bool(self.counters.trust_sampler)
+        token_loss, measured = policy_loss(inputs, micro.weights, self.cfg, self.surrogate, trust, weights_unchanged)
+        loss = token_loss.sum()
+        tally.micro_batch(loss.detach(), measured.means, measured.maxima, micro.trained, measured.sampler_gap)
         return loss
 
     def update(
@@ -257,14 +239,18 @@ class Policy:
                 except SkippedUpdate as skip:
                     on_skip(self, minibatch, skip, iteration)
                     count_skip(self.counters, self.cfg.max_bad_steps)
+        tally.add("guards/oom_update", self.fitting.halvings)
         if self.cfg.check_weights_steps:
             self.remember_checksums()
         return norms
 
-    def trust(self, metrics: dict[str, float]) -> None:
-        """Decide from this step's measured gap whether the sampler's log-probs serve as the next step's old ones."""
-        if "sampler_gap/mean" in metrics:
-            self.counters.trust_sampler = metrics["sampler_gap/max"] <= MAX_TRUSTED_GAP
+    def trust_sampler(self, gap: float | None) -> None:
+        """Decide whether the sampler's log-probs serve as the next step's old ones.
+
+        gap: largest |policy - sampler| log-prob over all ranks in this step; None: not measured, nothing changes.
+        """
+        if gap is not None:
+            self.counters.trust_sampler = gap <= MAX_TRUSTED_GAP
 
 
 def load_policy(cfg: Config, world: World, checkpoint: Path | None = None, kind: type[Policy] = Policy) -> Policy:
@@ -294,7 +280,7 @@ def load_trained(cfg: Config, device: torch.device, checkpoint: Path | None = No
 
 def load_rollout_model(policy: Policy) -> PreTrainedModel:
     """The module that our own engine samples with: the policy's own, or a whole copy where its weights are sharded."""
-    if policy.cfg.backend != "deepspeed" or policy.cfg.zero_stage < 3:
+    if not shards_weights(policy.cfg):
         return policy.model
     # requires_grad stays on, though no gradient is ever taken: autocast keeps its bf16 casts of such weights only.
     return load_trained(policy.cfg, policy.world.device)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config.settings import Config, prompts_per_step
+from grpo.config.settings import Config
 from grpo.errors import UserError
 from grpo.rewards import Failure, Reward, RewardInput
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import Rewards
 from grpo.runtime.distributed import World
-from grpo.training.advantages import equal_groups, group_advantages
+from grpo.training.advantages import group_advantages
 from grpo.types import FACTS, Completion, Prompt, Pulse, Table
 
 REPORTED_FAILURES = 3  # of one function in a step, on each rank
@@ -32,6 +32,7 @@ class Scored:
     inputs: list[RewardInput]
     scores: np.ndarray  # [len(completions), K] float64, NaN where a function does not apply
     faults: np.ndarray  # [len(completions), K] 0, FAILED or LATE
+    num_rows: int  # of the step, over all ranks
 
 
 class Scoring:
@@ -113,7 +114,7 @@ class Scoring:
                         scores[at, k] = outcome
             for failure in failures[:REPORTED_FAILURES]:
                 self.report(str(failure))
-        return Scored(completions, inputs, scores, faults)
+        return Scored(completions, inputs, scores, faults, len(self.prompts) * self.num_generations)
 
     def _stop(self) -> bool:
         self.stopped = self.asked_to_stop() or self.stopped
@@ -169,34 +170,36 @@ def gather(
 
     notices: numbers of this rank's own that all ranks should see, such as a request to stop; a few at most.
     """
-    num_rows = prompts_per_step(cfg) * cfg.num_generations
-    num_functions = len(rewards)  # scores, facts, faults; below the rows, one line a rank
-    table = np.zeros((num_rows + world.size, num_functions + len(FACTS) + num_functions))
+    names = [reward.name for reward in rewards]
+    num_rows, K = scored.num_rows, len(rewards)
+
+    # rows: scores, facts, faults of a completion; below them a line a rank with its notices
+    table = np.zeros((num_rows + world.size, K + len(FACTS) + K))
     table[num_rows + world.rank, : len(notices)] = notices
-    for i, completion in enumerate(scored.completions):
-        facts = (
-            len(completion.token_ids),
-            completion.finish == "stop",
-            completion.finish == "error",
-            completion.clamped,
-            float(completion.sampler_logprobs.sum(dtype=np.float64)),
-            float(np.count_nonzero(scored.faults[i])),
-            world.rank,
-        )
-        table[completion.row] = [*scored.scores[i], *map(float, facts), *scored.faults[i]]
-    table, noticed = np.split(world.sum_rows(table), [num_rows])
-    parts, facts_table, faults = np.split(table, [num_functions, num_functions + len(FACTS)], axis=1)
-    check_failures(cfg, faults, [r.name for r in rewards])
-    facts_of = dict(zip(FACTS, facts_table.T, strict=True)) | {
-        _faults_of(r.name): faults[:, k] for k, r in enumerate(rewards)
+    for completion, scores, faults in zip(scored.completions, scored.scores, scored.faults, strict=True):
+        facts = _facts_of(completion, faults, world.rank)
+        table[completion.row] = [*scores, *(facts[name] for name in FACTS), *faults]
+
+    table, all_notices = np.split(world.sum_rows(table), [num_rows])
+    all_scores, facts_table, all_faults = np.split(table, [K, K + len(FACTS)], axis=1)
+    check_failures(cfg, all_faults, names)
+    totals = combine(all_scores, [reward.weight for reward in rewards])
+    columns = dict(zip(FACTS, facts_table.T, strict=True))
+    return Table(names, all_scores, totals, columns, cfg.num_generations, all_notices, all_faults)
+
+
+def _facts_of(completion: Completion, faults: np.ndarray, rank: int) -> dict[str, float]:
+    """What every rank needs to know of a row, see FACTS."""
+    return {
+        "length": len(completion.token_ids),
+        "trained": np.count_nonzero(completion.trained),
+        "stopped": completion.finish == "stop",
+        "broken": completion.finish == "error",
+        "clamped": completion.clamped,
+        "logprob_sum": completion.sampler_logprobs[completion.trained].sum(dtype=np.float64),
+        "failures": np.count_nonzero(faults),
+        "rank": rank,
     }
-    total = combine(parts, [reward.weight for reward in rewards])
-    return Table([r.name for r in rewards], parts, total, facts_of, cfg.num_generations, noticed)
-
-
-def _faults_of(name: str) -> str:
-    """Under which name a table's facts hold the faults of a function, see Scored."""
-    return f"faults of {name}"
 
 
 def check_failures(cfg: Config, faults: np.ndarray, names: Sequence[str]) -> None:
@@ -214,35 +217,5 @@ def check_failures(cfg: Config, faults: np.ndarray, names: Sequence[str]) -> Non
 
 def advantages_of(table: Table, cfg: Config) -> np.ndarray:
     """[N] advantages over whole groups; 0 for rows without a reward."""
-    scale = cfg.scale_rewards == "group" and cfg.loss != "dr_grpo"
+    scale = cfg.scale_rewards == "group" and cfg.weighting != "dr_grpo"
     return group_advantages(table.grouped, scale, cfg.advantage_clip).ravel()
-
-
-def rollout_metrics(table: Table, advantages: np.ndarray, vocab_size: int) -> dict[str, float]:
-    """What the table says about the rollout. Means are over all rows of all ranks."""
-    tokens = table.lengths.sum()
-    known = table.rewards[~np.isnan(table.rewards)]
-    metrics = {
-        "reward/mean": float(known.mean()) if len(known) else 0.0,
-        "reward/std": float(known.std()) if len(known) else 0.0,
-        "reward/zero_std_groups": float(equal_groups(table.grouped).mean()),
-        "reward/failures": float(table.facts["failures"].sum()),
-        "advantage/abs_mean": float(np.abs(advantages).mean()),
-        "completions/length_mean": float(table.lengths.mean()),
-        "completions/length_max": float(table.lengths.max()),
-        "completions/length_min": float(table.lengths.min()),
-        "completions/truncated": float(1 - (table.facts["stopped"] + table.facts["broken"]).mean()),
-        "completions/broken": float(table.facts["broken"].sum()),
-        "completions/tokens": float(tokens),
-        "entropy": float(-table.facts["logprob_sum"].sum() / max(1, tokens)),
-        "guards/clamped_logits": float(table.facts["clamped"].sum() / max(1, tokens * vocab_size)),
-    }
-    for k, name in enumerate(table.names):
-        column = table.scores[:, k][~np.isnan(table.scores[:, k])]
-        short = name.rpartition(":")[2]
-        faults = table.facts.get(_faults_of(name), np.zeros(len(table.scores)))
-        metrics[f"reward/{short}/failures"] = float((faults != 0).mean())
-        metrics[f"reward/{short}/timeouts"] = float((faults == LATE).mean())
-        if len(column):
-            metrics |= {f"reward/{short}/mean": float(column.mean()), f"reward/{short}/std": float(column.std())}
-    return metrics

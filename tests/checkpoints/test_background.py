@@ -24,9 +24,9 @@ def run(tmp_path):
     cfg = Config(model="m", data="d", rewards={"r": 1.0})
     policy = trained(cfg)
     policy.counters.step = 1
-    said: list[str] = []
-    saver = Saver(cfg, tmp_path, Heartbeat(tmp_path, ALONE), said.append)
-    return saver, policy, said, tmp_path
+    lines: list[str] = []
+    saver = Saver(cfg, tmp_path, Heartbeat(tmp_path, ALONE), lines.append)
+    return saver, policy, lines, tmp_path
 
 
 def save(saver, policy, step):
@@ -35,15 +35,15 @@ def save(saver, policy, step):
 
 
 def test_training_goes_on_while_the_moment_of_the_save_is_written(run, monkeypatch):
-    """The write is held up until weights and moments have changed: what is on disk is what was there before."""
-    saver, policy, said, folder = run
+    """The write waits until weights and moments have changed: the disk gets the values of before."""
+    saver, policy, lines, folder = run
     go_on = threading.Event()
     plain = checkpoint.save_file
     monkeypatch.setattr(checkpoint, "save_file", lambda *args: go_on.wait(60) and plain(*args))
     before = {name: tensor.clone() for name, tensor in policy.weights()}
     moments = {f"{p.name}|{p.moment}|{p.start}": p.values.clone() for p in policy.backend.moments()}
     save(saver, policy, 1)
-    assert said == [] and list(folder.glob("checkpoint_*")) == [], "nothing is committed yet"
+    assert lines == [] and list(folder.glob("checkpoint_*")) == [], "nothing is committed yet"
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.add_(1.0)
@@ -52,7 +52,7 @@ def test_training_goes_on_while_the_moment_of_the_save_is_written(run, monkeypat
     policy.counters.updates = 77
     go_on.set()
     saver.wait()
-    assert said == [f"saved {folder}/checkpoint_1"] and checkpoint.verify(folder / "checkpoint_1") is None
+    assert lines == [f"saved {folder}/checkpoint_1"] and checkpoint.verify(folder / "checkpoint_1") is None
     written = load_file(folder / "checkpoint_1" / "model.safetensors")
     assert written and all(torch.equal(tensor, before[name]) for name, tensor in written.items())
     [share] = (folder / "checkpoint_1" / "trainer").glob("optimizer-*")
@@ -64,9 +64,9 @@ def test_training_goes_on_while_the_moment_of_the_save_is_written(run, monkeypat
 
 
 def test_one_save_is_in_flight_at_a_time(run, monkeypatch):
-    saver, policy, said, folder = run
+    saver, policy, lines, folder = run
     at_once, most = [0], [0]
-    plain = checkpoint.write
+    plain = checkpoint.write_snapshot
 
     def write(*args):
         at_once[0] += 1
@@ -76,16 +76,19 @@ def test_one_save_is_in_flight_at_a_time(run, monkeypatch):
         finally:
             at_once[0] -= 1
 
-    monkeypatch.setattr(checkpoint, "write", write)
+    monkeypatch.setattr(checkpoint, "write_snapshot", write)
     for step in (1, 2, 3):
         save(saver, policy, step)
     saver.finish()
-    assert most == [1] and len(said) == 3 and len(list(folder.glob("checkpoint_*"))) == 3
+    assert most == [1] and len(lines) == 3 and len(list(folder.glob("checkpoint_*"))) == 3
 
 
 def test_a_failed_save_costs_a_warning_and_the_next_one_works(run, monkeypatch, capsys):
-    """The disk is full in between: what was there stays valid, no junk, and the run is told; at the end it counts."""
-    saver, policy, said, folder = run
+    """The disk is full for one save: earlier checkpoints stay valid, no files are left, a warning is printed.
+
+    The run fails only when its last save fails.
+    """
+    saver, policy, lines, folder = run
     save(saver, policy, 1)
     saver.wait()
     Usage = namedtuple("Usage", "total used free")
@@ -100,12 +103,12 @@ def test_a_failed_save_costs_a_warning_and_the_next_one_works(run, monkeypatch, 
             saver.finish()
     save(saver, policy, 3)
     saver.finish()
-    assert [checkpoint.verify(folder / f"checkpoint_{n}") for n in (1, 3)] == [None, None] and len(said) == 2
+    assert [checkpoint.verify(folder / f"checkpoint_{n}") for n in (1, 3)] == [None, None] and len(lines) == 2
 
 
 def test_what_the_thread_raises_is_not_lost(run, monkeypatch):
     saver, policy, _, _ = run
-    monkeypatch.setattr(checkpoint, "write", lambda *args: 1 / 0)
+    monkeypatch.setattr(checkpoint, "write_snapshot", lambda *args: 1 / 0)
     save(saver, policy, 1)
     with pytest.raises(ZeroDivisionError):
         saver.wait()

@@ -39,8 +39,8 @@ def trained(cfg):
 
 def save(folder, step, policy, recipe, cfg, facts):
     """Take and write checkpoint_{step}; what went wrong, or None."""
-    snapshot = checkpoint.take(step, policy, saving.files_of(tiny_tokenizer()), recipe, cfg, facts)
-    return checkpoint.write(snapshot, folder, ALONE, cfg.save_total_limit, lambda phase: None)
+    snapshot = checkpoint.take_snapshot(step, policy, saving.serialized_tokenizer(tiny_tokenizer()), recipe, cfg, facts)
+    return checkpoint.write_snapshot(snapshot, folder, ALONE, cfg.save_total_limit, lambda phase: None)
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +140,9 @@ def test_the_newest_valid_one_is_used_and_the_damaged_one_named(saved, tmp_path)
         assert save(tmp_path, step, policy, recipe, cfg, {}) is None
     shutil.copytree(saved[0], tmp_path / "checkpoint_200-tmp")
     (tmp_path / "checkpoint_100" / "model.safetensors").write_bytes(b"")
-    said: list[str] = []
-    assert checkpoint.newest_valid(tmp_path, said.append) == tmp_path / "checkpoint_20"
-    assert len(said) == 1 and "checkpoint_100" in said[0] and "model.safetensors" in said[0]
+    notices: list[str] = []
+    assert checkpoint.newest_valid(tmp_path, notices.append) == tmp_path / "checkpoint_20"
+    assert len(notices) == 1 and "checkpoint_100" in notices[0] and "model.safetensors" in notices[0]
 
 
 def test_a_write_that_fails_leaves_the_old_ones_and_no_junk(saved, tmp_path, monkeypatch):

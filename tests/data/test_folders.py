@@ -117,7 +117,7 @@ def test_cells_of_csv_stay_text(tmp_path):
     [
         (TWO, "validation", None, "has no split 'validation', only ['test', 'train']. Use --data_split"),
         ({"notes.txt": "x"}, "train", None, "holds neither a dataset of save_to_disk nor data files (.jsonl, .json"),
-        ({"a.jsonl": jsonl("a"), "b.jsonl": jsonl("b")}, "train", None, "b.jsonl, none of which names a split"),
+        ({"a.jsonl": jsonl("a"), "b.jsonl": jsonl("b")}, "train", None, "b.jsonl, and no file name names a split"),
         (
             {"train.jsonl": jsonl("a"), "train_socratic.jsonl": jsonl("b")},
             "train",
@@ -128,7 +128,7 @@ def test_cells_of_csv_stay_text(tmp_path):
         ({"main/train.jsonl": jsonl("a"), "socratic/train.jsonl": jsonl("b")}, "train", None, "all of which may be"),
         ({"main/train.jsonl": jsonl("a")}, "train", "nope", "data_config: "),
         ({"main/train.jsonl": jsonl("a")}, "train", "../main", "data_config: "),
-        ({"train-00000-of-00002.jsonl": jsonl("a")}, "train", None, "holds 1 parts of train-*-of-00002, which says 2"),
+        ({"train-00000-of-00002.jsonl": jsonl("a")}, "train", None, "holds 1 of the 2 parts train-*-of-00002"),
         (
             {
                 "main/x.jsonl": jsonl("a"),
@@ -146,7 +146,7 @@ def test_cells_of_csv_stay_text(tmp_path):
             "has the configurations ['main', 'other'], not 'third'",
         ),
         ({"x.jsonl": jsonl("a"), "README.md": "---\nconfigs: [\n---\n"}, "train", None, "README.md is not understood"),
-        ({"x.jsonl": jsonl("a"), "README.md": "---\nconfigs: 3\n---\n"}, "train", None, "configs is no list"),
+        ({"x.jsonl": jsonl("a"), "README.md": "---\nconfigs: 3\n---\n"}, "train", None, "configs is not a list"),
         *(
             (
                 {"x.jsonl": jsonl("a"), "README.md": CARD.format(first="main", path=path)},

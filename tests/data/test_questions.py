@@ -1,7 +1,6 @@
 """Questions: the formats, the recipe, the order."""
 
 import csv
-import hashlib
 import io
 import json
 
@@ -208,7 +207,7 @@ def test_english_choices_take_the_names_of_the_chinese_ones(tmp_path):
         (b"q,a,id\nx,1,7\ny,1,\n", {"id_column": "id"}, "row 2, column 'id': the id is empty"),
         (b"q,a\nx,1\n", {"id_column": "ID"}, "has no column 'ID', only ['q', 'a']. Map it: --id_column"),
         (b"q,a,b\nx,1,2\ny,1, \n", {"prompt_template": "{question} {b}"}, "row 2, column 'b': the cell is empty"),
-        (b"q,a,\nx,1,\ny,1,z\n", {}, "line 3, column 3: 'z' stands under no column name"),
+        (b"q,a,\nx,1,\ny,1,z\n", {}, "line 3, column 3: 'z' is in a column without a name"),
         (b"q,a\nx,\xe4\n", {}, "line 2, column 'a': not UTF-8 text"),
         ("題目,a\nx,1\n".encode("big5"), {}, "line 1: not UTF-8 text"),
         (b"q,a\nx,many\n", {"answer_format": "number"}, "column 'a': no row holds a number"),
@@ -338,105 +337,22 @@ def test_the_example_stands_between_the_system_prompt_and_the_question():
     assert given == [{"role": "user", "content": "hi"}], "the row stays as it is"
 
 
-def cached_file(folder, rows=100):
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps({"question": f"{n}+{n}?", "answer": str(n)}) + "\n" for n in range(rows)))
-    return Config(model="m", data=str(path), max_answer_length=50)
-
-
-@pytest.fixture
-def encoded(monkeypatch, tmp_path):
-    """Counts the prompts that are made, not read; in a cache of the test's own."""
-    count = []
-    datasets.disable_progress_bars()
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("grpo.data.questions.encode", lambda *args: count.append(1) or encode(*args))
-    return count
-
-
-def test_prompts_are_made_once(tmp_path, encoded):
-    """A second launch reads them; any change of rows, recipe, template or tokenizer makes them anew."""
-    cfg = cached_file(tmp_path)
-    tokenizer = tiny_tokenizer()
-    first = load_questions(cfg, Recipe(), tokenizer)
-    assert len(encoded) == 100
-    assert load_questions(cfg, Recipe(), tiny_tokenizer()) == first and len(encoded) == 100
-    load_questions(cfg, Recipe(system_prompt="S"), tokenizer)
-    assert len(encoded) == 200
-    load_questions(cfg, Recipe(), tiny_tokenizer(vocab_size=290))
-    assert len(encoded) == 300
-    for number, template in enumerate((CHAT, CHAT + "!")):
-        tokenizer.chat_template = template
-        load_questions(cfg, Recipe(chat=True), tokenizer)
-        assert len(encoded) == 400 + 100 * number
-    cached_file(tmp_path, rows=101)
-    load_questions(cfg, Recipe(), tiny_tokenizer())
-    assert len(encoded) == 601
-
-
-def spoil(path, how):
-    head, _, body = path.read_bytes().partition(b"\n")
-    rows = [json.loads(line) for line in body.splitlines()]
-    if how == "a flipped bit":
-        at = body.index(b"50+50?")
-        path.write_bytes(head + b"\n" + body[:at] + b"4" + body[at + 1 :])
-        return
-    if how == "a link":
-        path.rename(path.with_suffix(".other"))
-        path.symlink_to(path.with_suffix(".other"))
-        return
-    rows[3][1] = {"tokens beyond": [10**6], "tokens below": [-1], "no tokens": [], "words": ["x"]}.get(how, rows[3][1])
-    rows[3][0] = 7 if how == "no text" else rows[3][0]
-    rows[3][2] = True if how == "no length" else rows[3][2]
-    rows = rows[1:] if how == "too few" else rows
-    if how == "no row":
-        rows[3] = "x"
-    body = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-    path.write_bytes(json.dumps({"sha256": hashlib.sha256(body).hexdigest()}).encode() + b"\n" + body)
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        "a flipped bit",
-        "a link",
-        "tokens beyond",
-        "tokens below",
-        "no tokens",
-        "words",
-        "no text",
-        "no length",
-        "too few",
-        "no row",
-    ],
-)
-def test_a_cache_that_was_tampered_with_is_made_anew(tmp_path, encoded, how, capfd):
-    cfg = cached_file(tmp_path)
-    first = load_questions(cfg, Recipe(), tiny_tokenizer())
-    [path] = (tmp_path / "cache" / "grpo_prompts").iterdir()
-    spoil(path, how)
-    assert load_questions(cfg, Recipe(), tiny_tokenizer()) == first and len(encoded) == 200
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1 and f"warning: {path} is not used" in said
-    assert load_questions(cfg, Recipe(), tiny_tokenizer()) == first and len(encoded) == 200, "and kept"
-
-
-def test_a_cache_that_cannot_be_written_costs_a_line(tmp_path, encoded, capfd):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "grpo_prompts").write_text("")
-    assert len(load_questions(cached_file(tmp_path), Recipe(), tiny_tokenizer()).items) == 100
-    assert "note: the prompts are not kept for the next launch" in capfd.readouterr().err
-
-
 @pytest.mark.parametrize("rank, shown", [("0", True), ("1", False)])
-def test_progress_is_shown_on_rank_0s_terminal(tmp_path, encoded, monkeypatch, rank, shown):
+def test_progress_is_shown_on_rank_0s_terminal(tmp_path, monkeypatch, rank, shown):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{n}+{n}?", "answer": str(n)}) + "\n" for n in range(100)))
     terminal = io.StringIO()
-    monkeypatch.setattr(
-        "grpo.data.prompt_cache.Console", lambda **how: Console(file=terminal, force_terminal=True, **how)
-    )
+    datasets.disable_progress_bars()
+    monkeypatch.setattr("rich._console", Console(file=terminal, force_terminal=True))
     monkeypatch.setenv("RANK", rank)
-    load_questions(cached_file(tmp_path), Recipe(), tiny_tokenizer())
-    assert ("100/100" in terminal.getvalue()) == shown
+    load_questions(Config(model="m", data=str(path), max_answer_length=50), Recipe(), tiny_tokenizer())
+    assert ("100%" in terminal.getvalue()) == shown
+
+
+def test_nothing_is_shown_off_a_terminal(tmp_path, capfd):
+    datasets.disable_progress_bars()
+    load_questions(settings(data=write(tmp_path, "jsonl")), Recipe(), tiny_tokenizer())
+    assert capfd.readouterr().out == ""
 
 
 # --- show_prompt

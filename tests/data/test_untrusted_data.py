@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from grpo.config.settings import Config, total_steps
-from grpo.data.questions import Questions, load_questions, load_rows
+from grpo.data.questions import Questions, load_questions
 from grpo.data.recipe import Recipe
+from grpo.data.sources import load_rows
 from grpo.errors import UserError
 from tests.support.tiny import tiny_tokenizer
 
@@ -140,20 +141,26 @@ def show(table):
 @pytest.mark.parametrize(
     "content, said",
     [
-        (b'{"question": "1?", "answer": "1"}\n{"question": NaN, "answer": "1"}\n', "line 2: no JSON: NaN is no JSON"),
-        (b'{"question": "1?", "answer": "1", "x": 1e999}\n', "line 1: no JSON"),
+        (
+            b'{"question": "1?", "answer": "1"}\n{"question": NaN, "answer": "1"}\n',
+            "line 2: not valid JSON: NaN is not a JSON number",
+        ),
+        (b'{"question": "1?", "answer": "1", "x": 1e999}\n', "line 1: not valid JSON"),
         (b'{"question": "1?", "answer": "\\ud800"}\n', "line 1, column 'answer': character 1 is half of a surrogate"),
-        (b'{"question": "1?", "question": "2?"}\n', "line 1: no JSON: the key 'question' stands there twice"),
+        (b'{"question": "1?", "question": "2?"}\n', "line 1: not valid JSON: the key 'question' occurs twice"),
         (b'{"question": "1?", "answer": {"a": 1}}\n', "row 1, column 'answer': expected a gold answer, got"),
         (b'{"question": "1?", "answer": [1, 2]}\n', "row 1, column 'answer': expected a gold answer"),
         (b'{"question": {"a": "1"}, "answer": "1"}\n', "row 1, column 'question': expected a question"),
         (b'{"question": [{"role": "user", "content": ["a"]}], "answer": "1"}\n', "column 'question': expected a q"),
-        (b'{"question": "1?", "answer": "1"}\r{"question": "2?", "answer": "2"}\r', "line 1: no JSON: Extra data"),
+        (
+            b'{"question": "1?", "answer": "1"}\r{"question": "2?", "answer": "2"}\r',
+            "line 1: not valid JSON: Extra data",
+        ),
         (b"\xff\xfe1\0", "not UTF-8 text"),
         (b"\x1f\x8b\x08\0", "packed (gzip)"),
         (b"PK\x03\x04zip", "packed (zip)"),
         (b"[" * 10**5, "nested too deeply"),
-        (b'{"a": ' * 10**5, "line 1: no JSON: it is nested too deeply"),
+        (b'{"a": ' * 10**5, "line 1: not valid JSON: it is nested too deeply"),
         (b"17\n", "line 1: expected an object, got 17"),
         (b'{"question": "1?", "answer": ' + b"9" * 30 + b"}\n", "beyond 64 bits"),
     ],

@@ -1,13 +1,13 @@
-"""An accelerator that is none: device "emulated", torch's PrivateUse1 backend on host memory (device.cpp).
+"""An emulated accelerator: device "emulated", torch's PrivateUse1 backend on host memory (device.cpp).
 
-For tests without a GPU: its values are the CPU's, its rules a GPU's. Tensors of two devices do not mix, with CUDA's own
-exceptions (numbers without dimensions in pointwise operators, indices of `x[...]` from the CPU); what a GPU would wait
-for is counted, by line of the caller; new memory is NaN; autocast has CUDA's lists; backward runs in its own thread.
+It is for tests without a GPU: values are the CPU's, rules a GPU's. Tensors of two devices do not mix, with CUDA's own
+exceptions (scalar tensors in pointwise operators, indices of `x[...]` from the CPU); device syncs are counted, by line
+of the caller; new memory is NaN; autocast has CUDA's lists; backward runs in its own thread.
 
-It cannot show: kernels and their limits (types, shapes, alignment, rounding of bf16), streams and races, CUDA graphs,
-how much memory is used, NCCL.
+It cannot test kernels and their limits (types, shapes, alignment, rounding of bf16), streams and races, CUDA graphs,
+memory use, NCCL.
 
-`register` changes torch for the whole process, so that tests register it in a process of their own.
+`register` changes torch for the whole process; tests call it in a process of their own.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ import torch
 import yaml
 
 NAME = "emulated"
-WAITING = [  # their result has a size that the host must know, or is a number
+WAITING = [  # device syncs: the size of their result depends on values, or it is a Python number
     "nonzero",
     "masked_select",
     "_unique",
@@ -41,7 +41,7 @@ OURS = str(Path(__file__).resolve().parents[2] / "grpo")
 
 
 def missing() -> str:
-    """Why it cannot be built here; "": it can."""
+    """Why the device cannot be built on this machine; "": it can."""
     if shutil.which("g++") is None:
         return "no C++ compiler (g++) here"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
@@ -54,8 +54,8 @@ def missing() -> str:
 
 
 def pointwise() -> list[str]:
-    """The operators that CUDA lets take numbers from the CPU: those whose devices torch's wrappers do not compare."""
-    import torchgen  # late, as below: seldom needed
+    """Operators that accept scalar tensors of the CPU on CUDA: torch's wrappers do not check their devices."""
+    import torchgen  # late, as below: needed once
 
     path = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
     functions = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -63,7 +63,7 @@ def pointwise() -> list[str]:
 
 
 class Reads:
-    """What a GPU would have waited for, as (what, where): how often."""
+    """Counts of device syncs, by (kind, line of code)."""
 
     def __init__(self) -> None:
         self.seen: Counter[tuple[str, str]] = Counter()
@@ -72,45 +72,45 @@ class Reads:
         return sum(self.seen.values())
 
     def of(self, *names: str) -> int:
-        """How many of these kinds."""
+        """Number of syncs of these kinds."""
         return sum(count for (what, _), count in self.seen.items() if what in names)
 
 
-_listening: list[Reads] = []
+_counting: list[Reads] = []
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_char_p)
-def _heard(what: bytes) -> None:
-    for reads in _listening:
-        reads.seen[what.decode(), _asked(sys._getframe(1))] += 1
+def _on_sync(kind: bytes) -> None:
+    for reads in _counting:
+        reads.seen[kind.decode(), _caller(sys._getframe(1))] += 1
 
 
-def _asked(frame: FrameType | None) -> str:
-    """The line of the product that asks, or else of a test; "" in a thread of the device."""
-    asks = ""
+def _caller(frame: FrameType | None) -> str:
+    """The line of grpo/ that causes the sync, or else of a test; "" in a thread of the device."""
+    line = ""
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(OURS) or (not asks and "site-packages" not in file):
-            asks = f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}"
+        if file.startswith(OURS) or (not line and "site-packages" not in file):
+            line = f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}"
         if file.startswith(OURS):
             break
         frame = frame.f_back
-    return asks
+    return line
 
 
 @contextmanager
 def counted() -> Iterator[Reads]:
-    """Counts while it is open: "item", "nonzero" and the like, "to host", "to device" (and ", not waited for")."""
+    """Count syncs in a block, by kind: "item", "nonzero" and others, "to host", "to device" (", not waited for")."""
     reads = Reads()
-    _listening.append(reads)
+    _counting.append(reads)
     try:
         yield reads
     finally:
-        _listening.remove(reads)
+        _counting.remove(reads)
 
 
 def _device_module() -> ModuleType:
-    """What torch asks as `torch.emulated`."""
+    """The module `torch.emulated`, whose functions torch calls."""
     module = ModuleType(f"torch.{NAME}")
     generator = torch.Generator(NAME)
     functions = {
@@ -135,7 +135,7 @@ _device: list[torch.device] = []
 
 
 def register() -> torch.device:
-    """Build it (minutes the first time, then it is in torch's cache of extensions) and make it known; the device."""
+    """Build and register the device; the build takes minutes once, then it is in torch's cache of extensions."""
     if not _device:
         from torch.utils import cpp_extension
 
@@ -143,7 +143,7 @@ def register() -> torch.device:
         source = Path(__file__).with_name("device.cpp")
         library = cpp_extension.load(f"grpo_{NAME}", [str(source)], extra_cflags=["-O1"], is_python_module=False)
         torch.ops.emulated_device.set_rules(pointwise(), WAITING)
-        ctypes.CDLL(library).emulated_device_listen(_heard)
+        ctypes.CDLL(library).emulated_device_listen(_on_sync)
         torch._register_device_module(NAME, _device_module())
         torch.utils.generate_methods_for_privateuse1_backend()
         _device.append(torch.device(NAME, 0))

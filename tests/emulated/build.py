@@ -1,4 +1,4 @@
-"""Builds the emulated device, where it is not in torch's cache of extensions yet, and tries it."""
+"""Builds the emulated device, unless torch's cache of extensions has it, and computes one sum on it."""
 
 from tests import emulated
 

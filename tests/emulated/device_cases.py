@@ -1,4 +1,4 @@
-"""The emulated device itself: it refuses and counts what it should, or the other cases say nothing."""
+"""The emulated device itself: what it refuses and counts; the other cases depend on it."""
 
 import numpy as np
 import pytest
@@ -82,29 +82,29 @@ COUNTED = {
 }
 
 
-def test_what_a_gpu_waits_for_is_counted(device):
+def test_device_syncs_are_counted(device):
     expected = {name: 3 for name in COUNTED} | {
         "to device, not waited for": 1,
         "nonzero": 4,
         "bincount": 1,
         "_unique2": 1,
     }
-    for name, asks in COUNTED.items():
+    for name, syncs in COUNTED.items():
         with emulated.counted() as reads:
-            asks(torch.ones(2, 3, device=device))
+            syncs(torch.ones(2, 3, device=device))
         assert reads.of(name.strip()) == expected[name], (name, reads.seen)
-        assert all("cases.py" in where for _, where in reads.seen), "attributed to the line that asks"
+        assert all("cases.py" in where for _, where in reads.seen), "attributed to the line of the caller"
     with emulated.counted() as reads:
         x = torch.zeros(2, 3, device=device)
         y = torch.where(x > 0, x, 1.0).masked_fill_(x > 1, 0.0)[0, 1:] + torch.arange(2, device=device)
         x[0] = 3.0
-        x[x > 1] = 0.0  # one number for a mask
+        x[x > 1] = 0.0  # a scalar assigned through a mask
         y.gather(0, y.long().clamp(max=1)).cumsum(0).argsort()
         torch.full((2,), 1.0, device=device).index_add_(0, torch.arange(2, device=device), y)
     assert len(reads) == 0, reads.seen
 
 
-def test_new_memory_holds_no_number(device):
+def test_new_memory_is_nan(device):
     assert bool(torch.empty(3, 5, device=device).isnan().all())
     assert torch.empty(2, dtype=torch.int64, device=device).tolist() == [-1, -1]
 

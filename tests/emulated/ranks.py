@@ -1,7 +1,7 @@
 """Jobs of tests/support/rank_jobs.py on several ranks, each with an emulated device of its own.
 
-Gloo knows no such device, so that a sum takes the way through the CPU's memory. As with NCCL it is there after `wait`
-and not before: until then the tensor holds no number.
+Gloo does not support this device, so that a sum is computed on the CPU and copied back. As with NCCL, the result exists
+after `wait`; before, the tensor is NaN.
 """
 
 from typing import Any
@@ -17,20 +17,20 @@ plain = dist.all_reduce
 
 
 class Later:
-    """A sum that is under way."""
+    """The handle of a sum that is not finished."""
 
     def __init__(self, tensor: torch.Tensor, host: torch.Tensor, work: Any):
         self.tensor, self.host, self.work = tensor, host, work
 
     def wait(self) -> bool:
-        """Put it where it belongs."""
+        """Wait for the sum, and copy it into the tensor."""
         self.work.wait()
         self.tensor.copy_(self.host)
         return True
 
 
 def all_reduce(tensor: torch.Tensor, *args: Any, async_op: bool = False, **how: Any) -> Any:
-    """As torch's."""
+    """torch's all_reduce, for tensors of the emulated device too."""
     if tensor.device.type != emulated.NAME:
         return plain(tensor, *args, async_op=async_op, **how)
     host = tensor.cpu()

@@ -1,4 +1,4 @@
-"""Rollouts on the emulated device: the tokens of the CPU, nothing left there, and few waits."""
+"""Rollouts on the emulated device: the tokens of the CPU, no tensor left on the CPU, and few device syncs."""
 
 import dataclasses
 import warnings
@@ -12,12 +12,12 @@ from grpo.rollout.cuda_graph import StepGraph
 from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import Sampling
 from tests import emulated
-from tests.support.step_tape import note
+from tests.support.step_tape import record
 from tests.support.tiny import tiny_model
 
 CPU = torch.device("cpu")
 NEW = 40
-HEADER = tuple(20 + i % 60 for i in range(20))
+PREFIX = tuple(20 + i % 60 for i in range(20))
 SHORT, LONG = (3, 9, 5, 14, 4, 7), (150, 140, 9, 150)  # tokens of prompts; beyond 128 they are read by prompt
 
 
@@ -27,13 +27,13 @@ def device():
     return emulated.register()
 
 
-def requests_of(header, lengths, group=3):
-    prompts = [(*header, *(5 + (7 * p + i) % 50 for i in range(n))) for p, n in enumerate(lengths)]
+def requests_of(prefix, lengths, group=3):
+    prompts = [(*prefix, *(5 + (7 * p + i) % 50 for i in range(n))) for p, n in enumerate(lengths)]
     return [Request(p * group + g, p, g, ids) for p, ids in enumerate(prompts) for g in range(group)]
 
 
 def engine_on(where, architecture, dtype="fp32", stop_ids=range(12), **how):
-    """Stops often, so that rows leave at different times."""
+    """Many stop ids, so that rows leave at different times."""
     return NativeEngine(tiny_model(architecture, spread=1.5).to(where), stop_ids, NEW, 3, dtype, **how)
 
 
@@ -60,12 +60,12 @@ DRAWS = {
 @pytest.mark.parametrize("lengths", [SHORT, LONG], ids=["short", "long"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gemma3", "gpt2"])
 def test_the_engine_samples_what_it_samples_on_the_cpu(architecture, lengths, draws, device):
-    """With and without a header, all rows at once and as room gets free."""
-    for header in ((), HEADER):
-        requests = requests_of(header, lengths)
-        for budget in (None, 6 * (len(header) + max(lengths) + NEW)):
+    """With and without a common prefix, all rows at once and within a budget of tokens."""
+    for prefix in ((), PREFIX):
+        requests = requests_of(prefix, lengths)
+        for budget in (None, 6 * (len(prefix) + max(lengths) + NEW)):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # gemma2 cannot share prompts, and says so
+                warnings.simplefilter("ignore")  # gemma2 cannot share prompts, and warns
                 expected, found = (
                     engine_on(where, architecture, max_tokens=budget).generate(requests, DRAWS[draws])
                     for where in (CPU, device)
@@ -86,13 +86,13 @@ def test_a_vocabulary_of_several_blocks_is_sampled_alike(draws, device):
 
 @pytest.mark.parametrize("lengths", [SHORT, LONG], ids=["short", "long"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
-def test_replayed_steps_sample_the_same_and_ask_for_nothing(architecture, lengths, device):
-    """A tape in place of a CUDA graph; while it is noted, nothing may wait for the device or come from the CPU."""
+def test_replayed_steps_sample_the_same_without_a_device_sync(architecture, lengths, device):
+    """A tape in place of a CUDA graph; while it records, no device sync and no copy from the host is allowed."""
     waits = []
 
     def watched(step):
         with emulated.counted() as reads:
-            made = note(step)
+            made = record(step)
         waits.append(dict(reads.seen))
         return made
 
@@ -108,13 +108,13 @@ def test_replayed_steps_sample_the_same_and_ask_for_nothing(architecture, length
 
 @pytest.mark.parametrize("lengths", [SHORT, LONG], ids=["short", "long"])
 @pytest.mark.parametrize("draws", ["plain", "top_p"])
-def test_decode_steps_wait_for_nothing_but_the_question_who_is_done(lengths, draws, device):
+def test_decode_steps_have_no_device_sync_but_the_read_of_finished_rows(lengths, draws, device):
     engine = engine_on(device, "qwen3", stop_ids=[])
     seen = []
-    for tokens in (NEW - 2 * engine.look_steps, NEW):
+    for tokens in (NEW - 2 * engine.read_done_steps, NEW):
         engine.max_new_tokens = tokens
         with emulated.counted() as reads:
-            engine.generate(requests_of(HEADER, lengths), DRAWS[draws])
+            engine.generate(requests_of(PREFIX, lengths), DRAWS[draws])
         seen.append(reads.seen)
     [((what, where), count)] = (seen[1] - seen[0]).items()
     assert (what, count) == ("to host", 2) and where.startswith("engine.py")

@@ -7,7 +7,7 @@ from tests import emulated
 
 
 def on_device() -> None:
-    """Make the device the one that the machine has."""
+    """Make `pick_device` return the emulated device."""
     grpo.runtime.distributed.pick_device = lambda name, local_rank: emulated.register()
 
 

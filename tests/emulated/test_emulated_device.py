@@ -1,6 +1,6 @@
-"""The trainer on an accelerator that is none (tests/emulated): what a GPU would refuse is refused here.
+"""The trainer on an emulated accelerator (tests/emulated), which refuses what a GPU would refuse.
 
-The device changes torch for its whole process, so that its cases run in one of their own, each reported here.
+The device changes torch for its whole process, so that the cases run in another process; each is reported here.
 """
 
 import json
@@ -55,7 +55,7 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def ready():
-    """The device, built once for all processes; where it cannot be, these tests are left out."""
+    """Build the device once for all processes; skip where it cannot be built."""
     if problem := emulated.missing():
         pytest.skip(problem)
     done = run_script("tests/emulated/build.py", timeout=600)
@@ -64,7 +64,7 @@ def ready():
 
 @pytest.fixture(scope="module")
 def outcomes(ready, tmp_path_factory, request):
-    """Name of a case -> what pytest says of each of its parameters: "", or the failure."""
+    """Name of a case -> the failure for each of its parameters; "": it passed."""
     report = tmp_path_factory.mktemp("emulated") / "report.xml"
     parts = (*SHORT, *LONG) if request.config.getoption("--full") else SHORT
     cases = [f"tests/emulated/{part}_cases.py" for part in parts]
@@ -88,7 +88,7 @@ def test_case(name, outcomes):
 
 
 def ran(stage, device, folder, **settings):
-    """The script to its end; its metrics."""
+    """Run the script to its end; its metrics."""
     words = {**DEMO, **STAGES[stage], **settings, "output_dir": folder / "output", "runs_dir": folder / "runs"}
     flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
     done = run_script("tests/emulated/start.py", stage, device, *flags)
@@ -100,7 +100,7 @@ def ran(stage, device, folder, **settings):
 @pytest.mark.full
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_a_whole_run_is_that_of_the_cpu(stage, ready, tmp_path):
-    """Loading, rollout or texts, rewards, updates, evaluation, checkpoints; and a second start resumes."""
+    """Loading, rollout or texts, rewards, updates, evaluation, checkpoints; a second start resumes."""
     expected, found = (ran(stage, device, tmp_path / device) for device in ("cpu", emulated.NAME))
     assert len(expected) == len(found) >= DEMO["max_steps"] + 2
     for a, b in zip(expected, found, strict=True):
@@ -125,7 +125,7 @@ def test_a_whole_run_is_that_of_the_cpu(stage, ready, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_two_ranks_sum_gradients_of_the_device(deterministic, ready, tmp_path):
-    """Buckets that leave during the backward, in a thread of the device; one rank on the CPU is the measure."""
+    """Buckets are sent during the backward, in a thread of the device; the expected result is one rank's on the CPU."""
     jobs = [("injected_updates", {"name": "ends", "steps": steps, "deterministic": deterministic}) for steps in (1, 5)]
     folders = [tmp_path / "cpu", tmp_path / "device"]
     for folder in folders:
@@ -140,7 +140,7 @@ def test_two_ranks_sum_gradients_of_the_device(deterministic, ready, tmp_path):
         assert both[0][job]["norms"] == pytest.approx(alone[job]["norms"], rel=1e-3)
     ends = [load_file(folder / "ends.safetensors") for folder in folders]
     start = {name: p.detach() for name, p in tiny_model("qwen3", VOCAB, spread=2.0).named_parameters()}
-    way, off = (
+    length, gap = (
         sum(float((a[name] - ends[0][name]).square().sum()) for name in ends[0]) ** 0.5 for a in (start, ends[1])
     )
-    assert off < 1e-3 * way
+    assert gap < 1e-3 * length

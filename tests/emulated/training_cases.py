@@ -1,4 +1,4 @@
-"""Training on the emulated device: ends where the CPU ends, leaves nothing there, and waits for the device once."""
+"""Training on the emulated device: the weights of a run on CPU, no tensor left on the CPU, one device sync."""
 
 import dataclasses
 import warnings
@@ -17,7 +17,8 @@ from grpo.forward import shared_attention as attention
 from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import Sampling
 from grpo.runtime.distributed import World
-from grpo.training.exchange import collate, deliver
+from grpo.training.collate import collate
+from grpo.training.exchange import deliver
 from grpo.training.metrics import Tally
 from grpo.training.minibatches import make_plan
 from grpo.training.policy import Policy
@@ -59,7 +60,7 @@ def trained(where, cfg, architecture, steps=3):
     before = weights_of(policy)
     for step in range(steps):
         norms += injected_step(cfg, policy.world, policy, step, steps, 0, tally)
-    return before, weights_of(policy), norms, tally.reduce(policy.world)
+    return before, weights_of(policy), norms, tally.reduce(policy.world).metrics
 
 
 SETTINGS = {
@@ -67,7 +68,7 @@ SETTINGS = {
     "kl": {"beta": 0.1},
     "deterministic": {"deterministic": True},
     "truncated": {"temperature": 0.7, "top_p": 0.9},
-    "dapo": {"loss": "dapo", "clip_eps_high": 0.3},
+    "dapo": {"weighting": "dapo", "clip_eps_high": 0.3},
     "checkpointing": {"gradient_checkpointing": True},
     "several updates": {"num_iterations": 2, "num_minibatches": 2},
     "blocks": {"logits_chunk_mb": 1, "micro_batch_tokens": 200},
@@ -84,12 +85,12 @@ def test_training_ends_where_it_ends_on_the_cpu(architecture, settings, device):
     if architecture in ("gemma2", "gpt2") and settings not in ("plain", "truncated", "blocks"):
         pytest.skip("two architectures suffice for the rest")
     cfg = config(**SETTINGS[settings])
-    start, expected, norms, told = trained(CPU, dataclasses.replace(cfg, activation_offload=False), architecture)
-    _, found, our_norms, our_told = trained(device, cfg, architecture)
+    start, expected, norms, metrics = trained(CPU, dataclasses.replace(cfg, activation_offload=False), architecture)
+    _, found, our_norms, our_metrics = trained(device, cfg, architecture)
     assert distance(expected, found) < 1e-3 * distance(expected, start)
     np.testing.assert_allclose(our_norms, norms, rtol=1e-4)
     for name in ("loss", "kl_old", "clip/low", "clip/high"):
-        assert our_told[name] == pytest.approx(told[name], rel=1e-3, abs=1e-6), name
+        assert our_metrics[name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-6), name
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gemma3"])
@@ -97,8 +98,8 @@ def test_bf16_trains_in_the_same_direction(architecture, device):
     cfg = config(dtype="bf16")
     start, expected, _, _ = trained(CPU, config(), architecture, steps=1)
     _, found, norms, _ = trained(device, cfg, architecture, steps=1)
-    way = distance(expected, start)
-    assert np.isfinite(norms).all() and 0 < distance(expected, found) < 0.5 * way, distance(expected, found) / way
+    length, gap = distance(expected, start), distance(expected, found)
+    assert np.isfinite(norms).all() and 0 < gap < 0.5 * length, gap / length
 
 
 def minibatch_of(policy, cfg):
@@ -111,13 +112,13 @@ def minibatch_of(policy, cfg):
 
 
 @pytest.mark.parametrize("settings", ["plain", "kl", "truncated", "checkpointing", "lora"])
-def test_an_update_waits_for_the_device_once_however_many_micro_batches(settings, device, monkeypatch):
-    """Read are the measurements and the norm; nothing is copied to the device. Every micro-batch is made flat."""
+def test_an_update_has_one_device_sync_for_any_number_of_micro_batches(settings, device, monkeypatch):
+    """The measurements and the norm are read; nothing is copied to the device. Every micro-batch is flattened."""
     monkeypatch.setattr(logprobs, "FLAT_BELOW", 10.0)
     cfg = config(**SETTINGS[settings])
     policy = policy_on(device, cfg)
     for count in (1, 3):
-        minibatch = minibatch_of(policy, cfg)[:count]  # new each time: what a first forward makes is not there yet
+        minibatch = minibatch_of(policy, cfg)[:count]  # new each time, so that nothing is cached by an earlier forward
         assert len(minibatch) == count and all(micro.flat is not None for micro in minibatch)
         with emulated.counted() as reads:
             policy.update(minibatch, Tally(), 10, True)
@@ -178,9 +179,11 @@ def test_a_checkpoint_goes_from_one_device_to_the_other(lora, device, tmp_path):
             injected_step(cfg, half.world, half, step, 4, 0, Tally())
         half.counters.step = 2
         checkpoint.make_output(folder)
-        taken = checkpoint.take(2, half, saving.files_of(tiny_tokenizer()), Recipe("", "{question}", []), cfg, {})
+        taken = checkpoint.take_snapshot(
+            2, half, saving.serialized_tokenizer(tiny_tokenizer()), Recipe("", "{question}", []), cfg, {}
+        )
         assert all(tensor.is_cpu for tensor in (*taken.weights.values(), *taken.moments.values()))
-        assert checkpoint.write(taken, folder, half.world, None, lambda phase: None) is None
+        assert checkpoint.write_snapshot(taken, folder, half.world, None, lambda phase: None) is None
         rest = policy_on(second, cfg)
         with torch.no_grad():
             for (_, ours), (_, theirs) in zip(rest.weights(), half.weights(), strict=True):
@@ -205,7 +208,7 @@ def test_in_bf16_sampler_and_trainer_agree(architecture, lengths, device):
 
 
 def gap_of(policy, requests, completions, cfg):
-    """Mean distance of sampler's and trainer's log-probs."""
+    """Mean absolute difference of the sampler's and the trainer's log-probs."""
     rows = [
         TrainRow(c.row, r.prompt_ids, c.token_ids, c.sampler_logprobs, None, 1.0)
         for r, c in zip(requests, completions, strict=True)
@@ -213,23 +216,29 @@ def gap_of(policy, requests, completions, cfg):
     micro = collate(rows, {row.row: 1.0 for row in rows}, policy.world.device)
     with torch.no_grad():
         gap = (policy.backend.score(micro) - micro.sampler_logprobs).abs()
-    return float(gap[micro.mask].mean())
+    return float(gap[micro.trained].mean())
 
 
-@pytest.mark.parametrize("forgotten", ["where", "lanes", "mask"])
+@pytest.mark.parametrize("forgotten", ["positions", "padded index", "mask"])
 def test_an_update_with_a_tensor_left_on_the_cpu_is_refused(forgotten, device, monkeypatch):
     cfg = config()
     policy = policy_on(device, cfg)
-    if forgotten == "where":
+    if forgotten == "positions":
         plain = flattening.flatten
         moved = lambda *args: dataclasses.replace(plain(*args), positions=plain(*args).positions.cpu())  # noqa: E731
-        monkeypatch.setattr("grpo.training.exchange.flatten", moved)
-    elif forgotten == "lanes":
-        lanes = attention.Forest.lanes.func
-        on_cpu = lambda forest: [[(at, tuple(t.cpu() for t in lane)) for at, lane in runs] for runs in lanes(forest)]  # noqa: E731
-        monkeypatch.setattr(attention.Forest, "lanes", property(on_cpu))
+        monkeypatch.setattr("grpo.training.collate.flatten", moved)
+    elif forgotten == "padded index":
+        plain_index = attention.SharedPrompts.padded_index.func
+
+        def on_cpu(shared_prompts):
+            return [
+                [(run, attention.PaddedIndex(*(tensor.cpu() for tensor in padded))) for run, padded in runs]
+                for runs in plain_index(shared_prompts)
+            ]
+
+        monkeypatch.setattr(attention.SharedPrompts, "padded_index", property(on_cpu))
     minibatch = minibatch_of(policy, cfg)
     if forgotten == "mask":
-        minibatch = [dataclasses.replace(micro, mask=micro.mask.cpu()) for micro in minibatch]
+        minibatch = [dataclasses.replace(micro, trained=micro.trained.cpu()) for micro in minibatch]
     with pytest.raises(RuntimeError, match=r"same device|on cpu or on"):
         policy.update(minibatch, Tally(), 10, True)

@@ -1,4 +1,4 @@
-"""Multiple-choice questions in a CSV: a letter or a refusal for each, through the real script's own functions."""
+"""Multiple-choice questions in a CSV: a letter or a refusal for each, through the functions of inference.py."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ from tests.support.launcher import run_script
 from tests.support.taught import taught_checkpoint
 
 TEMPLATE = "{question}\nA. {選項A}\nB. {選項B}\nC. {選項C}\nD. {選項D}\nAs <answer>:\n"
-SAID = {
+ANSWERS = {
     "q1": "<answer>A</answer>",
     "q2": "hm <answer>\nb\n</answer>",
     "q3": "<answer>C</answer>",
@@ -30,7 +30,7 @@ def cells(i):
 
 def lessons():
     options = ("選項A", "選項B", "選項C", "選項D")
-    return [(f"Is it {i}?", dict(zip(options, cells(i))), said) for i, said in enumerate(SAID.values())]
+    return [(f"Is it {i}?", dict(zip(options, cells(i))), text) for i, text in enumerate(ANSWERS.values())]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory):
 
 
 def write(path, rows, header=HEADER, encoding="utf-8-sig", newline="\r\n"):
-    """As spreadsheets write it: a byte order mark, CRLF, two columns without a name."""
+    """A CSV file like those of spreadsheets: a byte order mark, CRLF, two columns without a name."""
     with path.open("w", encoding=encoding, newline="") as file:
         lines = csv.writer(file, lineterminator=newline)
         lines.writerows([header, *rows])
@@ -50,7 +50,7 @@ def write(path, rows, header=HEADER, encoding="utf-8-sig", newline="\r\n"):
 
 
 def rows():
-    return [[name, f"Is it {i}?", *cells(i), "", ""] for i, name in enumerate(SAID)]
+    return [[name, f"Is it {i}?", *cells(i), "", ""] for i, name in enumerate(ANSWERS)]
 
 
 def predict(checkpoint, source, out, *args):
@@ -58,22 +58,22 @@ def predict(checkpoint, source, out, *args):
 
 
 @pytest.mark.parametrize("how", [{}, {"encoding": "utf-8", "newline": "\n"}])
-def test_every_row_gets_what_the_model_said(checkpoint, tmp_path, capfd, how):
+def test_every_row_gets_the_models_answer(checkpoint, tmp_path, capfd, how):
     """English columns in the file, Chinese ones in the prompt: the model only answers if the prompts are the same."""
     out = tmp_path / "submission.csv"
     assert predict(checkpoint, write(tmp_path / "test.csv", rows(), **how), out, "--batch_rows", "4") == 0
     lines = out.read_bytes().decode("utf-8").split("\n")
     assert lines == ["ID,Answer", *(f"{name},{answer}" for name, answer in WANTED.items()), ""]
-    said = capfd.readouterr().out
-    assert "6 questions: A 1, B 1, C 1, D 1, refused 1, unreadable 1, not asked 0" in said
+    out_text = capfd.readouterr().out
+    assert "6 questions: A 1, B 1, C 1, D 1, refused 1, unreadable 1, not asked 0" in out_text
 
 
-def test_a_question_that_does_not_fit_is_refused_and_said(checkpoint, tmp_path, capfd):
+def test_a_question_that_does_not_fit_is_refused_and_reported(checkpoint, tmp_path, capfd):
     long = [["q7", "why " * 100, *cells(0), "", ""]]
     out = tmp_path / "s.csv"
     assert predict(checkpoint, write(tmp_path / "t.csv", long + rows()), out, "--refusal", "X") == 0
-    said = capfd.readouterr()
-    assert "ID q7: not asked" in said.err and "not asked 1" in said.out
+    printed = capfd.readouterr()
+    assert "ID q7: not asked" in printed.err and "not asked 1" in printed.out
     assert out.read_text().splitlines()[1] == "q7,X"
     assert "q5,X" in out.read_text(), "? is no marker now: it is unreadable, and written as the marker"
 
@@ -86,7 +86,7 @@ def broken(change):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, error",
     [
         (lambda table, header: table[1].__setitem__(0, "q1"), "row 2, column 'ID': 'q1' is also that of row 1"),
         (lambda table, header: table[2].__setitem__(0, " "), "row 3, column 'ID': it is empty"),
@@ -96,18 +96,18 @@ def broken(change):
         (lambda table, header: table.clear(), "questions"),
     ],
 )
-def test_a_bad_file_is_refused_by_row_and_column(checkpoint, tmp_path, capfd, change, said):
+def test_a_bad_file_is_refused_by_row_and_column(checkpoint, tmp_path, capfd, change, error):
     table, header = broken(change)
     out = tmp_path / "s.csv"
     out.write_text("as before")
     assert predict(checkpoint, write(tmp_path / "t.csv", table, header), out) == 2
     err = capfd.readouterr().err
-    assert said in err and "t.csv" in err and "Traceback" not in err
+    assert error in err and "t.csv" in err and "Traceback" not in err
     assert out.read_text() == "as before"
 
 
 @pytest.mark.parametrize(
-    "args, said",
+    "args, error",
     [
         (("--csv", "t.csv"), "one needs the other"),
         (("--out", "t.csv"), "one needs the other"),
@@ -117,13 +117,13 @@ def test_a_bad_file_is_refused_by_row_and_column(checkpoint, tmp_path, capfd, ch
         (("--best", "--output_dir", "/nowhere"), "names no checkpoint that is there"),
     ],
 )
-def test_flags_that_contradict(capfd, args, said):
+def test_flags_that_contradict(capfd, args, error):
     assert inference.main(list(args)) == 2
-    assert said in capfd.readouterr().err
+    assert error in capfd.readouterr().err
 
 
 def test_base_and_checkpoint_are_asked_the_same(checkpoint, capfd):
-    """The checkpoint beside itself says the same twice; streamed, too."""
+    """The checkpoint compared with itself answers the same twice, also when streamed."""
     words = ["--checkpoint", str(checkpoint), "--compare", str(checkpoint), "--question", "Is it 3?"]
     assert inference.main(words) == 0
     plain = capfd.readouterr().out.splitlines()
@@ -144,7 +144,7 @@ def test_the_script_itself(checkpoint, tmp_path):
     assert done.stdout.startswith("6 questions: ") and out.read_text().count("\n") == 7
 
 
-def test_a_checkpoint_speaks_the_language_of_its_run(checkpoint, tmp_path, capfd):
+def test_lines_are_in_the_language_of_the_checkpoints_run(checkpoint, tmp_path, capfd):
     other = shutil.copytree(checkpoint, tmp_path / "checkpoint_1")
     state = json.loads((other / "trainer" / "state.json").read_text(encoding="utf-8"))
     state["config"]["console_language"] = "zh-Hant"

@@ -17,7 +17,7 @@ from grpo.evaluate.ask import CheckpointModel
 from grpo.export import command, folders
 from grpo.export.command import main
 from grpo.export.source import Source
-from grpo.models.quantization import unpack
+from grpo.models.quantization import dequantize
 from tests.support.launcher import PROJECT
 from tests.support.taught import taught_checkpoint
 from tests.support.tiny import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
@@ -76,8 +76,8 @@ def test_a_merged_folder_holds_the_weights_rounded_once_and_nothing_is_lost(taug
     assert (out / "trainer/recipe.json").read_bytes() == (taught / "trainer/recipe.json").read_bytes()
     assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(taught).get_vocab()
     assert verify(out) is None  # so inference.py opens it
-    asker = CheckpointModel(out, CPU, {"temperature": 0.0}, 64)
-    assert asker.ask(asker.put(QUESTION)).text == ANSWER
+    checkpoint_model = CheckpointModel(out, CPU, {"temperature": 0.0}, 64)
+    assert checkpoint_model.ask(checkpoint_model.encode(QUESTION)).text == ANSWER
 
 
 def test_the_chat_template_travels_along(taught, tmp_path):
@@ -90,8 +90,8 @@ def test_the_chat_template_travels_along(taught, tmp_path):
     write_manifest(folder, 3)
     out = tmp_path / "out"
     assert main(["--checkpoint", str(folder), "--to", "merged_16bit", "--out", str(out)]) == 0
-    said = AutoTokenizer.from_pretrained(out).apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
-    assert said == "<x>"
+    text = AutoTokenizer.from_pretrained(out).apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert text == "<x>"
 
 
 def test_a_merged_adapter_opens_without_peft_and_computes_the_same(taught, adapter, tmp_path):
@@ -132,7 +132,7 @@ def test_four_bits_are_opened_by_transformers_again(taught, tmp_path):
     kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")}
     assert kinds == {"Linear4bit"} and model.config.quantization_config.bnb_4bit_quant_type == "nf4"
     weights = AutoModelForCausalLM.from_pretrained(taught, dtype=torch.float32).state_dict()
-    for name, tensor in unpack(model).state_dict().items():
+    for name, tensor in dequantize(model).state_dict().items():
         error = float((tensor.float() - weights[name]).square().mean() / weights[name].square().mean())
         assert (1e-4 if "_proj" in name else 0) <= error < (0.1 if "_proj" in name else 1e-5), name
 
@@ -165,8 +165,8 @@ REFUSED = [
 def test_refusals_are_one_line_and_leave_nothing(taught, tmp_path, capsys, monkeypatch, words, reason):
     monkeypatch.chdir(PROJECT)
     assert main(["--checkpoint", str(taught), "--out", str(tmp_path / "out"), *words]) == 2
-    said = capsys.readouterr()
-    assert reason in said.err and said.err.count("\n") == 1 and said.out == ""
+    shown = capsys.readouterr()
+    assert reason in shown.err and shown.err.count("\n") == 1 and shown.out == ""
     assert list(tmp_path.iterdir()) == []
 
 
@@ -215,7 +215,7 @@ def test_an_export_that_fails_half_way_leaves_nothing(taught, tmp_path, monkeypa
         assert any(path.suffix == ".safetensors" for path in folder.rglob("*"))  # half of it stands
         raise error
 
-    monkeypatch.setattr(folders, "add_company", fail)
+    monkeypatch.setattr(folders, "complete", fail)
     words = ["--checkpoint", str(taught), "--to", "merged_16bit", "--out", str(tmp_path / "out")]
     if isinstance(error, OSError):
         assert main(words) == 2

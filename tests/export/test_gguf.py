@@ -46,7 +46,7 @@ def place_of(name: str) -> str:
 
 
 def in_pairs(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head as 0, d/2, 1, d/2 + 1, ...: said by index here."""
+    """Rows of each head as 0, d/2, 1, d/2 + 1, ..., written with indices here."""
     d = len(values) // heads
     return values[[h * d + i // 2 + i % 2 * (d // 2) for h in range(heads) for i in range(d)]]
 
@@ -88,8 +88,8 @@ def test_every_tensor_and_setting_is_written(architecture, tmp_path):
         vector = values.ndim == 1
         assert tensors[name].tensor_type == (GGMLQuantizationType.F32 if vector else GGMLQuantizationType.F16), name
         assert np.array_equal(tensors[name].data, values if vector else values.astype(np.float16)), name
-    said, config = settings_of(reader), model.config
-    own = {key.removeprefix(f"{architecture}."): value for key, value in said.items() if key.startswith(architecture)}
+    fields, config = settings_of(reader), model.config
+    own = {key.removeprefix(f"{architecture}."): value for key, value in fields.items() if key.startswith(architecture)}
     assert own == {
         "vocab_size": 300,
         "context_length": 256,
@@ -104,7 +104,7 @@ def test_every_tensor_and_setting_is_written(architecture, tmp_path):
         "rope.freq_base": 10000.0,
         "attention.layer_norm_rms_epsilon": np.float32(config.rms_norm_eps),
     }
-    assert said["general.architecture"] == architecture and said["general.file_type"] == 1
+    assert fields["general.architecture"] == architecture and fields["general.file_type"] == 1
 
 
 def test_tokens_merges_ends_and_template_are_written(tmp_path):
@@ -114,19 +114,19 @@ def test_tokens_merges_ends_and_template_are_written(tmp_path):
     model = tiny_model("qwen3", 320)
     model.generation_config.eos_token_id = [1, 0]
     write_gguf(tmp_path / "m.gguf", "q8_0", model, tokenizer, "name")
-    said = settings_of(GGUFReader(tmp_path / "m.gguf"))
+    fields = settings_of(GGUFReader(tmp_path / "m.gguf"))
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     ids = tokenizer.get_vocab()
-    assert said["tokenizer.ggml.tokens"][: len(ids)] == sorted(ids, key=lambda token: ids[token])
-    assert said["tokenizer.ggml.tokens"][len(ids) :] == [f"[PAD{i}]" for i in range(len(ids), 320)]
-    kinds = said["tokenizer.ggml.token_type"]
+    assert fields["tokenizer.ggml.tokens"][: len(ids)] == sorted(ids, key=lambda token: ids[token])
+    assert fields["tokenizer.ggml.tokens"][len(ids) :] == [f"[PAD{i}]" for i in range(len(ids), 320)]
+    kinds = fields["tokenizer.ggml.token_type"]
     assert kinds[:2] == [TokenType.CONTROL] * 2 and set(kinds[2:300]) == {TokenType.NORMAL}
     assert kinds[ids["<think>"]] == TokenType.USER_DEFINED and set(kinds[len(ids) :]) == {TokenType.UNUSED}
-    assert said["tokenizer.ggml.merges"] == [" ".join(merge) for merge in state["model"]["merges"]]
-    assert (said["tokenizer.ggml.eos_token_id"], said["tokenizer.ggml.eot_token_id"]) == (0, 1)
-    assert (said["tokenizer.ggml.model"], said["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
-    assert said["tokenizer.ggml.add_bos_token"] is False and said["tokenizer.ggml.add_eos_token"] is False
-    assert said["tokenizer.chat_template"] == tokenizer.chat_template
+    assert fields["tokenizer.ggml.merges"] == [" ".join(merge) for merge in state["model"]["merges"]]
+    assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.eot_token_id"]) == (0, 1)
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert fields["tokenizer.ggml.add_bos_token"] is False and fields["tokenizer.ggml.add_eos_token"] is False
+    assert fields["tokenizer.chat_template"] == tokenizer.chat_template
 
 
 def test_q8_0_is_within_half_a_step_of_its_block(tmp_path):
@@ -196,7 +196,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("named", "config"), REFUSED, ids=[named for named, _ in REFUSED])
-def test_architectures_that_nobody_checked_are_refused_by_name(named, config):
+def test_architectures_that_were_not_checked_are_refused_by_name(named, config):
     with pytest.raises(UserError, match=r"^to: gguf cannot write") as refused:
         check_architecture(config)
     assert named in str(refused.value) and "\n" not in str(refused.value)

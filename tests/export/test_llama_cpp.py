@@ -109,11 +109,11 @@ def test_text_is_cut_into_our_tokens(name, tmp_path):
     assert tokenizer_problem(tmp_path / "m.gguf", model, tokenizer, ["1 + 1 = 2"]) is None
 
 
-@pytest.mark.parametrize(("name", "said"), [("qwen2", "gpt-2"), ("gpt-2", "qwen2"), ("smaug-bpe", "gpt-2")])
-def test_a_wrong_way_to_cut_text_is_found_out(name, said, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "wrong"), [("qwen2", "gpt-2"), ("gpt-2", "qwen2"), ("smaug-bpe", "gpt-2")])
+def test_a_wrong_way_to_cut_text_is_found_out(name, wrong, tmp_path, monkeypatch):
     """The control of the test above. The tokenizer has merges that show the difference."""
     tokenizer, model = KNOWN[name], random_model("qwen3", 300)
-    monkeypatch.setattr(gguf_tokenizer, "pre_tokenizer_name", lambda state: said)
+    monkeypatch.setattr(gguf_tokenizer, "pre_tokenizer_name", lambda state: wrong)
     write_gguf(tmp_path / "m.gguf", "f16", model, tokenizer, "name")
     assert "to llama.cpp" in (tokenizer_problem(tmp_path / "m.gguf", model, tokenizer, PROVOKING) or "")
 
@@ -183,8 +183,8 @@ def test_trained_models_answer_alike(architecture, tmp_path):
         there = LlamaCpp(path)
         assert abs(loss_of(there.logits, texts) - base) < bound, quant
         if quant == "f16":
-            said = [there.greedy(prompt) for prompt in prompts]
-            assert len(said) >= 20 and min(map(len, said)) == NEW_TOKENS >= 32
-            gaps = divergences(ours(exact, prompts), said, prompts, logits_of(exact))
+            answers = [there.greedy(prompt) for prompt in prompts]
+            assert len(answers) >= 20 and min(map(len, answers)) == NEW_TOKENS >= 32
+            gaps = divergences(ours(exact, prompts), answers, prompts, logits_of(exact))
             assert all(gap < CLOSE for gap in gaps), gaps
         there.close()

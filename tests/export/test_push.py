@@ -16,8 +16,7 @@ import pytest
 import yaml
 
 from grpo.checkpoints.manifest import write_manifest
-from grpo.export import card
-from grpo.export import push as hub
+from grpo.export import card, push
 from grpo.export.command import main
 from grpo.export.source import Source
 from tests.support.taught import taught_checkpoint
@@ -28,8 +27,8 @@ TOKEN = "hf_thisIsNotToBeSeenAnywhere1234"
 class Hub(BaseHTTPRequestHandler):
     """Accepts what the client of the hub sends for a new repository and one commit; `refuse` answers at a path."""
 
-    def answer(self, status: int, said: dict) -> None:
-        content = json.dumps(said).encode()
+    def answer(self, status: int, body: dict) -> None:
+        content = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -138,17 +137,19 @@ def test_an_export_arrives_whole_in_one_commit(server, out, capsys, words):
     assert created["name"] == "tiny" and created["organization"] == "mia"
     assert created.get("private", created.get("visibility") == "private") is not public
     assert {key for _, key, _ in server.seen} == {f"Bearer {TOKEN}"}
-    said = capsys.readouterr()
-    assert f"sent {len(content(out))} files" in said.out and TOKEN not in said.out + said.err
+    shown = capsys.readouterr()
+    assert f"sent {len(content(out))} files" in shown.out and TOKEN not in shown.out + shown.err
 
 
-@pytest.mark.parametrize("base, said", [("/home/mia/base", "a folder of this machine"), ("mia/base", "sent 2 files")])
-def test_an_adapter_of_a_local_base_is_not_sent(server, tmp_path, capsys, base, said):
+@pytest.mark.parametrize(
+    "base, expected", [("/home/mia/base", "a folder of this machine"), ("mia/base", "sent 2 files")]
+)
+def test_an_adapter_of_a_local_base_is_not_sent(server, tmp_path, capsys, base, expected):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     write_manifest(tmp_path, 1)
     assert main(["--out", str(tmp_path), "--push", "mia/tiny"]) == (2 if base.startswith("/") else 0)
     shown = capsys.readouterr()
-    assert said in shown.out + shown.err
+    assert expected in shown.out + shown.err
     assert bool(server.seen) is not base.startswith("/")
 
 
@@ -160,11 +161,11 @@ def test_refusals_leave_the_export_and_never_show_the_token(server, out, capfd, 
     server.refuse[at] = status
     before = content(out)
     assert main(["--out", str(out), "--push", "mia/tiny"]) == 2
-    said = capfd.readouterr()
-    last = said.err.splitlines()[-1]
+    shown = capfd.readouterr()
+    last = shown.err.splitlines()[-1]
     assert last.startswith("error: push: mia/tiny refused, or not reached: ") and str(status) in last
     assert f"python -m grpo.export --out {out} --push mia/tiny" in last
-    assert TOKEN not in said.out + said.err + caplog.text
+    assert TOKEN not in shown.out + shown.err + caplog.text
     assert content(out) == before
 
 
@@ -172,10 +173,10 @@ def test_an_error_that_holds_the_token_is_shown_without_it(server, out, capfd, m
     def fail(*_: object, **__: object) -> None:
         raise ValueError(f"header 'Bearer {TOKEN}' is refused\nmore of {TOKEN}")
 
-    monkeypatch.setattr(hub.HfApi, "create_repo", fail)
+    monkeypatch.setattr(push.HfApi, "create_repo", fail)
     assert main(["--out", str(out), "--push", "mia/tiny"]) == 2
-    said = capfd.readouterr()
-    assert "header 'Bearer ***' is refused" in said.err and TOKEN not in said.out + said.err
+    shown = capfd.readouterr()
+    assert "header 'Bearer ***' is refused" in shown.err and TOKEN not in shown.out + shown.err
 
 
 def test_a_server_that_is_not_there(out, capfd, monkeypatch):
@@ -199,17 +200,17 @@ def test_a_refusal_after_an_export_leaves_it(server, checkpoint, tmp_path, capsy
 
 
 def test_without_a_token_nothing_is_begun(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(hub, "get_token", lambda: None)
+    monkeypatch.setattr(push, "get_token", lambda: None)
     words = ["--checkpoint", str(checkpoint), "--to", "merged_16bit", "--out", str(tmp_path / "new")]
     assert main([*words, "--push", "mia/tiny"]) == 2
     assert "no token. Set HF_TOKEN" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_lists_files_and_card_and_sends_nothing(server, out, capsys, monkeypatch):
-    monkeypatch.setattr(hub, "get_token", lambda: pytest.fail("not needed"))
+    monkeypatch.setattr(push, "get_token", lambda: pytest.fail("not needed"))
     assert main(["--out", str(out), "--push", "mia/tiny", "--dry_run"]) == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in content(out)) and (out / "README.md").read_text() in said
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in content(out)) and (out / "README.md").read_text() in shown
     assert server.seen == []
 
 
@@ -241,7 +242,7 @@ def test_paths_of_this_machine_stay_here(out):
 # --- the card
 
 
-class Told(Source):
+class SourceOf(Source):
     """A checkpoint whose settings are given."""
 
     def __init__(self, config: dict, step: int = 40):
@@ -268,7 +269,7 @@ def test_the_card_says_base_data_rewards_curve_metrics_and_config(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     config = {"model": "Qwen/Qwen2.5-0.5B", "data": "openai/gsm8k", "rewards": {"right": 1.0, "form": 0.5}, "lr": 1e-6}
-    source = Told(config)
+    source = SourceOf(config)
     text = card.card_text(source, ["merged_16bit", "gguf"], card.read_metrics(source, tmp_path / "metrics.jsonl"))
     assert front(text)["base_model"] == "Qwen/Qwen2.5-0.5B" and front(text)["datasets"] == ["openai/gsm8k"]
     assert "| `form` | `0.5` |" in text and "| `lr` | `1e-06` |" in text
@@ -295,12 +296,12 @@ HOSTILE = [
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_names_stay_names(text):
     config = {"model": text, "data": text, "run_name": text, "rewards": {text: 1.0}, "system_prompt": text, text: text}
-    said = card.card_text(Told(config), ["gguf"], [])
-    assert front(said).keys() == {"library_name", "pipeline_tag", "tags"}
-    assert said.count("\n---\n") == 1
-    tables = [line for line in said.splitlines() if line.startswith("|")]
+    shown = card.card_text(SourceOf(config), ["gguf"], [])
+    assert front(shown).keys() == {"library_name", "pipeline_tag", "tags"}
+    assert shown.count("\n---\n") == 1
+    tables = [line for line in shown.splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in tables} == {3}
-    assert all(char.isprintable() or char == "\n" for char in said) and max(map(len, said.splitlines())) < 1000
+    assert all(char.isprintable() or char == "\n" for char in shown) and max(map(len, shown.splitlines())) < 1000
     for span in (card.code(text), card.code(config)):
         fence = span[: len(span) - len(span.lstrip("`"))]
         assert span.endswith(fence) and fence not in span[len(fence) : -len(fence)].replace("`" * (len(fence) + 1), "")
@@ -311,7 +312,7 @@ def test_hostile_names_stay_names(text):
 def test_a_metrics_file_that_is_none_is_refused(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "reward/mean": 1.0}}\n{line}\n')
     with pytest.raises(card.UserError, match=r"metrics: .* cannot be read"):
-        card.read_metrics(Told({}), tmp_path / "metrics.jsonl")
+        card.read_metrics(SourceOf({}), tmp_path / "metrics.jsonl")
 
 
 def test_the_token_is_no_flag(capsys):

@@ -1,4 +1,4 @@
-"""The other end of tests/faults/zygote.py: start jobs, hurt them, wait for them, read what they said."""
+"""The other end of tests/faults/zygote.py: start jobs, send signals, wait for them, read their output."""
 
 import json
 import os
@@ -42,24 +42,24 @@ class Job:
 
     def kill(self, number: int = signal.SIGKILL, rank: int | None = None) -> None:
         """A signal to one rank, or to all, as far as they run."""
-        for here, pid in enumerate(self.pids):
-            if rank in (None, here) and self.code(here) is None:
-                os.kill(pid, number)  # the zygote has not collected it, or it would have told its code
+        for job_rank, pid in enumerate(self.pids):
+            if rank in (None, job_rank) and self.code(job_rank) is None:
+                os.kill(pid, number)  # the zygote has not collected it yet, so the id is still its own
 
     def wait(self, timeout: float = 60.0) -> list[int]:
         """Exit codes by rank. Fails, and kills the job, when it takes longer than `timeout` seconds."""
         try:
             wait_for(lambda: not self.running(), timeout)
         except AssertionError:
-            said = f"still running after {timeout} s: {self.codes()}\n{self.text()[-3000:]}"
+            message = f"still running after {timeout} s: {self.codes()}\n{self.text()[-3000:]}"
             self.kill()
-            raise AssertionError(said) from None
+            raise AssertionError(message) from None
         return [code for code in self.codes() if code is not None]
 
     def text(self, rank: int | None = None) -> str:
         """What the ranks printed, stdout before stderr."""
         ranks = range(len(self.pids)) if rank is None else [rank]
-        files = [self.folder / f"rank_{here}.{stream}" for here in ranks for stream in ("out", "err")]
+        files = [self.folder / f"rank_{job_rank}.{stream}" for job_rank in ranks for stream in ("out", "err")]
         return "".join(file.read_text(errors="replace") for file in files if file.exists())
 
 

@@ -48,7 +48,7 @@ ROWS = {
 ELSEWHERE = {  # fault -> tests that are its tries: file, and a pattern that the test's name matches from its start
     "F23": [
         (
-            "test_reward_isolation.py",
+            "test_isolation.py",
             r"test_an_attack.*\[\w+-(system_exit|interrupt|base_exception|recursion|stack_overflow|odd_object|exits_hard)\]",
         ),
         ("test_rewards.py", r"test_misbehaviour.*\[exception\]"),
@@ -56,26 +56,26 @@ ELSEWHERE = {  # fault -> tests that are its tries: file, and a pattern that the
     ],
     "F24": [
         (
-            "test_reward_isolation.py",
+            "test_isolation.py",
             r"test_an_attack.*\[\w+-(loop|regex|deaf|c_loop|power|stops_itself|daemon|code_hangs|kills_parent)\]",
         ),
-        ("test_reward_isolation.py", r"test_the_string_that_hangs_math_verify"),
+        ("test_isolation.py", r"test_the_string_that_hangs_math_verify"),
     ],
     "F25": [
         ("test_rewards.py", r"test_(misbehaviour|what_counts_as_a_number|none_means_not_applicable)"),
-        ("test_reward_isolation.py", r"test_an_attack.*\[\w+-long_(text|list)\]"),
+        ("test_isolation.py", r"test_an_attack.*\[\w+-long_(text|list)\]"),
     ],
     "F26": [
         (
-            "test_reward_isolation.py",
+            "test_isolation.py",
             r"test_an_attack.*\[\w+-(bomb|segfault|ten_gigabytes|many_megabytes|prints|writes|closes|patches|forges|traces"
             r"|kills_worker|code_exits|code_bomb)\]",
         ),
-        ("test_reward_isolation.py", r"test_(what_a_call_leaves|there_is_no_network|the_environment_is_scrubbed)"),
-        ("test_reward_isolation.py", r"test_a_function_that_runs_code"),
+        ("test_isolation.py", r"test_(what_a_call_leaves|there_is_no_network|the_environment_is_scrubbed)"),
+        ("test_isolation.py", r"test_a_function_that_runs_code"),
     ],
     "F28": [
-        ("test_batching.py", r"test_masks_come_from_lengths"),
+        ("test_exchange.py", r"test_masks_come_from_lengths"),
         ("test_untrusted_checkpoints.py", r"test_(tokenizers_of_all_kinds|a_run_with_tokens_beyond_the_model)"),
     ],
     "F29": [("test_untrusted_data.py", r"test_odd_questions"), ("test_untrusted_templates.py", r"test_half_a_surro")],

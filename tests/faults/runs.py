@@ -90,9 +90,13 @@ class Run:
 
     def valid(self) -> list[int]:
         """Steps of the valid checkpoints, the newest first."""
-        return [checkpoint.step_of(path) for path in checkpoint.checkpoints(self.output) if not checkpoint.verify(path)]
+        return [
+            checkpoint.step_of(path)
+            for path in checkpoint.checkpoint_folders(self.output)
+            if not checkpoint.verify(path)
+        ]
 
-    def junk(self) -> list[str]:
+    def leftovers(self) -> list[str]:
         """Half-written and half-deleted folders."""
         return [path.name for path in self.output.glob(".*") if path.name.startswith((".tmp", ".trash", ".probe"))]
 
@@ -109,8 +113,8 @@ class Run:
     def ended_with(self, job: Job, code: int, timeout: float = 60.0) -> list[str]:
         """Wait for the end; what is wrong with its code, empty when nothing is.
 
-        exit.json says it and so do the ranks, but for one that the launcher's SIGTERM met on its last metres: the
-        interpreter is being taken down then, and no handler runs.
+        exit.json and the ranks must have that code, except a rank that gets the launcher's SIGTERM while its interpreter
+        shuts down: no handler runs then.
         """
         codes = job.wait(timeout)
         note = self.exit_note() if (self.output / "exit.json").exists() else {"code": None, "reason": "no exit.json"}
@@ -140,18 +144,18 @@ class Run:
     def _lines(self) -> Iterator[tuple[str, str]]:
         seen = set()
         for row in self.metrics():
-            kept = {key: value for key, value in row.items() if not key.startswith(WALL_CLOCK)}
+            compared = {key: value for key, value in row.items() if not key.startswith(WALL_CLOCK)}
             name = str(row["step"]) if row["step"] not in seen else f"{row['step']} twice"
             seen.add(row["step"])
-            yield name, json.dumps(kept, sort_keys=True)
+            yield name, json.dumps(compared, sort_keys=True)
 
     def _rollouts(self) -> dict[str, str]:
         steps: dict[str, dict[str, Any]] = {}
         for file in sorted((self.seen / "rollouts").glob("step_*.json")):
-            here = json.loads(file.read_text())
-            step = steps.setdefault(file.name.split(".")[0], {"prompts": here["prompts"]})
-            assert step["prompts"] == here["prompts"], f"{file}: the questions of a step changed"
-            for sample, tokens in here["completions"].items():
+            recorded = json.loads(file.read_text())
+            step = steps.setdefault(file.name.split(".")[0], {"prompts": recorded["prompts"]})
+            assert step["prompts"] == recorded["prompts"], f"{file}: the questions of a step changed"
+            for sample, tokens in recorded["completions"].items():
                 assert step.setdefault(sample, tokens) == tokens, f"{file}: completion {sample} changed"
         return {
             step: hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest() for step, seen in steps.items()

@@ -84,11 +84,11 @@ def test_F12_the_one_before_is_used(arena, record):
     content[-5] ^= 4
     file.write_bytes(content)
     job = run.finish()
-    told = f"{run.output}/checkpoint_6 is not used: model.safetensors" in job.text()
+    named = f"{run.output}/checkpoint_6 is not used: model.safetensors" in job.text()
     back = f"resuming from {run.output}/checkpoint_3" in job.text()
     differences = arena.same(run)
-    good = told and back and not differences
-    record("F12", 1, int(good), f"fell back, same end: {told} {back} {differences[:3]}" if not good else "fell back")
+    good = named and back and not differences
+    record("F12", 1, int(good), f"fell back, same end: {named} {back} {differences[:3]}" if not good else "fell back")
 
 
 def test_F13_a_file_cut_short(pair, record):
@@ -179,5 +179,5 @@ def test_F15_a_pointer_to_the_latest(pair, tmp_path, record):
             used.append(checkpoint.newest_valid(tmp_path, lambda line: None))
     os.symlink("/etc", tmp_path / "checkpoint_100")
     used.append(checkpoint.newest_valid(tmp_path, lambda line: None))
-    held = sum(folder == tmp_path / f"checkpoint_{STEPS}" for folder in used)
-    record("F15", len(used), held, "the newest valid folder, by its own manifest")
+    correct = sum(folder == tmp_path / f"checkpoint_{STEPS}" for folder in used)
+    record("F15", len(used), correct, "the newest valid folder, by its own manifest")

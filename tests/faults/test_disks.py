@@ -1,4 +1,4 @@
-"""A disk that refuses: training goes on, what was saved stays, no junk is left, and later all is the same."""
+"""A disk that refuses: training goes on, what was saved stays, no files are left over, and later all is the same."""
 
 import errno
 import re
@@ -35,21 +35,21 @@ def test_F10_disk_full_while_saving(arena, record):
     weights = (arena.model / "model.safetensors").stat().st_size
     size = checkpoint_bytes(whole) + 2 * weights
     run = arena.run()
-    here = run.output
+    mount_point = run.output
     run.output = mounted(arena, run, str(size))
     job = run.launch()
     wrong = run.ended_with(job, 2)
-    said = job.text()
-    told = re.search(rf"{here}/checkpoint_6 could not be written: .*needed, .*free", said)
-    wrong += [] if told else [f"not told: {said[-500:]}"]
+    output = job.text()
+    warned = re.search(rf"{mount_point}/checkpoint_6 could not be written: .*needed, .*free", output)
+    wrong += [] if warned else [f"no warning: {output[-500:]}"]
     wrong += [] if run.last_logged() == STEPS else [f"training ended at step {run.last_logged()}"]
     wrong += [] if run.valid() == [3] else [f"valid: {run.valid()}"]
-    kept = {path.name for path in run.output.iterdir() if path.is_dir() and path.name != ".ranks"}
-    wrong += [] if kept == {"checkpoint_3"} else [f"left over: {kept}"]
-    arena.zygote.mount(here, "64m")
+    left = {path.name for path in run.output.iterdir() if path.is_dir() and path.name != ".ranks"}
+    wrong += [] if left == {"checkpoint_3"} else [f"left over: {left}"]
+    arena.zygote.mount(mount_point, "64m")
     run.finish()
     wrong += run.ending().differences(ending)
-    record("F10", 1, int(not wrong), f"{wrong or 'told, trained on, kept the first; with room the same end'}")
+    record("F10", 1, int(not wrong), f"{wrong or 'warned, trained on, kept the first; with room the same end'}")
 
 
 def small_files(rank: int) -> list[Fault]:
@@ -79,8 +79,8 @@ def test_F11_a_save_that_fails_once(arena, record, chosen):
         codes = job.wait()
         wrong = [] if set(codes) == {0} else [f"codes {codes}: {job.text()[-500:]}"]
         wrong += [] if run.valid() == [12, 9, 3] else [f"valid: {run.valid()}"]
-        wrong += [] if f"{run.output}/checkpoint_6" in job.text() else ["not told"]
-        wrong += run.junk() + ([] if wrong else arena.same(run))
+        wrong += [] if f"{run.output}/checkpoint_6" in job.text() else ["no warning"]
+        wrong += run.leftovers() + ([] if wrong else arena.same(run))
         if wrong:
             bad[name] = wrong
     record("F11", len(chosen), len(chosen) - len(bad), f"wrong: {bad}" if bad else ", ".join(chosen))
@@ -90,18 +90,18 @@ def test_F11_a_save_that_fails_once(arena, record, chosen):
 def test_F11_a_disk_that_turns_read_only(arena, record):
     """EROFS on all ranks from the second save on: the first checkpoint stays, code 2; writable again, the same end."""
     run = arena.run()
-    here = run.output
+    mount_point = run.output
     run.output = mounted(arena, run, "64m")
     run.settings["max_steps"] = 3
     run.finish()
     run.settings["max_steps"] = STEPS
-    arena.zygote.mount(here, "64m", read_only=True)
+    arena.zygote.mount(mount_point, "64m", read_only=True)
     job = run.launch()
     codes = job.wait()  # exit.json cannot be written either
     good = 2 in codes and set(codes) <= {2, -signal.SIGTERM} and "Traceback" not in job.text()
     wrong = [] if good else [f"codes {codes}: {job.text()[-500:]}"]
     wrong += [] if run.valid() == [3] else [f"valid: {run.valid()}"]
-    arena.zygote.mount(here, "64m")
+    arena.zygote.mount(mount_point, "64m")
     run.finish()
     wrong += arena.same(run)
     record("F11", 1, int(not wrong), f"read-only: {wrong or 'refused with code 2, then the same end'}")
@@ -123,14 +123,14 @@ def test_F37_the_folder_of_curves(arena, record, how):
     job = run.launch(faults)
     if how == "read-only":
         wrong = run.ended_with(job, 2)
-        wrong += [] if f"runs_dir: {run.logs}/run cannot be written" in job.text() else ["not told"]
+        wrong += [] if f"runs_dir: {run.logs}/run cannot be written" in job.text() else ["no warning"]
     else:
         codes = job.wait()
         wrong = [] if set(codes) == {0} and run.valid()[:1] == [STEPS] else [f"{codes}: {job.text()[-600:]}"]
         whole, _, _ = arena.reference()
         wrong += [] if wrong or torch.equal(run.weights(), whole.weights()) else ["other weights"]
-        told = [line for line in job.text().splitlines() if line.startswith("warning")]
+        warned = [line for line in job.text().splitlines() if line.startswith("warning")]
         files = 5  # curves, lines, train.log, and a file of rollouts on each rank
-        once = 1 <= len(told) == len(set(told)) <= files
-        wrong += [] if once and "Traceback" not in job.text() else [f"not one warning for each file: {told}"]
+        once = 1 <= len(warned) == len(set(warned)) <= files
+        wrong += [] if once and "Traceback" not in job.text() else [f"not one warning for each file: {warned}"]
     record("F37", 1, int(not wrong), f"{how}: {wrong or 'as promised'}")

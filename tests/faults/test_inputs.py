@@ -21,10 +21,10 @@ def test_F30_few_rows(arena, record, sizes):
         if size == 0:
             good = codes == [2] and "Traceback" not in job.text()
         else:
-            asked = [row for _, rows in sorted(run.prompts().items()) for row in rows]
-            epochs = [asked[start : start + size] for start in range(0, 3 * size, size)]
+            used_rows = [row for _, rows in sorted(run.prompts().items()) for row in rows]
+            epochs = [used_rows[start : start + size] for start in range(0, 3 * size, size)]
             whole = all(sorted(epoch) == list(range(size)) for epoch in epochs)
-            good = codes == [0] and whole and len(asked) == -(-3 * size // 3) * 3
+            good = codes == [0] and whole and len(used_rows) == -(-3 * size // 3) * 3
         if not good:
             bad.append((size, codes, job.text()[-400:]))
     record("F30", len(sizes), len(sizes) - len(bad), f"wrong: {bad}" if bad else f"rows: {sizes}")
@@ -49,8 +49,8 @@ def test_F29_odd_prompts(arena, record):
     run = arena.run(world=1, data=file, max_steps=None, epoch=1)
     job = run.launch()
     codes = job.wait()
-    asked = {row for rows in run.prompts().values() for row in rows}
-    good = codes == [0] and "1 dropped as too long" in job.text() and asked == set(range(len(ODD) - 1))
+    used_rows = {row for rows in run.prompts().values() for row in rows}
+    good = codes == [0] and "1 dropped as too long" in job.text() and used_rows == set(range(len(ODD) - 1))
     record("F29", len(ODD), len(ODD) if good else 0, "1 left out, the rest asked" if good else job.text()[-600:])
 
 

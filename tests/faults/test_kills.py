@@ -71,7 +71,7 @@ def killed_while_saving(arena, part, rank):
     job = run.finish(settings={"save_steps": 5})  # other saves than before: nothing writes over what was left
     if not before or f"resuming from {run.output}/checkpoint_{before[0]}" not in job.text():
         wrong.append("resumed from elsewhere")
-    return wrong + run.junk() + arena.same(run)
+    return wrong + run.leftovers() + arena.same(run)
 
 
 def all_save_kills():
@@ -102,7 +102,7 @@ ONE_RANK = [
 )
 def test_F3_one_rank_fails(arena, record, chosen):
     """The job ends soon, names rank, phase and step, and continues to the same end."""
-    held, seconds, bad = 0, [], []
+    num_held, seconds, bad = 0, [], []
     for kind, phase, rank in chosen:
         run = arena.run()
         job = run.launch([Fault(kind, phase, rank, 5)])
@@ -111,16 +111,21 @@ def test_F3_one_rank_fails(arena, record, chosen):
         codes = job.wait()
         seconds.append(time.monotonic() - failed)
         gone = f"rank {rank} is gone, last in phase {phase}, step 5"
-        told = gone if kind == "kill9" else f"error: rank {rank}, phase {phase}, step 5: RuntimeError: out of luck"
+        expected_line = (
+            gone if kind == "kill9" else f"error: rank {rank}, phase {phase}, step 5: RuntimeError: out of luck"
+        )
         expected = -signal.SIGKILL if kind == "kill9" else 1
-        good = told in job.text() and codes[rank] == expected and codes[1 - rank] not in (None, 0)
+        good = expected_line in job.text() and codes[rank] == expected and codes[1 - rank] not in (None, 0)
         run.finish()
         differences = arena.same(run)
-        held += good and not differences
+        num_held += good and not differences
         if not good or differences:
-            bad.append((kind, phase, rank, codes, told in job.text(), differences[:3]))
+            bad.append((kind, phase, rank, codes, expected_line in job.text(), differences[:3]))
     record(
-        "F3", len(chosen), held, f"others end after {max(seconds):.1f} s at most" + (f"; wrong: {bad}" if bad else "")
+        "F3",
+        len(chosen),
+        num_held,
+        f"others end after {max(seconds):.1f} s at most" + (f"; wrong: {bad}" if bad else ""),
     )
 
 

@@ -31,14 +31,14 @@ def test_F20_a_number_that_is_not_finite(arena, record, chosen):
         )  # this rank takes chunks
         job = run.finish(faults=[Fault("trace"), Fault(kind, rank=rank, step=5), *samples])
         wrong = []
-        for here in (0, 1):
-            at = {line["step"]: (line["weights"], line["moments"]) for line in run.trace(here)}
-            wrong += [] if at[6] == at[5] else [f"rank {here}: step 5 left traces"]
-            wrong += [] if at[5] != at[4] and at[7] != at[6] else [f"rank {here}: the trace sees nothing"]
+        for trace_rank in (0, 1):
+            at = {line["step"]: (line["weights"], line["moments"]) for line in run.trace(trace_rank)}
+            wrong += [] if at[6] == at[5] else [f"rank {trace_rank}: step 5 left traces"]
+            wrong += [] if at[5] != at[4] and at[7] != at[6] else [f"rank {trace_rank}: the trace sees nothing"]
         counts = [row["guards/skipped_updates"] for row in run.metrics()]
         wrong += [] if counts == [0.0] * 4 + [1.0] * (STEPS - 4) else [f"counted {counts}"]
-        wrong += [] if (run.output / "anomalies" / "step_5" / f"rank_{rank}.json").exists() else ["not kept"]
-        wrong += [] if "step 5: update skipped on all ranks" in job.text() else ["not told"]
+        wrong += [] if (run.output / "anomalies" / "step_5" / f"rank_{rank}.json").exists() else ["no evidence"]
+        wrong += [] if "step 5: update skipped on all ranks" in job.text() else ["no line in the log"]
         if wrong:
             bad.append((kind, rank, wrong))
     record("F20", len(chosen), len(chosen) - len(bad), f"wrong: {bad}" if bad else "bits before = bits after")
@@ -49,10 +49,12 @@ def test_F21_nan_in_every_step(arena, record):
     run = arena.run(max_bad_steps=3)
     job = run.launch([Fault("nan loss", rank=1, times=EVERY)])
     wrong = run.ended_with(job, DIVERGED)
-    kept = sorted(path.name for path in (run.output / "anomalies").iterdir())
-    good = not wrong and kept == ["step_1", "step_2", "step_3"] and not run.valid()
+    evidence = sorted(path.name for path in (run.output / "anomalies").iterdir())
+    good = not wrong and evidence == ["step_1", "step_2", "step_3"] and not run.valid()
     good = good and "3 updates in a row met NaN or Inf" in job.text()
-    record("F21", 1, int(good), f"ended after {len(kept)} steps, allowed 3" + ("" if good else f": {wrong} {kept}"))
+    record(
+        "F21", 1, int(good), f"ended after {len(evidence)} steps, allowed 3" + ("" if good else f": {wrong} {evidence}")
+    )
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e38])
@@ -74,7 +76,7 @@ def test_F22_nan_where_nothing_counts(record, poison):
         plan = make_plan(cfg, prompts, lengths, advantages, 1)
         batches = deliver(ALONE, cfg, plan, prompts, completions, table, advantages, policy.even_block)
         [micro, *_] = policy.annotate(batches)[0]
-        assert (~micro.mask).any() and micro.ref_logprobs is not None and micro.old_logprobs is not None
+        assert (~micro.trained).any() and micro.ref_logprobs is not None and micro.old_logprobs is not None
         loss = policy.loss(change(micro), Tally(), True)
         loss.backward()
         return [loss.detach(), *(p.grad for p in policy.model.parameters() if p.grad is not None)]
@@ -86,8 +88,8 @@ def test_F22_nan_where_nothing_counts(record, poison):
         )
 
     clean = loss_and_gradients(lambda micro: micro)
-    masked = loss_and_gradients(lambda micro: poisoned(micro, lambda m: ~m.mask))
-    counted = loss_and_gradients(lambda micro: poisoned(micro, lambda m: m.mask))
+    masked = loss_and_gradients(lambda micro: poisoned(micro, lambda m: ~m.trained))
+    counted = loss_and_gradients(lambda micro: poisoned(micro, lambda m: m.trained))
     same = all(torch.equal(a, b) for a, b in zip(clean, masked, strict=True))
     differ = not all(torch.equal(a, b) for a, b in zip(clean, counted, strict=True))
     record("F22", 1, int(same and differ), f"{poison} in masked places: bit-equal {same}; control differs {differ}")
@@ -105,10 +107,10 @@ def test_F27_rewards_that_are_equal_or_nearly(record):
     """Exactly 0 for groups that differ by rounding alone; never beyond (G - 1) / sqrt(G) for any other."""
     import numpy as np
 
-    held, tries, largest = 0, 0, 0.0
+    num_held, tries, largest = 0, 0, 0.0
     for equal in GROUPS.values():
         tries += 1
-        held += bool((group_advantages(np.array(equal)) == 0.0).all())
+        num_held += bool((group_advantages(np.array(equal)) == 0.0).all())
     rng = np.random.default_rng(27)
     for size in (2, 3, 8, 64):
         one_hot = np.eye(size)[:1] * 1e6
@@ -116,9 +118,9 @@ def test_F27_rewards_that_are_equal_or_nearly(record):
             found = np.abs(group_advantages(rewards)).max()
             bound = min(10.0, (size - 1) / size**0.5)
             tries += 1
-            held += bool(found <= bound * (1 + 1e-9))
+            num_held += bool(found <= bound * (1 + 1e-9))
             largest = max(largest, found / bound)
-    record("F27", tries, held, f"largest advantage {largest:.6f} of the bound, equal groups exactly 0")
+    record("F27", tries, num_held, f"largest advantage {largest:.6f} of the bound, equal groups exactly 0")
 
 
 FLIPS = [(kind, rank) for kind in ("flip weight", "flip moment") for rank in (0, 1)]
@@ -173,14 +175,14 @@ def test_F41_no_more_memory_from_the_kernel(arena, record, rank):
     """
     run = arena.run(stall_timeout_s=TIMEOUT_S)
     job = run.launch([Fault("memory", "rollout", rank, 5)], kill_after_s=3.0)
-    codes, said = job.wait(), job.text()
-    named = f"STALL rank={rank} phase=" in said or f"error: rank {rank}, phase " in said
-    named = named or ("cannot allocate memory" in said and f"error: rank {rank} is gone" in said)
-    wrong = [] if set(codes) == {0} or named else [f"codes {codes}, not named: {said[-600:]}"]
+    codes, output = job.wait(), job.text()
+    named = f"STALL rank={rank} phase=" in output or f"error: rank {rank}, phase " in output
+    named = named or ("cannot allocate memory" in output and f"error: rank {rank} is gone" in output)
+    wrong = [] if set(codes) == {0} or named else [f"codes {codes}, not named: {output[-600:]}"]
     wrong += [] if run.valid() else ["nothing valid"]
     run.finish()
     halved = any(row.get("guards/oom_rollout", 0) + row.get("guards/oom_update", 0) > 0 for row in run.metrics())
-    wrong += run.junk() + ([] if halved else arena.same(run))  # smaller pieces are summed in another order
+    wrong += run.leftovers() + ([] if halved else arena.same(run))  # smaller pieces are summed in another order
     record(
         "F41", 1, int(not wrong), f"RLIMIT_AS on rank {rank}: codes {codes}" + (f"; wrong: {wrong}" if wrong else "")
     )

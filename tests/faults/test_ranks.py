@@ -116,16 +116,16 @@ def test_F3_under_the_real_launcher(arena, record):
     """Rank 1 killed in an update: 137, the rank named, nobody left; the same command goes on to the same end."""
     run = arena.run()
     job = Launched(run, [Fault("kill9", "update", 1, 5)])
-    code, said = job.wait()
-    good = code == 128 + signal.SIGKILL and "rank 1 is gone, last in phase update, step 5" in said
-    code, said = Launched(run, [Fault("record")]).wait()
+    code, output = job.wait()
+    good = code == 128 + signal.SIGKILL and "rank 1 is gone, last in phase update, step 5" in output
+    code, output = Launched(run, [Fault("record")]).wait()
     differences = [name for name in arena.same(run) if not name.startswith("rollouts")]
     record(
         "F3",
         1,
         int(good and code == 0 and not differences),
         "launch/torchrun.py: 137"
-        + (f"; wrong: {code} {said[-500:]} {differences[:3]}" if not good or code or differences else ""),
+        + (f"; wrong: {code} {output[-500:]} {differences[:3]}" if not good or code or differences else ""),
     )
 
 
@@ -138,7 +138,7 @@ def test_F6_under_the_real_launcher(arena, record):
     wait_for(lambda: phase_of(run, 1)[1] >= 5, timeout=90)
     began = time.monotonic()
     job.process.send_signal(signal.SIGTERM)
-    code, said = job.wait()
+    code, output = job.wait()
     seconds = time.monotonic() - began
     saved = run.valid()
     good = code == 75 and seconds < 25 and saved[0] not in (3, 6, 9, 12)
@@ -150,7 +150,7 @@ def test_F6_under_the_real_launcher(arena, record):
         1,
         int(good and again == 0 and not differences),
         f"launch/torchrun.py: {code} after {seconds:.1f} s, saved {saved}"
-        + (f"; {differences[:3]} {said[-400:]}" if differences or not good else ""),
+        + (f"; {differences[:3]} {output[-400:]}" if differences or not good else ""),
     )
 
 
@@ -214,12 +214,12 @@ def test_F34_a_port_that_is_busy(arena, record):
         run = arena.run(max_steps=2)
         began = time.monotonic()
         launcher = ("--nnodes=1", "--master_addr=127.0.0.1", f"--master_port={port}")
-        code, said = Launched(run, launcher=launcher).wait(timeout=180)
-    good = code not in (0, None) and "address already in use" in said.lower()
+        code, output = Launched(run, launcher=launcher).wait(timeout=180)
+    good = code not in (0, None) and "address already in use" in output.lower()
     record(
         "F34",
         1,
         int(good),
         f"busy port {port}: code {code} after {time.monotonic() - began:.0f} s"
-        + ("" if good else f": {json.dumps(said[-400:])}"),
+        + ("" if good else f": {json.dumps(output[-400:])}"),
     )

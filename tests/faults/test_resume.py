@@ -88,7 +88,7 @@ REFUSED = {
     "seed": {"seed": 7},
     "temperature": {"temperature": 0.9},
     "beta": {"beta": 0.1},
-    "loss": {"loss": "dapo"},
+    "weighting": {"weighting": "dapo"},
     "prompt_template": {"prompt_template": "Q: {question}"},
     "deterministic": {"deterministic": True},
     "model": other_model,
@@ -135,8 +135,8 @@ def test_F17_changed_settings(arena, three_steps, record, names):
     for name in names:
         job = again(arena, three_steps, **changed(arena, name)).launch()
         (code,) = job.wait()
-        told = "was trained with other settings" in job.text() and name in job.text()
-        if (code, told) != ((2, True) if name in REFUSED else (0, False)):
+        named = "was trained with other settings" in job.text() and name in job.text()
+        if (code, named) != ((2, True) if name in REFUSED else (0, False)):
             bad.append((name, code, job.text()[-300:]))
     record("F17", len(names), len(names) - len(bad), f"wrong: {bad}" if bad else ", ".join(names))
 
@@ -169,8 +169,8 @@ def test_F18_finished_twice_from_nothing(arena, three_steps, record):
     must = arena.run(world=1, resume="must").launch()
     results["must, nothing there"] = must.wait() == [2] and "holds no valid checkpoint" in must.text()
     never = again(arena, three_steps, resume="never")
-    told = never.finish().text()
-    results["never"] = "resuming" not in told and (never.output / "previous" / "checkpoint_3").is_dir()
+    output = never.finish().text()
+    results["never"] = "resuming" not in output and (never.output / "previous" / "checkpoint_3").is_dir()
     bad = [name for name, good in results.items() if not good]
     record("F18", len(results), len(results) - len(bad), f"wrong: {bad}" if bad else ", ".join(results))
 

@@ -99,7 +99,7 @@ def stopped(arena, kind, phase, rank, step):
     seconds = time.monotonic() - began
     saved = run.valid()
     wrong += [] if saved and saved[0] in (step - 1, step) else [f"saved {saved}"]
-    wrong += run.junk()
+    wrong += run.leftovers()
     job = run.finish()
     wrong += [] if f"resuming from {run.output}/checkpoint_{saved[0] if saved else 0}" in job.text() else ["resume"]
     return seconds, wrong + arena.same(run)
@@ -188,7 +188,7 @@ def test_F9_one_rank_is_asked(arena, record, rank):
     time.sleep(random.Random(rank).uniform(0.0, 0.3))
     job.kill(signal.SIGTERM, rank)
     wrong = run.ended_with(job, PREEMPTED)
-    last = [run.trace(here)[-1]["step"] for here in (0, 1)]
+    last = [run.trace(each_rank)[-1]["step"] for each_rank in (0, 1)]
     saved = run.valid()
     good = not wrong and last[0] == last[1] and len(saved) == 1 and saved[0] in (last[0] - 1, last[0])
     record("F9", 1, int(good), f"rank {rank} asked: last steps {last}, saved {saved}" + (f"; {wrong}" if wrong else ""))

@@ -65,7 +65,7 @@ def _little_memory_to_sample(fault: Fault) -> None:
 
     def join(self: Any, requests: Any, last: bool) -> Any:
         if (
-            len(self.born) + len(requests) > fault.value and self.own.max_new_tokens > 2
+            len(self.start_times) + len(requests) > fault.value and self.buffer.max_new_tokens > 2
         ):  # not the trial of a few tokens
             raise torch.OutOfMemoryError(f"no memory for {len(requests)} rows")
         return plain(self, requests, last)

@@ -1,4 +1,4 @@
-"""An update asks the device for its numbers once, however many micro-batches it has: the device is kept busy."""
+"""The number of device syncs of an update does not depend on its number of micro-batches."""
 
 import sys
 from collections import Counter
@@ -20,14 +20,14 @@ from tests.support.rank_jobs import config, injected, make_policy, table_of
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 GRPO = str(Path(losses.__file__).parents[1])
 OTHERS = {  # may read more often the more micro-batches there are
-    "fused_head.py",  # asks whether logits are clamped, on a CPU only: there it costs nothing
-    "transformers",  # looks whether texts share a padded row
+    "fused_head.py",  # reads whether logits are clamped, on CPU only, where a read is free
+    "transformers",  # reads whether texts share a padded row
 }
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what would wait for a device, by the file of ours that asks."""
+    """Counts operators that would be a device sync, by the file of this project that calls them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def minibatch_of(policy, cfg):
 
 
 def reads_of(policy, minibatch, monkeypatch):
-    """Reads of one update, by file; a whole tensor's, which no operator shows on a CPU, too."""
+    """Reads of one update, by file, with those of whole tensors, which call no operator on CPU."""
     watched = HostReads()
     with monkeypatch.context() as patched:
         for name in ("tolist", "numpy", "cpu"):
@@ -76,12 +76,12 @@ def reads_of(policy, minibatch, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{}, {"beta": 0.1}, {"deterministic": True}], ids=["plain", "kl", "deterministic"])
-def test_the_number_of_micro_batches_does_not_change_how_often_the_device_is_waited_for(settings, monkeypatch):
+def test_the_number_of_micro_batches_does_not_change_the_number_of_device_syncs(settings, monkeypatch):
     cfg = config(**settings)
     policy = make_policy(cfg, ALONE)
     minibatch = minibatch_of(policy, cfg)
     one, three = (reads_of(policy, minibatch[:number], monkeypatch) for number in (1, 3))
-    assert 0 < sum(one[name] for name in OTHERS) < sum(three[name] for name in OTHERS), "the watcher sees nothing"
+    assert 0 < sum(one[name] for name in OTHERS) < sum(three[name] for name in OTHERS), "the mode counts nothing"
     ours = [{name: count for name, count in reads.items() if name not in OTHERS} for reads in (one, three)]
     assert ours[0] == ours[1]
     assert ours[0]["metrics.py"] == 1 and ours[0]["ddp.py"] <= 2, ours[0]
@@ -90,7 +90,7 @@ def test_the_number_of_micro_batches_does_not_change_how_often_the_device_is_wai
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_one_bad_loss_makes_every_later_gradient_nan_and_enters_no_mean(poison, at):
-    """Its own too, whose slope would be finite; all losses are told, and the means are those of the others."""
+    """Its own gradient too, which would be finite. SkippedUpdate has all losses, the means are those of the others."""
     cfg = config()
     policy = make_policy(cfg, ALONE)
     minibatch = minibatch_of(policy, cfg)[:3]
@@ -101,7 +101,7 @@ def test_one_bad_loss_makes_every_later_gradient_nan_and_enters_no_mean(poison, 
         value = true_loss(micro, tally, unchanged)
         if len(made) == at:
             value = value + poison
-        tally.micro_batch(value.detach(), {}, {}, micro.mask)
+        tally.micro_batch(value.detach(), {}, {}, micro.trained)
         made.append(float(value.detach()))
         return value
 
@@ -127,5 +127,5 @@ def test_a_rewound_tally_forgets_what_was_not_read_yet():
     tally.micro_batch(torch.tensor(4.0), values, {"ratio_gap": torch.tensor(8.0)}, mask)
     tally.rewind(mark)
     tally.micro_batch(torch.tensor(float("nan")), values, {"ratio_gap": torch.tensor(float("nan"))}, mask)
-    reduced = tally.reduce(ALONE)
+    reduced = tally.reduce(ALONE).metrics
     assert (reduced["loss"], reduced["kl"], reduced["ratio_gap"]) == (1.0, 0.5, 2.0) and tally.counts["kl"] == 4

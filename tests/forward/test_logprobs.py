@@ -9,7 +9,7 @@ import torch
 
 from grpo.config.settings import Config
 from grpo.forward.logprobs import Scorer
-from grpo.training.exchange import collate
+from grpo.training.collate import collate
 from grpo.types import TrainRow
 from tests.support.tiny import tiny_model
 
@@ -32,9 +32,9 @@ def micro_batch(support=False, seed=0):
 
 def naive(model, micro, temperature):
     """Every logit of every position, row by row, without padding."""
-    values = torch.zeros(micro.mask.shape)
+    values = torch.zeros(micro.trained.shape)
     for b in range(len(micro.rows)):
-        length = int(micro.mask[b].sum())
+        length = int(micro.trained[b].sum())
         last = int(micro.positions[b, length - 1])
         logits = model(micro.input_ids[b : b + 1, : last + 1]).logits[0] / temperature
         for t in range(length):
@@ -54,7 +54,7 @@ def test_blocks_equal_naive_in_value_and_gradient(architecture, support, monkeyp
     model = tiny_model(architecture, spread=2.0)
     micro = micro_batch(support)
     monkeypatch.setattr("grpo.forward.logprobs.BLOCK_ELEMENTS_PER_MB", VOCAB * 4)  # 4 tokens a block
-    weights = torch.randn(micro.mask.shape, generator=torch.Generator().manual_seed(1)) * micro.mask
+    weights = torch.randn(micro.trained.shape, generator=torch.Generator().manual_seed(1)) * micro.trained
 
     def gradient(values):
         model.zero_grad()

@@ -1,6 +1,6 @@
-"""Trees: what a model computes over a flat row of shared prompts is what it computes over padded rows.
+"""A model computes over a flat row of shared prompts what it computes over padded rows.
 
-Chance cannot pass: another completion made visible, or a position off by one, is told apart by more than 1e-2.
+Controls: another completion made visible, or a position off by one, gives a distance above 1e-2.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ import torch
 
 from grpo.config.settings import Config
 from grpo.forward import shared_attention as attention
-from grpo.forward.branch_attention import Crown
+from grpo.forward.branch_attention import BranchAttention
 from grpo.forward.flat_rows import flatten, flatten_micro_batch
 from grpo.forward.fused_head import HeadLogprobs
 from grpo.forward.logprobs import Head, Scorer, bounded_logits
-from grpo.forward.shared_attention import Forest, Tree, can_share
+from grpo.forward.shared_attention import PromptGroup, SharedPrompts, can_share
 from grpo.models.loading import prepare
 from grpo.rollout import Request, shared_cache
 from grpo.rollout.caches import PlainCache, checked_fast_llama
@@ -37,15 +37,14 @@ def texts(*lengths, seed=0):
     return [torch.randint(3, 300, (length,), generator=generator) for length in lengths]
 
 
-def by_rows(body, trees, stems, branches):
+def by_rows(body, prompts, completions):
     """Hidden states in the flat order, each row computed alone."""
     parts = []
-    for stem, own in zip(stems, branches, strict=True):
-        parts.append(body(input_ids=stem[None], use_cache=False).last_hidden_state[0])
-        for branch in own:
-            parts.append(
-                body(input_ids=torch.cat([stem, branch])[None], use_cache=False).last_hidden_state[0, len(stem) :]
-            )
+    for prompt, own in zip(prompts, completions, strict=True):
+        parts.append(body(input_ids=prompt[None], use_cache=False).last_hidden_state[0])
+        for completion in own:
+            row = torch.cat([prompt, completion])[None]
+            parts.append(body(input_ids=row, use_cache=False).last_hidden_state[0, len(prompt) :])
     return torch.cat(parts)
 
 
@@ -63,53 +62,54 @@ def distance(ours, theirs):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("spared", [0, attention.SPARED_SCORES], ids=["in runs", "whole"])
 @pytest.mark.parametrize("architecture", SHARING)
-def test_a_forest_equals_its_rows_in_value_and_gradient(architecture, spared, checkpointing, monkeypatch):
+def test_shared_prompts_equal_rows_in_value_and_gradient(architecture, spared, checkpointing, monkeypatch):
     monkeypatch.setattr(attention, "SPARED_SCORES", spared)
     model = model_of(architecture)  # gemma3 and gpt2 among them: windows of 8, learned positions
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
     body = Head(model).body()
-    stems, branches = texts(13, 3, 4), [texts(11, 5, 1, seed=1), texts(2, seed=2), []]
-    trees = [Tree(0, 13, (11, 5, 1)), Tree(30, 3, (2,)), Tree(35, 4)]
-    flat = torch.cat([part for stem, own in zip(stems, branches, strict=True) for part in (stem, *own)])[None]
-    forest = Forest(trees, model.device)
-    ours = body(input_ids=flat, **forest.inputs()).last_hidden_state[0]
-    assert forest.calls > 0 and len(forest.lanes[0]) == (3 if spared == 0 else 1)
+    prompts, completions = texts(13, 3, 4), [texts(11, 5, 1, seed=1), texts(2, seed=2), []]
+    groups = [PromptGroup(0, 13, (11, 5, 1)), PromptGroup(30, 3, (2,)), PromptGroup(35, 4)]
+    flat = torch.cat([part for prompt, own in zip(prompts, completions, strict=True) for part in (prompt, *own)])[None]
+    shared_prompts = SharedPrompts(groups, model.device)
+    ours = body(input_ids=flat, **shared_prompts.inputs()).last_hidden_state[0]
+    assert shared_prompts.calls > 0 and len(shared_prompts.padded_index[0]) == (3 if spared == 0 else 1)
     ours, mine = ours.detach(), gradient(model, ours)
-    theirs = by_rows(body, trees, stems, branches)
+    theirs = by_rows(body, prompts, completions)
     assert distance(ours, theirs.detach()) < LIMIT
     assert distance(mine, gradient(model, theirs)) < LIMIT
-    # Broken on purpose: the second completion is said to go on from the first.
-    wrong = Forest([Tree(0, 13, (16, 1)), *trees[1:]], model.device)
+    # Control: the second completion continues the first.
+    wrong = SharedPrompts([PromptGroup(0, 13, (16, 1)), *groups[1:]], model.device)
     seen = body(input_ids=flat, **wrong.inputs()).last_hidden_state[0]
     assert distance(seen.detach(), theirs.detach()) > BROKEN
 
 
 @pytest.mark.parametrize("architecture", SHARING)
-def test_a_common_header_stands_once_and_changes_nothing(architecture, reading):
+def test_a_common_prefix_stands_once_and_changes_nothing(architecture, reading):
     model = model_of(architecture)
     head = Head(model)
-    header, *rests = texts(17, 3, 1, 9)
-    branches = [texts(4, 2, seed=1), [], texts(5, seed=2)]
-    forest = Forest([Tree(17, 3, (4, 2)), Tree(26, 1), Tree(27, 9, (5,))], model.device, header=17)
-    flat = torch.cat([header, *(part for rest, own in zip(rests, branches, strict=True) for part in (rest, *own))])
-    ours = head.body()(input_ids=flat[None], **forest.inputs()).last_hidden_state[0, 17:]
+    prefix, *rests = texts(17, 3, 1, 9)
+    completions = [texts(4, 2, seed=1), [], texts(5, seed=2)]
+    groups = [PromptGroup(17, 3, (4, 2)), PromptGroup(26, 1), PromptGroup(27, 9, (5,))]
+    shared_prompts = SharedPrompts(groups, model.device, prefix_length=17)
+    flat = torch.cat([prefix, *(part for rest, own in zip(rests, completions, strict=True) for part in (rest, *own))])
+    ours = head.body()(input_ids=flat[None], **shared_prompts.inputs()).last_hidden_state[0, 17:]
     ours, mine = ours.detach(), gradient(model, ours)
-    stems = [torch.cat([header, rest]) for rest in rests]
-    found = by_rows(head.body(), forest.trees, stems, branches)
-    lengths = [n for tree in forest.trees for n in (17 + tree.prompt, *tree.branches)]
-    starts = {0, 3, 4}  # the parts that are prompts: their header is left out of the comparison
+    whole = [torch.cat([prefix, rest]) for rest in rests]
+    found = by_rows(head.body(), whole, completions)
+    lengths = [n for group in groups for n in (17 + group.prompt_length, *group.completion_lengths)]
+    starts = {0, 3, 4}  # the parts that are prompts: their prefix is left out of the comparison
     theirs = torch.cat([part[17:] if i in starts else part for i, part in enumerate(found.split(lengths))])
     assert distance(ours, theirs.detach()) < LIMIT
     assert distance(mine, gradient(model, theirs)) < LIMIT
-    # In use: prompts with a common beginning, in the cache and in a micro-batch.
-    prompts = [tuple(stem.tolist()) for stem in stems]
+    # The same prompts in the engine's cache.
+    prompts = [tuple(prompt.tolist()) for prompt in whole]
     requests = [Request(n, n, 0, prompts[n // 2]) for n in range(6)]
     shared, plain = SharedCache(head, requests, 40), PlainCache(model, 40)
     with torch.no_grad():
         torch.testing.assert_close(shared.join(requests, True), plain.join(requests, True), rtol=1e-4, atol=1e-4)
-        assert shared.header == 17
+        assert shared.prefix_length == 17
         for t in range(12):
             if t == 3:
                 plain.keep(shared.keep(np.array([1, 4, 5]), last=True), last=True)
@@ -119,16 +119,15 @@ def test_a_common_header_stands_once_and_changes_nothing(architecture, reading):
             )
 
 
-def test_the_gradient_of_a_crown_by_finite_differences():
+def test_the_gradient_of_branch_attention_by_finite_differences():
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)  # noqa: E731
-    forest = Forest([Tree(0, 3, (2, 0, 3))], torch.device("cpu"))
-    [[(_, lanes)]] = forest.lanes
+    [[(_, padded)]] = SharedPrompts([PromptGroup(0, 3, (2, 0, 3))], torch.device("cpu")).padded_index
     inputs = (draw(4, 5, 2), draw(2, 3, 2), draw(2, 3, 2), draw(2, 5, 2), draw(2, 5, 2))
     for window in (None, 2, 4):
         # The softmax is fp32, so steps are wide and the bound loose; a term left out is off by tenths.
         torch.autograd.gradcheck(
-            lambda *tensors, window=window: Crown.apply(*tensors, *lanes, 0.7, window),
+            lambda *tensors, window=window: BranchAttention.apply(*tensors, *padded, 0.7, window),
             inputs,
             eps=1e-2,
             atol=2e-3,
@@ -137,7 +136,7 @@ def test_the_gradient_of_a_crown_by_finite_differences():
         )
 
 
-def test_a_lean_body_that_differs_is_not_used():
+def test_a_fast_body_that_differs_is_not_used():
     model = model_of("llama")
     head = Head(model)
     with torch.no_grad():
@@ -150,7 +149,7 @@ def test_a_lean_body_that_differs_is_not_used():
         assert checked_fast_llama(head) is None
 
 
-def test_models_that_cannot_share_say_so_and_keep_their_own_forward():
+def test_models_that_cannot_share_warn_and_keep_their_own_forward():
     model = model_of("gemma2")
     with pytest.warns(UserWarning, match=r"Gemma2ForCausalLM: each prompt is computed anew .*slower, same numbers"):
         assert not can_share(model, model.base_model)
@@ -165,7 +164,7 @@ def test_models_that_cannot_share_say_so_and_keep_their_own_forward():
 def test_sharing_works_in_bf16_too(architecture, monkeypatch):
     monkeypatch.setattr("grpo.forward.logprobs.FLAT_BELOW", 10.0)
     scorers = {dtype: Scorer(model_of(architecture), Config(model="none", dtype=dtype)) for dtype in ("fp32", "bf16")}
-    assert all(scorer.shares for scorer in scorers.values())
+    assert all(scorer.shares_prompts for scorer in scorers.values())
     found = {}
     for dtype, scorer in scorers.items():
         logprobs = scorer(micro_batch())
@@ -177,15 +176,15 @@ def test_sharing_works_in_bf16_too(architecture, monkeypatch):
 
 @pytest.mark.parametrize("architecture", SHARING)
 def test_log_probs_and_gradient_of_a_micro_batch_do_not_depend_on_the_form(architecture, monkeypatch):
-    monkeypatch.setattr("grpo.forward.logprobs.FLAT_BELOW", 10.0)  # whatever it spares
+    monkeypatch.setattr("grpo.forward.logprobs.FLAT_BELOW", 10.0)  # always
     model = model_of(architecture)
     scorer = Scorer(model, Config(model="none"))
-    assert scorer.shares
+    assert scorer.shares_prompts
     micro = micro_batch()
     twice = dataclasses.replace(micro, flat=flatten_micro_batch(micro))
     found = {}
     for name, shares, batch in (("flat", True, twice), ("made", True, micro), ("rows", False, micro)):
-        scorer.shares = shares
+        scorer.shares_prompts = shares
         logprobs = scorer(batch)
         model.zero_grad()
         (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
@@ -203,10 +202,10 @@ def test_a_shared_prompt_stands_once_and_targets_point_at_their_predictors():
     flat = flatten(ids, positions, torch.tensor([2, 1, 2]).numpy(), torch.device("cpu"))
     assert flat.input_ids.tolist() == [[5, 6, 7, 1, 8, 4]]
     assert flat.positions.tolist() == [[2, 3], [2, 0], [4, 5]]
-    assert flat.forest.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
-    # the same behind a header of 20 tokens: it stands once, for both prompts
-    header = torch.arange(100, 120)
-    longer = torch.cat([header.expand(3, 20), torch.from_numpy(ids)], 1).numpy()
+    assert flat.shared_prompts.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
+    # the same after a common prefix of 20 tokens: it stands once, for both prompts
+    prefix = torch.arange(100, 120)
+    longer = torch.cat([prefix.expand(3, 20), torch.from_numpy(ids)], 1).numpy()
     flat = flatten(
         longer,
         positions + 20 * (positions > 0) + 20 * (positions == 0),
@@ -215,12 +214,12 @@ def test_a_shared_prompt_stands_once_and_targets_point_at_their_predictors():
     )
     assert flat.input_ids.tolist() == [[*range(100, 120), 5, 6, 7, 1, 8, 4]]
     assert flat.positions[flat.positions > 0].tolist() == [22, 23, 22, 24, 25]
-    assert flat.forest.position_ids[0, 20:].tolist() == [20, 21, 22, 23, 20, 21]
+    assert flat.shared_prompts.position_ids[0, 20:].tolist() == [20, 21, 22, 23, 20, 21]
 
 
 @pytest.fixture(params=["shared", "by row", "by row at the end"], autouse=False)
 def reading(request, monkeypatch):
-    """How keys are read: one copy a prompt, one a row, or the first until few rows are left."""
+    """How keys are read: one copy per prompt, one per row, or per prompt until few rows are left."""
     short, few = {"shared": (0, 0), "by row": (10**6, 0), "by row at the end": (0, 2)}[request.param]
     monkeypatch.setattr(shared_cache, "SHORT_PROMPT", short)
     monkeypatch.setattr(shared_cache, "FEW_ROWS", few)
@@ -233,14 +232,14 @@ def test_shared_and_plain_caches_give_the_same_logits(architecture, reading):
     prompts = [tuple(text.tolist()) for text in texts(11, 4, 7)]
     requests = [Request(n, n, 0, prompts[p]) for n, p in enumerate((0, 0, 1, 2, 2, 2))]
     with torch.no_grad():
-        lean = checked_fast_llama(head)
-    assert (lean is None) == (architecture not in FAMILY)
-    shared, plain = SharedCache(head, requests, 80, lean), PlainCache(model, 80)
+        fast_llama = checked_fast_llama(head)
+    assert (fast_llama is None) == (architecture not in FAMILY)
+    shared, plain = SharedCache(head, requests, 80, fast_llama), PlainCache(model, 80)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         torch.testing.assert_close(shared.join(requests, True), plain.join(requests, True), rtol=1e-4, atol=1e-4)
         rows = 6
-        for t in range(70):  # beyond the first room of 64
+        for t in range(70):  # beyond the buffers' first 64 columns
             if t in (5, 9, 12):  # rows leave, the first prompt's among them
                 keep = {5: [0, 2, 3, 4, 5], 9: [1, 2, 3], 12: [2, 1]}[t]
                 plain.keep(shared.keep(np.array(keep), last=True), last=True)

@@ -16,9 +16,10 @@ from tests.support.tiny import save_tiny, tiny_model, tiny_tokenizer
 NOWHERE = "http://127.0.0.1:9"  # a port that nothing listens on
 ASK = """
 import json, sys
-from grpo.data import load_rows
+from grpo.data.sources import load_rows
 from grpo.errors import UserError
-from grpo.models import load_tokenizer, quiet, resolve
+from grpo.models.checks import quiet
+from grpo.models.loading import load_tokenizer, resolve
 quiet()
 for kind, name in json.loads(sys.argv[1]):
     try:

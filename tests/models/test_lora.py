@@ -128,12 +128,12 @@ def test_adapter_and_merged_give_the_same_greedy_text(run, tmp_path):
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "MANIFEST.json"):
         (whole / name).unlink()
     adapters.merged(adapters.open_adapter(last, CPU)).save_pretrained(whole)
-    askers = [CheckpointModel(folder, CPU, {"temperature": 0.0}, 24) for folder in (last, whole)]
-    prompts = [askers[0].put(question) for question in QUESTIONS]
+    checkpoint_models = [CheckpointModel(folder, CPU, {"temperature": 0.0}, 24) for folder in (last, whole)]
+    prompts = [checkpoint_models[0].encode(question) for question in QUESTIONS]
     beside = greedy(adapters.plain(adapters.open_adapter(last, CPU)), prompts)
     assert len(beside) == 50
-    for asker in askers:
-        assert greedy(asker.engine.model, prompts) == beside
+    for checkpoint_model in checkpoint_models:
+        assert greedy(checkpoint_model.engine.model, prompts) == beside
     base = greedy(load_model(str(run[0] / "base"), CPU), prompts)
     assert sum(a != b for a, b in zip(base, beside)) > 25, "the adapter changes nothing: equal texts show nothing"
 
@@ -297,8 +297,8 @@ def test_dropout_is_refused_in_grpo(tmp_path):
 
 
 def save(folder, policy, cfg, step=2):
-    snapshot = checkpoint.take(step, policy, saving.files_of(tiny_tokenizer()), Recipe(), cfg, {"data": "x"})
-    return checkpoint.write(snapshot, folder, ALONE, None, lambda phase: None)
+    snapshot = checkpoint.take_snapshot(step, policy, saving.serialized_tokenizer(tiny_tokenizer()), Recipe(), cfg, {"data": "x"})
+    return checkpoint.write_snapshot(snapshot, folder, ALONE, None, lambda phase: None)
 
 
 def test_training_goes_on_from_an_adapter_and_keeps_it_as_reference(tmp_path):
@@ -370,7 +370,7 @@ def test_an_adapter_that_learned_nothing_is_not_saved(tmp_path):
     for parameter in half:
         parameter.data.zero_()
     assert save(tmp_path, policy, cfg) is None
-    said = adapter_files.verdict(tmp_path / "checkpoint_2")
+    said = adapter_files.saved_line(tmp_path / "checkpoint_2")
     assert said == "LoRA weights saved and verified. 7 of 14 modules are still zero."
 
 

@@ -17,7 +17,7 @@ from tests.support.tiny import tiny_model
 LORA = {"lora_r": 4, "lr": 3e-3}
 STEPS = {"steps": 10}
 ZERO = {f"zero{stage}": {"backend": "deepspeed", "zero_stage": stage, **LORA} for stage in (2, 3)}
-KL = {"loss": "dr_grpo", "beta": 0.3}
+KL = {"weighting": "dr_grpo", "beta": 0.3}
 UPDATES = {
     "ddp": LORA,
     **ZERO,

@@ -49,8 +49,8 @@ def train(policy, steps):
 
 
 def save(folder, policy, cfg):
-    snapshot = checkpoint.take(2, policy, saving.files_of(tiny_tokenizer()), Recipe(), cfg, {})
-    return checkpoint.write(snapshot, folder, ALONE, None, lambda phase: None)
+    snapshot = checkpoint.take_snapshot(2, policy, saving.serialized_tokenizer(tiny_tokenizer()), Recipe(), cfg, {})
+    return checkpoint.write_snapshot(snapshot, folder, ALONE, None, lambda phase: None)
 
 
 # --- 8-bit moments
@@ -173,7 +173,7 @@ def test_without_bitsandbytes_one_line_says_what_is_missing(tmp_path, monkeypatc
 
 def test_nothing_is_fetched_while_it_is_imported():
     before = sys.modules.get("kernels")
-    with quantization.nothing_fetched(), pytest.raises(ImportError):
+    with quantization.no_kernel_download(), pytest.raises(ImportError):
         import kernels  # noqa: F401
     assert sys.modules.get("kernels") is before
 

@@ -456,7 +456,7 @@ def test_moments_must_be_there_once_and_finite(tmp_path):
 def test_fewer_rows_than_a_step_takes_and_one_more(trained, tmp_path, capfd, num_rows):
     """P = 2 prompts a step, 2 epochs: ceil(2 rows / P) steps, or a refusal where there is no row."""
     code = training(trained / "model", tmp_path, "--max_steps", "null", "--epoch", "2", num_rows=num_rows)
-    steps = [checkpoint.step_of(folder) for folder in checkpoint.checkpoints(tmp_path / "output")]
+    steps = [checkpoint.step_of(folder) for folder in checkpoint.checkpoint_folders(tmp_path / "output")]
     assert (code, max(steps, default=0)) == ((2, 0) if num_rows == 0 else (0, num_rows))
     assert num_rows or "is empty" in one_error(capfd)
 
@@ -510,7 +510,7 @@ def test_json_is_read_strictly():
         ("-Infinity", "Infinity"),
         ("[" * 10**5, "deeply"),
         (b"\xff", "utf-8"),
-        ('{"a": {"b": 1, "b": 1}}', "'b' stands there twice"),
+        ('{"a": {"b": 1, "b": 1}}', "'b' occurs twice"),
     ):
         with pytest.raises(ValueError, match=said):
             untrusted.parse_json(text)

@@ -12,10 +12,10 @@ from grpo.errors import UserError
 from grpo.forward.precision import arithmetic
 from grpo.models import lora as adapters
 from grpo.models.loading import prepare
-from grpo.models.offload import ActivationOffload, brought
+from grpo.models.offload import ActivationOffload, on_device
 from grpo.plan.command import GB, advise, main
-from grpo.plan.memory import estimate, estimate_shape, layer_bytes
-from grpo.plan.model_size import held, shape_of
+from grpo.plan.memory import estimate, estimate_for, layer_bytes
+from grpo.plan.model_size import model_size, model_states
 from grpo.runtime.distributed import World
 from grpo.training.policy import Policy, load_policy
 from tests.models.test_lora import shaken
@@ -56,7 +56,7 @@ def test_weights_and_moments_are_counted_to_the_byte(tmp_path, architecture, way
         loss = policy.model(IDS, labels=IDS).loss
     policy.backend.backward(loss, last=True)
     policy.backend.step(1e-3, 1.0)
-    found = held(cfg, shape_of(policy.model.config))
+    found = model_states(cfg, model_size(policy.model.config))
     parameters = list(policy.model.parameters())
     assert found.trained == sum(p.numel() for p in parameters if p.requires_grad)
     assert found.trained_largest == max(p.numel() for p in parameters if p.requires_grad)
@@ -90,10 +90,10 @@ def test_activations_with_an_adapter_are_what_autograd_keeps(architecture, dtype
             model.base_model(input_ids=torch.arange(90).view(2, 45) % 300, use_cache=False)
         return sum(t.untyped_storage().nbytes() for t in kept.values())
 
-    shape = shape_of(tiny_config(architecture))
+    size = model_size(tiny_config(architecture))
     cfg = settings(lora_r=4, dtype=dtype)
-    said = layer_bytes(shape, 90, 45, dtype) + 90 * held(cfg, shape).adapter_tokens / shape.layers
-    assert said == pytest.approx(saved(4) - saved(3), rel=0.1)
+    estimated = layer_bytes(size, 90, 45, dtype) + 90 * model_states(cfg, size).adapter_tokens / size.layers
+    assert estimated == pytest.approx(saved(4) - saved(3), rel=0.1)
 
 
 # --- what the plan says of them
@@ -105,31 +105,31 @@ def test_an_adapter_needs_no_moments_gradients_or_reference_worth_naming():
         for how in ({}, {"lora_r": 16}, {"lora_r": 16, "load_in_4bit": True})
     )
     found = [estimate(cfg, large_config(), 1) for cfg in (whole, lora, four)]
-    elements = found[0].shape.parameters
-    assert row(found[0], "reference") == 4 * elements and row(found[1], "reference") == 0
+    parameters = found[0].size.parameters
+    assert row(found[0], "reference") == 4 * parameters and row(found[1], "reference") == 0
     assert row(found[1], "moments") < 0.05 * row(found[0], "moments")
     assert row(found[2], "weights") < row(found[1], "weights") < row(found[0], "weights")
     assert found[2].peak() < found[1].peak() < 0.5 * found[0].peak()
-    assert found[1].moved == () or row_moved(found[1]) == 0
+    assert found[1].traffic == () or sent_bytes(found[1]) == 0
 
 
-def row_moved(found):
-    return sum(each.bytes for each in found.moved)
+def sent_bytes(found):
+    return sum(each.bytes for each in found.traffic)
 
 
 def test_zero_sends_the_adapter_and_gathers_the_whole():
     both = [estimate(dataclasses.replace(ZERO3, **how), large_config(), 8) for how in ({}, {"lora_r": 8})]
-    names = [{each.name: each.bytes for each in found.moved} for found in both]
+    names = [{each.name: each.bytes for each in found.traffic} for found in both]
     assert names[1]["gradients, reduce-scatter"] < 0.05 * names[0]["gradients, reduce-scatter"]
     assert names[1]["weights, forward and backward"] > names[0]["weights, forward and backward"]
 
 
 def test_offloading_moves_bytes_to_the_host():
     base = settings(device="cuda", beta=0.1, micro_batch_tokens=8192)
-    shape = shape_of(large_config())
-    before = estimate_shape(base, shape, 1)
+    size = model_size(large_config())
+    before = estimate_for(base, size, 1)
     for name, what in (("activation_offload", "activations"), ("reference_offload", "reference")):
-        after = estimate_shape(dataclasses.replace(base, **{name: True}), shape, 1)
+        after = estimate_for(dataclasses.replace(base, **{name: True}), size, 1)
         assert after.at("update") < before.at("update") and after.host_bytes > before.host_bytes
         assert (row(after, what) < row(before, what)) or name == "reference_offload"
 
@@ -138,26 +138,24 @@ def test_the_advice_knows_them_and_never_on_a_cpu():
     lean = {"backend": "deepspeed", "zero_stage": 3, "offload": "all", "rollout_chunk_rows": 1, "logits_chunk_mb": 1}
     lengths = {"max_generate_length": 8192, "micro_batch_tokens": 1, "num_generations": 2, "lora_r": 4}
     cfg = settings(device="cuda", gradient_checkpointing=True, **lean, **lengths)
-    shape = shape_of(large_config())
-    remedies = [
-        dict(advise(cfg, shape, 1, share / 20 * estimate_shape(cfg, shape, 1).peak())) for share in range(1, 20)
-    ]
+    size = model_size(large_config())
+    remedies = [dict(advise(cfg, size, 1, share / 20 * estimate_for(cfg, size, 1).peak())) for share in range(1, 20)]
     assert any("activation_offload" in remedy for remedy in remedies)
     on_cpu = dataclasses.replace(cfg, device="cpu")
-    peak = estimate_shape(on_cpu, shape, 1).peak()
-    assert not any("activation_offload" in dict(advise(on_cpu, shape, 1, share / 20 * peak)) for share in range(1, 20))
+    peak = estimate_for(on_cpu, size, 1).peak()
+    assert not any("activation_offload" in dict(advise(on_cpu, size, 1, share / 20 * peak)) for share in range(1, 20))
 
 
 def test_the_command_says_what_an_adapter_would_need(folder, capsys):  # noqa: F811
     assert main(arguments(folder, "--gpus=1", "--gpu_memory", "1")) == 0
-    said = capsys.readouterr().out
-    assert "No setting makes it fit" in said and "An adapter alone (--lora_r 16) needs" in said
+    printed = capsys.readouterr().out
+    assert "No setting makes it fit" in printed and "An adapter alone (--lora_r 16) needs" in printed
     assert main(arguments(folder, "--gpus=1", "--gpu_memory", "80", "--lora_r", "16")) == 0
-    shape = shape_of(large_config())
-    trained = held(settings(lora_r=16), shape).trained
-    said = capsys.readouterr().out
-    assert f"{trained / 1e6:.1f} million trained" in said and "FITS" in said
-    assert estimate_shape(settings(lora_r=16), shape, 1).peak() < 80 * GB
+    size = model_size(large_config())
+    trained = model_states(settings(lora_r=16), size).trained
+    printed = capsys.readouterr().out
+    assert f"{trained / 1e6:.1f} million trained" in printed and "FITS" in printed
+    assert estimate_for(settings(lora_r=16), size, 1).peak() < 80 * GB
 
 
 # --- what leaves the GPU
@@ -176,7 +174,7 @@ def test_parked_activations_change_no_gradient(checkpointing):
             loss = policy.model(ids, labels=ids).loss
         loss.backward()
         gradients.append([p.grad for p in policy.model.parameters()])
-        parked.append(policy.activation_offload.parked)
+        parked.append(policy.activation_offload.bytes_moved)
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
     assert parked[0] == 0 and parked[1] > 240 * 32 * 4 * 2, "less than each layer's input"
 
@@ -186,10 +184,10 @@ def test_weights_stay_where_they_are():
     activation_offload = ActivationOffload(model)
     with activation_offload.around(True):
         model(torch.randn(4, 64, requires_grad=True)).sum().backward()
-    assert activation_offload.parked == 0
+    assert activation_offload.bytes_moved == 0
     with activation_offload.around(True):
         model(torch.randn(256, 64, requires_grad=True)).square().sum().backward()
-    assert activation_offload.parked >= 256 * 64 * 4
+    assert activation_offload.bytes_moved >= 256 * 64 * 4
 
 
 @pytest.mark.parametrize("how", [{"activation_offload": True}, {"reference_offload": True, "beta": 0.1}])
@@ -221,5 +219,5 @@ def test_offloading_on_a_gpu(tmp_path, way):
     else:
         policy = load_policy(dataclasses.replace(cfg, reference_offload=True), World(0, 1, 0, 1, device))
         assert all(p.device.type == "cpu" for p in policy.reference.parameters())
-        with brought(policy.reference, device):
+        with on_device(policy.reference, device):
             assert all(p.device.type == "cuda" for p in policy.reference.parameters())

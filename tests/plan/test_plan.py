@@ -11,7 +11,8 @@ from grpo.config.settings import Config
 from grpo.forward.precision import arithmetic
 from grpo.models.loading import prepare
 from grpo.plan.command import GB, advise, main
-from grpo.plan.memory import PHASES, activation_bytes, draw_bytes, estimate, head_bytes, kv_bytes, shape_of, work_of
+from grpo.plan.memory import MEMORY_PHASES, activation_bytes, draw_bytes, estimate, head_bytes, kv_bytes, work_of
+from grpo.plan.model_size import model_size
 from tests.support.tiny import ARCHITECTURES, tiny_config, tiny_model
 
 LARGE = {"vocab_size": 100_000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16}
@@ -28,7 +29,7 @@ def large_config():
 
 
 def row(found, name):
-    return next(r.bytes for r in found.rows if r.name == name)
+    return next(r.bytes for r in found.memory if r.name == name)
 
 
 # --- counted, and by hand
@@ -37,10 +38,10 @@ def row(found, name):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_parameters_are_those_of_the_built_model(architecture):
     model = tiny_model(architecture)
-    shape = shape_of(tiny_config(architecture))
-    assert shape.parameters == sum(p.numel() for p in model.parameters())
-    assert shape.largest == max(p.numel() for p in model.parameters())
-    assert shape.vocab == model.get_output_embeddings().weight.shape[0]
+    size = model_size(tiny_config(architecture))
+    assert size.parameters == sum(p.numel() for p in model.parameters())
+    assert size.largest == max(p.numel() for p in model.parameters())
+    assert size.vocab == model.get_output_embeddings().weight.shape[0]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -67,12 +68,12 @@ def test_activations_are_what_autograd_keeps(architecture, dtype):
             model.base_model(input_ids=torch.arange(rows * tokens).view(rows, tokens) % 300, use_cache=False)
         return sum(t.untyped_storage().nbytes() for t in kept.values())
 
-    shape = shape_of(tiny_config(architecture))
+    size = model_size(tiny_config(architecture))
     more = saved(4) - saved(3)
-    three = dataclasses.replace(shape, layers=3)
-    four = dataclasses.replace(shape, layers=4)
-    said = [activation_bytes(s, rows * tokens, tokens, dtype, False) for s in (three, four)]
-    assert said[1] - said[0] == pytest.approx(more, rel=0.1)
+    three = dataclasses.replace(size, layers=3)
+    four = dataclasses.replace(size, layers=4)
+    estimated = [activation_bytes(s, rows * tokens, tokens, dtype, False) for s in (three, four)]
+    assert estimated[1] - estimated[0] == pytest.approx(more, rel=0.1)
 
 
 def test_one_example_by_hand():
@@ -90,7 +91,7 @@ def test_one_example_by_hand():
     found = estimate(cfg, tiny_config("qwen2"), 2)
     attention = 32 * 32 + 32 + 2 * (32 * 16 + 16) + 32 * 32
     parameters = 300 * 32 + 2 * (attention + 3 * 32 * 48 + 2 * 32) + 32
-    assert found.shape.parameters == parameters
+    assert found.size.parameters == parameters
     assert row(found, "weights") == row(found, "gradients, all") == 4 * parameters
     assert row(found, "moments") == 8 * parameters
     assert row(found, "KV cache") == 4 * 128 * 4 * (2 * 2 * 16) + 4 * 128 * 4 * 16  # one tensor twice
@@ -98,14 +99,14 @@ def test_one_example_by_hand():
     assert row(found, "activations") == 2 * tokens * (24 * 32 + 8 * 32 + 8 * 16 + 16 * 48) + 3 * tokens * 32 * 4
     assert row(found, "logits block") == 4 * (4 * 28 * 300 * 4)
     assert row(found, "drawing a token") == 4 * 300 * 12
-    assert [r.bytes for r in found.moved] == [4 * parameters, 4 * 28 * 8 / 2]
+    assert [r.bytes for r in found.traffic] == [4 * parameters, 4 * 28 * 8 / 2]
     assert work_of(cfg, 2).micro_batches == 1
 
 
 def test_peak_is_the_worst_phase_and_rows_can_be_left_out():
     found = estimate(ZERO3, large_config(), 8)
-    assert found.peak() == max(found.at(phase) for phase in PHASES) == found.at(found.worst)
-    assert found.at("rollout", without="rollout copy") == found.at("rollout") - 4 * found.shape.parameters
+    assert found.peak() == max(found.at(phase) for phase in MEMORY_PHASES) == found.at(found.worst)
+    assert found.at("rollout", without="rollout copy") == found.at("rollout") - 4 * found.size.parameters
 
 
 # --- how it scales
@@ -122,24 +123,24 @@ def test_what_zero_shards_falls_with_the_ranks():
 
 
 def test_more_rows_longer_texts_more_memory():
-    shape = shape_of(tiny_config("qwen3"))
-    assert kv_bytes(shape, 64, 128, "fp32") == 2 * kv_bytes(shape, 32, 128, "fp32")
-    assert draw_bytes(shape, 64, 1.0) == 2 * draw_bytes(shape, 32, 1.0)
-    assert activation_bytes(shape, 512, 128, "fp32", True) < activation_bytes(shape, 512, 128, "fp32", False)
-    assert head_bytes(shape, 10**6, 1, False) == 4 * 2**20 < head_bytes(shape, 10**6, 2, False)
+    size = model_size(tiny_config("qwen3"))
+    assert kv_bytes(size, 64, 128, "fp32") == 2 * kv_bytes(size, 32, 128, "fp32")
+    assert draw_bytes(size, 64, 1.0) == 2 * draw_bytes(size, 32, 1.0)
+    assert activation_bytes(size, 512, 128, "fp32", True) < activation_bytes(size, 512, 128, "fp32", False)
+    assert head_bytes(size, 10**6, 1, False) == 4 * 2**20 < head_bytes(size, 10**6, 2, False)
 
 
 def test_sliding_layers_keep_their_window():
     """gemma3: one of two layers keeps 8 tokens."""
-    shape = shape_of(tiny_config("gemma3"))
-    assert kv_bytes(shape, 1, 108, "fp32") == (2 * (108 + 8) + 108) * 16 * 4
+    size = model_size(tiny_config("gemma3"))
+    assert kv_bytes(size, 1, 108, "fp32") == (2 * (108 + 8) + 108) * 16 * 4
 
 
 def test_zero_3_moves_weights_with_every_micro_batch():
     few, many = (estimate(dataclasses.replace(ZERO3, num_iterations=n), large_config(), 8) for n in (1, 3))
-    gathers = [next(r.bytes for r in found.moved if "forward" in r.name) for found in (few, many)]
+    gathers = [next(r.bytes for r in found.traffic if "forward" in r.name) for found in (few, many)]
     assert gathers[1] == 3 * gathers[0] > 0
-    assert sum(r.bytes for r in estimate(ZERO3, large_config(), 1).moved) == 0
+    assert sum(r.bytes for r in estimate(ZERO3, large_config(), 1).traffic) == 0
 
 
 # --- advice
@@ -157,7 +158,7 @@ def test_zero_3_moves_weights_with_every_micro_batch():
 )
 def test_advice_makes_it_fit_or_there_is_none(cfg, share):
     limit = share * estimate(cfg, large_config(), 8).peak()
-    remedy = advise(cfg, shape_of(large_config()), 8, limit)
+    remedy = advise(cfg, model_size(large_config()), 8, limit)
     if share >= 0.7:
         assert remedy
     if remedy:
@@ -184,16 +185,16 @@ def arguments(folder, *more):
 def test_the_command_reads_the_config_alone(folder, capsys):
     assert sorted(f.name for f in folder.iterdir()) == ["config.json"]
     assert main(arguments(folder, "--gpus", "8", "--gpu_memory=80")) == 0
-    said = capsys.readouterr().out
-    assert "FITS" in said and "0.305 billion" in said.splitlines()[0] and "all-reduce" in said
+    printed = capsys.readouterr().out
+    assert "FITS" in printed and "0.305 billion" in printed.splitlines()[0] and "all-reduce" in printed
 
 
 def test_the_command_says_what_does_not_fit_and_what_would(folder, capsys):
     zero = ("--backend", "deepspeed", "--zero_stage", "3")
     assert main(arguments(folder, "--gpus=8", "--gpu_memory", "1", *zero)) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     copy = row(estimate(ZERO3, large_config(), 8), "rollout copy") / GB
-    assert f"rollout copy alone: {copy:.1f} GB, more than one GPU has" in said and "No setting" in said
+    assert f"rollout copy alone: {copy:.1f} GB, more than one GPU has" in printed and "No setting" in printed
     assert main(arguments(folder, "--gpus=8", "--gpu_memory", "4")) == 0
     assert "It fits with --" in capsys.readouterr().out
 
@@ -212,8 +213,8 @@ def test_the_command_says_what_does_not_fit_and_what_would(folder, capsys):
 )
 def test_bad_input_is_one_line_and_code_2(folder, capsys, wrong, names):
     assert main([*arguments(folder), *wrong]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith("error: ") and names in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and printed.startswith("error: ") and names in printed
 
 
 def test_a_config_that_is_no_language_model_is_one_line(folder, capsys):

@@ -1,13 +1,15 @@
 """The documents say what the code does: settings, metrics, files, links, flags, examples. And the budgets hold.
 
-Nothing here is started: commands in the README are read as the scripts would read them.
+Nothing here is started: commands in the documents are read as the scripts would read them.
 """
 
 import ast
 import dataclasses
+import importlib
 import re
 import shlex
 import subprocess
+from itertools import dropwhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,8 @@ import torch
 from grpo import errors
 from grpo.checkpoints.resume import FREE_TO_CHANGE
 from grpo.config.command_line import load_config
-from grpo.config.settings import Config, markdown_table
+from grpo.config.documentation import markdown_table
+from grpo.config.settings import Config
 from grpo.data.questions import Questions, load_questions
 from grpo.data.recipe import make_recipe
 from grpo.evaluate.held_out import evaluate
@@ -34,6 +37,8 @@ from tests.support.asking_rewards import answers_of
 from tests.support.launcher import PROJECT
 from tests.support.tiny import tiny_tokenizer
 
+importlib.import_module("grpo.sft.policy")  # it and what it imports declare metrics
+DECLARED = {*MEANS, *SUMS, *COUNTS, *MAXIMA}  # by the code alone: no test has run yet
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
@@ -49,15 +54,25 @@ def tracked() -> list[str]:
 
 
 FILES = tracked()
-DOCUMENTS = sorted({"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", *(f for f in FILES if f.endswith(".md"))})
+PAGES = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "docs").glob("*.md"))  # the English ones
+DOCUMENTS = sorted(
+    {"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", *PAGES, *(f for f in FILES if f.endswith(".md"))}
+)
+ENGLISH = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", *PAGES]
 SOURCES = sorted({*(PROJECT / "grpo").rglob("*.py"), *PROJECT.glob("*.py")})
 PYTHON = sorted({*SOURCES, *(PROJECT / f for f in FILES if f.endswith(".py"))})
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
-def section(title: str) -> str:
-    """The README under a second-level heading."""
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def read(name: str) -> str:
+    return (PROJECT / name).read_text(encoding="utf-8")
+
+
+README = read("README.md")
+
+
+def section(name: str, title: str) -> str:
+    """A document's text under a second-level heading."""
+    return read(name).split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -71,17 +86,23 @@ def commands(text: str) -> list[list[str]]:
 
 
 def test_the_table_of_settings_is_the_generated_one():
-    shown = README.split("<!-- config table: python -m grpo.config -->\n")[1].split("\n<!-- end -->")[0]
+    shown = (
+        read("docs/configuration.md")
+        .split("<!-- config table: python -m grpo.config -->\n")[1]
+        .split("\n<!-- end -->")[0]
+    )
     assert shown == markdown_table(), "paste what `python -m grpo.config` writes between the two comments"
 
 
 def test_what_may_change_on_resume_is_named():
-    may_change = re.search(r"any setting except (.*?)\. The number", section("Checkpoints and resuming"), re.S)
+    may_change = re.search(
+        r"any setting except (.*?)\. The number", section("docs/running.md", "Checkpoints and resuming"), re.S
+    )
     assert set(re.findall(r"`(\w+)`", may_change[1])) == set(FREE_TO_CHANGE)
 
 
 def test_exit_codes_are_named():
-    rows = set(re.findall(r"^\| (\d+) \|", section("Exit codes, errors and logs"), re.M))
+    rows = set(re.findall(r"^\| (\d+) \|", section("docs/running.md", "Exit codes, errors and logs"), re.M))
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.UserError)]
     assert {str(kind.code) for kind in kinds} <= rows
 
@@ -110,13 +131,14 @@ def logged_keys(tmp_path) -> set[str]:
     keys = set(evaluate(Answerer(), Questions([prompt], 0), rewards, tiny_tokenizer(), cfg, ALONE, print))
 
     tally = Tally()
-    for name in MEANS:
-        tally.mean(name, 1.0, 1.0)
-    told = RunLog(cfg, ALONE, tmp_path)
+    for name in DECLARED:
+        if name in tally.counts:
+            tally.mean(name, 1.0, 1.0)
+    run_log = RunLog(cfg, ALONE, tmp_path)
     for norms in ([], [1.0]):
         policy = SimpleNamespace(counters=Counters(), last_lr=0.0, fitting=Answerer.fitting, vocab_size=10)
-        keys |= set(told.log_step(1, 2, table, np.ones(4), tally, norms, policy, Answerer()))
-    assert {*MEANS, *SUMS, *COUNTS, *MAXIMA} <= keys
+        keys |= set(run_log.log_step(1, 2, table, np.ones(4), tally.reduce(ALONE), norms, policy))
+    assert keys >= DECLARED
 
     source = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
     literal = r"[\"']((?:reward|advantage|completions|clip|sampler_gap|guards|time|save|idle|eval|sft)/[a-z_/]+)[\"']"
@@ -125,7 +147,7 @@ def logged_keys(tmp_path) -> set[str]:
 
 def test_every_metric_is_in_the_glossary_and_nothing_else(tmp_path):
     """Both ways; a metric added anywhere in the code fails this until it is explained."""
-    documented = re.findall(r"^\| `([^`]+)` \|", section("Metrics"), re.M)
+    documented = re.findall(r"^\| `([^`]+)` \|", section("docs/metrics.md", "Metrics"), re.M)
     assert len(documented) == len(set(documented))
     assert set(documented) == logged_keys(tmp_path)
 
@@ -133,25 +155,34 @@ def test_every_metric_is_in_the_glossary_and_nothing_else(tmp_path):
 # --- files, links, names
 
 
-def file_map() -> list[str]:
-    """First column of the README's map."""
-    [(_, body)] = FENCE.findall(section("Files"))
-    return [line.split()[0] for line in body.splitlines() if line.strip()]
+def test_the_readme_names_every_room_and_every_folder():
+    """Rooms of grpo/, one line each with a purpose; files that stand in grpo/ itself are in the package's docstring."""
+    lines = dict(re.findall(r"^- `grpo/(\w+)/`: (\S.+)$", README, re.M))
+    assert set(lines) == {path.parent.name for path in (PROJECT / "grpo").glob("*/__init__.py")}
+    folders = {name.split("/")[0] for name in FILES if "/" in name and not name.startswith(".")}
+    prose = FENCE.sub("", README)
+    assert [folder for folder in sorted(folders) if not re.search(rf"[`(]{folder}/", prose)] == []
+    package = ast.get_docstring(ast.parse(read("grpo/__init__.py"))) or ""
+    modules = {path.stem for path in (PROJECT / "grpo").glob("*.py")} - {"__init__"}
+    assert [module for module in sorted(modules) if not re.search(rf"^    .*\b{module}\b", package, re.M)] == []
 
 
-def test_the_map_and_the_files_agree():
-    entries = file_map()
-    assert len(entries) == len(set(entries))
-    assert [entry for entry in entries if not (PROJECT / entry).exists()] == []
-    folders = tuple(f"{entry.rstrip('/')}/" for entry in entries if (PROJECT / entry).is_dir())
-    modules = [path.relative_to(PROJECT).as_posix() for path in (PROJECT / "grpo").rglob("*.py")]
-    wanted = {f for f in FILES if f != "README.md" and not f.startswith(".git")} | set(modules)
-    assert sorted(f for f in wanted if f not in entries and not f.startswith(folders)) == []
+def test_every_program_says_what_it_is_for():
+    """Modules in their docstring, scripts and configurations in a comment among their first lines."""
+    for name in FILES:
+        if name.endswith(".py") and not name.startswith("tests/"):
+            assert ast.get_docstring(ast.parse(read(name))), name
+        elif name.startswith(("launch/", "configs/")) and not name.endswith(".jsonl"):
+            assert re.search(r"^(?:# \w|\{#- \w)", "\n".join(read(name).splitlines()[:3]), re.M), name
 
 
-def test_every_line_of_the_map_gives_a_purpose():
-    [(_, body)] = FENCE.findall(section("Files"))
-    assert all(len(line.split(maxsplit=1)) == 2 for line in body.splitlines() if line.strip())
+def test_every_page_is_in_the_index():
+    index = README.rsplit("\n## ", 1)[1]
+    assert [page for page in PAGES if f"]({page})" not in index] == []
+
+
+def test_the_readme_is_two_screens():
+    assert len(README.splitlines()) <= 150 and len(README.split()) <= 1800
 
 
 def anchors(text: str) -> set[str]:
@@ -172,11 +203,11 @@ def test_relative_links_resolve(name):
         assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
 
 
-@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ENGLISH)
 def test_files_and_functions_named_in_prose_exist(name):
     """`grpo/x.py` is a file; `name()`, `Class.name` and `name` followed by "in grpo/x.py" are defined there."""
-    text = FENCE.sub("", (PROJECT / name).read_text(encoding="utf-8"))
-    examples = set(re.findall(r"^.*?`(my_\w+\.\w+)`:$", README, re.M)) | {"path.py"}
+    text = FENCE.sub("", read(name))
+    examples = {"path.py"}
     for path in set(re.findall(r"(?<![\w./])((?:[\w.]+/)*\w+\.(?:py|sh|yaml))\b", text)) - examples:
         assert (PROJECT / path).is_file() or "NAME" in path or path.startswith("my_"), path
     for named, path in re.findall(r"`([\w.]+)(?:\([^`]*\))?` in `?(grpo/[\w/]+\.py)", text):
@@ -186,13 +217,15 @@ def test_files_and_functions_named_in_prose_exist(name):
 
 def test_every_promise_names_its_test():
     """And the test exists."""
-    promises = re.findall(r"^- (.+)$", section("What we promise, and how it is tested"), re.M)
-    assert len(promises) >= 15
+    promised = read("docs/guarantees.md").split("\n## Not promised\n")[0]
+    promises = re.findall(r"^- (.+)$", promised, re.M)
+    assert len(promises) >= 32
     for promise in promises:
         named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", promise)
         assert named, promise
         for file, test in named:
-            assert f"def {test}(" in (PROJECT / file).read_text(encoding="utf-8"), (file, test)
+            assert f"def {test}(" in read(file), (file, test)
+    assert "](docs/guarantees.md)" in section("README.md", "What is guaranteed")
 
 
 # --- commands
@@ -234,23 +267,22 @@ def test_every_flag_exists(name):
         assert flags <= known, (line, flags - known)
 
 
-def example_files() -> dict[str, str]:
-    """Files that the README shows whole: the block after a line that ends in `name`:"""
-    found = re.findall(r"`(my_\w+\.\w+)`:\n\n```\w+\n(.*?)^```$", README, re.M | re.S)
-    assert {Path(name).suffix for name, _ in found} == {".csv", ".py", ".yaml"}
-    return dict(found)
+def example_files(name: str) -> dict[str, str]:
+    """Files that a document shows whole: the block after a line that ends in `name`:"""
+    return dict(re.findall(r"`(my_\w+\.\w+)`:\n\n?```\w+\n(.*?)^```$", read(name), re.M | re.S))
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ENGLISH)
 def test_commands_name_what_exists(name, tmp_path, monkeypatch):
-    """Scripts and modules are there; train.py accepts the settings, with the README's example files beside it."""
-    for file, content in example_files().items():
+    """Scripts and modules are there; train.py accepts the settings, beside the examples of README and document."""
+    for file, content in {**example_files("README.md"), **example_files(name)}.items():
         (tmp_path / file).write_text(content, encoding="utf-8")
     (tmp_path / "configs").symlink_to(PROJECT / "configs")
     monkeypatch.chdir(tmp_path)
     starts = ("python", "torchrun", "bash")
-    known = [words for words in commands((PROJECT / name).read_text(encoding="utf-8")) if words[0] in starts]
-    assert known
+    bare = [list(dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words)) for words in commands(read(name))]
+    known = [words for words in bare if words and words[0] in starts]
+    assert known or "```bash" not in read(name)
     for words in known:
         if "-m" in words:
             module = PROJECT / words[words.index("-m") + 1].replace(".", "/")
@@ -261,23 +293,20 @@ def test_commands_name_what_exists(name, tmp_path, monkeypatch):
         settings = words[words.index(script) + 1 :]
         if script == "train.py" and "--print_config" not in settings:
             load_config(settings)
-        elif script == "launch/single_node.sh":
-            load_config([word for word in settings if not word.isdigit()])
+        elif script in ("launch/single_node.sh", "launch/multi_node.sh"):
+            load_config(settings[1:] if settings and settings[0].isdigit() else settings)
 
 
-def test_the_examples_work(tmp_path, monkeypatch):
-    """Data, rewards and YAML of the README together: questions are read, each reward scores, None included."""
-    for file, content in example_files().items():
-        (tmp_path / file).write_text(content, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
+def open_example(name: str, folder: Path):
+    """The example of a document: its questions, its rewards, and a function that scores (row, text) pairs by name."""
+    for file, content in example_files(name).items():
+        (folder / file).write_text(content, encoding="utf-8")
+    assert {"my_questions.csv", "my_rewards.py", "my_task.yaml"} <= set(example_files(name))
     cfg, _ = load_config(["--config", "my_task.yaml"])
     tokenizer = tiny_tokenizer()
     questions = load_questions(cfg, make_recipe(cfg, tokenizer), tokenizer)
-    assert len(questions.items) == 3
     rewards = open_rewards(dataclasses.replace(cfg, reward_workers=0), print)
     index = {reward.short: k for k, reward in enumerate(rewards.rewards)}
-    sees_group = {reward.short: reward.sees_group for reward in rewards.rewards}
-    assert sees_group["variety_reward"] and not sees_group["shows_work_reward"]
 
     def scores(name, *pairs):
         samples = [
@@ -287,6 +316,24 @@ def test_the_examples_work(tmp_path, monkeypatch):
         assert not any(isinstance(outcome, str) for outcome in answer.outcomes)
         return answer.outcomes
 
+    return questions, rewards, scores
+
+
+def test_the_example_of_the_readme_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    questions, _, scores = open_example("README.md", tmp_path)
+    assert len(questions.items) == 2
+    right, wrong = (0, "5, buys 3: 8, eats 2: 6\n#### 6"), (1, "#### 9")
+    assert scores("last_word_reward", right, wrong, (0, "")) == [1.0, 0.0, 0.0]
+
+
+def test_the_examples_work(tmp_path, monkeypatch):
+    """Data, rewards and YAML together: questions are read, each reward scores, None included."""
+    monkeypatch.chdir(tmp_path)
+    questions, rewards, scores = open_example("docs/task.md", tmp_path)
+    assert len(questions.items) == 3
+    sees_group = {reward.short: reward.sees_group for reward in rewards.rewards}
+    assert sees_group["variety_reward"] and not sees_group["shows_work_reward"]
     assert scores("final_answer_reward", (0, "5, buys 3: 8\n#### 6")) == [1.0]
     assert scores("shows_work_reward", (0, "#### 6")) == [0.0]
     assert scores("two_digits_reward", (2, "2, wins 9: 11, loses 1: 10\n#### 10")) == [1.0]
@@ -296,8 +343,7 @@ def test_the_examples_work(tmp_path, monkeypatch):
 
 # --- style
 
-LINES = {"grpo/config/settings.py": 340}  # a setting takes two lines there
-MAX_LINES, MAX_FUNCTION = 300, 70
+MAX_LINES, MAX_FUNCTION = 400, 70
 MAY_USE_COLLECTIVES = ("grpo/runtime/distributed.py", "grpo/training/backends/", "grpo/run/launch.py")
 
 
@@ -308,7 +354,7 @@ def name_of(path: Path) -> str:
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_files_and_functions_stay_small(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= LINES.get(name_of(path), MAX_LINES)
+    assert len(text.splitlines()) <= MAX_LINES
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
     assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > MAX_FUNCTION] == []
 

@@ -73,9 +73,9 @@ def test_the_tables_name_every_function_and_its_parameters():
     more = {line.split("`")[1]: line.split(" | ")[-1] for line in rest.splitlines() if line.startswith("| `")}
     assert set(more) == {*library.__all__, "final_answer_reward"} - set(NAMES.values())
     known = {parameter for name in library.__all__ for parameter in getattr(getattr(library, name), "parameters", ())}
-    for name, said in more.items():
+    for name, description in more.items():
         parameters = getattr(getattr(reward_func, name), "parameters", ())
-        assert set(re.findall(r"`(\w+)`", said)) & known == set(parameters), name
+        assert set(re.findall(r"`(\w+)`", description)) & known == set(parameters), name
 
 
 W = "t<end_working_out><SOLUTION>{}</SOLUTION>"
@@ -449,9 +449,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("parameters, said", REFUSED)
-def test_a_refusal_that_cannot_pay_is_refused_at_the_start(parameters, said):
-    with pytest.raises(UserError, match=said) as caught:
+@pytest.mark.parametrize("parameters, error", REFUSED)
+def test_a_refusal_that_cannot_pay_is_refused_at_the_start(parameters, error):
+    with pytest.raises(UserError, match=error) as caught:
         open_rewards(refusal(**parameters), print)
     assert str(caught.value).startswith("rewards: refusal_reward: ") and "\n" not in str(caught.value)
 
@@ -499,15 +499,15 @@ def test_parameters_arrive_and_columns_do_not_pass_for_them(tmp_path, workers):
     rewards = dict.fromkeys([f"{mine}limit_reward", f"{mine}sees_reward", "refusal_reward"], 1.0)
     parameters = {f"{mine}limit_reward": {"limit": 9}, "refusal_reward": {"refuse": 0.6}}
     cfg = Config(rewards=rewards, reward_workers=workers, reward_parameters=parameters)
-    sample = RewardInput("q", "<answer>", [1], {"answer": "B", "refuse": 7, "options": 9, "limit": 0})
+    plain = RewardInput("q", "<answer>", [1], {"answer": "B", "refuse": 7, "options": 9, "limit": 0})
     refusing = RewardInput("q", "<answer>?</answer>", [1], {"answer": "B", "refuse": 7, "options": 9, "limit": 0})
     with closing(open_rewards(cfg, print)) as pool:
-        answered = answers_of(pool, [sample, refusing], [Call(0, (0,)), Call(1, (0,)), Call(2, (1,))])
+        answered = answers_of(pool, [plain, refusing], [Call(0, (0,)), Call(1, (0,)), Call(2, (1,))])
     assert [answer.outcomes for answer in answered] == [[1.0], [0.5], [0.6]]
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, error",
     [
         ('{"mork_reward": {}}', "reward_parameters: 'mork_reward' is none of the rewards mark_reward"),
         ('{"mark_reward": 3}', "reward_parameters"),
@@ -517,8 +517,8 @@ def test_parameters_arrive_and_columns_do_not_pass_for_them(tmp_path, workers):
         ('{"mark_reward": {"a": ["\\0"]}}', "must be a name, and its value"),
     ],
 )
-def test_parameters_that_are_none_are_refused(settings, said):
-    with pytest.raises(UserError, match=said) as caught:
+def test_parameters_that_are_none_are_refused(settings, error):
+    with pytest.raises(UserError, match=error) as caught:
         load_config(
             ["--model", "m", "--data", "d", "--rewards", '{"mark_reward": 1.0}', "--reward_parameters", settings]
         )
@@ -605,29 +605,29 @@ def test_a_classifier_scores_groups(classifiers, name, workers):
         reward_workers=workers,
         reward_timeout_s=60.0,
     )
-    samples = [RewardInput(prompt, completion, [1], {}) for prompt, completion in PAIRS]
+    inputs = [RewardInput(prompt, completion, [1], {}) for prompt, completion in PAIRS]
     with closing(open_rewards(cfg, print)) as pool:
         assert pool.rewards[0].sees_group and len(pool.rewards[0].source.splitlines()[-1]) == 64
-        answers = answers_of(pool, samples, [Call(0, (0, 1, 2, 3)), Call(0, (3, 2, 1, 0))])
+        answers = answers_of(pool, inputs, [Call(0, (0, 1, 2, 3)), Call(0, (3, 2, 1, 0))])
     want = expected(classifiers[name], 1)
     assert answers[0].outcomes == pytest.approx(want, abs=1e-5) and len({round(score, 3) for score in want}) == 3
     assert answers[1].outcomes == answers[0].outcomes[::-1]
 
 
 def test_folders_that_are_no_classifier_are_refused(classifier, tmp_path):
-    def said(folder, **how):
+    def error_of(folder, **how):
         parameters = {"model_reward": {"folder": str(folder), **how}}
         with pytest.raises(UserError) as caught:
             open_rewards(Config(rewards={"model_reward": 1.0}, reward_parameters=parameters, reward_workers=0), print)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "label must be a whole number from 0 to 1, got 2" in said(classifier, label=2)
-    assert "max_length must be a whole number from 1 to 256" in said(classifier, max_length=300)
-    assert "no such path" in said(tmp_path / "none")
-    assert "score.weight is missing" in said(PROJECT / "demo" / "base")
+    assert "label must be a whole number from 0 to 1, got 2" in error_of(classifier, label=2)
+    assert "max_length must be a whole number from 1 to 256" in error_of(classifier, max_length=300)
+    assert "no such path" in error_of(tmp_path / "none")
+    assert "score.weight is missing" in error_of(PROJECT / "demo" / "base")
     for file in classifier.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
-    assert "its weights are a pickle (pytorch_model.bin), which could run code" in said(tmp_path)
+    assert "its weights are a pickle (pytorch_model.bin), which could run code" in error_of(tmp_path)

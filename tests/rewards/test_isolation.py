@@ -1,6 +1,6 @@
-"""Rewards that hang, die, fork, allocate and forge: each costs its own sample, and nothing else.
+"""Rewards that hang, die, fork, allocate and forge: each costs its own completion's score, and nothing else.
 
-Attacks are in hostile_rewards.py. Every one runs among completions that must be scored as ever, in workers with
+Attacks are in hostile_rewards.py. Every one runs among completions that must be scored as usual, in workers with
 namespaces, and (long tier) without.
 """
 
@@ -20,8 +20,7 @@ import pytest
 import reward_func
 from grpo.config.settings import Config
 from grpo.errors import UserError
-from grpo.rewards import RewardInput
-from grpo.rewards import supervisor_handle as warden_process
+from grpo.rewards import RewardInput, supervisor_handle
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import InProcess, Pool, open_rewards
 from grpo.rewards.sandbox import WITHOUT_NAMESPACES
@@ -71,9 +70,9 @@ WITHOUT = [name for name in ATTACKS if name not in ("traces", "kills_worker", "k
 # without namespaces a user's own processes can be reached: what those four try is not prevented there
 
 
-def sample(text, **columns):
-    here = {"trainer": os.getpid(), "namespace": os.stat("/proc/self/ns/pid").st_ino}
-    return RewardInput("question", text, [1, 2], {"answer": "4", **here, **columns})
+def input_of(text, **columns):
+    own = {"trainer": os.getpid(), "namespace": os.stat("/proc/self/ns/pid").st_ino}
+    return RewardInput("question", text, [1, 2], {"answer": "4", **own, **columns})
 
 
 def cfg_of(names, file=HOSTILE, **how):
@@ -90,9 +89,9 @@ def opened(cfg):
         yield pool
 
 
-def outcomes(pool, k, *samples):
-    """One call for each sample."""
-    answers = answers_of(pool, samples, [Call(k, (i,)) for i in range(len(samples))])
+def outcomes(pool, k, *inputs):
+    """One call for each input."""
+    answers = answers_of(pool, inputs, [Call(k, (i,)) for i in range(len(inputs))])
     return [answer.outcomes[0] for answer in answers]
 
 
@@ -111,7 +110,7 @@ def left(trainer=None):
 
 
 def zombies():
-    """Dead children that nobody has collected, below this process."""
+    """Descendants of this process that have ended and were not reaped."""
     parents = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -144,7 +143,7 @@ def nothing_left():
 
 
 class Figures:
-    """What the attacks cost, for the table under -s."""
+    """Durations and counts of the attacks, for the table under -s."""
 
     def __init__(self):
         self.overruns, self.tried, self.forged, self.zombies = [], 0, 0, 0
@@ -159,17 +158,17 @@ class Figures:
 
 @pytest.fixture(scope="module", params=["namespaces", pytest.param("without", marks=pytest.mark.full)])
 def arena(request):
-    """A pool with every attack, in one worker; afterwards nothing of it may be left."""
-    before, said = set(left()), []
+    """A pool with every attack, in one worker; afterwards no process of it may be left."""
+    before, notices = set(left()), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(WITHOUT_NAMESPACES, "1" if request.param == "without" else "")
-        pool = open_rewards(cfg_of(ATTACKS), said.append)
+        pool = open_rewards(cfg_of(ATTACKS), notices.append)
     figures = Figures()
     yield pool, request.param, figures
     figures.zombies = len(zombies())
     pool.close()
     figures.show(request.param)
-    assert len(said) == (request.param == "without"), "a run says when there are no namespaces"
+    assert len(notices) == (request.param == "without"), "a run reports when there are no namespaces"
     assert figures.forged == figures.zombies == 0
     assert gone(lambda: set(left()) - before) and not zombies()
 
@@ -181,7 +180,7 @@ def test_an_attack_costs_its_own_sample_only(arena, name):
         pytest.skip("not prevented without namespaces")
     k = list(ATTACKS).index(name)
     start_s = time.monotonic()
-    first, outcome, *rest = outcomes(pool, k, *map(sample, ("before", "attack", "after", "hi", "later")))
+    first, outcome, *rest = outcomes(pool, k, *map(input_of, ("before", "attack", "after", "hi", "later")))
     took_s = time.monotonic() - start_s
     expected = ATTACKS[name] if isinstance(ATTACKS[name], tuple) else (ATTACKS[name],)
     assert any(outcome == e if isinstance(e, float) else isinstance(outcome, str) and e in outcome for e in expected)
@@ -197,10 +196,10 @@ def test_an_attack_costs_its_own_sample_only(arena, name):
 def test_what_a_call_leaves_behind_ends_with_it(arena, name):
     pool, _, _ = arena
     harmless = [Call(list(ATTACKS).index(name), (0,)) for name in ("loop", "code_hangs")]  # one for each worker
-    answers_of(pool, [sample("hi")], harmless)
+    answers_of(pool, [input_of("hi")], harmless)
     before = len(left())
-    outcomes(pool, list(ATTACKS).index(name), sample("attack"))
-    answers_of(pool, [sample("hi")], harmless)
+    outcomes(pool, list(ATTACKS).index(name), input_of("attack"))
+    answers_of(pool, [input_of("hi")], harmless)
     assert gone(lambda: left()[before:])
 
 
@@ -209,17 +208,17 @@ def test_there_is_no_network(nothing_left):
     with socket.create_server(("127.0.0.1", 0)) as server, pytest.MonkeyPatch.context() as patch:
         port = server.getsockname()[1]
         with opened(cfg_of(["connects"])) as pool:
-            assert "Network is unreachable" in outcomes(pool, 0, sample("hi", port=port))[0]
+            assert "Network is unreachable" in outcomes(pool, 0, input_of("hi", port=port))[0]
         patch.setenv(WITHOUT_NAMESPACES, "1")
         with opened(cfg_of(["connects"])) as pool:
-            assert outcomes(pool, 0, sample("hi", port=port)) == [1.0]
+            assert outcomes(pool, 0, input_of("hi", port=port)) == [1.0]
 
 
 def test_the_environment_is_scrubbed_and_the_folder_is_empty(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hush")
     monkeypatch.setenv("RANK", "0")
     with opened(cfg_of(["environment"])) as pool:
-        assert outcomes(pool, 0, sample("hi")) == [0.0]
+        assert outcomes(pool, 0, input_of("hi")) == [0.0]
         folders = [supervisor.folder for supervisor in pool.supervisors]
     assert not any(folder.exists() for folder in folders)
     assert hostile_rewards.environment(["hi"])[0] >= 2  # the control: this process has both
@@ -227,9 +226,9 @@ def test_the_environment_is_scrubbed_and_the_folder_is_empty(monkeypatch):
 
 def test_a_function_that_runs_code_gets_a_process_for_each_call():
     with opened(cfg_of(["counts"])) as pool:
-        assert outcomes(pool, 0, *map(sample, "abc")) == [1.0, 1.0, 1.0]
+        assert outcomes(pool, 0, *map(input_of, "abc")) == [1.0, 1.0, 1.0]
     plain = InProcess.of({"counts": hostile_rewards.counts})
-    assert outcomes(plain, 0, *map(sample, "abc")) == [1.0, 2.0, 3.0]  # the control
+    assert outcomes(plain, 0, *map(input_of, "abc")) == [1.0, 2.0, 3.0]  # the control
 
 
 # --- what becomes of the workers
@@ -237,9 +236,8 @@ def test_a_function_that_runs_code_gets_a_process_for_each_call():
 
 OWNER = """
 import os, sys, time
-from grpo.config import Config
+from grpo.config.settings import Config
 from grpo.rewards import RewardInput
-from grpo.rewards import warden_process
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import open_rewards
 pool = open_rewards(Config(rewards={sys.argv[1]: 1.0}, reward_timeout_s=1000.0), print)
@@ -270,7 +268,7 @@ def test_a_trainer_that_is_killed_takes_everything_along(without):
             pass
         there = left(owner.pid)
         for pid in there:
-            os.kill(pid, signal.SIGTERM)  # they leave that to the trainer
+            os.kill(pid, signal.SIGTERM)  # they ignore it: the trainer ends them
         time.sleep(0.2)
         assert len(there) >= 10 and set(there) <= set(left(owner.pid))
         owner.kill()
@@ -278,7 +276,7 @@ def test_a_trainer_that_is_killed_takes_everything_along(without):
 
 
 def test_a_request_to_stop_leaves_the_rest_undone_at_once(nothing_left):
-    samples = [sample("hi"), *[sample("attack")] * 3]
+    inputs = [input_of("hi"), *[input_of("attack")] * 3]
     started, beats = time.monotonic(), []
 
     def pulse():
@@ -286,13 +284,13 @@ def test_a_request_to_stop_leaves_the_rest_undone_at_once(nothing_left):
         return time.monotonic() > started + 1
 
     with opened(cfg_of(["loop"], reward_timeout_s=1000.0, reward_workers=2)) as pool:
-        answers = answers_of(pool, samples, [Call(0, (i,)) for i in range(4)], pulse)
+        answers = answers_of(pool, inputs, [Call(0, (i,)) for i in range(4)], pulse)
         assert answers[1:] == [None] * 3 and beats[-1] > started + 1
         assert np.median(np.diff(beats)) < 0.2
-        assert outcomes(pool, 0, sample("again")) == [5.0]  # and it can go on
+        assert outcomes(pool, 0, input_of("again")) == [5.0]  # and it can go on
 
 
-def test_wardens_that_are_killed_cost_one_call_each_and_are_replaced(nothing_left):
+def test_supervisors_that_are_killed_cost_one_call_each_and_are_replaced(nothing_left):
     killed = []
 
     def pulse():
@@ -303,12 +301,12 @@ def test_wardens_that_are_killed_cost_one_call_each_and_are_replaced(nothing_lef
                 process.kill()
         return False
 
-    samples = [sample("attack"), sample("abc"), sample("attack"), sample("abcd")]
+    inputs = [input_of("attack"), input_of("abc"), input_of("attack"), input_of("abcd")]
     calls = [Call(0, (i,)) for i in range(4)]
     with opened(cfg_of(["code_hangs"], reward_timeout_s=1000.0, reward_workers=2)) as pool:
-        said = [answer.outcomes[0] for answer in answers_of(pool, samples, calls, pulse)]
-    assert said[1] == 3.0 and said[3] == 4.0
-    assert all("ended from outside" in said[i] for i in (0, 2))
+        given = [answer.outcomes[0] for answer in answers_of(pool, inputs, calls, pulse)]
+    assert given[1] == 3.0 and given[3] == 4.0
+    assert all("ended from outside" in given[i] for i in (0, 2))
 
 
 def test_a_new_worker_runs_the_text_that_was_read_at_the_start(tmp_path):
@@ -320,12 +318,12 @@ def test_a_new_worker_runs_the_text_that_was_read_at_the_start(tmp_path):
     file.write_text(text)
     with opened(cfg_of(["reward"], file=file)) as pool:
         file.write_text(text.replace("1.0", "2.0"))
-        first, killed, last = outcomes(pool, 0, *map(sample, ("a", "attack", "a")))
+        first, killed, last = outcomes(pool, 0, *map(input_of, ("a", "attack", "a")))
     assert (first, last) == (1.0, 1.0) and "exit code 0" in killed
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, error",
     [
         ("import nowhere_at_all\n", "importing .* raised ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("raise SystemExit(3)\n", "importing .* raised SystemExit: 3"),
@@ -336,10 +334,10 @@ def test_a_new_worker_runs_the_text_that_was_read_at_the_start(tmp_path):
     ],
     ids=["exception", "exit", "dies", "hangs", "misnamed", "syntax"],
 )
-def test_a_file_that_cannot_be_imported_is_one_clear_error(nothing_left, tmp_path, monkeypatch, text, said):
-    monkeypatch.setattr(warden_process, "IMPORT_S", 1.5)
+def test_a_file_that_cannot_be_imported_is_one_clear_error(nothing_left, tmp_path, monkeypatch, text, error):
+    monkeypatch.setattr(supervisor_handle, "IMPORT_S", 1.5)
     (tmp_path / "mine.py").write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=error):
         Pool(cfg_of(["reward"], file=tmp_path / "mine.py"), print)
 
 
@@ -353,11 +351,11 @@ def test_scores_are_bit_equal_to_those_in_process(workers):
     )
     rows = [row for row in map(json.loads, lines) if row["seed"] == "001"]
     names = ["final_answer_reward", "correctness_reward", "digit_reward", "hard_format_reward", "mark_reward"]
-    samples = [RewardInput("?", row["completion"], [1], {"answer": row["answer"]}) for row in rows]
-    calls = [Call(k, (i,)) for k in range(len(names)) for i in range(len(samples))]
-    here = InProcess.of({name: getattr(reward_func, name) for name in names})
+    inputs = [RewardInput("?", row["completion"], [1], {"answer": row["answer"]}) for row in rows]
+    calls = [Call(k, (i,)) for k in range(len(names)) for i in range(len(inputs))]
+    in_process = InProcess.of({name: getattr(reward_func, name) for name in names})
     with opened(Config(rewards=dict.fromkeys(names, 1.0), reward_workers=workers)) as pool:
-        assert answers_of(pool, samples, calls) == answers_of(here, samples, calls)
+        assert answers_of(pool, inputs, calls) == answers_of(in_process, inputs, calls)
 
 
 MATH_VERIFY = """
@@ -377,4 +375,4 @@ def test_the_string_that_hangs_math_verify(tmp_path):
     (tmp_path / "mine.py").write_text(MATH_VERIFY)
     hang = r"\boxed{\dfrac{5^{(5^{(5^{(5^5)})} - 4)} - 5}{16}}"
     with opened(cfg_of(["reward"], file=tmp_path / "mine.py", reward_timeout_s=10.0, reward_memory_mb=2048)) as pool:
-        assert outcomes(pool, 0, *map(sample, ("$4$", hang, "$5$"))) == [1.0, "no answer within 10 s", 0.0]
+        assert outcomes(pool, 0, *map(input_of, ("$4$", hang, "$5$"))) == [1.0, "no answer within 10 s", 0.0]

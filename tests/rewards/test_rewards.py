@@ -17,7 +17,8 @@ from grpo.rewards import Failure, RewardInput
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import InProcess, open_rewards
 from grpo.rewards.protocol import Splitter, cut, dump, frame, load
-from grpo.training.scoring import FAILED, LATE, Scoring, check_failures, combine, rollout_metrics
+from grpo.training.scoring import FAILED, LATE, Scoring, check_failures, combine
+from grpo.training.rollout_metrics import rollout_metrics
 from grpo.types import FACTS, Completion, Prompt, Table
 from tests.support.asking_rewards import answers_of
 from tests.support.tiny import tiny_tokenizer
@@ -33,13 +34,13 @@ def test_any_text_gets_a_finite_score(text, gold):
         assert math.isfinite(value) and 0 <= value <= 2
 
 
-def sample(text="hi", **columns):
+def input_of(text="hi", **columns):
     return RewardInput("question", text, [1, 2], {"answer": "4", **columns})
 
 
 def one(function, **how):
     """The outcome of one call, in this process."""
-    [answer] = answers_of(InProcess.of({"f": function}), [sample(**how)], [Call(0, (0,))])
+    [answer] = answers_of(InProcess.of({"f": function}), [input_of(**how)], [Call(0, (0,))])
     return answer.outcomes[0]
 
 
@@ -78,12 +79,12 @@ MISBEHAVIOUR = {
 
 
 @pytest.mark.parametrize("kind", MISBEHAVIOUR)
-def test_misbehaviour_is_reported_with_name_and_sample(kind):
-    function, said = MISBEHAVIOUR[kind]
+def test_misbehaviour_is_reported_with_name_and_completion(kind):
+    function, expected = MISBEHAVIOUR[kind]
     reason = one(function, text="the culprit")
-    assert isinstance(reason, str) and said in reason
-    shown = str(Failure("f", reason, sample("the culprit")))
-    assert said in shown and "reward f " in shown and "the culprit" in shown
+    assert isinstance(reason, str) and expected in reason
+    shown = str(Failure("f", reason, input_of("the culprit")))
+    assert expected in shown and "reward f " in shown and "the culprit" in shown
 
 
 @pytest.mark.parametrize(
@@ -131,13 +132,13 @@ def test_calls_are_single_rows_or_whole_groups_in_order():
 
 
 def test_failures_are_counted_per_completion_and_reported_three_times_a_function():
-    said: list[str] = []
+    reported: list[str] = []
     prompts, rows = completions(6, 3)
     both = InProcess.of({"bad": exits, "fine": lambda completions, **columns: [1.0], "worse": lambda **columns: None})
-    scored = Scoring(THREE, both, prompts, tiny_tokenizer(), said.append).finish(rows)
+    scored = Scoring(THREE, both, prompts, tiny_tokenizer(), reported.append).finish(rows)
     assert scored.faults.tolist() == [[FAILED, 0.0, FAILED]] * 6
     assert np.isnan(scored.scores[:, [0, 2]]).all() and (scored.scores[:, 1] == 1).all()
-    assert [line.split()[1] for line in said] == ["bad"] * 3 + ["worse"] * 3
+    assert [line.split()[1] for line in reported] == ["bad"] * 3 + ["worse"] * 3
 
 
 def test_a_request_to_stop_is_no_failure():
@@ -159,12 +160,14 @@ def test_too_many_failures_of_one_function_stop_the_run():
 
 
 def test_failures_and_timeouts_are_metrics():
-    facts = {name: np.ones(4) for name in FACTS} | {"faults of my.py:g": np.array([0.0, FAILED, LATE, LATE])}
-    metrics = rollout_metrics(Table(["my.py:g"], np.ones((4, 1)), np.ones(4), facts, 2), np.ones(4), 10)
+    facts = {name: np.ones(4) for name in FACTS}
+    faults = np.array([[0.0], [FAILED], [LATE], [LATE]])
+    table = Table(["my.py:g"], np.ones((4, 1)), np.ones(4), facts, 2, faults=faults)
+    metrics = rollout_metrics(table, np.ones(4), 10)
     assert (metrics["reward/g/failures"], metrics["reward/g/timeouts"]) == (0.75, 0.5)
 
 
-# --- how values travel to a worker and back
+# --- values sent to a worker and back
 
 
 NO_FOLD = (st.datetimes() | st.times()).map(lambda when: when.replace(fold=0))
@@ -235,7 +238,7 @@ def mine(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loading_by_name_and_by_file_and_calling(mine, workers):
     names = {"mark_reward": 0.5, f"{mine}:column_reward": 2.0, f"{mine}:array_reward": 1.0}
-    rich = sample(when=datetime.datetime(2024, 1, 2), price=Decimal("0.10"), blob=b"x")
+    rich = input_of(when=datetime.datetime(2024, 1, 2), price=Decimal("0.10"), blob=b"x")
     with contextlib.closing(open_rewards(Config(rewards=names, reward_workers=workers), print)) as pool:
         assert [(reward.short, reward.weight) for reward in pool.rewards] == [
             ("mark_reward", 0.5),
@@ -248,22 +251,22 @@ def test_loading_by_name_and_by_file_and_calling(mine, workers):
     assert answers == [[0.0], [1.0], [2.0], [1.0]]
 
 
-def test_a_column_that_cannot_travel_is_its_samples_failure(mine):
-    samples = [sample("ab"), sample("abc", picture=object()), sample("abcd")]
+def test_a_column_that_cannot_be_sent_fails_its_own_completion(mine):
+    inputs = [input_of("ab"), input_of("abc", picture=object()), input_of("abcd")]
     with contextlib.closing(open_rewards(Config(rewards={f"{mine}:array_reward": 1.0}), print)) as pool:
-        answers = [a.outcomes[0] for a in answers_of(pool, samples, [Call(0, (i,)) for i in range(3)])]
+        answers = [a.outcomes[0] for a in answers_of(pool, inputs, [Call(0, (i,)) for i in range(3)])]
     assert answers == [2.0, "a value of type object cannot be passed to a reward worker", 4.0]
 
 
 @pytest.mark.parametrize(
-    "name, said",
+    "name, error",
     [
         ("mork_reward", "has no function 'mork_reward'. The nearest of its [0-9]+: mark_reward, "),
         ("nope.py:f", "no such file 'nope.py'"),
     ],
 )
-def test_unknown_rewards_are_refused(name, said):
-    with pytest.raises(UserError, match=said):
+def test_unknown_rewards_are_refused(name, error):
+    with pytest.raises(UserError, match=error):
         open_rewards(Config(rewards={name: 1.0}), print)
 
 
@@ -273,7 +276,29 @@ def test_group_rewards_need_whole_groups_in_a_chunk(mine):
         open_rewards(Config(rewards=names, num_generations=8, rollout_chunk_rows=8), print)
     ) as pool:
         assert pool.rewards[0].sees_group
-        [answer] = answers_of(pool, [sample(), sample()], [Call(0, (0, 1))])
+        [answer] = answers_of(pool, [input_of(), input_of()], [Call(0, (0, 1))])
         assert answer.outcomes == [0.0, 0.0]
     with pytest.raises(UserError, match="sees whole groups of 8"):
         open_rewards(Config(rewards=names, num_generations=8, rollout_chunk_rows=7), print)
+
+
+REFUSING = """
+def own_reward(completions, refuse=0.25, marker="-", **columns):
+    return [refuse if text == marker else 0.0 for text in completions]
+
+
+def other_reward(completions, refuse=0.25, **columns):
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_worth_of_a_refusal_comes_from_the_function_or_the_settings(tmp_path, workers):
+    file = tmp_path / "mine.py"
+    file.write_text(REFUSING)
+    names = ["refusal_reward", f"{file}:own_reward", f"{file}:other_reward", "mark_reward"]
+    for own, expected in (({}, [0.4, 0.25, 0.0, 0.0]), ({"refuse": 0.5}, [0.5, 0.5, 0.5, 0.0])):
+        parameters = {name: own for name in names[:3]}
+        cfg = Config(rewards=dict.fromkeys(names, 1.0), reward_parameters=parameters, reward_workers=workers)
+        with contextlib.closing(open_rewards(cfg, print)) as rewards:
+            assert [reward.worth_of_refusal for reward in rewards.rewards] == expected

@@ -1,7 +1,7 @@
 """The engine and the trainer compute one function, on six architectures.
 
-Greedy tokens equal transformers.generate's; log-probs of sampled tokens equal the training forward's. Chance
-cannot pass: the models are random, their choices spread over 300 tokens.
+Greedy tokens equal those of transformers.generate; log-probs of sampled tokens equal those of the training forward. The
+models are random and their choices spread over 300 tokens, so that equality by chance is impossible.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from grpo.forward.logprobs import Head, Scorer
 from grpo.rollout import Request
 from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import Sampling
-from grpo.training.exchange import collate
+from grpo.training.collate import collate
 from grpo.types import TrainRow
 from tests.support.tiny import ARCHITECTURES, tiny_model
 

@@ -1,6 +1,7 @@
-"""Decode steps that are replayed sample what steps launched one by one sample.
+"""Replayed decode steps sample what steps launched kernel by kernel sample.
 
-On a CPU a tape (tests/support/step_tape.py) stands in for the graph: it freezes what a graph freezes. On a GPU it is the graph.
+On CPU a tape (tests/support/step_tape.py) takes the place of the graph and fixes what a graph fixes; tests marked `gpu`
+use the graph itself.
 """
 
 import gc
@@ -19,19 +20,19 @@ from grpo.rollout import Request, row_buffer, sampling, shared_cache
 from grpo.rollout import cuda_graph as step_graph
 from grpo.rollout.cuda_graph import WARM_STEPS, StepGraph
 from grpo.rollout.engine import NativeEngine
-from grpo.rollout.row_buffer import WHOLE, RowBuffer
+from grpo.rollout.row_buffer import COLUMNS_MULTIPLE, RowBuffer
 from grpo.rollout.sampling import Sampling
-from tests.support.step_tape import Refused, note
+from tests.support.step_tape import Refused, record
 from tests.support.tiny import tiny_model
 
 NEW = 44
-HEADER = tuple(range(20, 40))
+PREFIX = tuple(range(20, 40))
 LENGTHS = (3, 9, 5, 14)
 
 
-def requests_of(header=(), group=3):
+def requests_of(prefix=(), group=3):
     """Prompts of different lengths, and a group of completions of each."""
-    prompts = [(*header, *(5 + (7 * p + i) % 50 for i in range(n))) for p, n in enumerate(LENGTHS)]
+    prompts = [(*prefix, *(5 + (7 * p + i) % 50 for i in range(n))) for p, n in enumerate(LENGTHS)]
     return [Request(p * group + g, p, g, ids) for p, ids in enumerate(prompts) for g in range(group)]
 
 
@@ -39,14 +40,14 @@ def engine_of(architecture, graph=None, **settings):
     """A few stop ids, so that rows leave at different times, and some never."""
     engine = NativeEngine(tiny_model(architecture, spread=1.5), range(0, 5), NEW, 3, **settings)
     if graph is not None:
-        engine.graph, engine.look_steps = graph, 8
+        engine.graph, engine.read_done_steps = graph, 8
     return engine
 
 
 @pytest.fixture
 def like_a_gpu(monkeypatch):
-    """Nothing is asked of the device where a GPU would have to wait. Buffers grow early."""
-    monkeypatch.setattr(row_buffer, "FIRST_ROOM", 16)
+    """The code path that avoids device syncs. Buffers grow early."""
+    monkeypatch.setattr(row_buffer, "FIRST_OWN_COLUMNS", 16)
     for module in (logprobs, sampling):
         monkeypatch.setattr(module, "host_reads_are_free", lambda device: False)
 
@@ -69,7 +70,7 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize("header", [(), HEADER], ids=["no header", "header"])
+@pytest.mark.parametrize("prefix", [(), PREFIX], ids=["no prefix", "prefix"])
 @pytest.mark.parametrize("reading", ["by row", "by prompt"])
 @pytest.mark.parametrize(
     "architecture, draws",
@@ -82,12 +83,12 @@ DRAWS = {
         *(pytest.param("llama", name, marks=pytest.mark.full) for name in DRAWS),
     ],
 )
-def test_replayed_steps_sample_the_same(architecture, draws, reading, header, like_a_gpu, monkeypatch):
-    """gemma3 has windows of 8 tokens, and no lean body."""
+def test_replayed_steps_sample_the_same(architecture, draws, reading, prefix, like_a_gpu, monkeypatch):
+    """gemma3 has windows of 8 tokens, and no fast body."""
     monkeypatch.setattr(shared_cache, "SHORT_PROMPT", 10**6 if reading == "by row" else 0)
     monkeypatch.setattr(shared_cache, "FEW_ROWS", 0 if reading == "by prompt" else 4)
-    graph = StepGraph(note)
-    requests, how = requests_of(header), DRAWS[draws]
+    graph = StepGraph(record)
+    requests, how = requests_of(prefix), DRAWS[draws]
     expected = engine_of(architecture).generate(requests, how)
     assert draws == "greedy" or {c.finish for c in expected} == {"stop", "length"}
     with warnings.catch_warnings():
@@ -101,46 +102,46 @@ def test_replayed_steps_sample_the_same(architecture, draws, reading, header, li
 def test_rows_that_join_are_replayed_too(architecture, reading, like_a_gpu, monkeypatch):
     monkeypatch.setattr(shared_cache, "SHORT_PROMPT", 10**6 if reading == "by row" else 0)
     monkeypatch.setattr(shared_cache, "FEW_ROWS", 0 if reading == "by prompt" else 4)
-    requests = requests_of(HEADER)
+    requests = requests_of(PREFIX)
     expected = engine_of(architecture).generate(requests, Sampling())
-    graph = StepGraph(note)
-    budget = 5 * (len(HEADER) + max(LENGTHS) + NEW)
+    graph = StepGraph(record)
+    budget = 5 * (len(PREFIX) + max(LENGTHS) + NEW)
     same(expected, engine_of(architecture, graph, max_tokens=budget).generate(requests, Sampling()))
     assert graph.captures > 4 and graph.replays > 30
 
 
 def test_half_precision_is_replayed(like_a_gpu, monkeypatch):
-    requests = requests_of(HEADER)
-    graph, never = StepGraph(note), StepGraph(note)
+    requests = requests_of(PREFIX)
+    graph, never = StepGraph(record), StepGraph(record)
     found = engine_of("qwen3", graph, dtype="bf16").generate(requests, Sampling())
     monkeypatch.setattr(step_graph, "WARM_STEPS", 10**9)
     same(engine_of("qwen3", never, dtype="bf16").generate(requests, Sampling()), found)
     assert graph.replays > NEW / 2 and not never.replays
 
 
-def test_rows_that_are_no_numbers_end_alone(like_a_gpu):
-    """Weights are looked at when a step is replayed, not when it is noted; a row without numbers spoils no other."""
+def test_rows_with_nan_logits_end_alone(like_a_gpu):
+    """Weights are read when a step is replayed, not when it is recorded; a row of NaN changes no other row."""
     requests = requests_of()
     clean = engine_of("qwen3").generate(requests, Sampling())
-    engine = engine_of("qwen3", StepGraph(note))
+    engine = engine_of("qwen3", StepGraph(record))
     hit = next(c for c in clean if len(c.token_ids) > 20).token_ids[10]
-    with torch.no_grad():  # embeddings are tied: this token's logit is no number either, once it stands in a row
+    with torch.no_grad():  # embeddings are tied: this token's logit is NaN too
         engine.model.get_input_embeddings().weight[int(hit)] = torch.nan
     found = engine.generate(requests, Sampling())
-    assert {c.finish for c in found} == {"error"}, "every row's logits hold one that is no number"
+    assert {c.finish for c in found} == {"error"}, "every row's logits hold a NaN"
 
 
-def test_what_cannot_be_noted_is_launched_one_by_one_with_a_notice(like_a_gpu):
+def test_what_cannot_be_recorded_is_launched_kernel_by_kernel_with_a_warning(like_a_gpu):
     requests = requests_of()
     expected = engine_of("qwen3").generate(requests, Sampling())
-    engine = engine_of("qwen3", StepGraph(note))
-    plain = engine.lean.__class__.__call__
+    engine = engine_of("qwen3", StepGraph(record))
+    plain = engine.fast_llama.__class__.__call__
 
     def asking(body, token_ids, *rest):
         hidden = plain(body, token_ids, *rest)
         return hidden + 0 * float(hidden.sum())
 
-    engine.lean.__class__.__call__ = asking
+    engine.fast_llama.__class__.__call__ = asking
     try:
         with pytest.warns(UserWarning, match="kernel by kernel.*_local_scalar_dense.*cuda_graphs: false"):
             same(expected, engine.generate(requests, Sampling()))
@@ -148,17 +149,17 @@ def test_what_cannot_be_noted_is_launched_one_by_one_with_a_notice(like_a_gpu):
             warnings.simplefilter("error")
             same(expected, engine.generate(requests, Sampling()))
     finally:
-        engine.lean.__class__.__call__ = plain
+        engine.fast_llama.__class__.__call__ = plain
     assert not engine.graph.usable and engine.graph.replays == 0
 
 
 @pytest.mark.parametrize("fault", ["nothing runs", "half runs"])
-def test_a_graph_that_gives_other_numbers_is_not_used(fault, like_a_gpu):
+def test_a_graph_with_other_results_is_not_used(fault, like_a_gpu):
     requests = requests_of()
     expected = engine_of("qwen3").generate(requests, Sampling())
 
     def broken(step):
-        made, replay = note(step)
+        made, replay = record(step)
         if fault == "half runs":
             tape = replay.__self__
             tape.calls = tape.calls[len(tape.calls) // 2 :]
@@ -171,13 +172,13 @@ def test_a_graph_that_gives_other_numbers_is_not_used(fault, like_a_gpu):
     assert engine.graph.captures == engine.graph.replays == 0
 
 
-def test_rows_for_whose_graph_memory_does_not_suffice_go_on_without_one(like_a_gpu):
+def test_rows_whose_graph_does_not_fit_into_memory_continue_without_one(like_a_gpu):
     requests = requests_of()
     expected = engine_of("qwen3").generate(requests, Sampling())
     tried = []
 
     def small(step):
-        made, replay = note(step)
+        made, replay = record(step)
         tried.append(len(made.token_ids))
         if len(made.token_ids) > 6:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -186,13 +187,13 @@ def test_rows_for_whose_graph_memory_does_not_suffice_go_on_without_one(like_a_g
     engine = engine_of("qwen3", StepGraph(small))
     same(expected, engine.generate(requests, Sampling()))
     assert engine.fitting.halvings == 0 and engine.graph.usable and engine.graph.replays
-    assert tried[0] == len(requests) and tried.count(len(requests)) <= 2, "tried again only where a buffer has grown"
+    assert tried[0] == len(requests) and tried.count(len(requests)) <= 2, "captured again only after a buffer has grown"
 
 
 @pytest.mark.parametrize("where", ["a buffer", "a step"])
-def test_a_graph_keeps_nothing_alive_that_is_about_to_be_exchanged(where, like_a_gpu, monkeypatch):
-    """A graph has its own memory, and holds the cache: both must be free before something larger is asked for."""
-    graph = StepGraph(note)
+def test_a_graph_keeps_no_tensor_in_memory_that_is_about_to_be_replaced(where, like_a_gpu, monkeypatch):
+    """A graph has its own memory and references the cache: both must be freed before a larger allocation."""
+    graph = StepGraph(record)
     met = Counter()
 
     def watched(owner, name):
@@ -200,7 +201,7 @@ def test_a_graph_keeps_nothing_alive_that_is_about_to_be_exchanged(where, like_a
 
         def method(*args, **named):
             met[name] += 1
-            assert graph.replay is None and graph.made is None and graph.then is None, f"a graph lives at {name}"
+            assert graph.replay is None and graph.result is None and graph.on_logits is None, f"a graph lives at {name}"
             return plain(*args, **named)
 
         monkeypatch.setattr(owner, name, method)
@@ -227,14 +228,14 @@ def test_a_graph_keeps_nothing_alive_that_is_about_to_be_exchanged(where, like_a
         monkeypatch.setattr(RowBuffer, "_move", lambda own, *args: (fail(own.time), moved(own, *args))[1])
     else:
         monkeypatch.setattr(
-            shared_cache.SharedCache, "_logits", lambda cache, ids: (fail(cache.own.time), step(cache, ids))[1]
+            shared_cache.SharedCache, "_logits", lambda cache, ids: (fail(cache.buffer.time), step(cache, ids))[1]
         )
     engine = engine_of("qwen3", graph)
     plain_halve = engine.fitting.halve
 
     def halve(*args, **named):
         gc.collect()
-        assert caches[failed[0] - 1]() is None, "the cache for which memory did not suffice"
+        assert caches[failed[0] - 1]() is None, "the cache that did not fit is still in memory"
         met["halve"] += 1
         plain_halve(*args, **named)
 
@@ -243,12 +244,14 @@ def test_a_graph_keeps_nothing_alive_that_is_about_to_be_exchanged(where, like_a
     assert min(met.values()) >= 1 and set(met) == {"_move", "keep", "prefill", "halve"} and graph.replays > NEW / 2
 
 
-def test_the_attention_that_has_been_wrong_is_off():
+def test_a_loaded_model_turns_cudnn_attention_off(monkeypatch):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    tiny_model("llama")  # through `prepare`, as every model
     assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
-def test_a_step_is_noted_once_its_shape_has_lasted():
-    graph, calls = StepGraph(note), []
+def test_a_step_is_recorded_once_its_shape_has_lasted():
+    graph, calls = StepGraph(record), []
 
     def double(ids):
         calls.append(len(ids))
@@ -258,50 +261,52 @@ def test_a_step_is_noted_once_its_shape_has_lasted():
     for i in range(6):
         assert graph.run(double, then, torch.tensor([i, 3]), 0).tolist() == [2 * i + 1, 7]
     assert graph.captures == 1 and graph.replays == 6 - WARM_STEPS
-    assert len(calls) == WARM_STEPS + 2, "called to warm up, to be compared and to be noted"
+    assert len(calls) == WARM_STEPS + 2, "called to warm up, to be compared and to be recorded"
     first = graph.run(double, then, torch.tensor([1, 1]), 0)
     graph.run(double, then, torch.tensor([5, 5]), 0)
-    assert first.tolist() == [3, 3], "what a replay made belongs to the caller"
-    assert graph.run(double, other, torch.tensor([4, 4]), 0).tolist() == [7, 7], "something else is asked for"
+    assert first.tolist() == [3, 3], "the result of a replay belongs to the caller"
+    assert graph.run(double, other, torch.tensor([4, 4]), 0).tolist() == [7, 7], "another function of the logits"
     graph.forget()
     assert graph.run(double, then, torch.tensor([4]), 0).tolist() == [9] and graph.replays == 6
     with pytest.raises(Refused, match="tensor is not permitted"):
-        note(lambda: torch.tensor([1]))
+        record(lambda: torch.tensor([1]))
 
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), front=st.integers(0, 5))
-def test_steady_buffers_hold_what_plain_ones_hold(seed, front):
-    """Rows join, leave and write at random; a steady buffer has the same columns, then columns to come, all numbers."""
+def test_static_buffers_hold_what_plain_ones_hold(seed, front):
+    """Rows join, leave and write at random; a static buffer has the same columns, and finite unwritten ones after."""
     rng = np.random.default_rng(seed)
-    plain, steady = RowBuffer(150), RowBuffer(150, torch.device("cpu"))
-    born: list[int] = []
+    plain, static = RowBuffer(150), RowBuffer(150, torch.device("cpu"))
+    started: list[int] = []
     for _ in range(120):
-        if not born or rng.random() < 0.1:
+        if not started or rng.random() < 0.1:
             count = int(rng.integers(1, 4))
-            for buffer in (plain, steady):
-                buffer.join(count, front, min(born, default=buffer.time))
-            born += [plain.time] * count
-        for buffer in (plain, steady):
+            for buffer in (plain, static):
+                buffer.join(count, front, min(started, default=buffer.time))
+            started += [plain.time] * count
+        for buffer in (plain, static):
             if buffer.full:
-                buffer.make_room(min(born))
-        key = torch.from_numpy(rng.random((len(born), 2, 3)))
-        (keys, values), (all_keys, all_values) = (buffer.append(0, key, -key) for buffer in (plain, steady))
-        own = min(steady.time - steady.base, plain.time - plain.base) + 1  # columns moved at different times
-        assert steady.at.tolist() == [steady.columns] and steady.clock.tolist() == [plain.time] == [steady.time]
-        ended = steady.columns + 1
+                buffer.grow(min(started))
+        key = torch.from_numpy(rng.random((len(started), 2, 3)))
+        (keys, values), (all_keys, all_values) = (buffer.append(0, key, -key) for buffer in (plain, static))
+        own = min(static.time - static.base, plain.time - plain.base) + 1  # columns moved at different times
+        assert static.column_on_device.tolist() == [static.columns] and static.time_on_device.tolist() == [
+            plain.time
+        ] == [static.time]
+        ended = static.columns + 1
         for part, whole in ((keys, all_keys), (values, all_values)):
             assert torch.equal(part[:, :, part.shape[2] - own :], whole[:, :, ended - own : ended])
             assert torch.equal(part[:, :, :front], whole[:, :, :front])
             assert bool(torch.isfinite(whole).all()), "it is weighed with 0"
-        assert all_keys.shape[2] % WHOLE == 0
-        for buffer in (plain, steady):
+        assert all_keys.shape[2] % COLUMNS_MULTIPLE == 0
+        for buffer in (plain, static):
             buffer.advance()
         if rng.random() < 0.2:
-            kept = np.flatnonzero(rng.random(len(born)) < 0.6)
+            kept = np.flatnonzero(rng.random(len(started)) < 0.6)
             order = plain.keep(kept)
-            assert order.tolist() == steady.keep(kept).tolist()
-            born = [born[i] for i in order]
+            assert order.tolist() == static.keep(kept).tolist()
+            started = [started[i] for i in order]
 
 
 @pytest.mark.gpu
@@ -322,7 +327,7 @@ def test_cuda_graphs_sample_what_single_launches_sample(dtype, prompt):
             assert graphs.graph.replays > 20
             if dtype == "fp32":
                 same(expected, found)
-            else:  # other kernels round otherwise; a sample that parts ways is another sample from there on
+            else:  # other kernels round differently; after one different token a sample is another sample
                 alike = [
                     a.token_ids[:8].tolist() == b.token_ids[:8].tolist() for a, b in zip(expected, found, strict=True)
                 ]

@@ -1,4 +1,4 @@
-"""Counter-based sampling: the right distribution, the right support, and nothing but the row's own key."""
+"""Counter-based sampling: the right distribution and support, and draws that depend on the row's own key only."""
 
 import numpy as np
 import pytest
@@ -81,7 +81,7 @@ def test_uniforms_are_uniform_and_independent_of_the_batch():
 
 
 def test_uniforms_are_fixed_for_ever():
-    """A change of these three numbers would break resuming every run that exists."""
+    """Other numbers would break the exact resume of existing runs."""
     np.testing.assert_array_equal(
         uniforms(42, np.array([3]), np.array([1]), 3)[0],
         [0.8528937062586588, 0.7053057684018121, 0.0518139735476687],

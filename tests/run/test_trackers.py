@@ -1,4 +1,4 @@
-"""Where a run's words go: rollouts as JSON lines, text and table; the best checkpoint; wandb and SwanLab offline.
+"""What a run logs: rollouts as JSON lines, text and table; the best checkpoint; wandb and SwanLab offline.
 
 wandb and SwanLab are tested for real where they are installed, and skipped where not.
 """
@@ -6,6 +6,7 @@ wandb and SwanLab are tested for real where they are installed, and skipped wher
 import importlib.util
 import io
 import json
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from grpo.config.command_line import load_config
 from grpo.config.settings import Config, tracker_names
 from grpo.errors import UserError
 from grpo.rewards import RewardInput
+from grpo.run import trackers
 from grpo.run.completions_log import RolloutFile, as_markdown, as_table, rollouts_of
-from grpo.run.trackers import check_trackers, lasting_id, load_trackers
+from grpo.run.trackers import check_trackers, load_trackers, run_id
 from grpo.training.advantages import group_advantages
 from grpo.training.scoring import Scored
 from grpo.types import Completion
@@ -72,8 +74,8 @@ def test_every_completion_is_kept_once_with_its_advantage(run):
         mine = sorted((row for row in rows if row["step"] == step), key=lambda row: row["row"])
         assert [row["row"] for row in mine] == list(range(64))
         rewards = np.array([row["reward"] for row in mine]).reshape(8, 8)
-        [told] = [row["reward/mean"] for row in metrics if row["step"] == step and "reward/mean" in row]
-        assert 0 < rewards.mean() == pytest.approx(told, rel=1e-12)
+        [logged_mean] = [row["reward/mean"] for row in metrics if row["step"] == step and "reward/mean" in row]
+        assert 0 < rewards.mean() == pytest.approx(logged_mean, rel=1e-12)
         wanted = group_advantages(rewards, True, 10.0).ravel()
         assert [row["advantage"] for row in mine] == pytest.approx(wanted.tolist(), rel=1e-12)
         for row in mine:
@@ -91,9 +93,9 @@ def test_a_few_show_as_text_and_as_a_table(run):
     text = shown[0].tensor_proto.string_val[0].decode()
     assert text.count("**question**") == text.count("**advantage**") == 4 and "final_answer_reward" in text
     log = (run[0] / "runs" / "demo" / "train.log").read_text(encoding="utf-8")
-    for said in (run[1].stdout, log):
-        assert said.count("completions of step 2") == 1 and said.count("completions of step 1") == 1
-        assert "advantage" in said and "final_answer_reward" in said
+    for text in (run[1].stdout, log):
+        assert text.count("completions of step 2") == 1 and text.count("completions of step 1") == 1
+        assert "advantage" in text and "final_answer_reward" in text
 
 
 def test_the_best_checkpoint_is_named(run):
@@ -109,8 +111,8 @@ def test_the_best_checkpoint_is_named(run):
 
 def scored(text=HOSTILE):
     completions = [Completion(row, np.ones(2, np.int32), np.zeros(2, np.float32), "stop") for row in (3, 1)]
-    samples = [RewardInput("the prompt", text, [1, 2], {"question": text, "answer": "5"}) for _ in completions]
-    return Scored(completions, samples, np.array([[1.0, np.nan], [np.nan, np.nan]]), np.zeros((2, 2)))
+    inputs = [RewardInput("the prompt", text, [1, 2], {"question": text, "answer": "5"}) for _ in completions]
+    return Scored(completions, inputs, np.array([[1.0, np.nan], [np.nan, np.nan]]), np.zeros((2, 2)), 4)
 
 
 CFG = Config(rewards={"mark_reward": 2.0, "my.py:other": 1.0})
@@ -121,7 +123,7 @@ def test_what_a_function_did_not_score_is_null():
     assert (first.row, first.advantage, first.reward) == (1, -0.5, None)
     assert (second.row, second.advantage, second.reward) == (3, 0.5, 2.0)
     assert second.rewards == {"mark_reward": 1.0, "my.py:other": None}
-    assert rollouts_of(7, Scored([], [], np.zeros((0, 2)), np.zeros((0, 2))), np.zeros(4), CFG) == []
+    assert rollouts_of(7, Scored([], [], np.zeros((0, 2)), np.zeros((0, 2)), 4), np.zeros(4), CFG) == []
 
 
 def test_a_models_text_is_shown_and_not_obeyed():
@@ -167,6 +169,15 @@ def test_no_such_tracker(value):
         load_config(["--model", "m", "--data", "d", "--rewards", '{"mark_reward": 1}', "--report_to", value])
 
 
+def test_each_tracker_is_a_file_of_its_name():
+    """The names that `report_to` allows, and the files in grpo/run/trackers/ that open_tracker is called in."""
+    [of_one, of_several] = typing.get_args(typing.get_type_hints(Config)["report_to"])
+    allowed = set(typing.get_args(of_one)) - {"none"}
+    assert allowed == set(typing.get_args(typing.get_args(of_several)[0]))
+    files = {path.stem: path.read_text(encoding="utf-8") for path in Path(trackers.__file__).parent.glob("*.py")}
+    assert {name for name, text in files.items() if "\ndef open_tracker(" in text} == allowed
+
+
 def test_a_missing_package_is_one_line():
     missing = [name for name in ("wandb", "swanlab") if importlib.util.find_spec(name) is None]
     if not missing:
@@ -177,10 +188,10 @@ def test_a_missing_package_is_one_line():
 
 
 def test_a_run_keeps_its_id(tmp_path):
-    made = lasting_id(tmp_path, "wandb")
-    assert lasting_id(tmp_path, "wandb") == made != lasting_id(tmp_path, "swanlab")
+    stored = run_id(tmp_path, "wandb")
+    assert run_id(tmp_path, "wandb") == stored != run_id(tmp_path, "swanlab")
     (tmp_path / "wandb_id").write_text("../../elsewhere")
-    assert lasting_id(tmp_path, "wandb") not in (made, "../../elsewhere")
+    assert run_id(tmp_path, "wandb") not in (stored, "../../elsewhere")
 
 
 # --- the packages themselves, offline
@@ -192,14 +203,14 @@ def test_offline_for_real(name, tmp_path, capfd):
     pytest.importorskip(name)
     cfg = Config(report_to=name, tracker_mode="offline", run_name="offline", seed=97531)
     for done in (0, 1):
-        trackers = load_trackers(cfg, tmp_path, done)
-        assert len(trackers) == 2
-        for tracker in trackers:
+        loaded = load_trackers(cfg, tmp_path, done)
+        assert len(loaded) == 2
+        for tracker in loaded:
             tracker.scalars(done + 1, {"reward/mean": 0.25})
             tracker.text(done + 1, "samples", "**gold** 5 &lt; 6")
             tracker.close()
     folders = sorted(path for path in (tmp_path / name).glob("*run-*") if not path.is_symlink())
-    assert len(folders) == 2 and all(lasting_id(tmp_path, name) in folder.name for folder in folders)
+    assert len(folders) == 2 and all(run_id(tmp_path, name) in folder.name for folder in folders)
     for folder in folders:
         files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         [log] = [content for path, content in files.items() if path.suffix == f".{name}"]

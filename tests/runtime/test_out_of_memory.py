@@ -8,7 +8,7 @@ from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import Sampling
 from grpo.runtime.distributed import World
 from grpo.runtime.out_of_memory import OutOfMemory, ran_out
-from grpo.training.exchange import halves
+from grpo.training.special_micro_batches import halves
 from grpo.training.metrics import Tally
 from tests.forward.test_logprobs import micro_batch
 from tests.support.rank_jobs import config, injected_step, make_policy
@@ -65,11 +65,11 @@ def test_halves_are_the_rows_cut_to_their_own_length():
     micro = micro_batch()
     parts = halves(micro)
     assert tuple(n for part in parts for n in part.rows) == micro.rows
-    assert sum(int(part.mask.sum()) for part in parts) == int(micro.mask.sum())
+    assert sum(int(part.trained.sum()) for part in parts) == int(micro.trained.sum())
     for part in parts:
-        assert part.mask.any(0).all() and part.input_ids.shape[1] == int(part.positions[part.mask].max()) + 1
-    torch.testing.assert_close(torch.cat([p.target_ids[p.mask] for p in parts]), micro.target_ids[micro.mask])
-    assert all(getattr(p, name).is_contiguous() for p in parts for name in ("mask", "target_ids", "positions"))
+        assert part.trained.any(0).all() and part.input_ids.shape[1] == int(part.positions[part.trained].max()) + 1
+    torch.testing.assert_close(torch.cat([p.target_ids[p.trained] for p in parts]), micro.target_ids[micro.trained])
+    assert all(getattr(p, name).is_contiguous() for p in parts for name in ("trained", "target_ids", "positions"))
 
 
 @pytest.mark.parametrize("sharded", [False, True])

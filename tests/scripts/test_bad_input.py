@@ -5,22 +5,23 @@ import json
 import pytest
 
 from grpo.config.command_line import load_config
-from grpo.config.settings import DEMO, Config, field_docs
+from grpo.config.documentation import field_docs
+from grpo.config.settings import DEMO, Config
 from grpo.errors import UserError
 from tests.support.launcher import PROJECT, run_script
 from tests.support.tiny import save_tiny
 
 
-def refused(argv, said):
+def refused(argv, message):
     with pytest.raises(UserError) as caught:
         load_config(argv)
     text = str(caught.value)
-    assert "\n" not in text and said in text, text
+    assert "\n" not in text and message in text, text
     assert caught.value.code == 2
 
 
 @pytest.mark.parametrize(
-    "args, said",
+    "args, message",
     [
         (["--lrr", "1"], "--lrr"),
         (["--lr", "fast"], "\"lr\": Expected a <class 'float'>"),
@@ -45,14 +46,14 @@ def refused(argv, said):
         (["--gradient_checkpointing", "maybe"], "gradient_checkpointing"),
     ],
 )
-def test_settings(args, said):
-    refused(args, said)
+def test_settings(args, message):
+    refused(args, message)
 
 
-@pytest.mark.parametrize("text, said", [("lrr: 1", "lrr"), ("lr: [1", ""), ("lr: fast", "lr"), ("- 1", "")])
-def test_config_files(tmp_path, text, said):
+@pytest.mark.parametrize("text, message", [("lrr: 1", "lrr"), ("lr: [1", ""), ("lr: fast", "lr"), ("- 1", "")])
+def test_config_files(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text + "\n")
-    refused(["--config", str(tmp_path / "c.yaml")], said)
+    refused(["--config", str(tmp_path / "c.yaml")], message)
 
 
 def test_defaults_file_and_command_line_in_that_order(tmp_path):
@@ -117,7 +118,7 @@ GOOD = {"question": "2+2?", "answer": "#### 4"}
 
 
 @pytest.mark.parametrize(
-    "rows, extra, said",
+    "rows, extra, message",
     [
         (None, [], "data: no such file"),
         ([], [], "is empty"),
@@ -142,7 +143,7 @@ GOOD = {"question": "2+2?", "answer": "#### 4"}
         ([GOOD], ["--resume", "must"], "holds no valid checkpoint"),
     ],
 )
-def test_data_rewards_and_models(model, tmp_path, rows, extra, said, capfd):
+def test_data_rewards_and_models(model, tmp_path, rows, extra, message, capfd):
     """Run in this process: the same main as the script's, without starting Python each time."""
     import torch
 
@@ -176,7 +177,7 @@ def test_data_rewards_and_models(model, tmp_path, rows, extra, said, capfd):
     ]
     code = run_main(train.train, load_config, [*settings, *extra])
     error = capfd.readouterr().err.strip()
-    assert code == 2 and said in error
+    assert code == 2 and message in error
     assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1 and "Traceback" not in error
 
 

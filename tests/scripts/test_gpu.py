@@ -85,8 +85,8 @@ def test_rows_that_join_in_half_precision(on_cpu, tmp_path):
 def test_a_checkpoint_answers_and_is_evaluated(tmp_path):
     train(tmp_path, DEVICE)
     folder = str(tmp_path / "output" / "checkpoint_4")
-    asked = run_script("inference.py", "--checkpoint", folder, "--json", "Tom has 5 eggs. He buys 3 and eats 2.")
-    assert asked.returncode == 0 and '"answer"' in asked.stdout, asked.stdout + asked.stderr
+    answered = run_script("inference.py", "--checkpoint", folder, "--json", "Tom has 5 eggs. He buys 3 and eats 2.")
+    assert answered.returncode == 0 and '"answer"' in answered.stdout, answered.stdout + answered.stderr
     words = [
         sys.executable,
         "-m",

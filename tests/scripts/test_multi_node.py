@@ -146,8 +146,8 @@ def test_an_output_folder_that_not_all_hosts_see_is_refused(hosts, tmp_path):
     first, second = on_both(hosts, *DEMO, *folders(tmp_path), wrap=((), other_disk))
     assert time.monotonic() - began < 120, "30 s of looking for the file, and start-up"
     assert first[0] == second[0] == 2, (first, second)
-    [said] = [line for line in (first[1] + second[1]).splitlines() if line.startswith("error:")]
-    assert "output_dir" in said and "rank 1 does not see" in said
+    [message] = [line for line in (first[1] + second[1]).splitlines() if line.startswith("error:")]
+    assert "output_dir" in message and "rank 1 does not see" in message
     assert "Traceback" not in first[1] + second[1]
     assert json.loads((tmp_path / "output" / "exit.json").read_text())["code"] == 2
 
@@ -173,7 +173,7 @@ def one_line(result, *words):
 
 
 @pytest.mark.parametrize(
-    "wrong, said",
+    "wrong, message",
     [
         ({"NNODES": ""}, "NNODES: not set"),
         ({"NNODES": "two"}, "NNODES: must be a number"),
@@ -186,10 +186,10 @@ def one_line(result, *words):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_wrong_variables_end_in_one_line(wrong, said):
+def test_wrong_variables_end_in_one_line(wrong, message):
     began = time.monotonic()
     [result] = finish(start("1", **{**NODE, "MASTER_PORT": free_port(), **wrong}), timeout=20)
-    one_line(result, said)
+    one_line(result, message)
     assert time.monotonic() - began < 10
 
 
@@ -241,7 +241,7 @@ def test_a_node_that_never_comes_is_given_up_in_time():
 
 
 @pytest.mark.parametrize(
-    "differs, nproc, said",
+    "differs, nproc, message",
     [
         ({"NODE_RANK": "1"}, "1", "two nodes say 1"),
         ({"NNODES": "4", "NODE_RANK": "3"}, "1", "node 3 says 4, node 0 says 3"),
@@ -249,13 +249,13 @@ def test_a_node_that_never_comes_is_given_up_in_time():
     ],
     ids=["same rank", "other count", "other processes"],
 )
-def test_nodes_that_contradict_each_other_all_say_so(differs, nproc, said):
+def test_nodes_that_contradict_each_other_all_say_so(differs, nproc, message):
     shared = {**NODE, "NNODES": "3", "MASTER_PORT": free_port()}
     jobs = [start("1", **{**shared, "NODE_RANK": rank}) for rank in "01"]
     time.sleep(2)
     results = finish(*jobs, start(nproc, **{**shared, **differs}), timeout=30)
     for result in results:
-        one_line(result, said)
+        one_line(result, message)
 
 
 def test_something_else_at_the_port_is_not_taken_for_node_0():
@@ -302,8 +302,8 @@ def slurm(tmp_path, trainer, cwd=PROJECT, **variables):
 def test_slurm_starts_every_node_with_its_rank(tmp_path):
     done, calls = slurm(tmp_path, trainer=0)
     assert done.returncode == 0, done.stderr
-    heard = [call for call in calls if " of " in call]
-    assert heard == ["0 of 2 at node-7:20042", "1 of 2 at node-7:20042"]
+    starts = [call for call in calls if " of " in call]
+    assert starts == ["0 of 2 at node-7:20042", "1 of 2 at node-7:20042"]
     started = [call for call in calls if "torchrun.py" in call]
     assert len(started) == 2 and all(call.endswith("train.py --seed 7") for call in started)
     for rank, call in enumerate(started):
@@ -337,16 +337,16 @@ def deepspeed(*args, **variables):
 
 
 @pytest.mark.parametrize(
-    "args, variables, said",
+    "args, variables, message",
     [
         (["none"], {}, "NPROC: must be a number >= 1, got none"),
         (["2"], {"HOSTFILE": "/nowhere/hostfile"}, "HOSTFILE: no file /nowhere/hostfile"),
     ],
     ids=["process count", "hostfile"],
 )
-def test_deepspeed_script_refuses_in_one_line(args, variables, said):
+def test_deepspeed_script_refuses_in_one_line(args, variables, message):
     [result] = finish(deepspeed(*args, **variables), timeout=20)
-    one_line(result, said)
+    one_line(result, message)
 
 
 @pytest.mark.full

@@ -20,7 +20,7 @@ ROWS = list(itertools.islice(refusal.questions(seed=1, held_out=False, distinct=
 TRAINED = list(itertools.islice(refusal.questions(seed=1, held_out=False), refusal.TRAIN_ROWS))
 
 
-def told(row):
+def parsed(row):
     """Who is told about, both numbers, the item, and who is asked for; read independently of the generator."""
     name, had, item, bought, asked, again = re.fullmatch(
         r"(\D\D)(\d)顆(.)，買(\d)顆。(..)幾顆(.)？", row["題目"]
@@ -30,8 +30,8 @@ def told(row):
 
 
 def halves():
-    known = [row for row in ROWS if told(row)[0] == told(row)[-1]]
-    return known, [row for row in ROWS if told(row)[0] != told(row)[-1]]
+    known = [row for row in ROWS if parsed(row)[0] == parsed(row)[-1]]
+    return known, [row for row in ROWS if parsed(row)[0] != parsed(row)[-1]]
 
 
 def near(counts, total, share):
@@ -68,12 +68,12 @@ def test_half_of_it_cannot_be_known_and_the_other_half_is_told():
     assert all(refusal.is_knowable(row["題目"]) for row in known)
     assert not any(refusal.is_knowable(row["題目"]) for row in unknown)
     for row in known:
-        _, had, bought, _, _ = told(row)
+        _, had, bought, _, _ = parsed(row)
         assert int(gold_of(row)) == had + bought
 
 
 def place_of_sum(row):
-    _, had, bought, _, _ = told(row)
+    _, had, bought, _, _ = parsed(row)
     return next(letter for letter in "ABCD" if int(row[f"選項{letter}"]) == had + bought)
 
 
@@ -85,7 +85,7 @@ def test_unknowable_golds_depend_on_nothing():
     places = Counter((place_of_sum(row), row["正確答案"]) for row in unknown)
     assert len(places) == 16 and near(places.values(), 3000, 1 / 16)
     for part in (0, -1):
-        pairs = Counter((told(row)[part], row["正確答案"]) for row in unknown)
+        pairs = Counter((parsed(row)[part], row["正確答案"]) for row in unknown)
         assert len(pairs) == 32 and near(pairs.values(), 3000, 1 / 32)
 
 
@@ -95,12 +95,12 @@ def test_no_other_mark_tells_the_halves_apart():
         for counts, values in (
             (Counter(row["正確答案"] for row in half), 4),
             (Counter(map(place_of_sum, half)), 4),
-            (Counter(told(row)[0] for row in half), 8),
-            (Counter(told(row)[-1] for row in half), 8),
-            (Counter(told(row)[3] for row in half), 12),
+            (Counter(parsed(row)[0] for row in half), 8),
+            (Counter(parsed(row)[-1] for row in half), 8),
+            (Counter(parsed(row)[3] for row in half), 12),
         ):
             assert len(counts) == values and near(counts.values(), 3000, 1 / values), counts
-        sums = Counter((told(row)[1], told(row)[2]) for row in half)
+        sums = Counter((parsed(row)[1], parsed(row)[2]) for row in half)
         assert set(sums) == {(had, total - had) for total in (2, 3, 4, 5) for had in range(1, total)}
         assert all([row[f"選項{letter}"] for letter in "ABCD"] == ["2", "3", "4", "5"] for row in half)
 

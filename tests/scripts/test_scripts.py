@@ -140,14 +140,14 @@ def test_resuming_continues_the_run(two_ranks, tmp_path):
 
 def test_inference_answers_one_question(two_ranks):
     output = str(two_ranks[0] / "output")
-    asked = run_script("inference.py", "--output_dir", output, *QUESTION.split(" "))
-    assert asked.returncode == 0
-    assert asked.stdout.startswith(f"❓ 问题: {QUESTION}\n💡 回答: ") and "checkpoint_4" in asked.stderr
+    answered = run_script("inference.py", "--output_dir", output, *QUESTION.split(" "))
+    assert answered.returncode == 0
+    assert answered.stdout.startswith(f"❓ 问题: {QUESTION}\n💡 回答: ") and "checkpoint_4" in answered.stderr
     flags = ("--model_dir", f"{output}/checkpoint_2", "--question", QUESTION, "--max_tokens", "8", "--json")
     answers = [run_script("inference.py", *flags).stdout for _ in range(2)]
     assert answers[0] == answers[1] and json.loads(answers[0])["question"] == QUESTION
     streamed = run_script("inference.py", "--output_dir", output, "--stream", QUESTION)
-    assert streamed.stdout == asked.stdout
+    assert streamed.stdout == answered.stdout
 
 
 def test_inference_runs_the_built_in_cases(two_ranks):
@@ -159,7 +159,7 @@ def test_inference_runs_the_built_in_cases(two_ranks):
 
 
 @pytest.mark.parametrize(
-    "args, said",
+    "args, message",
     [
         (("--output_dir", "no_such_folder", "hello"), "none in no_such_folder"),
         (("--checkpoint", "demo", "hello"), "no model in demo"),
@@ -168,9 +168,9 @@ def test_inference_runs_the_built_in_cases(two_ranks):
         (("--max_new_tokens", "0", "hello"), "max_new_tokens: must be"),
     ],
 )
-def test_inference_says_what_is_wrong(args, said):
+def test_inference_says_what_is_wrong(args, message):
     done = run_script("inference.py", *args)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
 
 

@@ -226,9 +226,9 @@ ALONE = [task for task in PERFECT if task != "gsm8k_zh"]
 
 
 def page_files():
-    """The files that docs/your_task.md shows whole."""
-    text = (PROJECT / "docs" / "your_task.md").read_text(encoding="utf-8")
-    return dict(re.findall(r"`(my_\w+\.\w+)`:\n\n```\w+\n(.*?)^```$", text, re.M | re.S))
+    """The files of the task in 15 lines that docs/task.md shows whole."""
+    text = (PROJECT / "docs" / "task.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"`(my_words\.\w+)`:\n\n```\w+\n(.*?)^```$", text, re.M | re.S))
 
 
 @pytest.fixture(scope="module")

@@ -57,15 +57,15 @@ def test_rows_are_filled_and_nothing_is_lost():
     assert pack([50, 3], 40) == [(0,), (1,)]
 
 
-def gradient_of(student, batches):
+def gradient_of(policy, batches):
     """Loss, token accuracy and gradient of a step."""
-    student.model.zero_grad()
+    policy.model.zero_grad()
     tally = Tally()
-    loss = sum(student.loss(micro, tally, True) for micro in batches)
+    loss = sum(policy.loss(micro, tally, True) for micro in batches)
     loss.backward()
     tally.settle()
     hits = tally.sums["sft/token_accuracy"] / tally.counts["sft/token_accuracy"]
-    gradient = torch.cat([p.grad.flatten().double() for p in student.model.parameters() if p.grad is not None])
+    gradient = torch.cat([p.grad.flatten().double() for p in policy.model.parameters() if p.grad is not None])
     return float(loss.detach()), hits, gradient
 
 
@@ -74,36 +74,36 @@ def test_packed_equals_unpacked_in_loss_and_gradient(architecture):
     """To 1e-6; without positions that start again (the control) texts see each other, and the loss is off by 1e-3."""
     rows = texts()
     packed, unpacked = config(packing=True), config()
-    student = SftPolicy(packed, ALONE, tiny_model(architecture, VOCAB, spread=2.0))
+    policy = SftPolicy(packed, ALONE, tiny_model(architecture, VOCAB, spread=2.0))
     together = sft_batches(packed, ALONE, rows)
     assert sum(len(micro.rows) for micro in together) < len(rows), "nothing was packed"
-    loss, hits, gradient = gradient_of(student, together)
+    loss, hits, gradient = gradient_of(policy, together)
     one_by_one = sft_batches(dataclasses.replace(unpacked, micro_batch_tokens=1), ALONE, rows)
     assert len(one_by_one) == len(rows) and all(micro.position_ids is None for micro in one_by_one)
-    expected, expected_hits, wanted = gradient_of(student, one_by_one)
+    expected, expected_hits, wanted = gradient_of(policy, one_by_one)
     assert loss == pytest.approx(expected, rel=1e-6) and hits == pytest.approx(expected_hits, abs=1e-9)
     assert float((gradient - wanted).norm() / wanted.norm()) <= 1e-6
     mixed = [dataclasses.replace(micro, position_ids=None) for micro in together]
-    off, _, _ = gradient_of(student, mixed)
+    off, _, _ = gradient_of(policy, mixed)
     assert abs(off - expected) > 1e-3
 
 
 def test_the_loss_is_the_mean_over_tokens_of_the_models_own():
     """Against transformers' labels, text by text; so is the share of tokens that are the likeliest."""
     rows = texts(4)
-    student = SftPolicy(config(), ALONE, tiny_model("llama", VOCAB, spread=2.0))
-    loss, hits, _ = gradient_of(student, sft_batches(student.cfg, ALONE, rows))
+    policy = SftPolicy(config(), ALONE, tiny_model("llama", VOCAB, spread=2.0))
+    loss, hits, _ = gradient_of(policy, sft_batches(policy.cfg, ALONE, rows))
     lost, right, tokens = 0.0, 0, 0
     for row in rows:
         ids = torch.tensor([[*row.prompt_ids, *row.token_ids.tolist()]])
         labels = ids.clone()
         labels[0, : len(row.prompt_ids)] = -100
-        out = student.model(input_ids=ids, labels=labels)
+        out = policy.model(input_ids=ids, labels=labels)
         count = len(row.token_ids)
         lost, tokens = lost + float(out.loss.detach()) * count, tokens + count
         right += int((out.logits[0, -count - 1 : -1].argmax(-1) == ids[0, -count:]).sum())
     assert loss == pytest.approx(lost / tokens, rel=1e-5) and hits == pytest.approx(right / tokens, abs=1e-6)
-    measured = student.measure(rows)
+    measured = policy.measure(rows)
     assert measured == pytest.approx({"eval/loss": loss, "eval/token_accuracy": hits}, rel=1e-5)
 
 
@@ -111,7 +111,7 @@ def test_no_text_predicts_the_first_token_of_the_next():
     rows = texts(3)
     micro = collate_packs([0], [rows], 0.5, CPU)
     targets = np.concatenate([row.token_ids for row in rows])
-    assert micro.target_ids[0].tolist() == targets.tolist() and bool(micro.mask.all())
+    assert micro.target_ids[0].tolist() == targets.tolist() and bool(micro.trained.all())
     before = [[*row.prompt_ids, *row.token_ids[:-1].tolist()] for row in rows]
     assert micro.input_ids[0].tolist() == [token for ids in before for token in ids]
     assert micro.position_ids[0].tolist() == [place for ids in before for place in range(len(ids))]
@@ -139,7 +139,7 @@ CHAT = (
 )
 
 
-def lessons_of(cfg, tokenizer, items, stop_ids=frozenset({0, 1})):
+def texts_of(cfg, tokenizer, items, stop_ids=frozenset({0, 1})):
     recipe = make_recipe(cfg, tokenizer)
     from grpo.data.recipe import build, encode, render
 
@@ -154,7 +154,7 @@ def lessons_of(cfg, tokenizer, items, stop_ids=frozenset({0, 1})):
 
 def test_a_plain_solution_ends_with_eos():
     tokenizer = tiny_tokenizer()
-    found = lessons_of(config(prompt_template="{question}\n"), tokenizer, [{"question": "7?", "answer": "#### 10"}])
+    found = texts_of(config(prompt_template="{question}\n"), tokenizer, [{"question": "7?", "answer": "#### 10"}])
     [row] = found.all()
     assert tokenizer.decode(list(row.prompt_ids)) == "7?\n"
     assert tokenizer.decode(row.token_ids.tolist()) == "#### 10<|endoftext|>"
@@ -166,10 +166,10 @@ def test_a_chat_template_ends_the_turn_and_what_stands_after_is_left_out():
     tokenizer.chat_template = CHAT
     cfg = config(system_prompt="Be short.", max_prompt_length=96)
     item = {"question": "7?", "answer": "10"}
-    [row] = lessons_of(cfg, tokenizer, [item]).all()
+    [row] = texts_of(cfg, tokenizer, [item]).all()
     decoded = [tokenizer.decode(list(ids)) for ids in (row.prompt_ids, row.token_ids.tolist())]
     assert decoded == ["<system>Be short.<|im_end|>\n<user>7?<|im_end|>\n<assistant>", "10<|im_end|>"]
-    whole = dataclasses.replace(lessons_of(cfg, tokenizer, [item]), whole=True).all()[0]
+    whole = dataclasses.replace(texts_of(cfg, tokenizer, [item]), whole=True).all()[0]
     assert len(whole.prompt_ids) == 1
     assert [*whole.prompt_ids, *whole.token_ids] == [*row.prompt_ids, *row.token_ids]
 
@@ -187,25 +187,25 @@ def test_the_template_of_the_mathematics_task_opens_the_answer_only_once():
         max_generate_length=200,
     )
     item = {"question": "1+1?", "answer": "2", "expected_answer": "2", "generated_solution": "<think> so 2\n</think>"}
-    [row] = lessons_of(cfg, tokenizer, [item]).all()
+    [row] = texts_of(cfg, tokenizer, [item]).all()
     assert tokenizer.decode(list(row.prompt_ids)) == "S<|endoftext|>1+1?<start_working_out>"
-    said = tokenizer.decode(row.token_ids.tolist())
-    assert said == "so 2<end_working_out><SOLUTION>2</SOLUTION><|endoftext|>"
+    completion = tokenizer.decode(row.token_ids.tolist())
+    assert completion == "so 2<end_working_out><SOLUTION>2</SOLUTION><|endoftext|>"
 
 
 def test_a_template_that_changes_the_prompt_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}" + CHAT
     with pytest.raises(UserError, match="does not begin with the prompt"):
-        lessons_of(config(), tokenizer, [{"question": "7?", "answer": "10"}])
+        texts_of(config(), tokenizer, [{"question": "7?", "answer": "10"}])
 
 
 def test_long_solutions_are_left_out_with_a_count():
     items = [{"question": "7?", "answer": "10"}, {"question": "8?", "answer": "10, " * 30}]
-    found = lessons_of(config(), tiny_tokenizer(), items)
+    found = texts_of(config(), tiny_tokenizer(), items)
     assert len(found.solutions) == 1 and found.questions.drops == {TOO_LONG: 1}
     with pytest.raises(UserError, match=r"every solution \(1\) is longer than max_generate_length 2"):
-        lessons_of(config(max_generate_length=2), tiny_tokenizer(), items[1:])
+        texts_of(config(max_generate_length=2), tiny_tokenizer(), items[1:])
 
 
 def test_solutions_come_from_the_cell_as_it_stands():
@@ -266,7 +266,7 @@ def test_defaults_then_file_then_section_then_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "message"),
     [
         ({"learning_rate": 1}, "sft: unknown setting 'learning_rate'"),
         ({"solution_colum": "a"}, "did you mean solution_column?"),
@@ -279,13 +279,13 @@ def test_defaults_then_file_then_section_then_command_line(tmp_path):
         ({"sft": {}}, "sft: unknown setting 'sft'"),
     ],
 )
-def test_both_stages_refuse_a_wrong_section(tmp_path, section, said):
+def test_both_stages_refuse_a_wrong_section(tmp_path, section, message):
     argv = file_of(tmp_path, **section)
     for load in (load_config, load_sft_config):
         with pytest.raises(UserError) as caught:
             load(argv)
         text = str(caught.value)
-        assert said.removeprefix("" if load is load_config else "sft: ") in text and "\n" not in text
+        assert message.removeprefix("" if load is load_config else "sft: ") in text and "\n" not in text
 
 
 @pytest.mark.parametrize("words", [["--num_generations", "4"], ["--temperature=1"], ["--no_such", "1"], ["--lr", "x"]])
@@ -314,5 +314,5 @@ def test_what_only_rollouts_use_may_change_between_the_stages(tmp_path):
     assert {*vars(Config())} >= OF_ROLLOUTS
 
 
-def test_the_readme_holds_the_table_of_these_settings():
-    assert markdown_rows() in (PROJECT / "README.md").read_text(encoding="utf-8")
+def test_the_documents_hold_the_table_of_these_settings():
+    assert markdown_rows() in (PROJECT / "docs" / "sft_and_lora.md").read_text(encoding="utf-8")

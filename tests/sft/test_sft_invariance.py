@@ -71,31 +71,31 @@ def texts(step: int, seed: int, count: int = TEXTS, whole: bool = False) -> list
     rng = np.random.default_rng([seed, step])
     draw = lambda: rng.integers(1, VOCAB, rng.integers(1, 17))  # noqa: E731
     pairs = [(draw(), draw().astype(np.int32)) for _ in range(count)]
-    prompts = [Prompt(n, "", tuple(asked.tolist()), {}) for n, (asked, _) in enumerate(pairs)]
+    prompts = [Prompt(n, "", tuple(prompt_ids.tolist()), {}) for n, (prompt_ids, _) in enumerate(pairs)]
     return SftTexts(Questions(prompts, 0), [solution for _, solution in pairs], whole).all()
 
 
 def updates(world: World, out: Path, name: str, seed: int = 0, broken: str = "", **settings):
     """Teach; rank 0 saves the weights. `broken` names a deliberate defect, for controls."""
     cfg = config(**settings)
-    student = SftPolicy(cfg, world, tiny_model("qwen3", VOCAB, spread=2.0).to(world.device))
+    policy = SftPolicy(cfg, world, tiny_model("qwen3", VOCAB, spread=2.0).to(world.device))
     whole = settings.get("loss_on") == "all"
     tally, norms, true_collate = Tally(), [], sft_policy.collate_packs
     if broken == "denominator":  # each micro-batch weighs by its own tokens, not by the whole step's
         tokens = lambda packs: sum(len(row.token_ids) for texts in packs for row in texts)  # noqa: E731
         sft_policy.collate_packs = lambda n, packs, weight, device: true_collate(n, packs, 1 / tokens(packs), device)
     for step in range(STEPS):
-        batches = sft_batches(cfg, world, texts(step, seed, whole=whole), student.even_block)
+        batches = sft_batches(cfg, world, texts(step, seed, whole=whole), policy.even_block)
         if broken == "mixed":
             batches = [dataclasses.replace(micro, position_ids=None) for micro in batches]
-        norms += student.train_on([batches], tally, STEPS, False, on_skip=lambda *_: None)
+        norms += policy.train_on([batches], tally, STEPS, False, on_skip=lambda *_: None)
     sft_policy.collate_packs = true_collate  # the defect ends here: more jobs follow
-    measured = student.measure(texts(99, 0, count=5))
-    weights = {key: value.contiguous().clone() for key, value in student.weights()}
+    measured = policy.measure(texts(99, 0, count=5))
+    weights = {key: value.contiguous().clone() for key, value in policy.weights()}
     if world.is_main:
         save_file(weights, out / f"{name}.safetensors")
     total = sum(float(value.double().sum()) for value in weights.values())
-    return {"total": total, "norms": norms, "measured": measured, "metrics": tally.reduce(world)}
+    return {"total": total, "norms": norms, "measured": measured, "metrics": tally.reduce(world).metrics}
 
 
 def jobs_of(world_size: int, long: bool) -> dict[str, dict]:
@@ -182,11 +182,11 @@ def test_deterministic_is_bit_identical_packed_as_well(results, world_size):
 @pytest.mark.parametrize("name", ["ddp", "packed", "zero3 packed"])
 def test_metrics_and_held_out_loss_do_not_depend_on_the_number_of_ranks(results, name, world_size):
     [one], several = results(1)[name][0], results(world_size)[name][0]
-    for told in several:
-        assert told["measured"] == pytest.approx(one["measured"], rel=1e-3)
+    for result in several:
+        assert result["measured"] == pytest.approx(one["measured"], rel=1e-3)
         for key in ("loss", "sft/token_accuracy"):
-            assert told["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-3, abs=1e-5)
-        assert told["total"] == several[0]["total"], "ranks end with different weights"
+            assert result["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-3, abs=1e-5)
+        assert result["total"] == several[0]["total"], "ranks end with different weights"
     assert len(one["norms"]) == STEPS and all(norm > 0 for norm in one["norms"])
 
 

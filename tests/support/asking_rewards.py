@@ -1,4 +1,4 @@
-"""Reward calls that are all known at once."""
+"""One round of reward calls, submitted at once."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from grpo.types import Pulse
 
 
 def answers_of(
-    rewards: Rewards, samples: Sequence[RewardInput], calls: Sequence[Call], pulse: Pulse = lambda: False
+    rewards: Rewards, inputs: Sequence[RewardInput], calls: Sequence[Call], pulse: Pulse = lambda: False
 ) -> list[Answer | None]:
     """The answers to one round of calls."""
     rewards.begin()
-    rewards.submit(samples, calls)
+    rewards.submit(inputs, calls)
     return rewards.collect(pulse)

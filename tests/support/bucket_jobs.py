@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from grpo.runtime.distributed import World, start, stop
-from grpo.training.backends import ddp
+from grpo.training.backends import gradient_sums
 from grpo.training.metrics import Tally
 from tests.forward.test_host_reads import minibatch_of
 from tests.support.rank_jobs import config, injected_step, make_policy, poisoned_update, weights_sha256
@@ -126,7 +126,7 @@ def crowded(world: World, fail: bool) -> dict:
         "begun": begun.tolist(),
         "twice": twice,
         "halvings": policy.fitting.halvings,
-        "loss": tally.reduce(world)["loss"],
+        "loss": tally.reduce(world).metrics["loss"],
     }
 
 
@@ -134,7 +134,7 @@ def main() -> None:
     """Run all, in one launch."""
     out = Path(sys.argv[1])
     world = start("cpu", num_threads=1)
-    ddp.BUCKET_ELEMENTS = 1000  # several buckets, also of so small a model
+    gradient_sums.BUCKET_ELEMENTS = 1000  # several buckets, also of so small a model
     results: dict = {name: gradient(world, name) for name in CASES}
     results |= {name: crowded(world, name == "crowded") for name in ("crowded", "roomy")}
     results["poisoned"] = poisoned_update(world, out, rank=1)

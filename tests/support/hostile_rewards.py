@@ -1,6 +1,6 @@
 """Reward functions that misbehave on the completion "attack", and score the length of any other one.
 
-test_reward_isolation.py runs them in reward workers. Never call one in a process that you want to keep.
+tests/rewards/test_isolation.py runs them in reward workers. Never call one in a process that you want to keep.
 """
 
 import builtins
@@ -83,7 +83,7 @@ def interrupt(**columns):
 
 
 class Outside(BaseException):
-    """As the time-outs of some libraries."""
+    """Like the time-out exceptions of some libraries."""
 
 
 @hostile
@@ -132,7 +132,7 @@ def daemon(**columns):
 
 @hostile
 def stubborn(**columns):
-    """Children with sessions of their own, as deaf as their parent."""
+    """Children with their own sessions, which ignore SIGTERM like their parent."""
     for _ in range(4):
         if os.fork() == 0:
             os.setsid()
@@ -199,7 +199,7 @@ def stops_itself(**columns):
 
 
 class Odd:
-    """Nothing about it works."""
+    """An object whose conversions raise."""
 
     def __float__(self):
         raise RuntimeError("no number")
@@ -221,7 +221,7 @@ def kills_parent(completions, **columns):
 
 
 def connects(completions, port, **columns):
-    """1.0 where a connection came about."""
+    """1.0 when a connection is established."""
     with socket.socket() as ours:
         ours.settimeout(2)
         ours.connect(("127.0.0.1", port[0]))
@@ -229,7 +229,7 @@ def connects(completions, port, **columns):
 
 
 def environment(completions, **columns):
-    """How many of its secrets a trainer would give away; what lies in the working folder counts too."""
+    """The number of the trainer's private variables that are visible, plus files in the working folder."""
     return [float(sum(name in os.environ for name in ("SECRET_TOKEN", "RANK")) + len(os.listdir(".")))]
 
 
@@ -238,7 +238,7 @@ def environment(completions, **columns):
 
 @hostile(runs_code=True)
 def patches(**columns):
-    """Change everything that grades the next ones."""
+    """Replace what scores the next completions."""
     builtins.len = lambda _: 99
     builtins.float = lambda _: 99.0
     for name, value in list(sys.modules["grpo.rewards.worker"].__dict__.items()):
@@ -273,7 +273,7 @@ def _write_everywhere(data):
 
 @hostile(runs_code=True)
 def traces(trainer, **columns):
-    """Reach for the workers, the supervisor and the keeper above, and for the trainer. What succeeds is the score."""
+    """Try to reach the workers, the supervisor, the keeper and the trainer; the score is the number of successes."""
     reached, [trainer] = 0, trainer
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         with contextlib.suppress(OSError):
@@ -291,21 +291,21 @@ def traces(trainer, **columns):
 
 
 def _own_line():
-    """This process and the one that only waits for it, as /proc numbers them."""
+    """Process ids in /proc of this process and of the one that waits for it."""
     own = int(os.readlink("/proc/self"))
     return own, int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @hostile(runs_code=True)
 def kills_worker(**columns):
-    """Or, where it has no number for it, its own process group, whoever is in it."""
+    """Kill the parent; where its id is 0, that is this process's own group."""
     os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(float(SECONDS))
 
 
 @hostile(runs_code=True)
 def chokes(namespace, **columns):
-    """Take what the next calls need away from every process that has a number here."""
+    """Lower the file limit of every process in this namespace, so that later calls would fail."""
     if os.stat("/proc/self/ns/pid").st_ino == namespace[0]:
         raise RuntimeError("these are the machine's own processes: not touched")
     for number in range(1, 200):
@@ -333,7 +333,7 @@ calls = 0
 
 
 def counts(completions, **columns):
-    """How often this process was asked, itself included."""
+    """The number of calls in this process, including this one."""
     global calls
     calls += 1
     return [float(calls)]

@@ -48,8 +48,13 @@ def config(**settings) -> Config:
     return Config(**{**defaults, **settings})
 
 
-def injected(cfg: Config, step: int, seed: int = 0) -> tuple[list[Prompt], list[Completion], np.ndarray]:
-    """Prompts, completions and advantages of a step, the same on every rank: lengths 1 to max, one row empty."""
+def injected(
+    cfg: Config, step: int, seed: int = 0, masked: bool = False
+) -> tuple[list[Prompt], list[Completion], np.ndarray]:
+    """Prompts, completions and advantages of a step, the same on every rank: lengths 1 to max, one row empty.
+
+    masked: about a third of the tokens carry no loss, and all tokens of row 4.
+    """
     rng = np.random.default_rng([seed, step])
     prompts = [
         Prompt(p, "", tuple(rng.integers(1, VOCAB, rng.integers(2, 12)).tolist()), {})
@@ -61,12 +66,18 @@ def injected(cfg: Config, step: int, seed: int = 0) -> tuple[list[Prompt], list[
         ids = rng.integers(1, VOCAB, length).astype(np.int32)
         logprobs = rng.normal(-5.5, 0.5, length).astype(np.float32)
         completions.append(Completion(n, ids, logprobs, "stop"))
-    return prompts, completions, rng.choice([-1.0, 0.0, 0.5, 1.5], len(completions))
+    advantages = rng.choice([-1.0, 0.0, 0.5, 1.5], len(completions))
+    if masked:
+        flags = [rng.random(len(one.token_ids)) > (1 if one.row == 4 else 1 / 3) for one in completions]
+        completions = [dataclasses.replace(c, trained=flag) for c, flag in zip(completions, flags, strict=True)]
+    return prompts, completions, advantages
 
 
-def table_of(cfg: Config, lengths: np.ndarray, sampled_by: np.ndarray) -> Table:
-    """A table that knows lengths and samplers, and no scores."""
-    facts = {name: np.zeros(len(lengths)) for name in FACTS} | {"length": lengths, "rank": sampled_by}
+def table_of(cfg: Config, lengths: np.ndarray, sampled_by: np.ndarray, num_trained: np.ndarray | None = None) -> Table:
+    """A table of lengths, trained tokens (None: all) and samplers, without scores."""
+    trained = lengths if num_trained is None else num_trained
+    facts = {name: np.zeros(len(lengths)) for name in FACTS}
+    facts |= {"length": lengths, "trained": trained, "rank": sampled_by}
     return Table([], np.zeros((len(lengths), 0)), np.zeros(len(lengths)), facts, cfg.num_generations)
 
 
@@ -88,14 +99,15 @@ def with_adapter(cfg: Config, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def injected_step(
-    cfg: Config, world: World, policy: Policy, step: int, steps: int, seed: int, tally: Tally
+    cfg: Config, world: World, policy: Policy, step: int, steps: int, seed: int, tally: Tally, masked: bool = False
 ) -> list[float]:
     """One step of training on injected rollouts; each rank holds only what it would have sampled."""
-    prompts, completions, advantages = injected(cfg, step, seed)
+    prompts, completions, advantages = injected(cfg, step, seed, masked)
     mine = [completion for completion in completions if completion.row % world.size == world.rank]
     lengths = np.array([len(completion.token_ids) for completion in completions])
-    table = table_of(cfg, lengths, np.arange(len(completions)) % world.size)
-    plan = make_plan(cfg, prompts, lengths, advantages, world.size)
+    num_trained = np.array([np.count_nonzero(completion.trained) for completion in completions])
+    table = table_of(cfg, lengths, np.arange(len(completions)) % world.size, num_trained)
+    plan = make_plan(cfg, prompts, lengths, advantages, world.size, num_trained=num_trained)
     batches = deliver(world, cfg, plan, prompts, mine, table, advantages, policy.even_block)
     batches = policy.annotate(batches)
     return policy.train_on(batches, tally, steps * updates_per_step(cfg), False, on_skip=lambda *_: None)
@@ -114,7 +126,16 @@ def weights_sha256(policy: Policy) -> str:
     return digest.hexdigest()
 
 
-def injected_updates(world: World, out: Path, name: str, steps: int = 20, seed: int = 0, broken: str = "", **settings):
+def injected_updates(
+    world: World,
+    out: Path,
+    name: str,
+    steps: int = 20,
+    seed: int = 0,
+    broken: str = "",
+    masked: bool = False,
+    **settings,
+):
     """Train on injected rollouts; rank 0 saves the weights. `broken` names a deliberate defect, for controls."""
     cfg = config(**settings)
     policy = make_policy(cfg, world)
@@ -124,13 +145,13 @@ def injected_updates(world: World, out: Path, name: str, steps: int = 20, seed: 
         if broken == "moments" and step == steps // 2:
             policy.backend.load_moments(lambda name, moment, start, length: torch.zeros(length), 1)
         if broken == "denominator":  # each row weighs by its micro-batch, not by the whole minibatch
-            batching.row_weights = lambda loss, lengths, most: [1 / max(1, c) / 7 / (1 + c % 2) for c in lengths]
-        norms += injected_step(cfg, world, policy, step, steps, seed, tally)
+            batching.row_weights = lambda weighting, lengths, most: [1 / max(1, c) / 7 / (1 + c % 2) for c in lengths]
+        norms += injected_step(cfg, world, policy, step, steps, seed, tally, masked)
     batching.row_weights = losses.row_weights  # the defect ends here: more jobs follow
     weights = {key: value.contiguous().clone() for key, value in policy.weights()}
     if world.is_main:
         save_file(weights, out / f"{name}.safetensors")
-    return {"sha256": weights_sha256(policy), "norms": norms, "metrics": tally.reduce(world)}
+    return {"sha256": weights_sha256(policy), "norms": norms, "metrics": tally.reduce(world).metrics}
 
 
 def free_rollout(world: World, out: Path, **settings):
@@ -231,7 +252,7 @@ def crowded_updates(world: World, out: Path, name: str, where: str, **settings):
         "sha256": weights_sha256(policy),
         "halvings": policy.fitting.halvings,
         "size": policy.fitting.size,
-        "metrics": tally.reduce(world),
+        "metrics": tally.reduce(world).metrics,
     }
 
 
@@ -259,7 +280,7 @@ def architecture_steps(world: World, out: Path, architecture: str, steps: int = 
         batches = policy.annotate(batches)
         norms += policy.train_on(batches, tally, steps * updates_per_step(cfg), False, on_skip=lambda *_: None)
         sampled |= {f"{step}.{c.row}": c.token_ids.tolist() for c in completions}
-        policy.trust(tally.reduce(world))
+        policy.trust_sampler(tally.reduce(world).sampler_gap)
     ends = dict(policy.weights())
     moved = {name: float((ends[name] - start_weights[name]).abs().max()) for name in ends}
     if world.is_main:
@@ -272,7 +293,7 @@ def architecture_steps(world: World, out: Path, architecture: str, steps: int = 
         "sampled": sampled,
         "moved": moved,
         "dtypes": sorted({str(tensor.dtype) for tensor in ends.values()}),
-        "metrics": tally.reduce(world),
+        "metrics": tally.reduce(world).metrics,
     }
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.config.settings import Config
-from grpo.training.exchange import collate
+from grpo.training.collate import collate
 from grpo.training.minibatches import assign, cut_micro_batches, make_plan, split_evenly, trainers_of
 from grpo.types import Prompt, TrainRow
 
@@ -65,7 +65,7 @@ def test_collate_aligns_predictions_with_targets():
     assert micro.input_ids.tolist() == [[7, 8, 9, 1], [5, 0, 0, 0]]
     assert micro.positions.tolist() == [[2, 3], [0, 0]]
     assert micro.target_ids.tolist() == [[1, 2], [3, 0]]
-    assert micro.mask.tolist() == [[True, True], [True, False]]
+    assert micro.trained.tolist() == [[True, True], [True, False]]
     assert micro.weights.tolist() == [[0.5, 0.5], [0.25, 0.0]]
     assert micro.rows == (4, 6)
 
@@ -74,4 +74,4 @@ def test_collate_aligns_predictions_with_targets():
 def test_masks_come_from_lengths_never_from_ids(ids):
     """pad == eos == 0 and a pad token in the middle of the text: every sampled token counts."""
     micro = collate([row(0, (1,), ids), row(1, (1,), [4, 4, 4])], {0: 1.0, 1: 1.0}, torch.device("cpu"))
-    assert micro.mask.tolist() == [[True, True, False], [True, True, True]]
+    assert micro.trained.tolist() == [[True, True, False], [True, True, True]]

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.config.settings import Config
-from grpo.data.questions import hash_answer
+from grpo.data.gold_answers import hash_answer
 from grpo.forward.logprobs import bounded_logits
 from grpo.training.advantages import equal_groups, group_advantages
-from grpo.training.losses import k3, ppo_clip, row_weights
+from grpo.training.losses import LossInputs, k3, ppo_clip, row_weights
 from grpo.training.policy import learning_rate
 
 NAN = float("nan")
@@ -67,14 +67,21 @@ def test_advantages_against_exact_arithmetic(rewards, shift, scale):
     assert equal_groups(np.array([rewards]))[0] == (len(set(rewards)) == 1)
 
 
+def clipped(log_ratio, advantages, low=0.2, high=0.2):
+    """The surrogate of tokens that all count, from their log-ratios."""
+    zeros = torch.zeros_like(log_ratio)
+    inputs = LossInputs(log_ratio, zeros, None, zeros, advantages, torch.ones_like(log_ratio, dtype=torch.bool))
+    return ppo_clip(inputs, Config(clip_eps=low, clip_eps_high=high))[0]
+
+
 @pytest.mark.parametrize("ratio, gain, expected", [(1.5, 1, -1.2), (1.5, -1, 1.5), (0.5, 1, -0.5), (0.5, -1, 0.8)])
 def test_ppo_clip(ratio, gain, expected):
-    loss = ppo_clip(torch.tensor([[math.log(ratio)]]), torch.tensor([float(gain)]), 0.2, 0.2)
+    loss = clipped(torch.tensor([[math.log(ratio)]]), torch.tensor([float(gain)]))
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_ppo_clip_has_its_own_upper_bound():
-    assert ppo_clip(torch.tensor([[math.log(1.5)]]), torch.tensor([1.0]), 0.2, 0.28).item() == pytest.approx(-1.28)
+    assert clipped(torch.tensor([[math.log(1.5)]]), torch.tensor([1.0]), 0.2, 0.28).item() == pytest.approx(-1.28)
 
 
 @pytest.mark.parametrize("gap, expected", [(0.5, 0.106531), (-0.5, 0.148721), (0.0, 0.0), (3.0, 2.049787)])
@@ -87,13 +94,13 @@ def test_k3_has_the_papers_sign(gap, expected):
 def test_extreme_log_ratios_stay_finite(log_ratio, ref, gain):
     """Finite loss and finite gradient; without the clamp, exp(100) * 0 in min's dead branch gives NaN."""
     new = torch.tensor([[log_ratio]], requires_grad=True)
-    loss = (ppo_clip(new, torch.tensor([gain]), 0.2, 0.2) + 0.04 * k3(new, torch.tensor([[ref]]))).sum()
+    loss = (clipped(new, torch.tensor([gain])) + 0.04 * k3(new, torch.tensor([[ref]]))).sum()
     loss.backward()
     assert math.isfinite(loss.item()) and math.isfinite(new.grad.item())
 
 
 def test_log_ratio_is_clamped_at_20():
-    loss = ppo_clip(torch.tensor([[50.0]]), torch.tensor([-1.0]), 0.2, 0.2)
+    loss = clipped(torch.tensor([[50.0]]), torch.tensor([-1.0]))
     assert loss.item() == pytest.approx(math.exp(20.0), rel=1e-6)
 
 

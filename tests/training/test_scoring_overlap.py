@@ -362,7 +362,9 @@ def test_a_stop_leaves_scores_without_failures(file, tmp_path):
     with opened(file, "row", reward_timeout_s=1000.0) as pool:
         scoring = scoring_of(pool, tmp_path, said, lambda: bool(asked))
         scoring.take(made)
-        assert until(lambda: pool.round.answers[0] is not None and (tmp_path / f"row {HANGS}").exists(), scoring.pulse)
+        assert until(
+            lambda: pool.pending.answers[0] is not None and (tmp_path / f"row {HANGS}").exists(), scoring.pulse
+        )
         asked.append(True)
         assert scoring.pulse()
         time.sleep(2 * pool_module.LOOK_S)  # a worker is free, and it is time to look

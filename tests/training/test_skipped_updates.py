@@ -12,7 +12,7 @@ from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import Sampling
 from grpo.runtime.distributed import World
 from grpo.training.metrics import Tally
-from grpo.training.scoring import rollout_metrics
+from grpo.training.rollout_metrics import rollout_metrics
 from grpo.training.skipped_updates import count_skip
 from grpo.types import FACTS, Counters, Table
 from tests.support.launcher import metrics_of, run_script
@@ -82,7 +82,7 @@ def test_metrics_never_average_what_is_not_finite():
     tally.mean("kl", 2.0, 4)
     tally.top("ratio_gap", float("inf"))
     tally.add("loss", float("nan"))
-    reduced = tally.reduce(ALONE)
+    reduced = tally.reduce(ALONE).metrics
     assert reduced["kl"] == 0.5 and reduced["ratio_gap"] == 0.0 and reduced["loss"] == 0.0
     assert "clip/low" not in reduced, "a mean of nothing is not 0"
 

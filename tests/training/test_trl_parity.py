@@ -139,7 +139,7 @@ def our_movement(base, loss, beta, num_updates=1):
     Also returns the share of tokens that the last pass clipped.
     """
     cfg = Config(
-        loss=loss,
+        weighting=loss,
         beta=beta,
         scale_rewards="none",
         num_generations=G,
@@ -174,7 +174,7 @@ def our_movement(base, loss, beta, num_updates=1):
         with torch.no_grad():
             for parameter, gradient in zip(parameters, summed, strict=True):
                 parameter.sub_(LR * gradient)
-    shares = tally.reduce(world)
+    shares = tally.reduce(world).metrics
     return movement(model, before), shares["clip/low"] + shares["clip/high"]
 
 

@@ -1,8 +1,11 @@
-"""Where metrics go. A tracker sees floats and strings only, on rank 0 only; a new one is a class and an entry here.
+"""Trackers: where metrics and sampled texts are sent. They run on rank 0 only and receive floats and strings only.
 
-A tracker raises OSError when it cannot write; the run then goes on without it.
+A new tracker NAME is one file, NAME.py in this folder, and its name in `report_to` in grpo/config/settings.py. The
+file holds a class with the methods of `Tracker` below and a function open_tracker(cfg, folder, done) that returns one.
+NAME is also the name of the package that the file needs; the file is imported only when `report_to` names it.
 """
 
+import importlib
 import importlib.util
 import re
 import secrets
@@ -11,72 +14,59 @@ from typing import Protocol
 
 from grpo.config.settings import Config, tracker_names
 from grpo.errors import UserError
-
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "swanlab": "swanlab"}
+from grpo.run.trackers.jsonl import JsonLines
 
 
 class Tracker(Protocol):
-    """Takes what a run has to say."""
+    """Receives the metrics of a run. A method raises OSError when it cannot write; the run then drops the tracker."""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Metrics of a step."""
 
     def text(self, step: int, name: str, text: str) -> None:
-        """A text, Markdown; < and & of the model's are escaped."""
+        """A Markdown text, in which < and & of the model's text are escaped."""
 
     def close(self) -> None:
-        """Write out what is pending."""
+        """Send or write what is pending."""
 
 
 def check_trackers(cfg: Config) -> None:
-    """Refuse a tracker whose package is missing, on every rank alike and before anything runs. Raises UserError."""
+    """Refuse a tracker whose package is missing, on every rank, before training. Raises UserError."""
     for name in tracker_names(cfg):
-        if importlib.util.find_spec(PACKAGES[name]) is None:
+        if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"report_to: {name} is not installed. Install it (pip install {PACKAGES[name]}), or choose another: "
+                f"report_to: {name} is not installed. Install it (pip install {name}), or choose another: "
                 "--report_to tensorboard."
             )
 
 
 def load_trackers(cfg: Config, folder: Path, done: int) -> list[Tracker]:
-    """The trackers of `report_to`, and the JSON lines that are always written. Raises UserError.
+    """metrics.jsonl, which is always written, and the trackers of `report_to`. Raises UserError.
 
-    done: steps already done; what a lost run logged beyond them is dropped, it will be logged again.
+    done: finished steps. What an interrupted run logged after them is dropped, because it will be logged again.
     """
-    from grpo.run.trackers.jsonl import JsonLines
-
     trackers: list[Tracker] = [JsonLines(folder, done)]
     for name in tracker_names(cfg):
-        if name == "tensorboard":
-            from grpo.run.trackers.tensorboard import TensorBoard
-
-            trackers.append(TensorBoard(cfg, folder, done))
-        elif name == "wandb":
-            from grpo.run.trackers.wandb import Wandb
-
-            trackers.append(Wandb(cfg, folder))
-        elif name == "swanlab":
-            from grpo.run.trackers.swanlab import SwanLab
-
-            trackers.append(SwanLab(cfg, folder))
+        module = importlib.import_module(f"{__name__}.{name}")
+        trackers.append(module.open_tracker(cfg, folder, done))
     return trackers
 
 
-def lasting_id(folder: Path, name: str) -> str:
-    """The id under which a tracker knows this run: made once, kept in the run's folder, so that a resume goes on."""
+def run_id(folder: Path, name: str) -> str:
+    """A tracker's id of this run: drawn once and stored in the run's folder, so that a resume continues the curves."""
     file = folder / f"{name}_id"
-    if file.is_file() and re.fullmatch(r"[0-9a-f]{16}", said := file.read_text(errors="replace").strip()):
-        return said
-    made = secrets.token_hex(8)
-    file.write_text(made + "\n", encoding="utf-8")
-    return made
+    if file.is_file() and re.fullmatch(r"[0-9a-f]{16}", stored := file.read_text(errors="replace").strip()):
+        return stored
+    new = secrets.token_hex(8)
+    file.write_text(new + "\n", encoding="utf-8")
+    return new
 
 
-def refused(name: str, error: BaseException) -> UserError:
-    """A tracker's package did not start: one line. Only rank 0 knows."""
+def start_error(name: str, error: BaseException) -> UserError:
+    """One line for a tracker's package that did not start. The error occurs on rank 0 only."""
     reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-    told = UserError(
+    user_error = UserError(
         f"report_to: {name} could not start: {reason}. Log in, use --tracker_mode offline, or choose another tracker."
     )
-    told.on_one_rank = True
-    return told
+    user_error.on_one_rank = True
+    return user_error

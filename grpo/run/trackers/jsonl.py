@@ -5,24 +5,22 @@ from pathlib import Path
 
 
 class JsonLines:
-    """Appends to runs/<name>/metrics.jsonl; a resumed run first drops the lines it will write again."""
+    """Appends to runs/<name>/metrics.jsonl. A resumed run first drops lines of steps after `done`."""
 
     def __init__(self, folder: Path, done: int):
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            valid = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+            self.path.write_text("".join(valid), encoding="utf-8")
         self.file = self.path.open("a", encoding="utf-8")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Write one line."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Texts go to trackers that can show them."""
+        """Not written: completions_log.py writes texts."""
 
     def close(self) -> None:
-        """Close the file."""
         self.file.close()

@@ -1,6 +1,6 @@
 """Weights & Biases: one run for one training run, resumes included. Offline runs lie in runs/<name>/wandb.
 
-Kept are metrics, sampled texts, the settings and, by the package itself, the list of installed packages; no source
+Logged are metrics, sampled texts, the settings and, by the package itself, the list of installed packages; no source
 code, git state, console output or machine statistics.
 """
 
@@ -10,14 +10,19 @@ from pathlib import Path
 import wandb
 
 from grpo.config.settings import Config
-from grpo.run.trackers import lasting_id, refused
+from grpo.run.trackers import run_id, start_error
+
+
+def open_tracker(cfg: Config, folder: Path, done: int) -> "Wandb":
+    """See grpo/run/trackers/__init__.py."""
+    return Wandb(cfg, folder)
 
 
 class Wandb:
     """Metrics over the trainer's own step, so that a resumed run may log a step again."""
 
     def __init__(self, cfg: Config, folder: Path):
-        """Raises UserError when the package refuses, for want of a login or a network, say."""
+        """Raises UserError when the package does not start, for example without a login or a network."""
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -31,7 +36,7 @@ class Wandb:
             self.run = wandb.init(
                 project=cfg.tracker_project,
                 name=cfg.run_name,
-                id=lasting_id(folder, "wandb"),
+                id=run_id(folder, "wandb"),
                 resume="allow",
                 dir=str(folder),
                 mode=cfg.tracker_mode,
@@ -41,19 +46,16 @@ class Wandb:
             self.run.define_metric("step")
             self.run.define_metric("*", step_metric="step")
         except (wandb.Error, OSError) as error:
-            raise refused("wandb", error) from None
+            raise start_error("wandb", error) from None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One point on each curve."""
         self._log({"step": step, **values})
 
     def text(self, step: int, name: str, text: str) -> None:
-        """A text under this name."""
-        page = f'<pre style="white-space: pre-wrap">{text}</pre>'  # a tracker's text comes escaped
+        page = f'<pre style="white-space: pre-wrap">{text}</pre>'  # the text is escaped already
         self._log({"step": step, name: wandb.Html(page, inject=False)})
 
     def close(self) -> None:
-        """Send or write what is pending."""
         try:
             self.run.finish()
         except wandb.Error as error:

@@ -1,0 +1,51 @@
+"""Rows -> one padded micro-batch: the one place where predictions meet their targets."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from grpo.forward.flat_rows import flatten
+from grpo.types import MicroBatch, TrainRow
+
+
+def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.device) -> MicroBatch:
+    """Pad rows on the right into one micro-batch; the one place where predictions meet their targets.
+
+    Token t of a completion is predicted at position len(prompt) - 1 + t.
+    """
+    num_rows = len(rows)
+    longest = max(len(row.prompt_ids) + len(row.token_ids) - 1 for row in rows)  # the last token predicts nothing
+    width = max(len(row.token_ids) for row in rows)
+    input_ids = np.zeros((num_rows, longest), np.int64)
+    positions, target_ids = np.zeros((num_rows, width), np.int64), np.zeros((num_rows, width), np.int64)
+    logprobs, token_weights = np.zeros((num_rows, width), np.float32), np.zeros((num_rows, width), np.float32)
+    trained = np.zeros((num_rows, width), bool)
+    lengths = np.array([len(row.token_ids) for row in rows], np.int64)
+    kept = rows[0].support
+    support = None if kept is None else np.full((num_rows, width, kept.shape[1]), -1, np.int64)
+    for b, row in enumerate(rows):
+        prompt, length = len(row.prompt_ids), len(row.token_ids)
+        input_ids[b, : prompt + length - 1] = [*row.prompt_ids, *row.token_ids[:-1].tolist()]
+        positions[b, :length] = np.arange(prompt - 1, prompt - 1 + length)
+        target_ids[b, :length] = row.token_ids
+        trained[b, :length] = row.trained
+        logprobs[b, :length] = row.sampler_logprobs
+        token_weights[b, :length] = weights[row.row]
+        if support is not None and row.support is not None:
+            support[b, :length] = row.support
+    to = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+    return MicroBatch(
+        rows=tuple(row.row for row in rows),
+        input_ids=to(input_ids),
+        positions=to(positions),
+        target_ids=to(target_ids),
+        lengths=to(lengths),
+        trained=to(trained),
+        advantages=to(np.array([row.advantage for row in rows], np.float32)),
+        sampler_logprobs=to(logprobs),
+        support=None if support is None else to(support),
+        weights=to(token_weights),
+        flat=flatten(input_ids, positions, lengths.clip(min=1), device),
+        kept=to(np.flatnonzero(trained)),
+    )

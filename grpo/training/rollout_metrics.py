@@ -1,0 +1,37 @@
+"""Metrics of a step's rollout, from the table that every rank has."""
+
+import numpy as np
+
+from grpo.training.advantages import equal_groups
+from grpo.training.scoring import LATE
+from grpo.types import Table
+
+
+def rollout_metrics(table: Table, advantages: np.ndarray, vocab_size: int) -> dict[str, float]:
+    """What the table says about the rollout. Means are over all rows of all ranks."""
+    tokens, trained = table.lengths.sum(), table.num_trained.sum()
+    known = table.rewards[~np.isnan(table.rewards)]
+    metrics = {
+        "reward/mean": float(known.mean()) if len(known) else 0.0,
+        "reward/std": float(known.std()) if len(known) else 0.0,
+        "reward/zero_std_groups": float(equal_groups(table.grouped).mean()),
+        "reward/failures": float(table.facts["failures"].sum()),
+        "advantage/abs_mean": float(np.abs(advantages).mean()),
+        "completions/length_mean": float(table.lengths.mean()),
+        "completions/length_max": float(table.lengths.max()),
+        "completions/length_min": float(table.lengths.min()),
+        "completions/truncated": float(1 - (table.facts["stopped"] + table.facts["broken"]).mean()),
+        "completions/broken": float(table.facts["broken"].sum()),
+        "completions/tokens": float(tokens),
+        "entropy": float(-table.facts["logprob_sum"].sum() / max(1, trained)),
+        "guards/clamped_logits": float(table.facts["clamped"].sum() / max(1, tokens * vocab_size)),
+    }
+    for k, name in enumerate(table.names):
+        column = table.scores[:, k][~np.isnan(table.scores[:, k])]
+        short = name.rpartition(":")[2]
+        faults = table.faults[:, k]
+        metrics[f"reward/{short}/failures"] = float((faults != 0).mean())
+        metrics[f"reward/{short}/timeouts"] = float((faults == LATE).mean())
+        if len(column):
+            metrics |= {f"reward/{short}/mean": float(column.mean()), f"reward/{short}/std": float(column.std())}
+    return metrics
