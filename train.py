@@ -28,8 +28,8 @@ from grpo.run.run import Run
 from grpo.run.task import load_task
 from grpo.runtime.distributed import World
 from grpo.training.exchange import deliver
+from grpo.training.load_policy import load_policy, load_rollout_model
 from grpo.training.minibatches import make_plan
-from grpo.training.policy import load_policy, load_rollout_model
 from grpo.training.scoring import Scoring, advantages_of, gather
 from grpo.training.surrogate import load_surrogate
 

@@ -48,6 +48,7 @@ def uniforms(
     rows = hash_keys(seed, 1, slots, generations)[:, None]
     tokens = (np.reshape(first_tokens, (-1, 1)) + np.arange(max_tokens)).astype(np.uint64)  # index in the row
     bits = mix(rows ^ mix(tokens))
+    # the upper 53 bits as a float64 in [0, 1)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

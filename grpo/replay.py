@@ -26,8 +26,9 @@ from grpo.errors import UserError, warn
 from grpo.models.checks import load_model, quiet
 from grpo.runtime.distributed import World, pick_device
 from grpo.sft.policy import SftPolicy
+from grpo.training.load_policy import load_trained
 from grpo.training.metrics import Tally
-from grpo.training.policy import Policy, load_trained
+from grpo.training.policy import Policy
 from grpo.training.skipped_updates import Evidence
 from grpo.types import MicroBatch
 

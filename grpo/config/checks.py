@@ -81,8 +81,7 @@ def check(cfg: Config) -> None:
         "reward_workers",
     ):
         _require(cfg, name, getattr(cfg, name) >= 0, ">= 0")
-    for name in ("max_steps",):
-        _require(cfg, name, cfg.max_steps is None or cfg.max_steps >= 0, ">= 0, or null")
+    _require(cfg, "max_steps", cfg.max_steps is None or cfg.max_steps >= 0, ">= 0, or null")
     for name in ("save_total_limit", "num_threads", "rollout_tokens"):
         _require(cfg, name, getattr(cfg, name) is None or getattr(cfg, name) >= 1, ">= 1, or null")
     for name in (

@@ -13,6 +13,9 @@ PROJECT = Path(__file__).resolve().parents[2]
 DEMO = PROJECT / "configs" / "demo.yaml"
 
 
+TrackerName = Literal["tensorboard", "wandb", "swanlab"]  # files of grpo/run/trackers/
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings of a run."""
@@ -237,9 +240,7 @@ class Config:
     """TensorBoard events, metrics.jsonl, train.log: runs_dir/run_name."""
     run_name: str | None = None
     """Folder of the run; null: the config file's name."""
-    report_to: Literal["tensorboard", "wandb", "swanlab", "none"] | list[Literal["tensorboard", "wandb", "swanlab"]] = (
-        "tensorboard"
-    )
+    report_to: TrackerName | Literal["none"] | list[TrackerName] = "tensorboard"
     """Where metrics go, beside the console, train.log and metrics.jsonl: one, or a list of several."""
     tracker_project: str = "grpo"
     """Project in wandb and swanlab."""

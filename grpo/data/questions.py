@@ -1,7 +1,7 @@
 """Questions: files and hub datasets -> Prompts, and the prompts of each step.
 
 `Questions.prompts(step)` is a pure function of (seed, step): the permutations of all epochs, one after the other, P
-prompts a step. It has no sampler state, so a resumed run asks for its step.
+prompts a step. It has no sampler state, so a resumed run starts with the prompts of its step.
 """
 
 import dataclasses

@@ -138,9 +138,11 @@ class Scorer(nn.Module):
         they are padded on the right and need no attention mask, because attention is causal; where position ids start
         again within a row, transformers masks the earlier texts (grpo/sft/packing.py checks that it does).
         """
+        # the M tokens that are trained
         kept = micro.trained.reshape(-1).nonzero()[:, 0] if micro.kept is None else micro.kept  # [M]
         targets = micro.target_ids.reshape(-1)[kept]  # [M]
         support = None if micro.support is None else micro.support.flatten(0, 1)[kept]  # [M, K]
+        # the forward: a flat row or padded rows, then the head at the M positions
         flat = self._worth_flattening(micro)
         inputs, where = self._row_inputs(micro, kept) if flat is None else self._flat_inputs(flat, kept)
         with arithmetic(self.cfg.dtype, micro.input_ids.device):
@@ -150,6 +152,7 @@ class Scorer(nn.Module):
             else:
                 logits = self.model(**inputs).logits[where]
                 values, hits = self._pick(logits, targets, support)
+        # back to [B, T]
         if self.counts_hits:
             self.hits = torch.zeros_like(micro.trained).view(-1).index_copy(0, kept, hits).view_as(micro.trained)
         logprobs = torch.zeros(micro.trained.numel(), dtype=torch.float32, device=values.device)

@@ -81,6 +81,7 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, list[int]]]:
     The tensors must fill the file without gaps, each with the length that follows from its dtype and shape.
     """
     size = check_regular(path)
+    # the header's length in 8 bytes, then the header as JSON
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
@@ -91,6 +92,7 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, list[int]]]:
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     header.pop("__metadata__", None)
+    # each tensor: its length must follow from dtype and shape
     tensors, spans = {}, []
     for name, entry in header.items():
         try:
@@ -104,6 +106,7 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, list[int]]]:
             raise ValueError(f"tensor {name[:60]!r} of shape {shape} does not fit its {last - first} bytes")
         tensors[name] = (dtype, shape)
         spans.append((first, last))
+    # all tensors: their spans must tile the rest of the file
     end = 0
     for first, last in sorted(spans):
         if first != end:

@@ -82,7 +82,7 @@ def quantize(model: PreTrainedModel, compute: torch.dtype = torch.float32) -> No
         )
         if layer.bias is not None:
             new.bias = nn.Parameter(layer.bias.data, requires_grad=False)
-        # It would repack weights for a special kernel in sampling, with other numbers than in training.
+        # bitsandbytes would repack weights for a special kernel in sampling, with other numbers than in training.
         new.support_avx512bf16_for_cpu = False
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, new)

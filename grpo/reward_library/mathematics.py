@@ -45,13 +45,9 @@ def agrees(text: str, gold: str) -> bool:
 
 
 def math_reward(
-    completions: Sequence[Any],
-    answer: Sequence[Any],
-    *,
-    start: str = "<answer>",
-    end: str = "</answer>",
+    completions: Sequence[Any], answer: Sequence[Any], *, start: str = "<answer>", end: str = "</answer>",
     **columns: Any,
-) -> list[float | None]:
+) -> list[float | None]:  # fmt: skip
     """1.0 when Math-Verify finds the text between the last `start` and the next `end` equal to the gold, else 0.0.
 
     Without `start` 0.0; an empty `end` means up to the end of the text. What is not read as it stands is read as LaTeX

@@ -16,15 +16,9 @@ from grpo.rewards import completion_text
 
 
 def model_reward(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    *,
-    folder: str = "",
-    label: int = 0,
-    max_length: int | None = None,
-    batch_size: int = 8,
-    **columns: Any,
-) -> list[float]:
+    prompts: Sequence[Any], completions: Sequence[Any], *, folder: str = "", label: int = 0,
+    max_length: int | None = None, batch_size: int = 8, **columns: Any,
+) -> list[float]:  # fmt: skip
     """Logit `label` of the classifier in `folder`, for prompt and completion as one text.
 
     Texts longer than `max_length` tokens (null: the model's positions) lose their beginning. A conversation is the

@@ -51,15 +51,9 @@ def _text(completion: Any) -> str:
 
 
 def refusal_reward(
-    completions: Sequence[Any],
-    answer: Sequence[Any],
-    *,
-    refuse: float = 0.4,
-    options: int = 4,
-    marker: str = "?",
-    min_reasoning: int = 0,
-    **columns: Any,
-) -> list[float]:
+    completions: Sequence[Any], answer: Sequence[Any], *, refuse: float = 0.4, options: int = 4, marker: str = "?",
+    min_reasoning: int = 0, **columns: Any,
+) -> list[float]:  # fmt: skip
     """1.0 for the gold's letter, `refuse` for the refusal `marker`, 0.0 for another letter or anything else.
 
     The answer is what the one `<answer>…</answer>` of the text holds; two of them are no answer. A letter may be

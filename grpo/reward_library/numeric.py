@@ -126,13 +126,9 @@ def _scale(unit: str) -> int | None:
 
 
 def numeric_reward(
-    completions: Sequence[Any],
-    answer: Sequence[Any],
-    *,
-    start: str = "<answer>",
-    end: str = "</answer>",
+    completions: Sequence[Any], answer: Sequence[Any], *, start: str = "<answer>", end: str = "</answer>",
     **columns: Any,
-) -> list[float | None]:
+) -> list[float | None]:  # fmt: skip
     """1.0 when the text between the last `start` and the next `end` is a number equal to the gold, else 0.0.
 
     Without the marks 0.0; an empty `end` means up to the end of the text. None for a gold that is no number.

@@ -55,10 +55,7 @@ def _count(text: str) -> float:
 def reasoning_answer_total(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float]:
     """The sum of the five: at most 3.999."""
     parts = (
-        reasoning_correctness_reward(completions, answer),
-        int_reward(completions),
-        strict_xml_reward(completions),
-        soft_xml_reward(completions),
-        xml_count_reward(completions),
-    )
+        reasoning_correctness_reward(completions, answer), int_reward(completions), strict_xml_reward(completions),
+        soft_xml_reward(completions), xml_count_reward(completions),
+    )  # fmt: skip
     return [sum(scores) for scores in zip(*parts, strict=True)]

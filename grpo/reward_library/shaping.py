@@ -52,13 +52,9 @@ def _is_in_order(text: str, tags: list[str]) -> bool:
 
 
 def overlong_reward(
-    completions: Sequence[Any],
-    completion_ids: Sequence[Any],
-    *,
-    max_length: int = 256,
-    buffer: int = 64,
+    completions: Sequence[Any], completion_ids: Sequence[Any], *, max_length: int = 256, buffer: int = 64,
     **columns: Any,
-) -> list[float]:
+) -> list[float]:  # fmt: skip
     """0.0 up to max_length - buffer tokens, then falling evenly to -1.0 at max_length (DAPO, 2503.14476, eq. 13).
 
     >>> overlong_reward([""] * 3, [[0] * 192, [0] * 224, [0] * 256])

@@ -181,12 +181,12 @@ class Batch:
             self.ages += 1
             self.ages_on_device += 1
             steps += 1
-            # asked to stop: completions as they are
+            # a stop: completions are cut here
             if pulse():
                 drawn_tokens.flush()
                 finished(drawn_tokens.completions(np.arange(len(self.ages))))
                 return
-            # rows leave: when one is at its limit, or, looking at `done` now and then, when enough are finished
+            # rows leave when one has reached max_new, or when a read of `done` shows that enough are finished
             at_limit, have_left = int(self.ages.max()) == self.max_new, False
             if at_limit or steps % engine.read_done_steps == 0:
                 leaving = self.done.cpu().numpy() | (self.ages == self.max_new)
@@ -196,7 +196,7 @@ class Batch:
                     if not len(order) and not (self.cache.joins and self.queue.waiting):
                         return
                     token_ids = token_ids[torch.from_numpy(order).to(token_ids.device)]
-            # the next token of each row, and others may join where rows have left
+            # the next token of each row; other rows may join once some have left
             drawn = self._next(token_ids, have_left and self.cache.joins and bool(self.queue.waiting))
 
     def _next(self, token_ids: Tensor, may_join: bool) -> Draw:

@@ -20,8 +20,8 @@ from grpo.run.trackers import Tracker, check_trackers, load_trackers
 from grpo.runtime.distributed import World
 from grpo.training.metrics import Reduced
 from grpo.training.policy import Policy
-from grpo.training.scoring import Scored
 from grpo.training.rollout_metrics import rollout_metrics
+from grpo.training.scoring import Scored
 from grpo.types import Table
 
 ROLLOUT_METRICS = {  # measured in every step, but without meaning where nothing is sampled

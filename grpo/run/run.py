@@ -29,9 +29,9 @@ from grpo.runtime.heartbeat import Heartbeat, Watchdog
 from grpo.runtime.signals import StopRequest, write_exit
 from grpo.runtime.startup import OutputLock, check_folder_shared, check_ranks_agree
 from grpo.training import skipped_updates
-from grpo.training.special_micro_batches import broken_rows
 from grpo.training.metrics import Tally
 from grpo.training.policy import Policy
+from grpo.training.special_micro_batches import broken_rows
 from grpo.types import Completion, MicroBatch, Noticed, Prompt, Pulse
 
 SAVE_MARGIN = 1.5  # before the job is killed, a save starts only if this many times its last duration is left
@@ -190,7 +190,7 @@ class Run:
         changed = policy.changed_tensor() if every and step % every == 0 else None
         if changed is not None:
             warn(f"error: {self.heartbeat.where()}: {changed} is not what the last update left: a bit has flipped")
-        return self.stop.asked, changed is not None
+        return self.stop.received_at is not None, changed is not None
 
     def act_on_notices(self, notices: Noticed) -> None:
         """Leave the run if a rank's notice requires it, on every rank alike. Raises Corrupted or Preempted."""

@@ -18,11 +18,11 @@ from grpo.config.sft_section import own_settings
 from grpo.forward.precision import arithmetic
 from grpo.runtime.distributed import World
 from grpo.sft.packing import check_packing, collate_packs, pack
-from grpo.training.special_micro_batches import even_out
 from grpo.training.losses import row_weights
 from grpo.training.metrics import Tally, declare
 from grpo.training.minibatches import Minibatch, assign, cut_micro_batches
 from grpo.training.policy import Policy
+from grpo.training.special_micro_batches import even_out
 from grpo.types import MicroBatch, TrainRow
 
 declare(means=("sft/token_accuracy",))

@@ -23,7 +23,7 @@ from grpo.run.task import load_task
 from grpo.runtime.distributed import World
 from grpo.sft.policy import SftPolicy, sft_batches
 from grpo.sft.texts import load_texts, solutions_sha256
-from grpo.training.policy import load_policy, load_rollout_model
+from grpo.training.load_policy import load_policy, load_rollout_model
 from grpo.types import Notices
 
 

@@ -9,10 +9,10 @@ from grpo.forward.flat_rows import flatten
 from grpo.types import MicroBatch, TrainRow
 
 
-def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.device) -> MicroBatch:
+def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.device, flat: bool = True) -> MicroBatch:
     """Pad rows on the right into one micro-batch; the one place where predictions meet their targets.
 
-    Token t of a completion is predicted at position len(prompt) - 1 + t.
+    Token t of a completion is predicted at position len(prompt) - 1 + t. flat: also prepare the form without padding.
     """
     num_rows = len(rows)
     longest = max(len(row.prompt_ids) + len(row.token_ids) - 1 for row in rows)  # the last token predicts nothing
@@ -46,6 +46,6 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
         sampler_logprobs=to(logprobs),
         support=None if support is None else to(support),
         weights=to(token_weights),
-        flat=flatten(input_ids, positions, lengths.clip(min=1), device),
+        flat=flatten(input_ids, positions, lengths.clip(min=1), device) if flat else None,
         kept=to(np.flatnonzero(trained)),
     )

@@ -132,6 +132,6 @@ def deliver(
                 )
                 for n in micro
             ]
-            mine.append(collate(train_rows, weight_of, world.device))
+            mine.append(collate(train_rows, weight_of, world.device, flat=minibatch.shares_prompts))
         batches.append(even_out(mine, minibatch, num_trained, even_block, world, support) if even_block else mine)
     return batches

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grpo.config.settings import Config
-from grpo.forward.flat_rows import common_prefix
+from grpo.training.shared_prompt_batches import plan_shared_prompts
 from grpo.types import Prompt
 
 
@@ -22,6 +22,7 @@ class Minibatch:
     rows: tuple[int, ...]  # all of them: the denominators count these
     micro_batches: tuple[tuple[int, ...], ...]  # the rows that carry gradient
     owners: tuple[int, ...]  # the rank of each micro-batch
+    shares_prompts: bool = True  # rows are computed without padding, a prompt once for its group
 
     def of_rank(self, rank: int) -> list[tuple[int, ...]]:
         """The micro-batches of one rank."""
@@ -51,34 +52,6 @@ def cut_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: i
             micro_batches.append(tuple(current))
             current = []
         current.append(row)
-    return [*micro_batches, tuple(current)] if current else micro_batches
-
-
-def cut_shared_prompts(
-    rows: Sequence[int], prompts: Sequence[int], lengths: Sequence[int], group: int, max_tokens: int, header: int = 0
-) -> list[tuple[int, ...]]:
-    """Pack rows of whole groups, longest first, so that prompts and completions together stay within the budget.
-
-    prompts, lengths: tokens of each row's prompt and completion; a prompt counts once for all rows of its group, row
-    n being of group n // group, and the `header` that all prompts begin with once a micro-batch. One row at least.
-
-    >>> cut_shared_prompts([0, 1, 2, 3], prompts=[5, 5, 5, 5], lengths=[4, 3, 9, 2], group=2, max_tokens=16)
-    [(2, 3), (0, 1)]
-    """
-    longest: dict[int, int] = {}
-    for n in rows:
-        longest[n // group] = max(longest.get(n // group, 0), prompts[n] + lengths[n])
-    micro_batches: list[tuple[int, ...]] = []
-    current: list[int] = []
-    used = header
-    own = [tokens - header for tokens in prompts]
-    for n in sorted(rows, key=lambda n: (-longest[n // group], n // group, -lengths[n], n)):
-        shared = bool(current) and current[-1] // group == n // group
-        if current and used + lengths[n] + (0 if shared else own[n]) > max_tokens:
-            micro_batches.append(tuple(current))
-            current, used, shared = [], header, False
-        used += lengths[n] + (0 if shared else own[n])
-        current.append(n)
     return [*micro_batches, tuple(current)] if current else micro_batches
 
 
@@ -112,29 +85,20 @@ def make_plan(
     prompts once a group; else padded, each with its own prompt.
     """
     group = cfg.num_generations
-    asked = [len(prompts[n // group].token_ids) for n in range(len(lengths))]
-    said = lengths.tolist()
-    header = common_prefix([prompt.token_ids for prompt in prompts]) if shares else 0
-    trained_tokens = lengths if num_trained is None else num_trained
-    total = [prompt + int(length) for prompt, length in zip(asked, said, strict=True)]
-    carries = [
-        bool(count > 0 and (cfg.beta > 0 or gain != 0)) for count, gain in zip(trained_tokens, advantages, strict=True)
-    ]
+    lengths_of, prompts_of = lengths.tolist(), [prompt.token_ids for prompt in prompts]
+    row_tokens = [len(prompts_of[n // group]) + length for n, length in enumerate(lengths_of)]
+    counts = lengths if num_trained is None else num_trained
+    carries = [bool(count > 0 and (cfg.beta > 0 or gain != 0)) for count, gain in zip(counts, advantages, strict=True)]
     plan = []
     for groups in split_evenly(len(prompts), cfg.num_minibatches):
         rows = range(groups.start * group, groups.stop * group)
-        trained = [n for n in rows if carries[n]]
+        computed = [n for n in rows if carries[n]]
         if shares:
-            micro_batches = cut_shared_prompts(trained, asked, said, group, cfg.micro_batch_tokens, header)
-            asked_once = [{n // group: asked[n] - header for n in micro} for micro in micro_batches]
-            costs = [
-                header + sum(once.values()) + sum(said[n] for n in micro)
-                for once, micro in zip(asked_once, micro_batches, strict=True)
-            ]
+            micro_batches, costs = plan_shared_prompts(computed, prompts_of, lengths_of, group, cfg.micro_batch_tokens)
         else:
-            micro_batches = cut_micro_batches(trained, total, cfg.micro_batch_tokens)
-            costs = [len(micro) * total[micro[0]] for micro in micro_batches]
-        plan.append(Minibatch(tuple(rows), tuple(micro_batches), tuple(assign(costs, world_size))))
+            micro_batches = cut_micro_batches(computed, row_tokens, cfg.micro_batch_tokens)
+            costs = [len(micro) * row_tokens[micro[0]] for micro in micro_batches]
+        plan.append(Minibatch(tuple(rows), tuple(micro_batches), tuple(assign(costs, world_size)), shares))
     return plan
 
 

@@ -5,12 +5,15 @@ commit 3865586 itself measured in steps 4 and 5 and answered from the checkpoint
 know count as their defaults.
 """
 
+import hashlib
+import inspect
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+import reward_func
 from tests.support.launcher import metrics_of, run_script
 
 KEPT = Path(__file__).with_name("written_by_3865586")
@@ -61,3 +64,10 @@ def test_it_answers_the_same(folder, temperature):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["answer"] == EXPECTED["answers"][temperature]
+
+
+@pytest.mark.parametrize("name", EXPECTED["reward_sources"])
+def test_the_text_of_reward_functions_is_the_same(name):
+    """It is part of a run's fingerprint: a reformatted function would keep every older run that uses it from resuming."""
+    source = inspect.getsource(getattr(reward_func, name))
+    assert hashlib.sha256(source.encode()).hexdigest()[:16] == EXPECTED["reward_sources"][name]

@@ -30,7 +30,8 @@ from grpo.rollout import Request
 from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import Sampling
 from grpo.runtime.distributed import World
-from grpo.training.policy import Policy, load_policy, load_trained
+from grpo.training.load_policy import load_policy, load_trained
+from grpo.training.policy import Policy
 from tests.support.launcher import run_script
 from tests.support.tiny import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
 
@@ -400,8 +401,8 @@ REFUSED = {
     "not finite": (tensors_with(lambda t: {n: v / 0 for n, v in t.items()}), "NaN or Inf"),
     "a tensor missing": (tensors_with(lambda t: dict(list(t.items())[1:])), "does not fit"),
     "another shape": (tensors_with(lambda t: {n: v[:, :-1].contiguous() for n, v in t.items()}), "does not fit"),
-    "a vector": (tensors_with(lambda t: {n: v[0].contiguous() for n, v in t.items()}), "no matrix of plain LoRA"),
-    "other names": (tensors_with(lambda t: {f"x.{n}": v for n, v in t.items()}), "no matrix of plain LoRA"),
+    "a vector": (tensors_with(lambda t: {n: v[0].contiguous() for n, v in t.items()}), "not a matrix of plain LoRA"),
+    "other names": (tensors_with(lambda t: {f"x.{n}": v for n, v in t.items()}), "not a matrix of plain LoRA"),
     "pickle": (pickled, "adapter_model.bin"),
     "another rank": (config_with(r=3), "does not fit"),
     "rank of the wrong type": (config_with(r="8"), "r is"),

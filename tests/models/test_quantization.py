@@ -18,7 +18,8 @@ from grpo.models import quantization
 from grpo.models.checks import load_model
 from grpo.runtime.distributed import World
 from grpo.training.backends.ddp import Ddp
-from grpo.training.policy import Policy, load_policy
+from grpo.training.load_policy import load_policy
+from grpo.training.policy import Policy
 from tests.models.test_lora import shaken
 from tests.support.tiny import save_tiny, tiny_model, tiny_tokenizer
 

@@ -17,7 +17,8 @@ from grpo.plan.command import GB, advise, main
 from grpo.plan.memory import estimate, estimate_for, layer_bytes
 from grpo.plan.model_size import model_size, model_states
 from grpo.runtime.distributed import World
-from grpo.training.policy import Policy, load_policy
+from grpo.training.load_policy import load_policy
+from grpo.training.policy import Policy
 from tests.models.test_lora import shaken
 from tests.plan.test_plan import ZERO3, arguments, folder, large_config, row  # noqa: F401
 from tests.support.tiny import save_tiny, tiny_config, tiny_model

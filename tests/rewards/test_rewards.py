@@ -17,8 +17,8 @@ from grpo.rewards import Failure, RewardInput
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import InProcess, open_rewards
 from grpo.rewards.protocol import Splitter, cut, dump, frame, load
-from grpo.training.scoring import FAILED, LATE, Scoring, check_failures, combine
 from grpo.training.rollout_metrics import rollout_metrics
+from grpo.training.scoring import FAILED, LATE, Scoring, check_failures, combine
 from grpo.types import FACTS, Completion, Prompt, Table
 from tests.support.asking_rewards import answers_of
 from tests.support.tiny import tiny_tokenizer

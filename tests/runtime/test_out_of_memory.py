@@ -8,8 +8,8 @@ from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import Sampling
 from grpo.runtime.distributed import World
 from grpo.runtime.out_of_memory import OutOfMemory, ran_out
-from grpo.training.special_micro_batches import halves
 from grpo.training.metrics import Tally
+from grpo.training.special_micro_batches import halves
 from tests.forward.test_logprobs import micro_batch
 from tests.support.rank_jobs import config, injected_step, make_policy
 from tests.support.tiny import tiny_model

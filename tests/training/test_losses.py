@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from grpo.config.command_line import load_config
 from grpo.config.settings import Config
 from grpo.errors import UserError
 from grpo.runtime.distributed import World
+from grpo.training import backends
 from grpo.training.exchange import Payload, deliver, payload_of
 from grpo.training.losses import SURROGATES, WEIGHTINGS, LossInputs, policy_loss
 from grpo.training.metrics import MEANS, Tally
@@ -40,6 +42,13 @@ def own(tmp_path, body):
 
 
 # --- tables and names
+
+
+def test_each_backend_is_a_file_of_its_name():
+    """`single` is data parallel on one process."""
+    allowed = set(typing.get_args(typing.get_type_hints(Config)["backend"])) - {"single"}
+    files = {path.stem: path.read_text(encoding="utf-8") for path in Path(backends.__file__).parent.glob("*.py")}
+    assert {name for name, text in files.items() if "\ndef open_backend(" in text} == allowed
 
 
 def test_every_allowed_weighting_has_its_entry():

@@ -3,10 +3,13 @@
 The gradient contract, one sentence, tested on every backend: the loss passed to `backward` is already
 divided by the global denominator, and the optimizer steps on the *sum* of gradients over ranks.
 
-`replicated` keeps whole weights on every rank: a single process, or data parallel. `zero` hands them to
-DeepSpeed's ZeRO. Another backend is another file with the same methods, and a line in `load_backend`.
+ddp.py keeps whole weights on every rank: a single process, or data parallel. deepspeed.py hands them to DeepSpeed's
+ZeRO. A new backend NAME is one file, NAME.py in this folder, and its name among the values of `backend` in
+grpo/config/settings.py. The file holds a class with the methods of `Backend` below and a function
+open_backend(cfg, world, scorer) that returns one; it is imported only when it is asked for.
 """
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -76,10 +79,5 @@ def load_backend(cfg: Config, world: World, scorer: Scorer) -> Backend:
     """The backend that the config asks for."""
     if cfg.backend == "single" and world.size > 1:
         raise UserError(f"backend: single is for one process, got {world.size}. Use ddp or deepspeed.")
-    if cfg.backend == "deepspeed":
-        from grpo.training.backends.deepspeed import DeepSpeed
-
-        return DeepSpeed(scorer, cfg, world)
-    from grpo.training.backends.ddp import Ddp
-
-    return Ddp(scorer, cfg, world)
+    name = "ddp" if cfg.backend == "single" else cfg.backend
+    return importlib.import_module(f"{__name__}.{name}").open_backend(cfg, world, scorer)

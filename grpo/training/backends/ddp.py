@@ -21,6 +21,11 @@ from grpo.training.backends.gradient_sums import BucketSum, FixedPointSum
 from grpo.types import MicroBatch
 
 
+def open_backend(cfg: Config, world: World, scorer: Scorer) -> "Ddp":
+    """See grpo/training/backends/__init__.py."""
+    return Ddp(scorer, cfg, world)
+
+
 class Ddp:
     """AdamW on whole fp32 weights."""
 

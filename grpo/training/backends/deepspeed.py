@@ -120,6 +120,11 @@ def _import(world: World) -> Any:
     return deepspeed
 
 
+def open_backend(cfg: Config, world: World, scorer: Scorer) -> "DeepSpeed":
+    """See grpo/training/backends/__init__.py."""
+    return DeepSpeed(scorer, cfg, world)
+
+
 class DeepSpeed:
     """AdamW behind a DeepSpeed engine."""
 

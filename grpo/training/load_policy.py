@@ -1,0 +1,46 @@
+"""The policy of a run, on the model it starts from or on a checkpoint's; and the model that our engine samples with."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from grpo.config.settings import Config, shards_weights
+from grpo.errors import UserError
+from grpo.models.checks import load_model
+from grpo.models.offload import check_device
+from grpo.runtime.distributed import World
+from grpo.training.policy import Policy
+
+
+def load_policy(cfg: Config, world: World, checkpoint: Path | None = None, kind: type[Policy] = Policy) -> Policy:
+    """Load the model, or a checkpoint's; and the frozen start as reference when beta > 0. Raises UserError."""
+    assert cfg.model is not None
+    check_device(cfg, world.device)
+    if cfg.lora_dropout and kind is Policy:
+        raise UserError(
+            f"lora_dropout: must be 0 in GRPO, got {cfg.lora_dropout:g}: what is trained must be the distribution that "
+            "was sampled. Set it in the sft section alone."
+        )
+    reference = None
+    if cfg.beta > 0 and not cfg.lora_r:
+        reference = load_model(cfg.model, torch.device("cpu") if cfg.reference_offload else world.device)
+    return kind(cfg, world, load_trained(cfg, world.device, checkpoint), reference)
+
+
+def load_trained(cfg: Config, device: torch.device, checkpoint: Path | None = None) -> PreTrainedModel:
+    """The model to be trained, or a checkpoint's, with its adapter where there is one. Raises UserError."""
+    assert cfg.model is not None
+    if cfg.lora_r:
+        from grpo.models.lora import load_lora  # late: peft takes seconds
+
+        return load_lora(cfg, device, checkpoint)
+    return load_model(str(checkpoint or cfg.model), device)
+
+
+def load_rollout_model(policy: Policy) -> PreTrainedModel:
+    """The module that our own engine samples with: the policy's own, or a whole copy where its weights are sharded."""
+    if not shards_weights(policy.cfg):
+        return policy.model
+    # requires_grad stays on, though no gradient is ever taken: autocast keeps its bf16 casts of such weights only.
+    return load_trained(policy.cfg, policy.world.device)
