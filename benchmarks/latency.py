@@ -135,7 +135,7 @@ class Latency:
             self.nested = False
 
     def end_step(self) -> None:
-        """DrawnTokens a step and go on to the next mode; all ranks do so after the same step."""
+        """Record a step and go on to the next mode; all ranks do so after the same step."""
         import torch.distributed as dist
 
         now = time.perf_counter()

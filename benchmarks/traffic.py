@@ -126,7 +126,7 @@ class Traffic:
         return wrapped
 
     def end_step(self) -> None:
-        """DrawnTokens a step."""
+        """Record a step."""
         line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
         wire = int(line.split(":")[1].split()[8])  # bytes sent
         self.steps.append({"wire": (wire - self.wire) / int(os.environ["WORLD_SIZE"]), "calls": dict(self.calls)})

@@ -19,6 +19,7 @@ from rich.text import Text
 from grpo.config.settings import Config
 from grpo.rewards import completion_text
 from grpo.run.languages import label
+from grpo.run.trackers.jsonl import open_after
 from grpo.training.scoring import Scored, combine
 
 NUM_SHOWN = 4  # completions in the Markdown text and in the table
@@ -71,12 +72,7 @@ class RolloutFile:
 
     def __init__(self, folder: Path, rank: int, done: int):
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"rollouts-rank{rank}.jsonl"
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            valid = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
-            path.write_text("".join(valid), encoding="utf-8")
-        self.file = path.open("a", encoding="utf-8")
+        self.file = open_after(folder / f"rollouts-rank{rank}.jsonl", done)
 
     def write(self, rollouts: Sequence[Rollout]) -> None:
         """Write one line per rollout."""

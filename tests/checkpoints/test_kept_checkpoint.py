@@ -68,6 +68,6 @@ def test_it_answers_the_same(folder, temperature):
 
 @pytest.mark.parametrize("name", EXPECTED["reward_sources"])
 def test_the_text_of_reward_functions_is_the_same(name):
-    """It is part of a run's fingerprint: a reformatted function would keep every older run that uses it from resuming."""
+    """It is part of a run's fingerprint: older runs that use a function could not resume after it was reformatted."""
     source = inspect.getsource(getattr(reward_func, name))
     assert hashlib.sha256(source.encode()).hexdigest()[:16] == EXPECTED["reward_sources"][name]

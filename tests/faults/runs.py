@@ -113,8 +113,8 @@ class Run:
     def ended_with(self, job: Job, code: int, timeout: float = 60.0) -> list[str]:
         """Wait for the end; what is wrong with its code, empty when nothing is.
 
-        exit.json and the ranks must have that code, except a rank that gets the launcher's SIGTERM while its interpreter
-        shuts down: no handler runs then.
+        exit.json and the ranks must have that code, except a rank that gets the launcher's SIGTERM while its
+        interpreter shuts down: no handler runs then.
         """
         codes = job.wait(timeout)
         note = self.exit_note() if (self.output / "exit.json").exists() else {"code": None, "reason": "no exit.json"}

@@ -1,7 +1,7 @@
 """The way from a question to an optimizer step fits into an evening: ARCHITECTURE.md prints it, this adds it up.
 
-One step is traced with the fast paths off. The model is a Gemma 2, whose capped attention scores and logits no fast path
-computes: prompts are not shared, rows are padded, the head is the model's own.
+One step is traced with the fast paths off. The model is a Gemma 2: no fast path computes its capped attention
+scores and logits, so prompts are not shared, rows are padded, and the head is the model's own.
 """
 
 import ast

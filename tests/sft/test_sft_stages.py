@@ -18,20 +18,19 @@ import os, signal
 import grpo.run.log
 plain = grpo.run.log.RunLog.log_sft_step
 def log(self, step, *rest):
-    told = plain(self, step, *rest)
+    plain(self, step, *rest)
     if step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-    return told
 grpo.run.log.RunLog.log_sft_step = log
 """
 START = """
 import sys
 sys.path.insert(0, {project!r})
 {patch}
-import grpo.sft
 from grpo.config.command_line import load_sft_config
 from grpo.run.launch import run_main
-sys.exit(run_main(grpo.sft.train.train_sft, load_sft_config, sys.argv[1:]))
+from grpo.sft.train import train_sft
+sys.exit(run_main(train_sft, load_sft_config, sys.argv[1:]))
 """
 
 
@@ -127,8 +126,8 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_can_be_looked_at(tmp_pat
     command = [sys.executable, "-m", "grpo.replay", str(tmp_path / "out" / "anomalies" / "step_3")]
     again = subprocess.run(command, cwd=PROJECT, env=environment(), capture_output=True, text=True, timeout=200)
     assert again.returncode == 1 and "loss recorded nan, replayed" in again.stdout, again.stderr[-2000:]
-    told = float(again.stdout.split("replayed ")[1].split()[0])
-    assert 0 < told < 6
+    replayed = float(again.stdout.split("replayed ")[1].split()[0])
+    assert 0 < replayed < 6
 
 
 def both_stages(task, folder, nproc):

@@ -2,18 +2,23 @@
 
 import json
 from pathlib import Path
+from typing import TextIO
+
+
+def open_after(path: Path, done: int) -> TextIO:
+    """A file of JSON lines, opened to append. Lines of steps after `done` and a cut last line are dropped first."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        valid = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+        path.write_text("".join(valid), encoding="utf-8")
+    return path.open("a", encoding="utf-8")
 
 
 class JsonLines:
     """Appends to runs/<name>/metrics.jsonl. A resumed run first drops lines of steps after `done`."""
 
     def __init__(self, folder: Path, done: int):
-        self.path = folder / "metrics.jsonl"
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            valid = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
-            self.path.write_text("".join(valid), encoding="utf-8")
-        self.file = self.path.open("a", encoding="utf-8")
+        self.file = open_after(folder / "metrics.jsonl", done)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
