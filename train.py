@@ -1,4 +1,4 @@
-"""GRPO, one step after the other.
+"""Train a model with GRPO.
 
     torchrun --standalone --nproc_per_node=2 train.py [--config file.yaml] [--key value ...]
 
@@ -13,7 +13,7 @@ from functools import partial
 from grpo.config.command_line import load_config, refuse_bad_settings
 
 if __name__ == "__main__":
-    refuse_bad_settings(sys.argv[1:])  # before the seconds that the imports below take
+    refuse_bad_settings(sys.argv[1:])  # before the imports below, which take seconds
 
 from grpo.checkpoints.resume import restore
 from grpo.config.settings import Config, prompts_per_step, total_steps, updates_per_step
@@ -35,11 +35,11 @@ from grpo.training.surrogate import load_surrogate
 
 
 def train(cfg: Config, world: World) -> None:
-    """Assemble the parts, then one loop. P prompts a step, G completions of each, N = P*G rows."""
+    """Assemble the parts, then run one loop: P prompts a step, G completions of each, N = P*G rows."""
     run = Run(cfg, world)
     _, surrogate_source = load_surrogate(cfg)  # checked on a tiny batch before anything large is loaded
     task = load_task(cfg)  # tokenizer, recipe, questions, held-out questions
-    rewards = open_rewards(cfg, warn if world.is_main else lambda _: None)  # in workers of their own
+    rewards = open_rewards(cfg, warn if world.is_main else lambda _: None)  # in worker processes
     run.identify(task.questions, rewards.rewards, task.tokenizer, surrogate_source=surrogate_source)
     resumed = run.resume_point()  # a checkpoint folder, or None
     policy = load_policy(cfg, world, resumed)  # the trained model, its optimizer, its reference
@@ -69,17 +69,17 @@ def train(cfg: Config, world: World) -> None:
             with tally.phase("rollout"):
                 prompts = task.questions.prompts(step, P)
                 engine.load_weights(policy.weights())
-                scoring = Scoring(cfg, rewards, prompts, task.tokenizer, warn, run.pulse)  # while rows are sampled
-                completions = rollout(engine, prompts, step * P, cfg, world, scoring.pulse, scoring.take)  # our share
+                scoring = Scoring(cfg, rewards, prompts, task.tokenizer, warn, run.pulse)  # scores during the rollout
+                completions = rollout(engine, prompts, step * P, cfg, world, scoring.pulse, scoring.take)  # this rank's
                 tally.add("guards/oom_rollout", engine.fitting.halvings)
 
             with tally.phase("reward"):
-                scored = scoring.finish(completions)  # waits for the scores that are missing
+                scored = scoring.finish(completions)  # waits for the missing scores
 
             with tally.phase("exchange"):
-                notices = run.notices(policy, step)  # of this rank: asked to stop, memory that failed
+                notices = run.notices(policy, step)  # of this rank: a stop signal, changed memory
                 table = gather(world, cfg, rewards.rewards, scored, notices)  # [N], the same on every rank
-                run.act_on_notices(table)  # leaves from here when there is reason to
+                run.act_on_notices(table.notices)  # may end the run, on all ranks
                 advantages = advantages_of(table, cfg)  # [N], over whole groups
                 plan = make_plan(
                     cfg, prompts, table.lengths, advantages, world.size, policy.scorer.shares_prompts, table.num_trained

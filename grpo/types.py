@@ -1,25 +1,25 @@
-"""The nouns that travel between the parts. Frozen: changing one means making another."""
+"""The data that travels between the parts of a step. Frozen, but for the counters: a change makes a new object."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-Pulse = Callable[[], bool]  # called for each piece of work done; True: it should be the last, the run was asked to stop
+Pulse = Callable[[], bool]  # called after each piece of work; True: end soon, the run got a stop signal
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question, ready to be asked."""
+    """One question, rendered and tokenized."""
 
     data_row: int  # its index in the data, after filtering
-    text: str  # exactly what the model reads
+    text: str  # exactly what the model gets, before tokenization
     token_ids: tuple[int, ...]
-    columns: dict[str, Any]  # the data row, as rewards see it; `answer` holds the gold answer
+    columns: dict[str, Any]  # the data row, as rewards get it; `answer` holds the gold answer
     messages: list[dict[str, str]] | None = None  # the conversation behind `text`, where there is one
-    reference: Any = None  # the answer column's cell as the data has it; `answer` above may be a part of it
+    reference: Any = None  # the answer column's cell in the data; columns["answer"] may be a part of it
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Completion:
     token_ids: np.ndarray  # [C] int32, the EOS included when it was sampled
     sampler_logprobs: np.ndarray  # [C] float32, log-prob of each token under the sampling distribution
     finish: str  # "stop" (an EOS was sampled), "length" (cut at the limit), "error" (non-finite logits)
-    support: np.ndarray | None = None  # [C, K] int32, ids that truncation kept at each token, -1 padded
+    support: np.ndarray | None = None  # [C, K] int32, ids that each token was drawn from, -1 padded; None: all ids
     clamped: int = 0  # logits that the clamp moved, summed over the tokens
-    trained: np.ndarray = None  # type: ignore[assignment]  # [C] bool, tokens that carry loss; not given: all of them
+    trained: np.ndarray = None  # type: ignore[assignment]  # [C] bool, tokens that carry loss; None: all
 
     def __post_init__(self) -> None:
         _fill_trained(self)
 
 
 def _fill_trained(row: Any) -> None:
-    """Every token of a completion was sampled and carries loss, unless something says otherwise."""
+    """Replace `trained` by all True where it was not given."""
     if row.trained is None:
         object.__setattr__(row, "trained", np.ones(len(row.token_ids), bool))
     assert row.trained.shape == (len(row.token_ids),) and row.trained.dtype == bool
@@ -48,40 +48,34 @@ def _fill_trained(row: Any) -> None:
 FACTS = ("length", "trained", "stopped", "broken", "clamped", "logprob_sum", "failures", "rank")
 
 
-class Noticed:
-    """What all ranks have to tell each other before an update."""
+@dataclass(frozen=True)
+class Notices:
+    """What every rank reports to all ranks before an update."""
 
-    notices: np.ndarray  # [W, 2]: asked to stop, weights changed
+    by_rank: np.ndarray  # [W, 2], not 0: it got a stop signal; its weights or optimizer state changed by themselves
 
     @property
-    def asked_to_stop(self) -> bool:
-        """Whether any rank was asked to stop: the step's rollouts may be incomplete."""
-        return bool(self.notices[:, 0].any())
+    def stop_requested(self) -> bool:
+        """Whether any rank got a stop signal: the step's rollouts may be incomplete."""
+        return bool(self.by_rank[:, 0].any())
 
     @property
     def corrupted_ranks(self) -> list[int]:
         """Ranks whose weights or optimizer state are not what their last update left."""
-        return np.flatnonzero(self.notices[:, 1]).tolist()
+        return np.flatnonzero(self.by_rank[:, 1]).tolist()
 
 
 @dataclass(frozen=True)
-class Notices(Noticed):
-    """Notices alone, of a step without rollouts."""
+class Table:
+    """One row per completion of the step, the same on every rank; N = P*G rows, K reward functions."""
 
-    notices: np.ndarray  # [W, 2]
-
-
-@dataclass(frozen=True)
-class Table(Noticed):
-    """One row per completion of the step; column k of `scores` belongs to the k-th reward function."""
-
-    names: list[str]
+    names: list[str]  # [K] of the reward functions
     scores: np.ndarray  # [N, K] float64, NaN where a function does not apply
     rewards: np.ndarray  # [N] weighted sums, NaN where none applies
     facts: dict[str, np.ndarray]  # [N] each, see FACTS
     num_generations: int
-    notices: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))  # [W, 2]: asked to stop, weights changed
-    faults: np.ndarray = None  # type: ignore[assignment]  # [N, K] why a function gave no score; not given: all did
+    notices: Notices = Notices(np.zeros((0, 2)))
+    faults: np.ndarray = None  # type: ignore[assignment]  # [N, K] 0, FAILED or LATE (training/scoring.py); None: all 0
 
     def __post_init__(self) -> None:
         if self.faults is None:
@@ -89,12 +83,12 @@ class Table(Noticed):
 
     @property
     def lengths(self) -> np.ndarray:
-        """[N] tokens of each completion: what memory and time depend on."""
+        """[N] tokens of each completion, on which memory and time depend."""
         return self.facts["length"].astype(np.int64)
 
     @property
     def num_trained(self) -> np.ndarray:
-        """[N] tokens of each completion that carry loss: what the denominators count."""
+        """[N] tokens of each completion that carry loss; the denominators count these."""
         return self.facts["trained"].astype(np.int64)
 
     @property
@@ -109,15 +103,15 @@ class Table(Noticed):
 
     @property
     def any_broken(self) -> bool:
-        """Whether any row met logits that were not finite: its step must not be trained on."""
+        """Whether logits of any row were not finite: the step must not be trained on."""
         return bool(self.facts["broken"].any())
 
 
 @dataclass(frozen=True)
 class TrainRow:
-    """One row as the update needs it: a prompt, a completion, its advantage."""
+    """One row of the update: a prompt, a completion, its advantage."""
 
-    row: int
+    row: int  # n = p*G + g of the step
     prompt_ids: tuple[int, ...]
     token_ids: np.ndarray  # [C] int32
     sampler_logprobs: np.ndarray  # [C] float32
@@ -140,9 +134,9 @@ class Flat:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B rows of one backward, padded on the right to their own longest. [B, T] is aligned to targets."""
+    """B rows of one backward, padded on the right to the longest of them. [B, T]: column t is completion token t."""
 
-    rows: tuple[int, ...]  # [B] n of each
+    rows: tuple[int, ...]  # [B] row n of each
     input_ids: torch.Tensor  # [B, L] int64, prompt + completion, without the last token
     positions: torch.Tensor  # [B, T] int64, where in L the token is predicted
     target_ids: torch.Tensor  # [B, T] int64
@@ -151,13 +145,13 @@ class MicroBatch:
     advantages: torch.Tensor  # [B] float32
     sampler_logprobs: torch.Tensor  # [B, T] float32, 0 beyond a completion's length
     support: torch.Tensor | None = None  # [B, T, K] int64, -1 padded
-    old_logprobs: torch.Tensor | None = None  # [B, T]; None: the bare ones, detached
+    old_logprobs: torch.Tensor | None = None  # [B, T]; None: those of the update's own forward, detached
     ref_logprobs: torch.Tensor | None = None  # [B, T]; None: no KL
     weights: torch.Tensor | None = None  # [B, T] loss weights, divided by the global denominator
     position_ids: torch.Tensor | None = None  # [B, L] int64, from 0 in each of the texts that share a row; None: 0 to L
-    flat: Flat | None = None  # the same rows without padding; None: made when it is needed
-    kept: torch.Tensor | None = None  # [M] int64, places of trained tokens in [B T]; None: found when needed
-    head_blocks: int = 1  # blocks of the head to run at least; backends that shard weights need ranks to agree
+    flat: Flat | None = None  # the same rows without padding; None: computed when needed
+    trained_index: torch.Tensor | None = None  # [M] int64, where `trained` is True in [B*T]; None: computed when needed
+    head_blocks: int = 1  # blocks of the head to run at least; equal on all ranks where each is a collective
 
     def __post_init__(self) -> None:
         num_rows, width = self.target_ids.shape
@@ -168,7 +162,7 @@ class MicroBatch:
 
 @dataclass
 class Counters:
-    """What the trainer remembers beside weights and optimizer state; saved in every checkpoint."""
+    """State of training beside weights and optimizer state; saved in every checkpoint."""
 
     step: int = 0  # steps finished
     updates: int = 0  # optimizer steps taken: the clock of the learning-rate schedule

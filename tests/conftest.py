@@ -23,4 +23,6 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads():
-    torch.set_num_threads(1)  # for models this small a second thread costs more than it gives, on a busy machine far more
+    torch.set_num_threads(
+        1
+    )  # for models this small a second thread costs more than it gives, on a busy machine far more

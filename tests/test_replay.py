@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from grpo.replay import main
-from tests.support.launcher import patched_train, run_script
+from tests.support.launcher import fork_script, patched_train
 from tests.support.tiny import save_tiny
 
 # On rank 1 alone, after the rollout of step 2: a weight becomes infinite, or huge; checks for flipped bits are off.
@@ -30,7 +30,7 @@ def anomaly(tmp_path_factory):
     """Three steps on two ranks, the second skipped."""
     folder = tmp_path_factory.mktemp("anomaly")
     save_tiny(folder / "model", spread=1.0)
-    done = run_script(
+    done = fork_script(
         patched_train(folder, POISON),
         "--config",
         "configs/demo.yaml",

@@ -1,8 +1,8 @@
 """What the settings' docstrings say, for `--help`, docs/configuration.md and error lines."""
 
-import ast
 import dataclasses
-import inspect
+
+import docstring_parser
 
 from grpo.config.settings import Config
 
@@ -13,12 +13,8 @@ def field_docs(settings: type = Config) -> dict[str, str]:
     >>> field_docs()["lr"]
     'Peak learning rate.'
     """
-    body = ast.parse(inspect.getsource(settings)).body[0].body  # type: ignore[attr-defined]
-    docs = {}
-    for before, after in zip(body, body[1:], strict=False):
-        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            docs[before.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
-    return docs
+    described = docstring_parser.parse_from_object(settings).params
+    return {field.arg_name: " ".join((field.description or "").split()) for field in described}
 
 
 def markdown_table() -> str:

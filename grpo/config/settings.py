@@ -1,7 +1,7 @@
-"""Every setting: its meaning, its default. command_line.py reads them, config_checks.py checks them.
+"""Every setting: its meaning, its default. command_line.py reads them, checks.py checks them.
 
-`Config` is frozen; derived numbers are functions of it, never fields. Under each field: meaning, unit,
-allowed range (this is `--help`, and the table in docs/configuration.md, which a test compares).
+`Config` is frozen; derived numbers are functions of it, never fields. The docstring under each field gives its meaning,
+unit and allowed range: the text of `--help` and of the table in docs/configuration.md, which a test compares.
 """
 
 import math
@@ -34,55 +34,55 @@ class Config:
     answer_column: str | None = "answer"
     """Column with the gold answer, shown to rewards as `answer`. null: the task has none."""
     answer_format: Literal["text", "hash", "letter", "number", "json"] = "text"
-    """text: as it is. hash: after the last ####. letter: A to D. number: rows without are dropped. json: an object."""
+    """text: the cell. hash: after the last ####. letter: A to D. number: rows without are dropped. json: an object."""
     column_names: dict[str, str] = field(default_factory=dict)
-    """New names for columns: {Option A: option_a}; in data and eval_data, where they are not called so already."""
+    """New names for columns of data and eval_data: {Option A: option_a}; a file with the new name stays as it is."""
     id_column: str | None = None
     """Column whose cells must all be different, such as ID; null: not checked."""
     strip_cells: bool = False
-    """Take white space off both ends of what goes into prompt_template."""
+    """Strip white space from both ends of the cells that go into prompt_template."""
     data_rows: int = 0
-    """Questions to use, from the first on, after the length filters; 0: all."""
+    """Use only the first so many questions, after the length filters; 0: all."""
     eval_data: str | None = None
     """Held-out questions, evaluated greedily before and after training; same forms as data."""
     eval_split: str = "test"
     """Split of eval_data."""
     eval_rows: int = 0
-    """Held-out questions to use, from the first on; 0: all."""
+    """Use only the first so many held-out questions; 0: all."""
     eval_steps: int = 0
-    """Also evaluate every so many steps; 0: only before and after."""
+    """Also evaluate every so many steps; 0: only before and after training."""
     eval_split_size: float = 0.0
-    """Hold this part of data out instead of eval_data: a share below 1, or a number of rows; 0: nothing."""
+    """Hold out a part of data in place of eval_data: a share below 1, or a number of rows; 0: nothing."""
 
     # --- how a question is put
     system_prompt: str | None = None
-    """System message; without a chat template it stands before the question."""
+    """System message; without a chat template it comes before the question."""
     prompt_template: str = "{question}"
     """Text of the user's turn; {name} stands for a column, {question} for the question."""
     chat_template: bool | None = None
-    """Render through the tokenizer's chat template; null: if it has one."""
+    """Use the tokenizer's chat template; null: if it has one."""
     chat_template_file: str | None = None
-    """A Jinja file that replaces the tokenizer's chat template; it goes into every checkpoint."""
+    """A Jinja file that replaces the tokenizer's chat template; saved in every checkpoint."""
     example_question: str | None = None
-    """One-shot example, the user's turn as it stands; it comes before the question. Needs example_answer."""
+    """One-shot example before the question: the user's turn, not put into prompt_template. Needs example_answer."""
     example_answer: str | None = None
-    """One-shot example, the answer to example_question."""
+    """One-shot example: the answer to example_question."""
 
     # --- rewards
     rewards: dict[str, float] = field(default_factory=dict)
     """Name to weight: a function of reward_func.py, or path.py:function."""
     reward_parameters: dict[str, dict] = field(default_factory=dict)
-    """Name, as in rewards, to that function's parameters, such as {refusal_reward: {refuse: 0.5}}."""
+    """Name as in rewards, to the function's parameters, such as {refusal_reward: {refuse: 0.5}}."""
     reward_inputs: Literal["text", "messages"] = "text"
     """Completions reach rewards as strings, or as message lists as in TRL's conversational mode."""
     max_reward_failures: float = 0.2
-    """Largest share of a step's completions on which one function may fail before the run stops, 0 to 1."""
+    """The run stops when one function fails on a larger share of a step's completions, 0 to 1."""
     reward_workers: int = 2
-    """Processes of each rank that call reward functions; 0: the rank itself, without time limit, for debugging."""
+    """Processes per rank that call reward functions; 0: the rank calls them, without time limit, for debugging."""
     reward_timeout_s: float = 10.0
-    """Seconds a reward function has for one completion, > 0; a group has as many times more."""
+    """Time limit of a reward function for one completion, in seconds, > 0; for a group of G, G times as long."""
     reward_memory_mb: int = 2048
-    """Memory of a reward worker beyond what it needs idle, MB; >= 64."""
+    """Memory limit of a reward worker, MB beyond what it uses when idle; >= 64."""
 
     # --- batch: P = batch_size * gradient_accumulation_steps prompts a step, over all processes together
     batch_size: int = 1
@@ -102,23 +102,23 @@ class Config:
 
     # --- lengths and sampling
     max_prompt_length: int = 256
-    """Tokens; longer prompts are left out, with a count."""
+    """Tokens; longer prompts are left out and counted."""
     prompt_length_quantile: float = 1.0
     """Also leave out prompts longer than this quantile of all prompts' lengths, in (0, 1]; 1: off."""
     max_answer_length: int | None = None
-    """Tokens of the answer column's cell; questions with longer ones are left out, with a count. null: any."""
+    """Tokens of the answer column's cell; questions with longer ones are left out and counted. null: no limit."""
     max_generate_length: int = 256
-    """Tokens of a completion, at most."""
+    """Most tokens of a completion."""
     temperature: float = 1.0
     """Sampling temperature, > 0; log-probs use it too."""
     top_p: float = 1.0
     """Nucleus sampling, in (0, 1]; 1: off."""
     top_k: int = 0
-    """Sample among the k likeliest tokens; 0: off."""
+    """Sample from the k likeliest tokens; 0: off."""
     min_p: float = 0.0
     """Drop tokens below min_p times the likeliest, in [0, 1); 0: off."""
     max_support: int = 128
-    """Tokens kept at most when top_p, top_k or min_p truncates; part of the distribution, stored per token."""
+    """Most tokens kept by top_p, top_k or min_p; part of the distribution, and stored for each sampled token."""
 
     # --- the algorithm
     surrogate: str = "ppo_clip"
@@ -131,44 +131,44 @@ class Config:
     clip_eps_high: float | None = None
     """PPO clip above: ratio <= 1 + clip_eps_high; null: clip_eps."""
     beta: float = 0.0
-    """KL coefficient against the frozen start; 0 loads no reference."""
+    """Coefficient of the KL to the frozen starting model; 0: no reference is loaded."""
     scale_rewards: Literal["group", "none"] = "group"
-    """Divide by the group's standard deviation, or not; dr_grpo implies none."""
+    """Whether advantages are divided by the group's standard deviation; dr_grpo implies none."""
     advantage_clip: float = 10.0
     """Largest absolute advantage."""
     logit_clamp: float = 100.0
-    """Logits are centred on their mid-range and clamped to this, sampling and scoring alike."""
+    """Logits are centred on their mid-range and clamped to this size, in sampling and in scoring."""
     max_importance_weight: float = 2.0
-    """Truncation of the weight that corrects a sampler whose log-probs differ from the trainer's."""
+    """Upper limit of the importance weight that corrects a sampler whose log-probs differ from the trainer's."""
 
     # --- optimizer (AdamW)
     lr: float = 1e-6
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warmup: hold, or decay to zero at the last step."""
+    """After warmup: constant, or decay to zero at the last step."""
     warmup_ratio: float = 0.0
-    """Share of the optimizer steps with a rising rate, in [0, 1)."""
+    """Share of the optimizer steps during which the rate rises, in [0, 1)."""
     weight_decay: float = 0.0
-    """AdamW's."""
+    """AdamW's weight decay, of matrices only."""
     adam_beta1: float = 0.9
-    """AdamW's first moment decay."""
+    """Decay of AdamW's first moment."""
     adam_beta2: float = 0.999
-    """AdamW's second moment decay."""
+    """Decay of AdamW's second moment."""
     max_grad_norm: float = 1.0
     """Global gradient norm is clipped to this; > 0."""
     max_bad_steps: int = 5
     """Updates skipped in a row (NaN or Inf) before the run stops with code 76."""
 
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """8-bit moments take a quarter of the memory; paged ones, on CUDA, may also leave it. Need bitsandbytes."""
+    """8-bit moments take a quarter of the memory; paged ones may also move to CPU memory (CUDA). Need bitsandbytes."""
 
     # --- LoRA: small matrices trained beside a frozen model
     lora_r: int = 0
     """Rank of the adapter; 0: the whole model is trained."""
     lora_alpha: float | None = None
-    """The adapter counts lora_alpha / lora_r times; null: twice."""
+    """The adapter is scaled by lora_alpha / lora_r; null: by 2."""
     lora_dropout: float = 0.0
-    """Share of an adapter's inputs left out in SFT, in [0, 1); GRPO scores what it samples and needs 0."""
+    """Dropout on an adapter's inputs in SFT, in [0, 1); must be 0 in GRPO, which scores what it samples."""
     lora_target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Layers that get an adapter: all linear ones but the head, or a list of names such as [q_proj, v_proj]."""
     load_in_4bit: bool = False
@@ -176,13 +176,13 @@ class Config:
 
     # --- processes
     backend: Literal["single", "ddp", "deepspeed"] = "ddp"
-    """ddp: whole weights on every process, one process included. single: insists on one. deepspeed: ZeRO shards."""
+    """ddp: whole weights on every process, one or more. single: ddp for one process only. deepspeed: ZeRO shards."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """With deepspeed: 1 shards optimizer state, 2 gradients too, 3 weights too."""
+    """With deepspeed: 1 shards optimizer state, 2 also gradients, 3 also weights."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """With deepspeed: optimizer state, or weights too (stage 3), live in CPU memory."""
+    """With deepspeed: keep optimizer state, or also weights (stage 3), in CPU memory."""
     deepspeed_config: str | None = None
-    """A DeepSpeed JSON of your own; auto is filled in, what contradicts these settings is refused."""
+    """A DeepSpeed JSON of your own; auto is filled in, contradictions to these settings are refused."""
 
     # --- machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -192,30 +192,30 @@ class Config:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
     activation_offload: bool = False
-    """Keep what the backward needs in CPU memory meanwhile; CUDA only."""
+    """Keep activations in CPU memory until the backward needs them; CUDA only."""
     reference_offload: bool = False
-    """Keep the reference (beta > 0, no LoRA) in CPU memory but while it scores; CUDA only."""
+    """Keep the reference (beta > 0, no LoRA) in CPU memory except while it scores; CUDA only."""
     micro_batch_tokens: int = 4096
-    """Tokens of one backward, a shared prompt once: memory and speed only. Smaller shares out better over ranks."""
+    """Tokens of one backward, a shared prompt counted once: memory and speed only. Smaller: more even over ranks."""
     rollout_chunk_rows: int = 64
-    """Completions that a process takes at once: memory and speed only. Smaller shares out better over ranks."""
+    """Completions that a process samples at once: memory and speed only. Smaller: more even over ranks."""
     rollout_tokens: int | None = None
-    """Tokens of prompts and longest completions that the KV cache of a process holds at most; null: those of
-    rollout_chunk_rows. Rows wait, and begin as others end: a large chunk then keeps the batch full in little memory."""
+    """Most tokens in the KV cache of a process, counting prompts and the longest possible completions; null: those of
+    rollout_chunk_rows. Rows wait until others end, so a large chunk keeps the batch full in little memory."""
     cuda_graphs: bool = True
-    """Launch a decode step as one CUDA graph: faster, a little more memory. CUDA only; what cannot be one says so."""
+    """Launch a decode step as one CUDA graph: faster, a little more memory. CUDA only; with a notice where it fails."""
     logits_chunk_mb: int = 256
     """Memory of the widest logits block in the loss, MB per process."""
     num_threads: int | None = None
-    """CPU threads of each process; null: the machine's cores shared among its processes."""
+    """CPU threads of each process; null: the machine's cores divided by its processes."""
     deterministic: bool = False
     """Bit-identical weights for any number of processes on CPU (ddp): one thread, sums in fixed point; slower."""
     seed: int = 42
-    """Decides data order and every sampled token; >= 0."""
+    """Determines data order and every sampled token; >= 0."""
 
     # --- what may happen to a run
     check_weights_steps: int = 1
-    """Look for flipped bits in weights and optimizer state before the update of every so many steps; 0: never."""
+    """Check weights and optimizer state for flipped bits before the update of every so many steps; 0: never."""
     stall_timeout_s: float = 600.0
     """Seconds without progress on any rank before the run ends with code 74, naming the rank; >= 1."""
     preempt_grace_s: float = 25.0
@@ -223,7 +223,7 @@ class Config:
 
     # --- the stage before
     sft: dict[str, Any] = field(default_factory=dict)
-    """Settings of `python -m grpo.sft`, laid over these; train.py checks them and does not use them."""
+    """Settings of `python -m grpo.sft`, which override these; train.py checks them and does not use them."""
 
     # --- what is written
     output_dir: str = "./output"
@@ -235,7 +235,7 @@ class Config:
     save_in_background: bool = True
     """Write checkpoints while training goes on; costs a copy of weights and optimizer state in CPU memory."""
     resume: Literal["auto", "must", "never"] = "auto"
-    """auto: continue from the newest valid checkpoint if there is one. never: set aside what is there."""
+    """auto: continue from the newest valid checkpoint, if any. must: require one. never: move existing ones aside."""
     runs_dir: str = "./runs"
     """TensorBoard events, metrics.jsonl, train.log: runs_dir/run_name."""
     run_name: str | None = None
@@ -247,11 +247,11 @@ class Config:
     tracker_mode: Literal["online", "offline"] = "online"
     """offline: wandb and swanlab only write to runs_dir/run_name, to be synced later."""
     log_samples_steps: int = 10
-    """Keep completions with rewards and advantages every so many steps: JSON lines, a few as text; 0: never."""
+    """Write completions with rewards and advantages every so many steps: JSON lines, a few as text; 0: never."""
     log_completions_steps: int = 0
-    """Show a few of them as a table on the console every so many steps; 0: never."""
+    """Print a few completions as a table on the console every so many steps; 0: never."""
     console_language: Literal["en", "zh", "zh-Hant"] = "en"
-    """Language of what is said about completions, in training, evaluation and inference (grpo/run/languages.py)."""
+    """Language of console texts about completions, in training, evaluation and inference (grpo/run/languages.py)."""
     inference_questions: list[str] = field(default_factory=list)
     """Built-in cases of inference.py, kept in the checkpoint; empty: the first held-out (or training) questions."""
 
@@ -269,7 +269,7 @@ def with_new_names(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompts_per_step(cfg: Config) -> int:
-    """P."""
+    """P, prompts per step over all processes."""
     return cfg.batch_size * cfg.gradient_accumulation_steps
 
 
@@ -281,7 +281,7 @@ def total_steps(cfg: Config, num_rows: int) -> int:
 
 
 def tracker_names(cfg: Config) -> list[str]:
-    """What `report_to` names, without none.
+    """The trackers of `report_to`, without none.
 
     >>> tracker_names(Config(report_to="none")), tracker_names(Config(report_to=["wandb", "tensorboard"]))
     ([], ['wandb', 'tensorboard'])
@@ -291,7 +291,7 @@ def tracker_names(cfg: Config) -> list[str]:
 
 
 def updates_per_step(cfg: Config) -> int:
-    """Optimizer steps in one step."""
+    """Optimizer steps per step."""
     return cfg.num_minibatches * cfg.num_iterations
 
 
@@ -306,7 +306,7 @@ def shards_weights(cfg: Config) -> bool:
 
 
 def find_path(name: str) -> Path | None:
-    """A path of the user's: as given, else from the project's folder. None: no such file (a hub name?).
+    """A path given by the user, relative to the working folder, else to the project's. None: no such file.
 
     >>> find_path("configs/demo.yaml").name
     'demo.yaml'
@@ -316,6 +316,6 @@ def find_path(name: str) -> Path | None:
             path = base / Path(name).expanduser()
             if path.exists():
                 return path
-        except (OSError, ValueError, RuntimeError):  # too long, a NUL, no such home: no path at all
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL, no such home: not a path
             continue
     return None

@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import disable_progress_bars
 
 from grpo.checkpoints.manifest import MANIFEST, file_sha256
-from grpo.errors import UserError
+from grpo.errors import UserError, first_line
 from grpo.export.card import HUB_NAME
 from grpo.models.folder_checks import location_problem
 from grpo.models.lora_checks import ADAPTER_CONFIG
@@ -89,5 +89,5 @@ def push(out: Path, repo: str, private: bool, token: str | None, dry_run: bool) 
 
 def _without(token: str | None, error: Exception) -> str:
     """An error's first line, with the token removed."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = first_line(error)
     return (line.replace(token, "***") if token else line)[:300].rstrip(".")

@@ -139,7 +139,7 @@ class Scorer(nn.Module):
         again within a row, transformers masks the earlier texts (grpo/sft/packing.py checks that it does).
         """
         # the M tokens that are trained
-        kept = micro.trained.reshape(-1).nonzero()[:, 0] if micro.kept is None else micro.kept  # [M]
+        kept = micro.trained.reshape(-1).nonzero()[:, 0] if micro.trained_index is None else micro.trained_index  # [M]
         targets = micro.target_ids.reshape(-1)[kept]  # [M]
         support = None if micro.support is None else micro.support.flatten(0, 1)[kept]  # [M, K]
         # the forward: a flat row or padded rows, then the head at the M positions

@@ -5,9 +5,11 @@
 Only the model's config is read. GB are 10^9 bytes. memory.py holds the formulas, docs/scaling.md explains them.
 """
 
+import argparse
 import dataclasses
 import logging
 import math
+from functools import partial
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -137,35 +139,27 @@ def _with_adapters(cfg: Config, size: ModelSize, gpus: int) -> list[str]:
     ]
 
 
-def _number(argv: list[str], name: str, default: str | None, kind: type) -> tuple[Any, list[str]]:
-    """The number of `--name value` or `--name=value`, and argv without it. Raises UserError."""
-    rest, given = [], default
-    args = iter(argv)
-    for arg in args:
-        if arg == f"--{name}":
-            given = next(args, "")
-        elif arg.startswith(f"--{name}="):
-            given = arg.split("=", 1)[1]
-        else:
-            rest.append(arg)
+def _positive(name: str, kind: type, text: str) -> Any:
+    """A number > 0, for argparse. Raises UserError."""
     try:
-        value = kind(given or "")
+        value = kind(text)
     except ValueError:
         value = 0
     if not (math.isfinite(value) and value > 0):
-        raise UserError(f"{name}: must be a number > 0, got {given!r}. Example: --{name} 8.")
-    return value, rest
+        raise UserError(f"{name}: must be a number > 0, got {text!r}. Example: --{name} 8.")
+    return value
 
 
 def main(argv: list[str]) -> int:
     """Print the estimate. Returns the exit code."""
     try:
-        gpus, argv = _number(argv, "gpus", "1", int)
-        memory, argv = _number(argv, "gpu_memory", "80", float)
-        per_node, argv = _number(argv, "gpus_per_node", "8", int)
-        cfg, notice = load_config(argv)
-        if cfg.backend == "single" and gpus > 1:
-            raise UserError(f"backend: single is for one process, got --gpus {gpus}. Use ddp or deepspeed.")
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for name, kind, default in (("gpus", int, 1), ("gpu_memory", float, 80.0), ("gpus_per_node", int, 8)):
+            parser.add_argument(f"--{name}", type=partial(_positive, name, kind), default=default, nargs="?", const="")
+        args, settings = parser.parse_known_args(argv)
+        cfg, notice = load_config(settings)
+        if cfg.backend == "single" and args.gpus > 1:
+            raise UserError(f"backend: single is for one process, got --gpus {args.gpus}. Use ddp or deepspeed.")
         quiet()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # hides its retries: the final error is enough
         assert cfg.model is not None
@@ -176,7 +170,9 @@ def main(argv: list[str]) -> int:
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"model: no config could be read from {cfg.model!r}: {reason}") from None
-        print(*filter(None, [notice, report(cfg, model_config, gpus, memory, per_node)]), sep="\n")
+        print(
+            *filter(None, [notice, report(cfg, model_config, args.gpus, args.gpu_memory, args.gpus_per_node)]), sep="\n"
+        )
     except UserError as error:
         warn(f"error: {error}")
         return error.code

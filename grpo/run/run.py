@@ -32,7 +32,7 @@ from grpo.training import skipped_updates
 from grpo.training.metrics import Tally
 from grpo.training.policy import Policy
 from grpo.training.special_micro_batches import broken_rows
-from grpo.types import Completion, MicroBatch, Noticed, Prompt, Pulse
+from grpo.types import Completion, MicroBatch, Notices, Prompt, Pulse
 
 SAVE_MARGIN = 1.5  # before the job is killed, a save starts only if this many times its last duration is left
 
@@ -192,14 +192,14 @@ class Run:
             warn(f"error: {self.heartbeat.where()}: {changed} is not what the last update left: a bit has flipped")
         return self.stop.received_at is not None, changed is not None
 
-    def act_on_notices(self, notices: Noticed) -> None:
+    def act_on_notices(self, notices: Notices) -> None:
         """Leave the run if a rank's notice requires it, on every rank alike. Raises Corrupted or Preempted."""
         if ranks := notices.corrupted_ranks:
             raise Corrupted(
                 f"memory: weights or optimizer state of rank {', '.join(map(str, ranks))} changed between two updates: "
                 "a bit has flipped. Nothing of it was saved. Check that machine's memory, then run the same command."
             )
-        if notices.asked_to_stop:
+        if notices.stop_requested:
             self.preempt()
 
     def preempt(self) -> NoReturn:
@@ -227,7 +227,7 @@ class Run:
         if first >= total > 0:
             print(
                 f"nothing to do: {newest[0]} is already the last of {total} steps. Ask it: python inference.py "
-                '"question"; train anew: --resume never.'
+                f'--checkpoint {newest[0]} "question"; train anew: --resume never.'
             )
         elif newest:
             print(f'done: {newest[0]}. Ask it: python inference.py --checkpoint {newest[0]} "question"')

@@ -79,7 +79,7 @@ def collate_packs(
         target_ids=joined("target_ids"),
         lengths=torch.tensor([sum(int(micro.lengths[0]) for micro in row) for row in rows], device=device),
         trained=trained.to(device),
-        kept=trained.view(-1).nonzero()[:, 0].to(device),
+        trained_index=trained.view(-1).nonzero()[:, 0].to(device),
         advantages=torch.zeros(len(rows), device=device),
         sampler_logprobs=joined("sampler_logprobs"),
         weights=joined("weights"),

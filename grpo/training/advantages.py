@@ -1,11 +1,11 @@
-"""Advantages: how much better than its group a completion was.
+"""Advantages: how much better a completion is than its group.
 
     A_g = (r_g - mean(r)) / (std(r) + 1e-8)        DeepSeekMath, arXiv 2402.03300, section 4.1.2
 
-Differs from the paper: the standard deviation is the unbiased one, as in TRL; a group whose rewards are all
-equal gets exactly 0 (rounding in the mean would give it a common sign otherwise), and so does one whose
-standard deviation is below 1e-6; `scale=False` (Dr. GRPO, arXiv 2503.20783) leaves the division out;
-advantages are clipped. Two passes in float64.
+Differs from the paper: the standard deviation is the unbiased one, as in TRL; a group whose rewards are all equal gets
+exactly 0 (rounding in the mean would otherwise give all its rows one sign), and so does a group whose standard
+deviation is below 1e-6; `scale=False` (Dr. GRPO, arXiv 2503.20783) leaves the division out; advantages are clipped.
+The variance is computed in two passes, in float64.
 """
 
 import numpy as np
@@ -28,16 +28,13 @@ def group_advantages(rewards: np.ndarray, scale: bool = True, clip: float = 10.0
     filled = np.where(known, rewards, 0.0)
     centred = np.where(known, filled - filled.sum(-1, keepdims=True) / np.maximum(count, 1), 0.0)
     std = np.sqrt((centred**2).sum(-1, keepdims=True) / np.maximum(count - 1, 1))
-    high = np.where(known, rewards, -np.inf).max(-1, keepdims=True)
-    low = np.where(known, rewards, np.inf).min(-1, keepdims=True)
-    alike = (count < 2) | (high == low)
     if scale:
         centred = np.where(std < STD_FLOOR, 0.0, centred / (std + STD_EPS))
-    return np.where(alike, 0.0, centred).clip(-clip, clip)
+    return np.where(equal_groups(rewards)[:, None], 0.0, centred).clip(-clip, clip)
 
 
 def equal_groups(rewards: np.ndarray) -> np.ndarray:
-    """[P, G] -> [P] bool: groups that teach nothing, all their known rewards being equal."""
+    """[P, G] rewards -> [P] bool: groups without gradient, because all their known rewards are equal."""
     known = ~np.isnan(rewards)
     high = np.where(known, rewards, -np.inf).max(-1)
     low = np.where(known, rewards, np.inf).min(-1)

@@ -10,9 +10,16 @@ from grpo.types import MicroBatch, TrainRow
 
 
 def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.device, flat: bool = True) -> MicroBatch:
-    """Pad rows on the right into one micro-batch; the one place where predictions meet their targets.
+    """Pad rows on the right. Token t of a completion is predicted at position len(prompt) - 1 + t.
 
-    Token t of a completion is predicted at position len(prompt) - 1 + t. flat: also prepare the form without padding.
+    weights: loss weight of each token, by row. flat: also prepare the form without padding.
+
+    >>> row = lambda n, prompt, *ids: TrainRow(n, prompt, np.array(ids), np.zeros(len(ids)), None, advantage=1.0)
+    >>> micro = collate([row(4, (7, 8, 9), 1, 2), row(6, (5,), 3)], {4: 0.5, 6: 0.25}, torch.device("cpu"))
+    >>> micro.input_ids.tolist(), micro.positions.tolist(), micro.target_ids.tolist()
+    ([[7, 8, 9, 1], [5, 0, 0, 0]], [[2, 3], [0, 0]], [[1, 2], [3, 0]])
+    >>> micro.trained.tolist(), micro.weights.tolist()
+    ([[True, True], [True, False]], [[0.5, 0.5], [0.25, 0.0]])
     """
     num_rows = len(rows)
     longest = max(len(row.prompt_ids) + len(row.token_ids) - 1 for row in rows)  # the last token predicts nothing
@@ -22,8 +29,8 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
     logprobs, token_weights = np.zeros((num_rows, width), np.float32), np.zeros((num_rows, width), np.float32)
     trained = np.zeros((num_rows, width), bool)
     lengths = np.array([len(row.token_ids) for row in rows], np.int64)
-    kept = rows[0].support
-    support = None if kept is None else np.full((num_rows, width, kept.shape[1]), -1, np.int64)
+    first = rows[0].support
+    support = None if first is None else np.full((num_rows, width, first.shape[1]), -1, np.int64)
     for b, row in enumerate(rows):
         prompt, length = len(row.prompt_ids), len(row.token_ids)
         input_ids[b, : prompt + length - 1] = [*row.prompt_ids, *row.token_ids[:-1].tolist()]
@@ -34,18 +41,18 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
         token_weights[b, :length] = weights[row.row]
         if support is not None and row.support is not None:
             support[b, :length] = row.support
-    to = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+    to_device = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
     return MicroBatch(
         rows=tuple(row.row for row in rows),
-        input_ids=to(input_ids),
-        positions=to(positions),
-        target_ids=to(target_ids),
-        lengths=to(lengths),
-        trained=to(trained),
-        advantages=to(np.array([row.advantage for row in rows], np.float32)),
-        sampler_logprobs=to(logprobs),
-        support=None if support is None else to(support),
-        weights=to(token_weights),
+        input_ids=to_device(input_ids),
+        positions=to_device(positions),
+        target_ids=to_device(target_ids),
+        lengths=to_device(lengths),
+        trained=to_device(trained),
+        advantages=to_device(np.array([row.advantage for row in rows], np.float32)),
+        sampler_logprobs=to_device(logprobs),
+        support=None if support is None else to_device(support),
+        weights=to_device(token_weights),
         flat=flatten(input_ids, positions, lengths.clip(min=1), device) if flat else None,
-        kept=to(np.flatnonzero(trained)),
+        trained_index=to_device(np.flatnonzero(trained)),
     )

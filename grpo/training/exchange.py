@@ -1,4 +1,4 @@
-"""From a plan and completions to micro-batches: the exchange that brings rows to who trains on them, and padding."""
+"""From a plan and completions to micro-batches: every row moves to the rank that trains on it and is collated there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from grpo.types import Completion, MicroBatch, Prompt, Table, TrainRow
 
 @dataclass(frozen=True)
 class Payload:
-    """What of a completion travels to the rank that trains on it, C tokens."""
+    """The part of a completion that is trained on, C tokens: what moves between ranks."""
 
     token_ids: np.ndarray  # [C] int32
     sampler_logprobs: np.ndarray  # [C] float32
@@ -25,7 +25,7 @@ class Payload:
     support: np.ndarray | None  # [C, K] int32
 
     def pack(self) -> np.ndarray:
-        """As int32 words; `trained` takes a bit a token."""
+        """As int32 words; `trained` takes one bit per token."""
         bits = np.packbits(self.trained)
         bits = np.pad(bits, (0, -len(bits) % 4)).view(np.int32)
         support = np.zeros(0, np.int32) if self.support is None else self.support.ravel()
@@ -42,7 +42,7 @@ class Payload:
 
     @staticmethod
     def unpack(words: np.ndarray, length: int, support_width: int) -> "Payload":
-        """Undo `pack`."""
+        """The inverse of `pack`."""
         words = words.copy()
         token_ids, logprobs, bits, support = np.split(words, np.cumsum([length, length, -(-length // 32)]))
         return Payload(
@@ -54,45 +54,42 @@ class Payload:
 
 
 def payload_of(completion: Completion) -> Payload:
-    """The part of a completion that is trained on."""
+    """The payload of a completion; its arrays are shared."""
     return Payload(completion.token_ids, completion.sampler_logprobs, completion.trained, completion.support)
 
 
 def exchange(
-    world: World,
-    completions: Sequence[Completion],
-    lengths: np.ndarray,
-    sampled_by: np.ndarray,
-    trainers: dict[int, int],
-    support_width: int,
+    world: World, completions: Sequence[Completion], table: Table, trainers: dict[int, int], support_width: int
 ) -> dict[int, Payload]:
-    """Bring every row to the rank that trains on it, in one all-to-all.
+    """Move every row to the rank that trains on it, in one all-to-all. Returns row -> payload of this rank's rows.
 
-    lengths: [N] completion tokens of each row; sampled_by: the rank that sampled it; trainers: row -> rank.
+    completions: of the rows that this rank sampled; trainers: row -> rank that trains on it.
     """
-    mine = {completion.row: payload_of(completion) for completion in completions}
+    sampled = {completion.row: payload_of(completion) for completion in completions}
     if world.size == 1:
-        return {row: mine[row] for row in trainers}
+        return {row: sampled[row] for row in trainers}
+    lengths, sampled_by = table.lengths, table.sampled_by
 
-    # what this rank sends to each rank, rows in ascending order
+    # pack what goes to each rank, rows in ascending order
     outgoing = []
     for rank in range(world.size):
         rows = [n for n in sorted(trainers) if trainers[n] == rank and sampled_by[n] == world.rank]
-        outgoing.append(np.concatenate([np.zeros(0, np.int32), *(mine[n].pack() for n in rows)]))
+        outgoing.append(np.concatenate([np.zeros(0, np.int32), *(sampled[n].pack() for n in rows)]))
 
-    # what it receives from each: sizes follow from the table that every rank has
+    # the sizes of what comes from each rank follow from the table
     num_words = {n: Payload.num_words(int(lengths[n]), support_width) for n in trainers}
-    wanted = [
+    incoming_rows = [
         [n for n in sorted(trainers) if trainers[n] == world.rank and sampled_by[n] == rank]
         for rank in range(world.size)
     ]
-    incoming = world.exchange(outgoing, [sum(num_words[n] for n in rows) for rows in wanted])
+    incoming = world.exchange(outgoing, [sum(num_words[n] for n in rows) for rows in incoming_rows])
 
+    # cut it into rows
     received: dict[int, Payload] = {}
-    for rows, words in zip(wanted, incoming, strict=True):
-        parts = np.split(words, np.cumsum([num_words[n] for n in rows])[:-1]) if rows else []
-        for row, part in zip(rows, parts, strict=True):
-            received[row] = Payload.unpack(part, int(lengths[row]), support_width)
+    for rows, words in zip(incoming_rows, incoming, strict=True):
+        pieces = np.split(words, np.cumsum([num_words[n] for n in rows])[:-1]) if rows else []
+        for row, piece in zip(rows, pieces, strict=True):
+            received[row] = Payload.unpack(piece, int(lengths[row]), support_width)
     return received
 
 
@@ -106,32 +103,33 @@ def deliver(
     advantages: np.ndarray,
     even_block: int = 0,
 ) -> list[list[MicroBatch]]:
-    """Bring this rank the micro-batches it trains on, minibatch by minibatch, weights already divided.
+    """This rank's micro-batches of each minibatch of the plan, their weights divided by the global denominators.
 
-    advantages: [N], of all rows. even_block: 0, or tokens in a block of the head, when every rank must run as many
-    micro-batches and blocks as the busiest one (backends that shard weights).
+    completions: of the rows that this rank sampled. advantages: [N]. even_block: tokens in a block of the head where
+    every rank must run as many micro-batches and blocks as the busiest one (backends that shard weights); else 0.
+
+    >>> from torch import device
+    >>> facts = {"length": np.array([2, 1]), "trained": np.array([2, 1])}
+    >>> table = Table([], np.zeros((2, 0)), np.zeros(2), facts, num_generations=2)
+    >>> ids = [np.array([5, 0], np.int32), np.array([6], np.int32)]  # two completions of the prompt (7, 8)
+    >>> sampled = [Completion(n, ids[n], np.zeros(len(ids[n]), np.float32), "stop") for n in (0, 1)]
+    >>> plan = [Minibatch(rows=(0, 1), micro_batches=((0, 1),), owners=(0,))]
+    >>> world, cfg = World(0, 1, 0, 1, device("cpu")), Config(num_generations=2)
+    >>> [[micro]] = deliver(world, cfg, plan, [Prompt(0, "", (7, 8), {})], sampled, table, np.array([1.0, -1.0]))
+    >>> micro.input_ids.tolist(), micro.target_ids.tolist(), micro.weights.tolist()
+    ([[7, 8, 5], [7, 8, 0]], [[5, 0], [6, 0]], [[0.25, 0.25], [0.5, 0.0]])
     """
-    lengths, num_trained = table.lengths, table.num_trained
-    support = sampling_of(cfg).support_width
-    rows = exchange(world, completions, lengths, table.sampled_by, trainers_of(plan), support)
+    num_trained, support_width = table.num_trained, sampling_of(cfg).support_width
+    payloads = exchange(world, completions, table, trainers_of(plan), support_width)
+    prompt_of = {n: prompts[n // cfg.num_generations].token_ids for n in payloads}
+    train_rows = {n: TrainRow(n, prompt_of[n], advantage=float(advantages[n]), **vars(payloads[n])) for n in payloads}
     batches = []
     for minibatch in plan:
         weights = row_weights(cfg.weighting, [int(num_trained[n]) for n in minibatch.rows], cfg.max_generate_length)
         weight_of = dict(zip(minibatch.rows, weights, strict=True))
-        mine = []
-        for micro in minibatch.of_rank(world.rank):
-            train_rows = [
-                TrainRow(
-                    n,
-                    prompts[n // cfg.num_generations].token_ids,
-                    rows[n].token_ids,
-                    rows[n].sampler_logprobs,
-                    rows[n].support,
-                    float(advantages[n]),
-                    rows[n].trained,
-                )
-                for n in micro
-            ]
-            mine.append(collate(train_rows, weight_of, world.device, flat=minibatch.shares_prompts))
-        batches.append(even_out(mine, minibatch, num_trained, even_block, world, support) if even_block else mine)
+        mine = [
+            collate([train_rows[n] for n in rows], weight_of, world.device, flat=minibatch.shares_prompts)
+            for rows in minibatch.of_rank(world.rank)
+        ]
+        batches.append(even_out(mine, minibatch, num_trained, even_block, world, support_width) if even_block else mine)
     return batches

@@ -1,4 +1,4 @@
-"""The policy of a run, on the model it starts from or on a checkpoint's; and the model that our engine samples with."""
+"""Load the policy of a run, from its base model or from a checkpoint, and the model that the engine samples with."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from grpo.training.policy import Policy
 
 
 def load_policy(cfg: Config, world: World, checkpoint: Path | None = None, kind: type[Policy] = Policy) -> Policy:
-    """Load the model, or a checkpoint's; and the frozen start as reference when beta > 0. Raises UserError."""
+    """Load the model to be trained, and the base model as the reference when beta > 0. Raises UserError."""
     assert cfg.model is not None
     check_device(cfg, world.device)
     if cfg.lora_dropout and kind is Policy:
@@ -29,7 +29,7 @@ def load_policy(cfg: Config, world: World, checkpoint: Path | None = None, kind:
 
 
 def load_trained(cfg: Config, device: torch.device, checkpoint: Path | None = None) -> PreTrainedModel:
-    """The model to be trained, or a checkpoint's, with its adapter where there is one. Raises UserError."""
+    """The model to be trained, with its adapter where it has one. checkpoint: None for a new run. Raises UserError."""
     assert cfg.model is not None
     if cfg.lora_r:
         from grpo.models.lora import load_lora  # late: peft takes seconds
@@ -39,8 +39,8 @@ def load_trained(cfg: Config, device: torch.device, checkpoint: Path | None = No
 
 
 def load_rollout_model(policy: Policy) -> PreTrainedModel:
-    """The module that our own engine samples with: the policy's own, or a whole copy where its weights are sharded."""
+    """The model that the engine samples with: the policy's own, or a whole copy where its weights are sharded."""
     if not shards_weights(policy.cfg):
         return policy.model
-    # requires_grad stays on, though no gradient is ever taken: autocast keeps its bf16 casts of such weights only.
+    # requires_grad stays on although no gradient is computed: autocast caches bf16 casts only of such weights.
     return load_trained(policy.cfg, policy.world.device)

@@ -18,7 +18,7 @@ Weightings, for N rows of the minibatch over all ranks, C_n trained tokens of ro
 The gradient contract: what `backward` gets is divided by the global denominator; backends *sum* over ranks.
 
 Differs from the paper: the log-ratio is clamped before exp; the truncated importance weight c corrects a sampler whose
-log-probs are not the trainer's (arXiv 2503.14476 does without).
+log-probs are not the trainer's (arXiv 2503.14476 has none).
 
 A new surrogate is a function with the signature of `ppo_clip` and its entry in SURROGATES, a new weighting an entry in
 WEIGHTINGS and in the annotation of the setting. A user's own surrogate needs neither (surrogate.py).
@@ -50,12 +50,12 @@ class LossInputs:
     ref_logprobs: Tensor | None  # [B, T] of the reference; None without KL
     sampler_logprobs: Tensor  # [B, T] as the engine sampled
     advantages: Tensor  # [B]
-    trained: Tensor  # [B, T] bool, the tokens that carry loss; elsewhere log-probs mean nothing
+    trained: Tensor  # [B, T] bool, the tokens that carry loss; other log-probs may be anything, also NaN
 
 
 @dataclass
 class Measured:
-    """What a micro-batch measures beside its loss."""
+    """Measurements of a micro-batch beside its loss."""
 
     means: dict[str, Tensor] = field(default_factory=dict)  # [B, T] each, averaged over trained tokens
     maxima: dict[str, Tensor] = field(default_factory=dict)  # [] each
@@ -63,7 +63,7 @@ class Measured:
 
 
 Surrogate = Callable[[LossInputs, Config], tuple[Tensor, dict[str, Tensor]]]
-"""-> loss of each token [B, T], unweighted, and named metrics [B, T]. What stands outside `trained` is ignored."""
+"""-> unweighted loss of each token [B, T], and named metrics [B, T]. Values outside `trained` are ignored."""
 
 
 def ppo_clip(inputs: LossInputs, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
@@ -118,7 +118,7 @@ def policy_loss(
     trust_sampler: bool = False,
     weights_unchanged: bool = False,
 ) -> tuple[Tensor, Measured]:
-    """Weighted loss of each token [B, T], 0 outside `trained`, and what it measures. Its sum goes to the backward.
+    """Weighted loss of each token [B, T], 0 outside `trained`, and measurements. The sum of the loss goes to backward.
 
     weights: [B, T], already divided by the global denominator. trust_sampler: the old log-probs are the sampler's, so
     no importance weight is needed. weights_unchanged: sampler and trainer hold the same weights, so every gap between
@@ -141,7 +141,7 @@ def policy_loss(
         measured.means["kl"] = k3(logprobs, torch.where(trained, inputs.ref_logprobs, logprobs.detach()))
         token_loss = token_loss + cfg.beta * measured.means["kl"]
 
-    # the mask comes before the weights: what stands outside it may be NaN
+    # mask before weights: values outside `trained` may be NaN
     token_loss = torch.where(trained, token_loss, 0.0) * weights
 
     # how far the policy has moved within the step: k3 of KL(old || policy)

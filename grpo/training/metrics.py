@@ -1,7 +1,7 @@
 """Metrics of one step: sums with counts, and maxima; never a mean of means.
 
-A metric is declared by the module that measures it (`declare`), at import or before training begins. Every rank tallies
-all declared names whatever it did, so one gather of a fixed shape reduces them all.
+The module that measures a metric declares its name (`declare`), at import or before training begins. Every rank holds
+all declared names, whether it measured them or not, so one gather of a fixed shape reduces them all.
 """
 
 import math
@@ -19,7 +19,7 @@ from grpo.runtime.distributed import World
 NOT_MEASURED = -1.0
 PHASES = ("rollout", "reward", "exchange", "logprobs", "update")
 REPORTED = {phase: phase for phase in PHASES} | {"micro_batches": "update", "reduce": "reduce"}  # in heartbeats
-MEANS: set[str] = set()  # over tokens, or whatever else is counted
+MEANS: set[str] = set()  # over trained tokens, or over another count
 SUMS: set[str] = set()  # over ranks, divided by the number of updates
 COUNTS: set[str] = set()  # over ranks
 MAXIMA: set[str] = set()  # over ranks
@@ -28,9 +28,9 @@ MAXIMA: set[str] = set()  # over ranks
 def declare(
     means: Iterable[str] = (), sums: Iterable[str] = (), counts: Iterable[str] = (), maxima: Iterable[str] = ()
 ) -> None:
-    """Make names of metrics known. All ranks must declare the same ones, before the first step."""
-    for known, names in ((MEANS, means), (SUMS, sums), (COUNTS, counts), (MAXIMA, maxima)):
-        known.update(names)
+    """Add names of metrics. All ranks must declare the same ones, before the first step."""
+    for declared, names in ((MEANS, means), (SUMS, sums), (COUNTS, counts), (MAXIMA, maxima)):
+        declared.update(names)
 
 
 declare(
@@ -49,7 +49,7 @@ class Reduced:
 
 
 class Tally:
-    """What one rank adds up during a step."""
+    """Sums, counts and maxima of one rank during a step."""
 
     def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
         self.on_phase = on_phase
@@ -68,12 +68,10 @@ class Tally:
             self.counts[name] += count
 
     def add(self, name: str, value: float) -> None:
-        """Add to a sum."""
         if math.isfinite(value):
             self.sums[name] += value
 
     def top(self, name: str, value: float) -> None:
-        """Raise a maximum."""
         if math.isfinite(value):
             self.maxima[name] = max(self.maxima[name], value)
 
@@ -85,17 +83,14 @@ class Tally:
         trained: Tensor,
         sampler_gap: Tensor | None = None,
     ) -> None:
-        """Note what a micro-batch measured: means [B, T] over trained tokens, maxima []. Read when `settle` is called.
-
-        Reading a value at once would be a device sync.
-        """
+        """Record a micro-batch: means [B, T] over trained tokens, maxima []. `settle` reads them: one device sync."""
         totals = [torch.where(trained, values.detach().float(), 0.0).sum() for values in means.values()]
         gap = torch.full_like(loss, NOT_MEASURED) if sampler_gap is None else sampler_gap
         numbers = torch.stack([loss, trained.sum(), gap, *totals, *maxima.values()]).detach()
         self.pending.append((tuple(means), tuple(maxima), numbers))
 
     def settle(self) -> None:
-        """Add what micro-batches measured since the last time, in their order. One transfer, however many they are."""
+        """Add the micro-batches recorded since the last call, in their order; one transfer for all of them."""
         pending, self.pending = self.pending, []
         read = iter(torch.cat([numbers for _, _, numbers in pending]).tolist() if pending else ())
         for means, maxima, _ in pending:
@@ -120,19 +115,19 @@ class Tally:
             self.maxima[f"time/{name}_s"] += time.monotonic() - start
 
     def mark(self) -> tuple[dict[str, float], dict[str, float], dict[str, float], float]:
-        """Where the sums stand, for `rewind`."""
+        """A copy of all sums, for `rewind`."""
         self.settle()
         return self.sums.copy(), self.counts.copy(), self.maxima.copy(), self.sampler_gap
 
     def rewind(self, mark: tuple[dict[str, float], dict[str, float], dict[str, float], float]) -> None:
-        """Forget what was added since `mark`, times excepted: it will be added again."""
+        """Restore the sums of `mark`, except times: the work since then will be done again."""
         times = {name: value for name, value in self.maxima.items() if name.startswith("time/")}
         sums, counts, maxima, self.sampler_gap = mark
         self.sums, self.counts, self.maxima = sums.copy(), counts.copy(), maxima | times
         self.pending = []
 
     def reduce(self, world: World) -> Reduced:
-        """Reduce over ranks: means by their counts, sums, maxima. One gather. Means of nothing are left out."""
+        """Reduce over ranks, in one gather. A mean whose count is 0 is left out."""
         if self.on_phase is not None:
             self.on_phase("log")
         self.settle()
@@ -146,7 +141,7 @@ class Tally:
         average = dict(zip(self.maxima, maxima.mean(0).tolist(), strict=True))
         updates = max(1.0, self.updates)  # the same on every rank
         metrics = {name: total[name] / count[name] for name in count if count[name]}
-        for work in ("rollout", "micro_batches"):  # done apart; what follows waits for the slowest rank
+        for work in ("rollout", "micro_batches"):  # the collective after it waits for the slowest rank
             name = f"time/{work}_s"
             metrics[f"idle/{work}"] = 1 - average[name] / slowest[name] if slowest[name] > 0 else 0.0
         metrics |= {name: total[name] / (updates if name in SUMS else 1) for name in total if name not in count}

@@ -1,8 +1,8 @@
-"""The plan of a step: which rows make an optimizer step, which a micro-batch, and whose.
+"""The plan of a step: which rows form a minibatch (one optimizer step), which a micro-batch, and which rank owns it.
 
-`make_plan` is computed on every rank from the same lengths and gives the same answer. Micro-batches are cut by a token
-budget and do not depend on the number of ranks; only their owners do. Rows whose gradient is exactly zero are left out
-of the compute, never out of the denominators.
+Every rank computes the same plan from the same lengths. Micro-batches are cut by a token budget and do not depend on
+the number of ranks; only their owners do. Rows whose gradient is exactly zero are not computed, but the denominators
+count them.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from grpo.types import Prompt
 class Minibatch:
     """The rows of one optimizer step, over all ranks."""
 
-    rows: tuple[int, ...]  # all of them: the denominators count these
+    rows: tuple[int, ...]  # all, also those without gradient: the denominators count them
     micro_batches: tuple[tuple[int, ...], ...]  # the rows that carry gradient
     owners: tuple[int, ...]  # the rank of each micro-batch
-    shares_prompts: bool = True  # rows are computed without padding, a prompt once for its group
+    shares_prompts: bool = True  # compute rows without padding, each prompt once per group; else padded
 
     def of_rank(self, rank: int) -> list[tuple[int, ...]]:
-        """The micro-batches of one rank."""
+        """The rows of each micro-batch of one rank."""
         return [micro for micro, owner in zip(self.micro_batches, self.owners, strict=True) if owner == rank]
 
 
@@ -40,7 +40,7 @@ def split_evenly(num_items: int, num_parts: int) -> list[range]:
 
 
 def cut_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[tuple[int, ...]]:
-    """Pack rows, longest first, so that rows times longest row stays within the budget (one row at least).
+    """Pack rows, longest first, into padded micro-batches of at most max_tokens (at least one row).
 
     >>> cut_micro_batches([0, 1, 2], lengths=[4, 10, 5], max_tokens=10)
     [(1,), (2, 0)]
@@ -56,7 +56,7 @@ def cut_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: i
 
 
 def assign(costs: Sequence[int], world_size: int) -> list[int]:
-    """Owner of each micro-batch: the dearest first, each to the rank with least to do.
+    """Owner of each micro-batch: the most expensive first, each to the rank with the least work so far.
 
     >>> assign([5, 4, 3], 2)
     [0, 1, 1]
@@ -75,14 +75,13 @@ def make_plan(
     lengths: np.ndarray,
     advantages: np.ndarray,
     world_size: int,
-    shares: bool = True,
+    shares_prompts: bool = True,
     num_trained: np.ndarray | None = None,
 ) -> list[Minibatch]:
     """Cut a step's rows into minibatches of whole groups, and those into micro-batches with owners.
 
-    lengths, advantages: [N], of all rows. Without KL, a row with advantage 0 carries no gradient, nor does one without
-    a trained token (num_trained: [N]; None: every token is trained). shares: rows are computed without padding and
-    prompts once a group; else padded, each with its own prompt.
+    lengths, advantages, num_trained: [N]; num_trained None: every token is trained. A row without a trained token
+    carries no gradient, nor, without KL, one whose advantage is 0. shares_prompts: see Minibatch.
     """
     group = cfg.num_generations
     lengths_of, prompts_of = lengths.tolist(), [prompt.token_ids for prompt in prompts]
@@ -93,12 +92,12 @@ def make_plan(
     for groups in split_evenly(len(prompts), cfg.num_minibatches):
         rows = range(groups.start * group, groups.stop * group)
         computed = [n for n in rows if carries[n]]
-        if shares:
+        if shares_prompts:
             micro_batches, costs = plan_shared_prompts(computed, prompts_of, lengths_of, group, cfg.micro_batch_tokens)
         else:
             micro_batches = cut_micro_batches(computed, row_tokens, cfg.micro_batch_tokens)
             costs = [len(micro) * row_tokens[micro[0]] for micro in micro_batches]
-        plan.append(Minibatch(tuple(rows), tuple(micro_batches), tuple(assign(costs, world_size)), shares))
+        plan.append(Minibatch(tuple(rows), tuple(micro_batches), tuple(assign(costs, world_size)), shares_prompts))
     return plan
 
 

@@ -1,7 +1,7 @@
 """The policy: the model being trained, its optimizer, its frozen reference.
 
-One update: for each of this rank's micro-batches log-probs, loss, backward; then the backend sums
-gradients, all ranks agree that they are finite, the norm is clipped, the optimizer steps.
+One update: for each of this rank's micro-batches log-probs, loss, backward; then the backend sums gradients over ranks,
+clips their norm and steps the optimizer, or drops them on all ranks when the norm is not finite.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from grpo.training.special_micro_batches import halves
 from grpo.training.surrogate import load_surrogate
 from grpo.types import Counters, MicroBatch, Pulse
 
-Done = TypeVar("Done")
+Result = TypeVar("Result")
 
 declare(counts=("guards/oom_update",))
 
@@ -64,7 +64,7 @@ class Policy:
         self.counters = Counters()
         self.last_lr = 0.0
         if cfg.gradient_checkpointing:
-            # The older name serves transformers before 5.23. Without reentrance is both names' default.
+            # The second name is that of transformers before 5.23. Both default to checkpointing without reentrance.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             model.enable_input_require_grads()
         self.reference = None if reference is None else Scorer(reference.requires_grad_(False), cfg)
@@ -77,19 +77,20 @@ class Policy:
         self.even_block = scorer.block_tokens if self.backend.even_work else 0
         self.fitting = FittingSize("update", "micro_batch_tokens", "tokens")
         self.known_checksums: dict[str, int] = {}
-        self.pulse: Pulse = lambda: False  # called for each micro-batch; an update that has begun is finished
+        self.pulse: Pulse = lambda: False  # called at each micro-batch; an update that began is finished
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """Stream the weights, for engines and checkpoints."""
         return self.backend.weights()
 
     def remember_checksums(self) -> None:
-        """Remember checksums of what this rank holds, until the next update."""
-        self.known_checksums = checksums(self.backend.held())
+        """Compute checksums of this rank's weights and optimizer state, to be compared before the next update."""
+        self.known_checksums = checksums(self.backend.local_tensors())
 
     def changed_tensor(self) -> str | None:
-        """A tensor that changed since `remember_checksums` though no update came between; None: none did."""
-        return first_difference(self.known_checksums, checksums(self.backend.held())) if self.known_checksums else None
+        """A tensor that changed since `remember_checksums`, without an update; None: no tensor changed."""
+        if not self.known_checksums:
+            return None
+        return first_difference(self.known_checksums, checksums(self.backend.local_tensors()))
 
     def _reference_logprobs(self, micro: MicroBatch) -> Tensor | None:
         if self.shares_reference:
@@ -103,11 +104,11 @@ class Policy:
     def annotate(self, batches: Sequence[Sequence[MicroBatch]]) -> list[list[MicroBatch]]:
         """Add old and reference log-probs, before the first update of the step.
 
-        Old ones are the sampler's where its gap to our own forward was small; else our own forward's: for a
-        single update those are the bare ones, detached (None); for several, an extra forward.
+        The old ones are the sampler's where it is trusted. Else they are the policy's: with one update per step those
+        of the update's own forward, detached (None); with several, of an extra forward.
         """
-        away = self.reference is not None and self.cfg.reference_offload
-        with on_device(self.reference, self.world.device) if away and self.reference else nullcontext():
+        offloaded = self.reference if self.cfg.reference_offload else None
+        with on_device(offloaded, self.world.device) if offloaded is not None else nullcontext():
             return [
                 self._within_memory(minibatch, lambda pieces: [self._annotate(micro) for micro in pieces])
                 for minibatch in batches
@@ -122,19 +123,19 @@ class Policy:
             old = self.backend.score(micro)
         return dataclasses.replace(micro, old_logprobs=old, ref_logprobs=self._reference_logprobs(micro))
 
-    def _within_memory(self, minibatch: Sequence[MicroBatch], work: Callable[[list[MicroBatch]], Done]) -> Done:
-        """Do the work on a minibatch; where memory does not suffice, again on smaller micro-batches.
+    def _within_memory(self, minibatch: Sequence[MicroBatch], work: Callable[[list[MicroBatch]], Result]) -> Result:
+        """Run `work` on a minibatch; when memory runs out, run it again on smaller micro-batches.
 
-        Raises OutOfMemory when a single row is too much, or at once where micro-batches are collectives.
+        Raises OutOfMemory when a single row does not fit, or at once where a micro-batch is a collective.
         """
         while True:
             pieces = list(minibatch)
-            while (big := next((i for i, m in enumerate(pieces) if self._too_big(m)), None)) is not None:
-                pieces[big : big + 1] = halves(pieces[big])
+            while (index := next((i for i, m in enumerate(pieces) if self._too_big(m)), None)) is not None:
+                pieces[index : index + 1] = halves(pieces[index])
             try:
-                done = work(pieces)
+                result = work(pieces)
                 self.fitting.fitted()
-                return done
+                return result
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
                     raise
@@ -169,28 +170,30 @@ class Policy:
     ) -> float:
         """Take one optimizer step on a minibatch. Returns the gradient norm before clipping.
 
-        Raises SkippedUpdate, on every rank alike, when any rank met a number that is not finite: gradients are
-        dropped, weights and moments stay as they are.
+        Raises SkippedUpdate, on every rank alike, when a loss or gradient of any rank is not finite: gradients are
+        dropped, weights and moments stay.
         """
         self.backend.train(True)
         tally.updates += 1
         mark = tally.mark()
 
         def accumulate(pieces: list[MicroBatch]) -> list[Tensor]:
-            tally.rewind(mark)
+            tally.rewind(mark)  # of an attempt that ran out of memory
             losses: list[Tensor] = []
-            # 1, exactly, until a loss is not finite; NaN from then on. A NaN gradient is how one rank tells all: the
-            # sum over ranks, and so the norm, is NaN everywhere. Nothing is read, so that the device is kept busy.
-            healthy: Tensor | float = 1.0
+            # Exactly 1 until a loss is not finite, then NaN. A NaN gradient reaches all ranks without a flag of its
+            # own: the sum over ranks, and so the norm, is NaN everywhere. Nothing is read: no device sync.
+            one_or_nan: Tensor | float = 1.0
             for i, micro in enumerate(pieces):
                 self.pulse()
                 self.key_dropout(micro)
+                # forward
                 with self.activation_offload.around(self.cfg.activation_offload):
                     loss = self.loss(micro, tally, weights_unchanged)
                 losses.append(loss.detach())
-                healthy = healthy + 0.0 * losses[-1]
-                self.backend.backward(loss * healthy, last=i + 1 == len(pieces))
-            tally.settle()  # waits for the device once, so that the phase's seconds are those of its work
+                # backward; during the last one the backend may begin to sum over ranks
+                one_or_nan = one_or_nan + 0.0 * losses[-1]
+                self.backend.backward(loss * one_or_nan, last=i + 1 == len(pieces))
+            tally.settle()  # the one device sync, so that the phase's seconds are those of its work
             return losses
 
         with tally.phase("micro_batches"):
@@ -206,7 +209,7 @@ class Policy:
         return norm
 
     def key_dropout(self, micro: MicroBatch) -> None:
-        """Choose the masks of an adapter's dropout, if it has any, for this micro-batch of the next update."""
+        """Choose the dropout masks of an adapter for this micro-batch of the next update."""
         if not self.cfg.lora_dropout:
             return
         from grpo.models.lora import key_dropout  # late: peft takes seconds
@@ -221,10 +224,10 @@ class Policy:
         broken: bool,
         on_skip: Callable[["Policy", Sequence[MicroBatch], SkippedUpdate, int], None],
     ) -> list[float]:
-        """Pass `num_iterations` times over a step's minibatches. Returns the norms of the updates that were taken.
+        """Pass `num_iterations` times over a step's minibatches. Returns the gradient norms of the updates taken.
 
-        broken: the rollout met logits that were not finite, nothing of this step can be trained on. Skipped
-        updates are counted and shown to `on_skip`. Raises Diverged after too many in a row.
+        broken: logits of the rollout were not finite, so every update of the step is skipped. Skipped updates are
+        counted and passed to `on_skip`. Raises Diverged after too many in a row.
         """
         norms = []
         for iteration in range(self.cfg.num_iterations):

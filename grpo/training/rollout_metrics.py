@@ -8,7 +8,7 @@ from grpo.types import Table
 
 
 def rollout_metrics(table: Table, advantages: np.ndarray, vocab_size: int) -> dict[str, float]:
-    """What the table says about the rollout. Means are over all rows of all ranks."""
+    """Statistics of the rollout over all rows of all ranks. advantages: [N]."""
     tokens, trained = table.lengths.sum(), table.num_trained.sum()
     known = table.rewards[~np.isnan(table.rewards)]
     metrics = {

@@ -1,4 +1,4 @@
-"""Micro-batches of rows without padding, a prompt counted once for the rows of its group: the plan of the fast path.
+"""Micro-batches of rows without padding that share the prompts of their groups: the plan of the fast path.
 
 The simple form, padded rows, is `cut_micro_batches` in minibatches.py.
 """
@@ -9,12 +9,12 @@ from grpo.forward.flat_rows import common_prefix
 
 
 def cut_shared_prompts(
-    rows: Sequence[int], prompts: Sequence[int], lengths: Sequence[int], group: int, max_tokens: int, header: int = 0
+    rows: Sequence[int], prompts: Sequence[int], lengths: Sequence[int], group: int, max_tokens: int, prefix: int = 0
 ) -> list[tuple[int, ...]]:
-    """Pack rows of whole groups, longest first, so that prompts and completions together stay within the budget.
+    """Pack rows group by group, longest first, into micro-batches of at most max_tokens (at least one row).
 
-    prompts, lengths: tokens of each row's prompt and completion; a prompt counts once for all rows of its group, row
-    n being of group n // group, and the `header` that all prompts begin with once a micro-batch. One row at least.
+    prompts, lengths: tokens of each row's prompt and completion; row n is of group n // group. A micro-batch counts the
+    prompt of a group once, and the first `prefix` tokens, which all prompts have in common, once.
 
     >>> cut_shared_prompts([0, 1, 2, 3], prompts=[5, 5, 5, 5], lengths=[4, 3, 9, 2], group=2, max_tokens=16)
     [(2, 3), (0, 1)]
@@ -24,13 +24,13 @@ def cut_shared_prompts(
         longest[n // group] = max(longest.get(n // group, 0), prompts[n] + lengths[n])
     micro_batches: list[tuple[int, ...]] = []
     current: list[int] = []
-    used = header
-    own = [tokens - header for tokens in prompts]
+    used = prefix
+    own = [tokens - prefix for tokens in prompts]  # of each row's prompt, after the common prefix
     for n in sorted(rows, key=lambda n: (-longest[n // group], n // group, -lengths[n], n)):
         shared = bool(current) and current[-1] // group == n // group
         if current and used + lengths[n] + (0 if shared else own[n]) > max_tokens:
             micro_batches.append(tuple(current))
-            current, used, shared = [], header, False
+            current, used, shared = [], prefix, False
         used += lengths[n] + (0 if shared else own[n])
         current.append(n)
     return [*micro_batches, tuple(current)] if current else micro_batches
@@ -39,7 +39,7 @@ def cut_shared_prompts(
 def plan_shared_prompts(
     rows: Sequence[int], prompts: Sequence[Sequence[int]], lengths: Sequence[int], group: int, max_tokens: int
 ) -> tuple[list[tuple[int, ...]], list[int]]:
-    """Micro-batches of `rows`, and the cost of each in tokens.
+    """Micro-batches of `rows`, and how many tokens each computes.
 
     prompts: token ids of each prompt of the step; lengths: [N] tokens of each completion.
     """
@@ -48,6 +48,6 @@ def plan_shared_prompts(
     micro_batches = cut_shared_prompts(rows, prompt_lengths, lengths, group, max_tokens, prefix)
     costs = []
     for micro in micro_batches:
-        once = {n // group: prompt_lengths[n] - prefix for n in micro}
-        costs.append(prefix + sum(once.values()) + sum(lengths[n] for n in micro))
+        prompt_tokens = {n // group: prompt_lengths[n] - prefix for n in micro}  # by group
+        costs.append(prefix + sum(prompt_tokens.values()) + sum(lengths[n] for n in micro))
     return micro_batches, costs

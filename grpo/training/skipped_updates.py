@@ -1,7 +1,7 @@
-"""What happens when a number is not finite: skip on all ranks, count, keep the evidence, stop after K.
+"""When a number is not finite: skip the update on all ranks, count it, write evidence, stop after too many in a row.
 
-A skipped update moves the data cursor and the step, never the optimizer or the schedule. What it met is kept in
-output_dir/anomalies/step_N, a file a rank, with a copy of the weights; `python -m grpo.replay` runs it again.
+A skipped update advances the step and the data, never the optimizer or the schedule. Its micro-batches are written to
+output_dir/anomalies/step_N, one file per rank, with a copy of the weights; `python -m grpo.replay` runs it again.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from torch import Tensor
 from grpo.errors import Diverged
 from grpo.types import Counters, MicroBatch
 
-KEPT_WEIGHTS = 2  # skipped updates whose weights stay on disk, the newest
+KEPT_WEIGHTS = 2  # copies of weights on disk, the newest
 
 
 class SkippedUpdate(Exception):
-    """An update that all ranks dropped together; the message says why."""
+    """All ranks dropped an update; the message gives the reason."""
 
     def __init__(self, reason: str, losses: Sequence[float]):
         super().__init__(reason)
@@ -29,27 +29,27 @@ class SkippedUpdate(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What one rank keeps of a skipped update, beside the tensors of its micro-batches."""
+    """What one rank writes about a skipped update, beside the tensors of its micro-batches."""
 
     reason: str
     rank: int
-    weights: str  # file of the weights it met, seen from the anomaly's folder
-    losses: list[str]  # of the micro-batches, as text: NaN is no JSON
+    weights: str  # file of the weights before the update, relative to the folder of the evidence
+    losses: list[str]  # of the micro-batches, as text, because JSON has no NaN
     iteration: int  # which pass over the step's rows, from 0
     trust_sampler: bool | None  # see Counters
     rows: list[list[int]]  # n of each row of each micro-batch
     config: dict[str, Any]
-    updates: int = 0  # optimizer steps taken before it: keys the masks of an adapter's dropout
+    updates: int = 0  # optimizer steps taken before it; they key the dropout masks of an adapter
 
 
 def quarantine(folder: Path, evidence: Evidence, minibatch: Sequence[MicroBatch]) -> None:
-    """Write this rank's micro-batches of a skipped update and what is known about it. Raises OSError."""
+    """Write this rank's evidence and micro-batches of a skipped update. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for i, micro in enumerate(minibatch):
         for f in dataclasses.fields(micro):
             value = getattr(micro, f.name)
-            if isinstance(value, Tensor) and f.name != "kept":  # it follows from the mask
+            if isinstance(value, Tensor) and f.name != "trained_index":  # follows from `trained`
                 copy = value.detach().cpu().contiguous().clone()  # old log-probs may be the sampler's own tensor
                 tensors[f"micro_{i}.{f.name}"] = copy
     save_file(tensors, folder / f"rank_{evidence.rank}.safetensors")
@@ -58,7 +58,7 @@ def quarantine(folder: Path, evidence: Evidence, minibatch: Sequence[MicroBatch]
 
 
 class KeptWeights:
-    """Copies of weights that a skipped update met: one for as long as they stay the same, the newest few."""
+    """Copies of the weights before skipped updates: one for as long as they stay the same, the newest KEPT_WEIGHTS."""
 
     def __init__(self, anomalies: Path, rank: int):
         self.anomalies = anomalies
@@ -67,10 +67,10 @@ class KeptWeights:
         self.folder = Path()
 
     def keep(self, folder: Path, weights: Iterable[tuple[str, Tensor]], updates: int, write: bool, whole: bool) -> str:
-        """Copy the weights after `updates` optimizer steps, unless that was done. Returns the file, seen from `folder`.
+        """Copy the weights after `updates` optimizer steps, unless there is one. Returns its path relative to `folder`.
 
-        Where weights are not whole on every rank, streaming them is a collective: all ranks decide alike, by
-        `updates`. Those with `write` copy. Raises OSError.
+        Only ranks with `write` write. Where weights are sharded (not `whole`), streaming them is a collective, so all
+        ranks must decide equally: by `updates` alone. Raises OSError.
         """
         if updates != self.updates or (whole and write and not (self.folder / self.name).exists()):
             tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights if write}
@@ -89,7 +89,7 @@ class KeptWeights:
 
 
 def count_skip(counters: Counters, limit: int) -> None:
-    """Count a skipped update. Raises Diverged when it is the `limit`-th in a row."""
+    """Count a skipped update. Raises Diverged at the `limit`-th in a row."""
     counters.skipped_updates += 1
     counters.consecutive_skips += 1
     if counters.consecutive_skips >= limit:

@@ -1,8 +1,8 @@
 """Micro-batches other than those of the plan.
 
-halves       a micro-batch that did not fit into memory, cut in two
-even_out     as many on every rank, where a backward is a collective (ZeRO 2 and 3): idle ones are added
-broken_rows  rows whose logits were not finite, kept as evidence
+halves       cut a micro-batch that did not fit into memory in two
+even_out     add idle micro-batches, so that every rank has equally many (where a backward is a collective: ZeRO 2, 3)
+broken_rows  rows whose logits were not finite, as evidence of a skipped update
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from grpo.types import Completion, MicroBatch, Prompt, TrainRow
 
 
 def halves(micro: MicroBatch) -> list[MicroBatch]:
-    """Two micro-batches of half the rows each, cut to their own longest: the same loss, in less memory."""
+    """Two micro-batches of half the rows each, less padded: the same loss in less memory."""
     middle = (len(micro.rows) + 1) // 2
     return [_rows(micro, slice(0, middle)), _rows(micro, slice(middle, None))]
 
@@ -31,7 +31,7 @@ def _rows(micro: MicroBatch, rows: slice) -> MicroBatch:
     def cut(name: str, value: object) -> object:
         if not isinstance(value, torch.Tensor):
             return None if name == "flat" else value
-        if name == "kept":
+        if name == "trained_index":  # computed when needed
             return None
         if name in ("advantages", "lengths"):
             return value[rows]
@@ -47,30 +47,30 @@ def even_out(
     num_trained: np.ndarray,
     even_block: int,
     world: World,
-    support: int = 0,
+    support_width: int = 0,
 ) -> list[MicroBatch]:
-    """This rank's micro-batches, brought up to as many, with as many blocks of the head, as the busiest rank has.
+    """Add idle micro-batches and blocks of the head to this rank's, until it has as many as the busiest rank.
 
-    num_trained: [N] tokens of each row that meet the head; even_block: tokens in a block of the head.
+    num_trained: [N] tokens of each row that the head computes; even_block: tokens in a block of the head.
     """
     busiest = max(1, *(minibatch.owners.count(rank) for rank in range(world.size)))
     tokens = max((sum(int(num_trained[n]) for n in micro) for micro in minibatch.micro_batches), default=1)
-    mine = mine + [idle(support, world.device)] * (busiest - len(mine))
+    mine = mine + [idle(support_width, world.device)] * (busiest - len(mine))
     return [dataclasses.replace(micro, head_blocks=math.ceil(tokens / even_block)) for micro in mine]
 
 
 def idle(support_width: int, device: torch.device) -> MicroBatch:
-    """A micro-batch without a token that counts: the same collectives as a real one, a gradient of zero."""
+    """A micro-batch of one token that is not trained: the same collectives as any other, zero gradient."""
     support = np.zeros((1, support_width), np.int32) if support_width else None
     row = TrainRow(-1, (0,), np.zeros(1, np.int32), np.zeros(1, np.float32), support, 0.0)
     micro = collate([row], {-1: 0.0}, device)
-    return dataclasses.replace(micro, trained=torch.zeros_like(micro.trained), kept=None)
+    return dataclasses.replace(micro, trained=torch.zeros_like(micro.trained), trained_index=None)
 
 
 def broken_rows(
     prompts: Sequence[Prompt], completions: Sequence[Completion], num_generations: int, device: torch.device
 ) -> list[MicroBatch]:
-    """The rows whose logits were not finite, one micro-batch each; the last target stands for the token that failed."""
+    """The rows whose logits were not finite, one micro-batch each; the last target stands for the missing token."""
     rows = [
         TrainRow(
             c.row,

@@ -2,10 +2,10 @@
 
     def my_surrogate(logprobs, old_logprobs, ref_logprobs, sampler_logprobs, advantages, mask):
         ...
-        return token_loss, {"my_metric": values}  # [B, T] each, unweighted; what stands outside `mask` is ignored
+        return token_loss, {"my_metric": values}  # [B, T] each, unweighted; values outside `mask` are ignored
 
-It is called by name with tensors [B, T] (advantages [B]; ref_logprobs None without KL), and runs in the trainer. The
-weighting, the KL term and the importance weight are applied to what it returns, as to every surrogate (losses.py).
+It is called with keyword arguments, tensors [B, T] (advantages [B]; ref_logprobs None without KL), in the trainer's
+process. Weighting, KL term and importance weight are applied to its result, as to that of every surrogate (losses.py).
 """
 
 import functools
@@ -31,7 +31,7 @@ def load_surrogate(cfg: Config) -> tuple[Surrogate, str]:
     return _load(cfg.surrogate, cfg.beta > 0)
 
 
-@functools.cache  # a file is read once in a run, whatever happens to it later
+@functools.cache  # a file is read once in a run, even if it changes later
 def _load(setting: str, with_reference: bool) -> tuple[Surrogate, str]:
     file, _, name = setting.rpartition(":")
     if not file:
@@ -70,7 +70,7 @@ def _load(setting: str, with_reference: bool) -> tuple[Surrogate, str]:
 
 
 def _check(call: Callable[[LossInputs], Any], setting: str, with_reference: bool) -> list[str]:
-    """Call it once on 2 rows of 3 tokens. Returns the names of its metrics. Raises UserError for what cannot train."""
+    """Call it once on 2 rows of 3 tokens. Returns the names of its metrics. Raises UserError when it cannot train."""
     logprobs = torch.tensor([[-1.0, -2.0, -0.5], [-0.3, -1.5, -3.0]], requires_grad=True)
     old = torch.tensor([[-1.1, -1.9, -0.5], [-0.4, -1.5, -2.8]])
     trained = torch.tensor([[True, True, False], [True, True, True]])
@@ -78,7 +78,7 @@ def _check(call: Callable[[LossInputs], Any], setting: str, with_reference: bool
     try:
         returned = call(inputs)
     except Exception as error:
-        raise UserError(f"surrogate: {setting} raised {type(error).__name__}: {error}. Mend it.") from None
+        raise UserError(f"surrogate: {setting} raised {type(error).__name__}: {error}. Fix it.") from None
     problem = _problem(returned, inputs)
     if problem:
         raise UserError(f"surrogate: {setting} {problem} See docs/losses.md.")
@@ -86,7 +86,7 @@ def _check(call: Callable[[LossInputs], Any], setting: str, with_reference: bool
 
 
 def _problem(returned: Any, inputs: LossInputs) -> str:
-    """What is wrong with the values that a surrogate returned, "" if nothing is."""
+    """What is wrong with the values that a surrogate returned; "" if they are right."""
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
         return "must return a tuple (loss of each token, dictionary of metrics)."
     loss, metrics = returned

@@ -133,7 +133,7 @@ def test_a_number_that_is_not_finite_skips_the_update_and_a_flipped_bit_is_found
     policy = policy_on(device, cfg)
     injected_step(cfg, policy.world, policy, 0, 3, 0, Tally())
     assert policy.changed_tensor() is None
-    for name, tensor in policy.backend.held():
+    for name, tensor in policy.backend.local_tensors():
         bits = tensor.view(-1)[-1:].view(torch.int32)
         bits ^= 1 << 11
         assert policy.changed_tensor() is not None, name
@@ -189,7 +189,7 @@ def test_a_checkpoint_goes_from_one_device_to_the_other(lora, device, tmp_path):
             for (_, ours), (_, theirs) in zip(rest.weights(), half.weights(), strict=True):
                 ours.copy_(theirs)
         assert restore(rest, folder / "checkpoint_2") == 2
-        assert {tensor.device for _, tensor in rest.backend.held()} == {second}
+        assert {tensor.device for _, tensor in rest.backend.local_tensors()} == {second}
         for step in (2, 3):
             injected_step(cfg, rest.world, rest, step, 4, 0, Tally())
         assert distance(weights_of(rest), weights_of(whole)) < 1e-3 * distance(weights_of(whole), start)

@@ -8,8 +8,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from fractions import Fraction
 
 import pytest
@@ -22,7 +20,7 @@ from grpo.checkpoints.best import BestCheckpoint, best_name
 from grpo.checkpoints.manifest import write_manifest
 from grpo.config.settings import Config
 from grpo.evaluate import command, extract, statistics
-from tests.support.launcher import PROJECT, environment
+from tests.support.launcher import fork_script
 from tests.support.taught import taught_checkpoint
 
 
@@ -213,10 +211,7 @@ def test_two_ranks_give_the_same_bytes(numbers, tmp_path, capfd):
         "--out",
         str(tmp_path / "two.jsonl"),
     ]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "grpo.evaluate"]
-    done = subprocess.run(
-        [sys.executable, *launch, *args], cwd=PROJECT, env=environment(), capture_output=True, text=True, timeout=300
-    )
+    done = fork_script("grpo.evaluate", *args, nproc=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == alone
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()

@@ -8,7 +8,7 @@ import pytest
 
 import inference
 from grpo.checkpoints.manifest import write_manifest
-from tests.support.launcher import run_script
+from tests.support.launcher import fork_script
 from tests.support.taught import taught_checkpoint
 
 TEMPLATE = "{question}\nA. {選項A}\nB. {選項B}\nC. {選項C}\nD. {選項D}\nAs <answer>:\n"
@@ -139,7 +139,7 @@ def test_base_and_checkpoint_are_asked_the_same(checkpoint, capfd):
 def test_the_script_itself(checkpoint, tmp_path):
     source = write(tmp_path / "test.csv", rows())
     out = tmp_path / "submission.csv"
-    done = run_script("inference.py", "--model_dir", str(checkpoint), "--csv", str(source), "--out", str(out))
+    done = fork_script("inference.py", "--model_dir", str(checkpoint), "--csv", str(source), "--out", str(out))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("6 questions: ") and out.read_text().count("\n") == 7
 

@@ -18,13 +18,12 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def arena(tmp_path_factory):
-    """A tiny model with its data, and the zygote that starts runs on it. Nothing of it may outlive the session."""
+    """A tiny model with its data, and the fork server that starts runs on it. Nothing may outlive the fault tests."""
     arena = Arena(tmp_path_factory.mktemp("faults"))
     yield arena
-    for job in arena.zygote.jobs:
+    for job in arena.fork_server.jobs:
         job.kill()
-    left = arena.zygote.orphans()
-    arena.zygote.close()
+    left = arena.fork_server.orphans()
     assert left == [], "processes without a running job"
 
 

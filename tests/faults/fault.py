@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FAULTS = "GRPO_FAULTS"  # JSON of `as_json`, for ranks that a real launcher starts (tests/faults/rank.py)
+FAULTS = "GRPO_FAULTS"  # the variable with the JSON of `as_json` (tests/faults/rank.py)
 EVERY = 10**9
 
 

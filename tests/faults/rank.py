@@ -1,4 +1,4 @@
-"""train.py with the faults that GRPO_FAULTS says, for ranks that the real launcher starts."""
+"""train.py with the faults that GRPO_FAULTS says."""
 
 import os
 import sys

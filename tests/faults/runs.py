@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from grpo.checkpoints import checkpoint
-from tests.faults.fault import Fault
-from tests.faults.jobs import Job, Zygote
+from tests.faults.fault import FAULTS, Fault, as_json
+from tests.support.jobs import PROJECT, Job, fork_server
 from tests.support.tiny import save_tiny
 
 STEPS = 12
@@ -75,11 +75,12 @@ class Run:
         }
 
     def launch(self, faults: Sequence[Fault] = (), world: int | None = None, **how: Any) -> Job:
-        """Start the command. `how` goes to `Zygote.launch`; other settings can be given as `settings`."""
+        """Start the command. `how` goes to `ForkServer.launch`; other settings can be given as `settings`."""
         argv = as_argv(self.settings | how.pop("settings", {}))
         env = {"GRPO_FAULTS_OUT": str(self.seen), "GRPO_FAULTS_RUNS": str(self.logs)} | how.pop("env", {})
-        faults = [*faults, Fault("record")]
-        return self.arena.zygote.launch(argv, world or self.world, faults, env=env, **how)
+        env[FAULTS] = as_json([*faults, Fault("record")])
+        program = str(PROJECT / "tests" / "faults" / "rank.py")
+        return self.arena.fork_server.launch(program, argv, world or self.world, env=env, **how)
 
     def finish(self, timeout: float = 60.0, **how: Any) -> Job:
         """Run the command to its end, which has to be a good one."""
@@ -172,7 +173,7 @@ class Run:
 
 
 class Arena:
-    """The folder of a test session: a model, questions, a reward, a zygote."""
+    """The folder of a test session: a model, questions, a reward, a fork server."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -197,7 +198,7 @@ class Arena:
             "save_steps": 3,
             "chat_template": False,
         }
-        self.zygote = Zygote(folder)
+        self.fork_server = fork_server()
         self.references: dict[tuple[str, int], tuple[Run, Ending, float]] = {}
         self.runs = 0
 

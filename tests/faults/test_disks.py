@@ -15,7 +15,7 @@ def mounted(arena, run, size):
     """A file system of that size in the place of the run's output; skips where none can be mounted."""
     run.output.mkdir()
     try:
-        return arena.zygote.mount(run.output, size)
+        return arena.fork_server.mount(run.output, size)
     except PermissionError as error:
         pytest.skip(str(error))
 
@@ -46,7 +46,7 @@ def test_F10_disk_full_while_saving(arena, record):
     wrong += [] if run.valid() == [3] else [f"valid: {run.valid()}"]
     left = {path.name for path in run.output.iterdir() if path.is_dir() and path.name != ".ranks"}
     wrong += [] if left == {"checkpoint_3"} else [f"left over: {left}"]
-    arena.zygote.mount(mount_point, "64m")
+    arena.fork_server.mount(mount_point, "64m")
     run.finish()
     wrong += run.ending().differences(ending)
     record("F10", 1, int(not wrong), f"{wrong or 'warned, trained on, kept the first; with room the same end'}")
@@ -95,13 +95,13 @@ def test_F11_a_disk_that_turns_read_only(arena, record):
     run.settings["max_steps"] = 3
     run.finish()
     run.settings["max_steps"] = STEPS
-    arena.zygote.mount(mount_point, "64m", read_only=True)
+    arena.fork_server.mount(mount_point, "64m", read_only=True)
     job = run.launch()
     codes = job.wait()  # exit.json cannot be written either
     good = 2 in codes and set(codes) <= {2, -signal.SIGTERM} and "Traceback" not in job.text()
     wrong = [] if good else [f"codes {codes}: {job.text()[-500:]}"]
     wrong += [] if run.valid() == [3] else [f"valid: {run.valid()}"]
-    arena.zygote.mount(mount_point, "64m")
+    arena.fork_server.mount(mount_point, "64m")
     run.finish()
     wrong += arena.same(run)
     record("F11", 1, int(not wrong), f"read-only: {wrong or 'refused with code 2, then the same end'}")
@@ -117,7 +117,7 @@ def test_F37_the_folder_of_curves(arena, record, how):
     if how != "deleted":
         run.logs.mkdir()
         try:
-            arena.zygote.mount(run.logs, "16k", read_only=how == "read-only")
+            arena.fork_server.mount(run.logs, "16k", read_only=how == "read-only")
         except PermissionError as error:
             pytest.skip(str(error))
     job = run.launch(faults)

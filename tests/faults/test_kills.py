@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from tests.faults.fault import Fault
-from tests.faults.jobs import wait_for
+from tests.support.jobs import wait_for
 
 KINDS = ("plain", "iterated", "deterministic")
 SAVE_PARTS = ("snapshot", "write", "written", "manifest", "rename", "committed", "prune")
@@ -29,7 +29,7 @@ def test_F1_whole_job_killed_at_a_random_instant(arena, record, kills):
         time.sleep(rng.uniform(0.0, seconds))
         job.kill()
         job.wait()
-        orphans += len(arena.zygote.orphans())
+        orphans += len(arena.fork_server.orphans())
         redone.append(run.last_logged() - max([0, *(run.valid() if run.output.exists() else [])]))
         began = time.monotonic()
         run.finish()

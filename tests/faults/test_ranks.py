@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.fault import FAULTS, Fault, as_json
-from tests.faults.jobs import descendants, wait_for
 from tests.faults.runs import STEPS, as_argv
 from tests.faults.test_stops import phase_of
+from tests.support.jobs import descendants, wait_for
 from tests.support.launcher import PROJECT, environment
 
 ONE_GROUP = """def score(completions, **columns):

@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 
 from tests.faults.fault import Fault
-from tests.faults.jobs import wait_for
 from tests.faults.runs import STEPS
+from tests.support.jobs import wait_for
 
 PHASES = ("rollout", "reward", "exchange", "logprobs", "update")
 TIMEOUT_S = 3.0
@@ -152,7 +152,7 @@ def test_F7_asked_to_stop_during_a_long_reward(arena, record):
     seconds = time.monotonic() - began
     flag.unlink()
     wrong += [] if seconds < 25 else [f"after {seconds:.1f} s"]
-    wrong += [f"left: {left}"] if (left := arena.zygote.orphans()) else []
+    wrong += [f"left: {left}"] if (left := arena.fork_server.orphans()) else []
     run.finish()
     wrong += arena.same(run)  # the other reward file has the same scores
     record("F7", 1, int(not wrong), f"saved and ended after {seconds:.1f} s" + (f"; wrong: {wrong}" if wrong else ""))

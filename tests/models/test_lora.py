@@ -32,7 +32,7 @@ from grpo.rollout.sampling import Sampling
 from grpo.runtime.distributed import World
 from grpo.training.load_policy import load_policy, load_trained
 from grpo.training.policy import Policy
-from tests.support.launcher import run_script
+from tests.support.launcher import fork_script
 from tests.support.tiny import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def run(tmp_path_factory):
         "--deterministic",
         "true",
     ]
-    done = run_script("train.py", *arguments, "--output_dir", str(folder / "output"))
+    done = fork_script("train.py", *arguments, "--output_dir", str(folder / "output"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder, arguments, done, before
 
@@ -142,13 +142,13 @@ def test_adapter_and_merged_give_the_same_greedy_text(run, tmp_path):
 def test_resuming_gives_the_same_bits(run, tmp_path):
     folder, arguments, _, _ = run
     shutil.copytree(folder / "output" / "checkpoint_2", tmp_path / "output" / "checkpoint_2")
-    done = run_script("train.py", *arguments, "--output_dir", str(tmp_path / "output"))
+    done = fork_script("train.py", *arguments, "--output_dir", str(tmp_path / "output"))
     assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr[-2000:]
     assert "step: 3/4" in done.stdout and "step: 2/4" not in done.stdout
     for name in (ADAPTER_WEIGHTS, "trainer/optimizer-00000-of-00001.safetensors"):
         again, straight = (out / "checkpoint_4" / name for out in (tmp_path / "output", folder / "output"))
         assert again.read_bytes() == straight.read_bytes(), name
-    refused = run_script("train.py", *arguments, "--lora_r", "8", "--output_dir", str(tmp_path / "output"))
+    refused = fork_script("train.py", *arguments, "--lora_r", "8", "--output_dir", str(tmp_path / "output"))
     assert refused.returncode == 2 and "lora_r: 4 there, 8 now" in refused.stderr
 
 
@@ -161,7 +161,7 @@ def test_another_backend_and_number_of_ranks_continue_it(run, tmp_path, stage):
     state = tmp_path / "output" / "checkpoint_2" / "trainer" / "state.json"
     state.write_text(state.read_text().replace('"deterministic": true', '"deterministic": false'))
     checkpoint.write_manifest(tmp_path / "output" / "checkpoint_2", 2)
-    done = run_script("train.py", *arguments, "--output_dir", str(tmp_path / "output"), nproc=2)
+    done = fork_script("train.py", *arguments, "--output_dir", str(tmp_path / "output"), nproc=2)
     assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = (
         load_file(out / "checkpoint_4" / ADAPTER_WEIGHTS) for out in (tmp_path / "output", folder / "output")
@@ -298,7 +298,9 @@ def test_dropout_is_refused_in_grpo(tmp_path):
 
 
 def save(folder, policy, cfg, step=2):
-    snapshot = checkpoint.take_snapshot(step, policy, saving.serialized_tokenizer(tiny_tokenizer()), Recipe(), cfg, {"data": "x"})
+    snapshot = checkpoint.take_snapshot(
+        step, policy, saving.serialized_tokenizer(tiny_tokenizer()), Recipe(), cfg, {"data": "x"}
+    )
     return checkpoint.write_snapshot(snapshot, folder, ALONE, None, lambda phase: None)
 
 
@@ -339,7 +341,7 @@ def test_moments_come_back(tmp_path):
     assert save(tmp_path, policy, cfg) is None
     other = load_policy(cfg, ALONE, tmp_path / "checkpoint_2")
     resume.restore(other, tmp_path / "checkpoint_2")
-    for ours, theirs in ((policy.weights(), other.weights()), (policy.backend.held(), other.backend.held())):
+    for ours, theirs in ((policy.weights(), other.weights()), (policy.backend.local_tensors(), other.backend.local_tensors())):
         assert all(name == again and torch.equal(a, b) for (name, a), (again, b) in zip(ours, theirs, strict=True))
 
 
@@ -477,11 +479,11 @@ def test_target_modules_choose():
 def test_inference_opens_an_adapter_and_says_no_to_a_bad_one(good, tmp_path):
     (good / "trainer" / "recipe.json").write_text(recipe_text(Recipe(max_prompt_length=64, max_generate_length=8)))
     checkpoint.write_manifest(good, 2)
-    done = run_script("inference.py", "--checkpoint", str(good), "2+2?")
+    done = fork_script("inference.py", "--checkpoint", str(good), "2+2?")
     assert done.returncode == 0 and "回答" in done.stdout, done.stderr[-2000:]
     folder = tmp_path / "bad"
     shutil.copytree(good, folder)
     REFUSED["all zero"][0](folder)
     checkpoint.write_manifest(folder, 2)
-    done = run_script("inference.py", "--checkpoint", str(folder), "2+2?")
+    done = fork_script("inference.py", "--checkpoint", str(folder), "2+2?")
     assert done.returncode == 2 and "all its weights are zero" in done.stderr.splitlines()[-1]

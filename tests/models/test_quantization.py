@@ -69,7 +69,7 @@ def test_8_bit_moments_train_as_32_bit_ones_do_in_a_quarter_of_the_memory(librar
         losses = train(policy, 20)
         assert losses[-1] < 0.7 * losses[0]
         ends[kind] = losses[-1]
-        states = {name: values for name, values in policy.backend.held() if " of model.embed_tokens" in name}
+        states = {name: values for name, values in policy.backend.local_tensors() if " of model.embed_tokens" in name}
         held[kind] = sum(values.nbytes for values in states.values())
     assert ends["adamw_8bit"] == pytest.approx(ends["adamw"], rel=0.1) and ends["adamw_8bit"] != ends["adamw"]
     assert held["adamw_8bit"] < 0.27 * held["adamw"]
@@ -85,7 +85,7 @@ def test_8_bit_moments_come_back_to_the_bit(library, tmp_path):
     assert resume.restore(resumed, tmp_path / "checkpoint_2") == 0 and resumed.counters.updates == 3
     kinds = {piece.moment for piece in straight.backend.moments()}
     assert kinds == {"codes1", "codes2", "absmax1", "absmax2", "exp_avg", "exp_avg_sq"}, "both kinds of moments"
-    for (name, a), (again, b) in zip(straight.backend.held(), resumed.backend.held(), strict=True):
+    for (name, a), (again, b) in zip(straight.backend.local_tensors(), resumed.backend.local_tensors(), strict=True):
         assert name == again and torch.equal(a, b)
     for policy in (straight, resumed, lost):
         train(policy, 3)

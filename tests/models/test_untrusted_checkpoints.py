@@ -24,10 +24,10 @@ from grpo.checkpoints.manifest import MANIFEST, manifest_text
 from grpo.checkpoints.resume import SavedMoments, read_state
 from grpo.config.command_line import load_config
 from grpo.errors import UserError
-from grpo.models import folder_checks as untrusted
 from grpo.models.checks import check_vocabulary, load_model, stop_token_ids
 from grpo.models.loading import load_tokenizer
 from grpo.run.launch import run_main
+from grpo.strict_json import parse_json
 from tests.support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 TALLY = {
@@ -513,5 +513,5 @@ def test_json_is_read_strictly():
         ('{"a": {"b": 1, "b": 1}}', "'b' occurs twice"),
     ):
         with pytest.raises(ValueError, match=said):
-            untrusted.parse_json(text)
-    assert untrusted.parse_json("[1.5, Infinity]", infinity=True) == [1.5, float("inf")]
+            parse_json(text)
+    assert parse_json("[1.5, Infinity]", infinity=True) == [1.5, float("inf")]

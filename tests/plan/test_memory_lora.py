@@ -64,7 +64,7 @@ def test_weights_and_moments_are_counted_to_the_byte(tmp_path, architecture, way
     states = [getattr(p, "quant_state", None) for p in parameters]
     scales = sum(s.absmax.nbytes + s.state2.absmax.nbytes for s in states if s is not None)
     assert found.weights == pytest.approx(sum(p.data.nbytes for p in parameters) + scales, rel=0.05 if scales else 1e-9)
-    moments = sum(values.nbytes for name, values in policy.backend.held() if " of " in name)
+    moments = sum(values.nbytes for name, values in policy.backend.local_tensors() if " of " in name)
     assert found.moments == pytest.approx(moments, rel=0.01)
 
 

@@ -155,7 +155,7 @@ def test_too_many_failures_of_one_function_stop_the_run():
     faults[:2] = FAILED  # of each function, as many as are allowed
     check_failures(cfg, faults, ["f", "my.py:g"])
     faults[2, 1] = LATE
-    with pytest.raises(UserError, match=r"my.py:g failed on 3 of 10 completions in one step, 1 of them for want"):
+    with pytest.raises(UserError, match=r"my.py:g failed on 3 of 10 completions in one step, 1 of them without"):
         check_failures(cfg, faults, ["f", "my.py:g"])
 
 

@@ -23,7 +23,7 @@ from grpo.run.trackers import check_trackers, load_trackers, run_id
 from grpo.training.advantages import group_advantages
 from grpo.training.scoring import Scored
 from grpo.types import Completion
-from tests.support.launcher import run_script
+from tests.support.launcher import fork_script
 
 HOSTILE = "<script>alert(1)</script>\n\x1b[31mred & [bold]gold[/bold]"
 
@@ -35,7 +35,7 @@ HOSTILE = "<script>alert(1)</script>\n\x1b[31mred & [bold]gold[/bold]"
 def run(tmp_path_factory):
     """Two steps of the demo, everything logged at each."""
     folder = tmp_path_factory.mktemp("run")
-    done = run_script(
+    done = fork_script(
         "train.py",
         "--output_dir",
         str(folder / "output"),

@@ -11,7 +11,7 @@ import pytest
 
 from grpo.errors import UserError
 from grpo.runtime.startup import OutputLock
-from tests.support.launcher import PROJECT, environment, patched_train, run_script
+from tests.support.launcher import PROJECT, environment, fork_script, patched_train, run_script
 
 FAST = ("--eval_data", "null", "--max_generate_length", "8", "--save_steps", "0")
 SABOTAGE = """
@@ -49,17 +49,17 @@ def processes_of(folder):
 
 
 @pytest.mark.parametrize(
-    "act, said",
+    "start, act, said",
     [
-        ("raise RuntimeError('out of luck')", "error: rank 1, phase logprobs, step 3: RuntimeError: out of luck"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "error: rank 1 is gone, last in phase logprobs, step 3"),
+        (fork_script, "raise RuntimeError('out of luck')", "rank 1, phase logprobs, step 3: RuntimeError: out of luck"),
+        (run_script, "os.kill(os.getpid(), signal.SIGKILL)", "rank 1 is gone, last in phase logprobs, step 3"),
     ],
     ids=["raises", "killed"],
 )
-def test_a_failing_rank_ends_the_job_with_its_name(tmp_path, act, said):
+def test_a_failing_rank_ends_the_job_with_its_name(tmp_path, start, act, said):
     began = time.monotonic()
-    done = run_script(*sabotage(tmp_path, act), nproc=2, timeout=120)
-    assert done.returncode != 0 and said in done.stderr
+    done = start(*sabotage(tmp_path, act), nproc=2, timeout=120)
+    assert done.returncode != 0 and f"error: {said}" in done.stderr
     assert processes_of(tmp_path) == []
     assert time.monotonic() - began < 90, "start-up included; the promise is 60 s from the failure"
 
@@ -109,14 +109,6 @@ def test_ranks_that_mean_different_runs_are_refused(tmp_path):
     """Rank 1 gets another learning rate: both stop before training, the setting and the rank are named."""
     script = patched_train(tmp_path, "import os\nif os.environ['RANK'] == '1':\n    sys.argv += ['--lr', '0.5']")
     settings = ("--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"), *FAST)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, script, *settings],
-        cwd=PROJECT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = fork_script(script, *settings, nproc=2, timeout=120)
     assert done.returncode != 0 and "ranks disagree about lr: rank 1 differs from rank 0" in done.stderr
     assert json.loads((tmp_path / "output" / "exit.json").read_text())["code"] == 2

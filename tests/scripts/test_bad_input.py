@@ -8,7 +8,7 @@ from grpo.config.command_line import load_config
 from grpo.config.documentation import field_docs
 from grpo.config.settings import DEMO, Config
 from grpo.errors import UserError
-from tests.support.launcher import PROJECT, run_script
+from tests.support.launcher import PROJECT, fork_script
 from tests.support.tiny import save_tiny
 
 
@@ -105,7 +105,7 @@ def test_every_setting_is_documented_and_read():
 
 
 def test_print_config_shows_the_whole():
-    done = run_script("train.py", "--print_config", "--model", "X")
+    done = fork_script("train.py", "--print_config", "--model", "X")
     assert done.returncode == 0 and "lr: 1.0e-06" in done.stdout and "model: X" in done.stdout
 
 
@@ -184,7 +184,7 @@ def test_data_rewards_and_models(model, tmp_path, rows, extra, message, capfd):
 def test_output_folder_that_cannot_be_written(tmp_path):
     """A file stands where the folder should be; through the script, whose exit code counts."""
     (tmp_path / "taken").write_text("")
-    done = run_script(
+    done = fork_script(
         "train.py", "--output_dir", str(tmp_path / "taken" / "output"), "--runs_dir", str(tmp_path / "runs")
     )
     assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
@@ -193,7 +193,7 @@ def test_output_folder_that_cannot_be_written(tmp_path):
 def test_a_reward_that_always_fails_stops_the_run(model, tmp_path):
     """On two ranks: both stop, rank 0 names the function, exit.json says 2."""
     (tmp_path / "mine.py").write_text("def broken_reward(completions, **columns):\n    return [1 / 0]\n")
-    done = run_script(
+    done = fork_script(
         "train.py",
         "--output_dir",
         str(tmp_path / "output"),

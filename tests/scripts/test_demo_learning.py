@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from grpo.models.loading import load_tokenizer
-from tests.support.launcher import PROJECT, metrics_of, run_script
+from tests.support.launcher import PROJECT, fork_script, metrics_of
 
 DEMO = PROJECT / "demo"
 SHUFFLED = json.dumps({"benchmarks/shuffled_reward.py:shuffled_final_answer_reward": 1.0})
@@ -90,7 +90,7 @@ def test_the_tokenizer_gives_any_text_back(text):
 
 def train(folder, *settings):
     """Run the demo on two ranks; return the held-out metrics before and after, and those of the steps."""
-    done = run_script(
+    done = fork_script(
         "train.py",
         "--output_dir",
         str(folder / "output"),

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launcher import PROJECT, environment
+from tests.support.launcher import PROJECT, environment, fork_script
+from tests.support.tiers import sampled, short
 
 SCRIPTS = [*sorted((PROJECT / "launch").glob("*.sh")), PROJECT / ".ci" / "run"]
 
@@ -232,9 +233,8 @@ def test_exit_code_of_real_workers(tmp_path, case):
         "import os, sys, time\nrank = int(os.environ['RANK'])\n"
         f"def tell(code): open({str(out / 'exit.json')!r}, 'w').write('{{\"code\": %d}}' % code)\n{code}\n"
     )
-    torchrun = [sys.executable, PROJECT / "launch" / "torchrun.py", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, worker, "--config", settings]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    torchrun = ["launch/torchrun.py", "--standalone", "--nproc_per_node=2"]
+    done = fork_script(*torchrun, str(worker), "--config", str(settings), cwd=tmp_path, timeout=120)
     assert done.returncode == expected, done.stderr
     assert "Traceback" not in done.stderr
     assert ("rank 1 was ended by signal 9" in done.stderr) == (case == "killed")
@@ -259,7 +259,10 @@ LIVES = {
 }
 
 
-@pytest.mark.parametrize("case", LIVES)
+FIRST = ["killed, with progress", "no progress"]
+
+
+@pytest.mark.parametrize("case", short(LIVES, [*FIRST, *sampled([case for case in LIVES if case not in FIRST])]))
 def test_a_killed_or_stalled_run_is_started_again_while_it_gets_on(tmp_path, case):
     """Real torchrun, one worker whose lives are scripted; `starts` counts them."""
     code, expected, lives = LIVES[case]
@@ -271,9 +274,8 @@ def test_a_killed_or_stalled_run_is_started_again_while_it_gets_on(tmp_path, cas
         + STARTED.format(log=str(log), out=str(out))
         + code
     )
-    torchrun = [sys.executable, PROJECT / "launch" / "torchrun.py", "--restarts", "2", "--standalone"]
-    settings = ["--model", "m", "--data", "d", "--rewards", '{"r": 1}', "--output_dir", out]
-    command = [*torchrun, "--nproc_per_node=1", worker, *settings]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    torchrun = ["launch/torchrun.py", "--restarts", "2", "--standalone", "--nproc_per_node=1", str(worker)]
+    settings = ["--model", "m", "--data", "d", "--rewards", '{"r": 1}', "--output_dir", str(out)]
+    done = fork_script(*torchrun, *settings, cwd=tmp_path, timeout=120)
     assert (done.returncode, len(log.read_text().splitlines())) == (expected, lives), done.stderr
     assert done.stderr.count("starting it again") == lives - 1

@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from tests.support.launcher import metrics_of, run_script
+from tests.support.launcher import fork_script, metrics_of, run_script
 from tests.support.tiny import save_tiny
 
 QUESTION = "Tom has 5 eggs. He buys 3, eats 2, finds 4 and sells 1. How many eggs does he have now?"
@@ -53,9 +53,10 @@ def test_checkpoints_open_with_plain_transformers(two_ranks):
 
 def test_one_process_trains_as_two_do(two_ranks, tmp_path):
     """Without torchrun, and with it on one rank: the same rewards, lengths and losses, step by step."""
-    for nproc in (None, 1):
+    for nproc, start in ((None, run_script), (1, fork_script)):
         target = tmp_path / str(nproc)
-        done = run_script("train.py", *folders(target), *EVAL, "--max_steps", "4", "--save_steps", "2", nproc=nproc)
+        settings = (*folders(target), *EVAL, "--max_steps", "4", "--save_steps", "2", "--num_threads", "1")
+        done = start("train.py", *settings, nproc=nproc)
         assert done.returncode == 0, done.stderr[-3000:]
         ours, theirs = metrics_of(two_ranks[0] / "runs"), metrics_of(target / "runs")
         assert len(ours) == len(theirs) == 6
@@ -114,7 +115,7 @@ def test_sampler_and_trainer_agree(two_ranks):
 def test_same_command_again_has_nothing_to_do(two_ranks):
     tmp_path, _ = two_ranks
     before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "output").rglob("*.safetensors"))
-    done = run_script("train.py", *folders(tmp_path), *EVAL, "--max_steps", "4", "--save_steps", "2")
+    done = fork_script("train.py", *folders(tmp_path), *EVAL, "--max_steps", "4", "--save_steps", "2")
     assert done.returncode == 0 and "nothing to do" in done.stdout
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "output").rglob("*.safetensors"))
 
@@ -122,9 +123,9 @@ def test_same_command_again_has_nothing_to_do(two_ranks):
 def test_resuming_continues_the_run(two_ranks, tmp_path):
     """Interrupted after step 2 (its later checkpoint lost): steps 3 and 4 are those of the uninterrupted run."""
     settings = (*folders(tmp_path), *EVAL, "--max_steps", "4", "--save_steps", "2")
-    assert run_script("train.py", *settings, nproc=2).returncode == 0
+    assert fork_script("train.py", *settings, nproc=2).returncode == 0
     (tmp_path / "output" / "checkpoint_4" / "model.safetensors").write_bytes(b"torn")
-    done = run_script("train.py", *settings, nproc=2)
+    done = fork_script("train.py", *settings, nproc=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "checkpoint_4 is not used: model.safetensors" in done.stderr and "resuming from" in done.stdout
     assert [line.split()[1] for line in step_lines(done.stdout)] == ["3/4", "4/4"]
@@ -134,7 +135,7 @@ def test_resuming_continues_the_run(two_ranks, tmp_path):
     for a, b in zip(ours, theirs):
         same = {key for key in a if not key.startswith(("time/", "idle/")) and key != "tokens_per_s"}
         assert {key: a[key] for key in same} == {key: b[key] for key in same}
-    done = run_script("train.py", *settings, "--lr", "1e-5")
+    done = fork_script("train.py", *settings, "--lr", "1e-5")
     assert done.returncode == 2 and "lr: 5e-05 there, 1e-05 now" in done.stderr
 
 
@@ -144,14 +145,14 @@ def test_inference_answers_one_question(two_ranks):
     assert answered.returncode == 0
     assert answered.stdout.startswith(f"❓ 问题: {QUESTION}\n💡 回答: ") and "checkpoint_4" in answered.stderr
     flags = ("--model_dir", f"{output}/checkpoint_2", "--question", QUESTION, "--max_tokens", "8", "--json")
-    answers = [run_script("inference.py", *flags).stdout for _ in range(2)]
+    answers = [fork_script("inference.py", *flags).stdout for _ in range(2)]
     assert answers[0] == answers[1] and json.loads(answers[0])["question"] == QUESTION
-    streamed = run_script("inference.py", "--output_dir", output, "--stream", QUESTION)
+    streamed = fork_script("inference.py", "--output_dir", output, "--stream", QUESTION)
     assert streamed.stdout == answered.stdout
 
 
 def test_inference_runs_the_built_in_cases(two_ranks):
-    done = run_script("inference.py", "--output_dir", str(two_ranks[0] / "output"))
+    done = fork_script("inference.py", "--output_dir", str(two_ranks[0] / "output"))
     assert done.returncode == 0
     assert [line for line in done.stdout.splitlines() if line.startswith("[测试")] == [
         f"[测试 {i}/4]" for i in (1, 2, 3, 4)
@@ -169,7 +170,7 @@ def test_inference_runs_the_built_in_cases(two_ranks):
     ],
 )
 def test_inference_says_what_is_wrong(args, message):
-    done = run_script("inference.py", *args)
+    done = fork_script("inference.py", *args)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
 
@@ -179,7 +180,7 @@ def test_gsm8k_format_trains_a_small_random_model(tmp_path):
     save_tiny(tmp_path / "model", spread=1.0)
     rows = [{"question": "word " * n, "answer": f"because\n#### {n}"} for n in (2, 3, 4, 400)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    done = run_script(
+    done = fork_script(
         "train.py",
         "--config",
         "configs/gsm8k.yaml",

@@ -7,8 +7,6 @@ import csv
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 
 import datasets
 import pytest
@@ -22,7 +20,7 @@ from grpo.rewards import RewardInput
 from grpo.rewards.calls import Call
 from grpo.rewards.pool import open_rewards
 from tests.support.asking_rewards import answers_of
-from tests.support.launcher import PROJECT, environment, metrics_of, run_script
+from tests.support.launcher import PROJECT, fork_script, metrics_of
 from tests.support.tiny import tiny_config, tiny_tokenizer
 
 ROWS = 6
@@ -243,10 +241,11 @@ def trained(tmp_path_factory):
         (folders["page"] / name).write_text(content, encoding="utf-8")
     page = ["--model", str(folders["gsm8k_zh"] / "model"), "--max_steps", "1", "--max_generate_length", "8"]
     runs.append((str(folders["page"]), ["--config", "my_words.yaml", *page]))
-    command = [sys.executable, "-c", LOOP, json.dumps(runs)]
-    alone = subprocess.run(command, cwd=PROJECT, env=environment(), capture_output=True, text=True, timeout=300)
+    loop = folders["page"] / "loop.py"
+    loop.write_text(LOOP)
+    alone = fork_script(str(loop), json.dumps(runs))
     assert alone.returncode == 0, alone.stdout[-2000:] + alone.stderr[-3000:]
-    two = run_script("train.py", *settings("gsm8k_zh", folders["gsm8k_zh"]), nproc=2)
+    two = fork_script("train.py", *settings("gsm8k_zh", folders["gsm8k_zh"]), nproc=2)
     assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-3000:]
     return folders
 

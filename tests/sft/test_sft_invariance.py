@@ -23,7 +23,7 @@ from grpo.sft.policy import SftPolicy, sft_batches
 from grpo.sft.texts import SftTexts
 from grpo.training.metrics import Tally
 from grpo.types import Prompt, TrainRow
-from tests.support.launcher import run_script
+from tests.support.launcher import fork_script
 from tests.support.tiny import tiny_model
 
 VOCAB, STEPS, TEXTS = 300, 20, 7
@@ -129,7 +129,7 @@ def results(tmp_path_factory, request):
         out.mkdir()
         jobs = jobs_of(world_size, long)
         (out / "jobs.json").write_text(json.dumps(jobs))
-        done = run_script("tests/sft/test_sft_invariance.py", str(out), nproc=world_size, timeout=400)
+        done = fork_script("tests/sft/test_sft_invariance.py", str(out), nproc=world_size, timeout=400)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         ranks = [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(world_size)]
         return {name: ([rank[name] for rank in ranks], flat(load_file(out / f"{name}.safetensors"))) for name in jobs}

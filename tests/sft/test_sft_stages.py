@@ -10,7 +10,8 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.scripts.test_tasks import THOUGHT, save_model, save_rows
-from tests.support.launcher import PROJECT, environment, run_script
+from tests.support.launcher import PROJECT, environment, fork_script
+from tests.support.tiers import short
 from tests.support.tiny import save_tiny
 
 KILLED = """
@@ -61,7 +62,7 @@ def sft(folder, output, patch="", **settings):
     }
     start = folder / "start.py"
     start.write_text(START.format(project=str(PROJECT), patch=patch))
-    return run_script(str(start), *(word for name, value in flags.items() for word in (f"--{name}", str(value))))
+    return fork_script(str(start), *(word for name, value in flags.items() for word in (f"--{name}", str(value))))
 
 
 def weights(folder, step):
@@ -88,7 +89,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path):
     assert done.returncode == 0 and "nothing to do" in done.stdout
     other = sft(tmp_path, "halves", loss_on="all")
     assert other.returncode == 2 and "trained with other settings" in other.stderr and "sft:" in other.stderr
-    grpo = run_script(
+    grpo = fork_script(
         "train.py",
         "--model",
         str(tmp_path / "model"),
@@ -169,7 +170,8 @@ def both_stages(task, folder, nproc):
 
 
 @pytest.mark.parametrize(
-    ("task", "nproc"), [("multiple_choice", 2), pytest.param("dapo_math", 1, marks=pytest.mark.full)]
+    ("task", "nproc"),
+    short([("multiple_choice", 1), ("multiple_choice", 2), ("dapo_math", 1)], [("multiple_choice", 1)]),
 )
 def test_one_file_and_one_command_run_both_stages(tmp_path, task, nproc):
     """The second time there is nothing to do in either; GRPO starts from what was taught, with its prompt."""

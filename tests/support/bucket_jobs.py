@@ -1,4 +1,4 @@
-"""Gradients over two ranks, bucket by bucket: `torchrun ... tests/support/bucket_jobs.py FOLDER`. Each rank saves JSON."""
+"""Gradient sums over two ranks, by bucket: `torchrun ... tests/support/bucket_jobs.py FOLDER`. Each rank saves JSON."""
 
 import json
 import sys
@@ -74,7 +74,7 @@ def gradient(world: World, name: str) -> dict:
             seen.events.append("backward")
             policy.backend.backward(loss, last)
         seen.events.append("step")
-        policy.backend.buckets.give()
+        policy.backend.buckets.finish()
     wrong = [key for key, p in policy.backend.parameters.items() if not torch.equal(p.grad, wanted[key])]
     return {
         "events": seen.events,
@@ -105,7 +105,7 @@ def crowded(world: World, fail: bool) -> dict:
     true_step, twice = policy.backend.step, []
 
     def step_of(*args):
-        twice.extend(i for i in policy.backend.buckets.flats if i < policy.backend.buckets.kept)
+        twice.extend(i for i in policy.backend.buckets.flats if i < policy.backend.buckets.num_sent_before)
         return true_step(*args)
 
     policy.backend.step = step_of

@@ -203,7 +203,7 @@ def sealed_update(world: World, out: Path, rank: int, **settings):
     injected_step(cfg, world, policy, 0, 3, 0, Tally())
     NativeEngine(with_adapter(cfg, tiny_model("qwen3", VOCAB)), [0], 4, 1).load_weights(policy.weights())
     untouched = policy.changed_tensor()
-    held = dict(policy.backend.held())
+    held = dict(policy.backend.local_tensors())
     found = {}
     for name, tensor in held.items():
         if world.rank == rank and tensor.numel():

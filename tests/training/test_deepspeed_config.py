@@ -8,7 +8,7 @@ from grpo.config.command_line import load_config
 from grpo.config.settings import Config
 from grpo.errors import UserError
 from grpo.training.backends.deepspeed import deepspeed_config
-from tests.support.launcher import metrics_of, run_script
+from tests.support.launcher import fork_script, metrics_of
 
 
 def config(tmp_path, settings, **ours):
@@ -27,14 +27,14 @@ def test_auto_is_filled_in_and_the_rest_is_kept(tmp_path):
         "fp16": {"enabled": False},
         "zero_optimization": {"stage": "auto", "overlap_comm": False, "reduce_bucket_size": "auto"},
     }
-    made = deepspeed_config(config(tmp_path, settings, zero_stage=3, max_grad_norm=0.5))
-    assert made["zero_optimization"] == {"stage": 3, "overlap_comm": False}
-    assert made["gradient_clipping"] == 0.5 and made["gradient_accumulation_steps"] == 1
-    assert not {"optimizer", "bf16", "fp16", "train_batch_size"} & set(made) and "auto" not in json.dumps(made)
+    result = deepspeed_config(config(tmp_path, settings, zero_stage=3, max_grad_norm=0.5))
+    assert result["zero_optimization"] == {"stage": 3, "overlap_comm": False}
+    assert result["gradient_clipping"] == 0.5 and result["gradient_accumulation_steps"] == 1
+    assert not {"optimizer", "bf16", "fp16", "train_batch_size"} & set(result) and "auto" not in json.dumps(result)
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         ({"optimizer": {"type": "Adam"}}, "optimizer contradicts"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler contradicts"),
@@ -45,13 +45,13 @@ def test_auto_is_filled_in_and_the_rest_is_kept(tmp_path):
         ([1], "must hold a JSON object"),
     ],
 )
-def test_contradictions_are_refused_by_name(tmp_path, settings, said):
-    with pytest.raises(UserError, match=said):
+def test_contradictions_are_refused_by_name(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
         deepspeed_config(config(tmp_path, settings))
 
 
 @pytest.mark.parametrize(
-    "args, said",
+    "args, message",
     [
         (["--offload", "optimizer"], "need --backend deepspeed"),
         (["--backend", "deepspeed", "--offload", "all"], "needs zero_stage >= 3"),
@@ -59,8 +59,8 @@ def test_contradictions_are_refused_by_name(tmp_path, settings, said):
         (["--backend", "deepspeed", "--zero_stage", "4"], "zero_stage"),
     ],
 )
-def test_settings_that_do_not_go_together(args, said):
-    with pytest.raises(UserError, match=said):
+def test_settings_that_do_not_go_together(args, message):
+    with pytest.raises(UserError, match=message):
         load_config(args)
 
 
@@ -71,10 +71,11 @@ def test_the_deepspeed_launchers_local_rank_is_accepted():
 def test_a_run_crosses_backends_and_world_sizes(tmp_path):
     """Two ZeRO-3 ranks, then one plain process: the same steps as an uninterrupted single run, to rounding."""
     common = ("--eval_data", "null", "--max_steps", "4", "--save_steps", "2", "--batch_size", "4")
+    common += ("--num_threads", "1")
 
     def run(name, *extra, nproc=None):
         folders = ("--output_dir", str(tmp_path / name / "output"), "--runs_dir", str(tmp_path / name / "runs"))
-        done = run_script("train.py", *common, *folders, *extra, nproc=nproc)
+        done = fork_script("train.py", *common, *folders, *extra, nproc=nproc)
         assert done.returncode == 0, done.stderr[-3000:]
         return done
 

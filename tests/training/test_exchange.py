@@ -56,8 +56,8 @@ def test_split_evenly(count, parts):
     assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
 
 
-def row(sample, prompt, ids):
-    return TrainRow(sample, prompt, np.array(ids, np.int32), np.full(len(ids), -1.0, np.float32), None, 2.0)
+def row(n, prompt, ids):
+    return TrainRow(n, prompt, np.array(ids, np.int32), np.full(len(ids), -1.0, np.float32), None, 2.0)
 
 
 def test_collate_aligns_predictions_with_targets():

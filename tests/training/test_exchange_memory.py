@@ -1,8 +1,8 @@
-"""What a rank packs, receives and holds in the exchange is its share of the rows, not all of them.
+"""What a rank packs, receives and keeps in memory in the exchange is its share of the rows, not all of them.
 
 One launch of four gloo ranks: the real `exchange` among the first two of them, then among all four. Chance cannot pass:
 the shares must lie within a tenth of 1/W for both W, on every rank, and two controls, one owner for all rows and a
-payload that is gathered by everybody, miss that by far.
+payload that every rank gathers, miss that by far.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-import grpo.training.exchange as batching
-import grpo.training.minibatches as planning
 from grpo.config.settings import Config
 from grpo.runtime.distributed import World, start, stop
-from grpo.types import Completion, Prompt
-from tests.support.launcher import run_script
+from grpo.training.exchange import Payload, exchange
+from grpo.training.minibatches import make_plan, trainers_of
+from grpo.types import Completion, Prompt, Table
+from tests.support.launcher import fork_script
 
 PROMPTS, GROUP, SUPPORT, LONGEST = 48, 8, 16, 64
 TOLERANCE = 0.1  # lengths differ by row; the owners' loads differ by a micro-batch at most
@@ -31,23 +31,25 @@ def lengths_of() -> np.ndarray:
     return np.random.default_rng(0).integers(1, LONGEST + 1, PROMPTS * GROUP)
 
 
-def completion(sample: int, length: int) -> Completion:
-    """A row whose content says which one it is."""
-    ids = np.full(length, sample, np.int32)
-    return Completion(sample, ids, ids.astype(np.float32), "stop", support=np.full((length, SUPPORT), sample, np.int32))
+def completion(row: int, length: int) -> Completion:
+    """A completion whose every number is its row."""
+    ids = np.full(length, row, np.int32)
+    return Completion(row, ids, ids.astype(np.float32), "stop", support=np.full((length, SUPPORT), row, np.int32))
 
 
 def measured(world: World, control: str) -> dict[str, float]:
-    """One exchange: int32 words packed and received by this rank, and the bytes it held at most, beyond its own rows.
+    """One exchange: int32 words packed and received by this rank, and the most bytes it allocated.
 
-    control: '', or 'one owner' (all rows are trained on by rank 0), or 'everybody' (every rank wants every row).
+    control: '', or 'one owner' (rank 0 trains on all rows), or 'every rank' (every rank gets every row).
     """
     lengths = lengths_of()
     prompts = [Prompt(p, "", (1, 2, 3), {}) for p in range(PROMPTS)]
     cfg = Config(num_generations=GROUP, micro_batch_tokens=128)
-    plan = planning.make_plan(cfg, prompts, lengths, np.ones(len(lengths)), 1 if control else world.size)
-    trainers = planning.trainers_of(plan)
+    plan = make_plan(cfg, prompts, lengths, np.ones(len(lengths)), 1 if control else world.size)
+    trainers = trainers_of(plan)
     sampled_by = np.arange(len(lengths)) // GROUP % world.size
+    facts = {"length": lengths, "rank": sampled_by}
+    table = Table([], np.zeros((len(lengths), 0)), np.zeros(len(lengths)), facts, GROUP)
     mine = [completion(n, int(lengths[n])) for n in range(len(lengths)) if sampled_by[n] == world.rank]
     words: dict[str, float] = {}
 
@@ -62,14 +64,14 @@ def measured(world: World, control: str) -> dict[str, float]:
     tracemalloc.start()  # never stopped: before Python 3.12.9 that can crash while another thread allocates
     before = tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
-    rows: dict[int, Completion] = {}
-    for owner in range(world.size) if control == "everybody" else [0]:
+    rows: dict[int, Payload] = {}
+    for owner in range(world.size) if control == "every rank" else [0]:
         wanted = {n: (rank + owner) % world.size for n, rank in trainers.items()}
-        rows |= batching.exchange(counting, mine, lengths, sampled_by, wanted, SUPPORT)
-    words["held"] = tracemalloc.get_traced_memory()[1] - before
-    for sample, row in rows.items():
-        assert len(row.token_ids) == lengths[sample] and (row.token_ids == sample).all() and row.support is not None
-        assert (row.sampler_logprobs == sample).all() and (row.support == sample).all()
+        rows |= exchange(counting, mine, table, wanted, SUPPORT)
+    words["bytes"] = tracemalloc.get_traced_memory()[1] - before
+    for row, payload in rows.items():
+        assert len(payload.token_ids) == lengths[row] and (payload.token_ids == row).all()
+        assert (payload.sampler_logprobs == row).all() and (payload.support == row).all()
     words["rows"] = len(rows)
     return words
 
@@ -82,7 +84,7 @@ def main() -> None:
     for size, group in ((2, pair), (4, world.control)):
         if world.rank < size:
             part = World(world.rank, size, world.rank, size, world.device, group)
-            found[str(size)] = {control: measured(part, control) for control in ("", "one owner", "everybody")}
+            found[str(size)] = {control: measured(part, control) for control in ("", "one owner", "every rank")}
     Path(sys.argv[1], f"rank_{world.rank}.json").write_text(json.dumps(found))
     stop()
 
@@ -91,7 +93,7 @@ def main() -> None:
 def ranks(tmp_path_factory):
     """ranks[rank][W][control] of one launch."""
     out = tmp_path_factory.mktemp("exchange")
-    done = run_script("tests/training/test_exchange_memory.py", str(out), nproc=4, timeout=120)
+    done = fork_script("tests/training/test_exchange_memory.py", str(out), nproc=4, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(4)]
 
@@ -102,9 +104,9 @@ def shares(ranks, size: int, control: str, what: str) -> list[float]:
     return [rank[str(size)][control][what] / total for rank in ranks[:size]]
 
 
-def held(ranks, size: int, control: str) -> float:
-    """Most bytes that any rank held."""
-    return max(rank[str(size)][control]["held"] for rank in ranks[:size])
+def peak_bytes(ranks, size: int, control: str) -> float:
+    """Most bytes that any rank allocated."""
+    return max(rank[str(size)][control]["bytes"] for rank in ranks[:size])
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -124,9 +126,9 @@ def test_one_owner_for_all_rows_is_seen(ranks, size):
 
 def test_memory_halves_when_ranks_double(ranks):
     """Peak of what Python and numpy hold. In the controls only what is packed shrinks with W, not what arrives."""
-    assert held(ranks, 4, "") < 0.68 * held(ranks, 2, "")
-    assert held(ranks, 4, "one owner") > 0.7 * held(ranks, 2, "one owner")
-    assert held(ranks, 4, "everybody") > 0.7 * held(ranks, 2, "everybody")
+    assert peak_bytes(ranks, 4, "") < 0.68 * peak_bytes(ranks, 2, "")
+    assert peak_bytes(ranks, 4, "one owner") > 0.7 * peak_bytes(ranks, 2, "one owner")
+    assert peak_bytes(ranks, 4, "every rank") > 0.7 * peak_bytes(ranks, 2, "every rank")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 (a) equal weights give equal tokens; (b) 20 updates on injected rollouts end within 1e-3 of the distance
 travelled, while broken controls end above 1e-2; (c) deterministic mode, free-running, is bit-identical.
 P·G = 15 rows divide by no W here, groups straddle ranks, one completion is empty, a quarter of the advantages
-is zero. All jobs of one W share a launch.
+is zero. All jobs of one W share a launch. The short tier has every backend on two ranks, and samples of the rest.
 """
 
 import functools
@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.launcher import run_ranks
+from tests.support.tiers import sampled, short
 from tests.support.tiny import ARCHITECTURES, tiny_model
 
-WORLDS = [1, 2, 3, pytest.param(4, marks=pytest.mark.full)]
-MORE_THAN_ONE = WORLDS[1:]
+WORLDS = [1, 2, 3, 4]
 ZERO = {f"zero{stage}": {"backend": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)}
 BACKENDS = {"ddp": {}, **ZERO}
 VARIANTS = {
@@ -46,6 +46,20 @@ STEPS |= {
     "checkpointing": {"architecture": "llama", "gradient_checkpointing": True},
     "plain": {"architecture": "llama"},
 }
+BROKEN_SHORT = ["denominator", "seed", "moments ddp", *sampled([f"moments {name}" for name in ZERO], seed=5)]
+ALONE = {"ddp", "dapo", "dr_grpo with KL", "two passes", "deterministic"}
+ZERO3 = {name for name in VARIANTS if name.startswith("zero3")}
+UPDATES_SHORT: dict[int, set[str]] = {
+    1: {*ALONE, *sampled(ZERO, seed=1)},
+    2: {*UPDATES} - ZERO3 | {*sampled(sorted(ZERO3), seed=2)},
+    3: {"ddp", "dr_grpo with KL", "deterministic", *sampled(ZERO, seed=3)},
+}
+ROLLOUTS_SHORT: dict[int, set[str]] = {
+    1: {"ddp", "top_p", "another seed"},
+    2: {*ROLLOUTS},
+    3: {"ddp", "top_p", *sampled(ZERO, seed=4)},
+}
+STEPS_SHORT = {"qwen3", *sampled(["qwen2", "llama", "gpt2"], seed=6), *sampled(["gemma2", "gemma3"], seed=7)}
 FREE = {"architecture": "qwen3", "deterministic": True, "steps": 5, "beta": 0.02}
 COUNTED = {
     "plain": {},
@@ -56,19 +70,29 @@ COUNTED = {
 }
 
 
-def jobs_of(world_size: int) -> dict[tuple[str, str], tuple[str, dict]]:
+def pairs(names, worlds, chosen):
+    """Names with numbers of ranks, as parameters; `chosen` has those of the short tier."""
+    cases = [(name, world_size) for world_size in worlds for name in names]
+    return short(cases, [(name, world_size) for world_size in chosen for name in chosen[world_size]])
+
+
+def jobs_of(world_size: int, full: bool = True) -> dict[tuple[str, str], tuple[str, dict]]:
     """All jobs of one launch, by (kind, name)."""
-    jobs = {("update", name): ("injected_updates", {"name": f"update {name}", **how}) for name, how in UPDATES.items()}
-    jobs |= {("rollout", name): ("free_rollout", how) for name, how in ROLLOUTS.items()}
+    updates = UPDATES if full else {name: UPDATES[name] for name in UPDATES if name in UPDATES_SHORT[world_size]}
+    rollouts = ROLLOUTS if full else {name: ROLLOUTS[name] for name in ROLLOUTS if name in ROLLOUTS_SHORT[world_size]}
+    steps = {name: how for name, how in STEPS.items() if full or name not in ARCHITECTURES or name in STEPS_SHORT}
+    jobs = {("update", name): ("injected_updates", {"name": f"update {name}", **how}) for name, how in updates.items()}
+    jobs |= {("rollout", name): ("free_rollout", how) for name, how in rollouts.items()}
     jobs["free", "deterministic"] = ("architecture_steps", FREE)
     refilled = {**FREE, "rollout_chunk_rows": 9, "rollout_tokens": 64}  # rows join while others decode
     jobs["free", "deterministic, refilled"] = ("architecture_steps", refilled)
     if world_size <= 2:
-        jobs |= {("step", name): ("architecture_steps", how) for name, how in STEPS.items()}
+        jobs |= {("step", name): ("architecture_steps", how) for name, how in steps.items()}
     if world_size == 2:
         jobs |= {
             ("broken", name): ("injected_updates", {"name": f"broken {n}", **how})
             for n, (name, how) in enumerate(BROKEN.items())
+            if full or name in BROKEN_SHORT
         }
         for backend, how in {**BACKENDS, "deterministic": {"deterministic": True}}.items():
             for rank in (0, 1):
@@ -87,14 +111,15 @@ def jobs_of(world_size: int) -> dict[tuple[str, str], tuple[str, dict]]:
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory):
+def results(tmp_path_factory, request):
     """results(W)[kind, name]: what each rank reported, and the final weights where a job saves them."""
     folder = tmp_path_factory.mktemp("invariance")
+    full = request.config.getoption("--full")
 
     @functools.cache
     def of_world(world_size: int):
         out = folder / str(world_size)
-        jobs = jobs_of(world_size)
+        jobs = jobs_of(world_size, full)
         by_rank = run_ranks(list(jobs.values()), world_size, out, timeout=240)
         found = {}
         for i, (key, (_, how)) in enumerate(jobs.items()):
@@ -120,8 +145,7 @@ def distance(a, b):
 # --- (a) tokens
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("name", [*BACKENDS, "top_p"])
+@pytest.mark.parametrize(("name", "world_size"), pairs([*BACKENDS, "top_p"], WORLDS, ROLLOUTS_SHORT))
 def test_equal_weights_give_equal_tokens(results, name, world_size):
     reference = results(1)["rollout", name if name == "top_p" else "ddp"][0][0]
     merged = {k: v for rank in results(world_size)["rollout", name][0] for k, v in rank.items()}
@@ -138,14 +162,18 @@ def test_another_seed_gives_other_tokens(results):
 # --- (b) updates
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "world_size"), pairs(BACKENDS, WORLDS, UPDATES_SHORT))
 def test_updates_depend_on_neither_backend_nor_number_of_ranks(results, backend, world_size):
     assert distance(results(1)["update", "ddp"][1], results(world_size)["update", backend][1]) < 1e-3
 
 
-@pytest.mark.parametrize("world_size", MORE_THAN_ONE)
-@pytest.mark.parametrize("name", VARIANTS)
+ELSEWHERE = {"accumulated", "micro", "chunks"}  # the short tier holds them against "ddp", in the next test
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    pairs(VARIANTS, WORLDS[1:], {size: UPDATES_SHORT[size] - ELSEWHERE for size in (2, 3)}),
+)
 def test_variants_do_not_depend_on_the_number_of_ranks(results, name, world_size):
     alone = results(1)["update", name.removeprefix("zero3 ") if name.removeprefix("zero3 ") in VARIANTS else "ddp"][1]
     if name in ("dapo", "dr_grpo with KL", "two passes"):
@@ -158,20 +186,21 @@ def test_batching_changes_memory_and_speed_only(results, name):
     assert distance(results(1)["update", "ddp"][1], results(2)["update", name][1]) < 1e-3
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", short(BROKEN, BROKEN_SHORT))
 def test_controls_are_caught(results, name):
     assert distance(results(1)["update", "ddp"][1], results(2)["broken", name][1]) > 1e-2
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("world_size", short(WORLDS, [1, 2, 3]))
 def test_every_rank_ends_with_the_same_weights(results, world_size):
     for key, (ranks, _) in results(world_size).items():
         if key[0] == "update":
             assert len({rank["sha256"] for rank in ranks}) == 1, key
 
 
-@pytest.mark.parametrize("world_size", MORE_THAN_ONE)
-@pytest.mark.parametrize("name", ["ddp", "dr_grpo with KL", "zero3 dr_grpo with KL"])
+@pytest.mark.parametrize(
+    ("name", "world_size"), pairs(["ddp", "dr_grpo with KL", "zero3 dr_grpo with KL"], WORLDS[1:], UPDATES_SHORT)
+)
 def test_metrics_do_not_depend_on_the_number_of_ranks(results, name, world_size):
     one = results(1)["update", name.removeprefix("zero3 ")][0][0]["metrics"]
     several = results(world_size)["update", name][0][0]["metrics"]
@@ -183,7 +212,7 @@ def test_metrics_do_not_depend_on_the_number_of_ranks(results, name, world_size)
 
 
 @pytest.mark.parametrize("name", ["deterministic", "deterministic, refilled"])
-@pytest.mark.parametrize("world_size", MORE_THAN_ONE)
+@pytest.mark.parametrize("world_size", short(WORLDS[1:], [2, 3]))
 def test_deterministic_mode_is_bit_identical(results, world_size, name):
     """Free-running: sampling, rewards, KL and updates for five steps. Control: the sums of another mode differ."""
     one, several = results(1)["free", name][0], results(world_size)["free", name][0]
@@ -192,7 +221,7 @@ def test_deterministic_mode_is_bit_identical(results, world_size, name):
     assert all(norm > 0 for norm in one[0]["norms"]) and len(one[0]["norms"]) == 5
 
 
-@pytest.mark.parametrize("world_size", MORE_THAN_ONE)
+@pytest.mark.parametrize("world_size", short(WORLDS[1:], [2, 3]))
 def test_deterministic_updates_are_bit_identical_and_plain_ones_are_not(results, world_size):
     def sha256(name, size):
         return results(size)["update", name][0][0]["sha256"]
@@ -204,7 +233,7 @@ def test_deterministic_updates_are_bit_identical_and_plain_ones_are_not(results,
 # --- whole steps
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", short(ARCHITECTURES, STEPS_SHORT))
 def test_every_architecture_trains_alike_on_one_and_two_ranks(results, name):
     """Truncated sampling, temperature, two passes: the same tokens, finite norms, and the gap stays small."""
     one, two = results(1)["step", name][0][0], results(2)["step", name][0]

@@ -21,7 +21,7 @@ from grpo.training.metrics import MEANS, Tally
 from grpo.training.minibatches import make_plan
 from grpo.training.surrogate import load_surrogate
 from grpo.types import Completion
-from tests.support.launcher import metrics_of, run_script
+from tests.support.launcher import fork_script, metrics_of
 from tests.support.rank_jobs import config, injected, make_policy, table_of
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -81,7 +81,7 @@ def test_unlisted_names_end_a_run_at_its_start(tmp_path):
         (["--surrogate", "nothing"], "surrogate: must be one of ppo_clip"),
         (["--weighting", "nothing"], "weighting"),
     ):
-        done = run_script("train.py", *common, *flags)
+        done = fork_script("train.py", *common, *flags)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
@@ -327,11 +327,11 @@ def test_a_run_with_a_users_surrogate_trains_resumes_and_minds_its_source(tmp_pa
         "--report_to",
         "none",
     ]
-    done = run_script("train.py", *command, "--max_steps", "1", nproc=2)
+    done = fork_script("train.py", *command, "--max_steps", "1", nproc=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all("surrogate/ratio" in line for line in metrics_of(tmp_path / "r") if "loss" in line)
-    done = run_script("train.py", *command, "--max_steps", "2")
+    done = fork_script("train.py", *command, "--max_steps", "2")
     assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr[-2000:]
     (tmp_path / "my_loss.py").write_text(OWN.replace("-ratio", "-1.0 * ratio"))
-    done = run_script("train.py", *command, "--max_steps", "3")
+    done = fork_script("train.py", *command, "--max_steps", "3")
     assert done.returncode == 2 and "surrogate_source has changed" in done.stderr

@@ -1,7 +1,7 @@
-"""Rewards are called while other completions are still being sampled, and nothing but the time changes by that.
+"""Rewards are called while other completions are still sampled, and only the time changes.
 
-That they overlap is shown without a clock: an engine holds completions back until a reward has left a file, which it
-only does when it is called meanwhile. The control is the same engine without `on_finished`.
+The overlap is shown without a clock: an engine holds completions back until a reward has written a file, which it only
+does when it is called meanwhile. The control is the same engine without `on_finished`.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from grpo.data.questions import Questions
 from grpo.evaluate.held_out import evaluate
 from grpo.rewards import RewardInput
 from grpo.rewards import pool as pool_module
-from grpo.rewards import supervisor_handle as warden_process
+from grpo.rewards import supervisor_handle
 from grpo.rewards.calls import Packed
 from grpo.rewards.pool import open_rewards
 from grpo.rollout import rollout
@@ -31,11 +31,11 @@ from grpo.runtime.distributed import World
 from grpo.runtime.out_of_memory import FittingSize
 from grpo.training.scoring import FAILED, LATE, Scoring
 from grpo.types import Completion, Prompt
-from tests.support.launcher import metrics_of, patched_train, run_script
+from tests.support.launcher import fork_script, metrics_of, patched_train
 from tests.support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
-WITHIN_S = 60.0  # for what is sure to come; only a failing test waits that long
+WITHIN_S = 60.0  # only a failing test waits that long
 HANGS, CUT = 250, 251  # first tokens
 REWARDS = """
 import pathlib
@@ -73,7 +73,7 @@ G, ROWS = 3, 9
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    """Early from the first round on, however cheap the rewards are."""
+    """Calls are early from the first round on, even for cheap rewards."""
     monkeypatch.setattr(pool_module, "EARLY_S", 0.0)
 
 
@@ -107,17 +107,17 @@ def prompts_in(folder):
     return [Prompt(p, f"q{p}", (1, 2), {"folder": str(folder), "answer": "4"}) for p in range(ROWS // G)]
 
 
-def completion(sample, token):
-    return Completion(sample, np.array([token, 5], np.int32), np.zeros(2, np.float32), "stop")
+def completion(row, token):
+    return Completion(row, np.array([token, 5], np.int32), np.zeros(2, np.float32), "stop")
 
 
-def scoring_of(rewards, folder, said, pulse=lambda: False):
+def scoring_of(rewards, folder, reports, pulse=lambda: False):
     cfg = Config(num_generations=G)
-    return Scoring(cfg, rewards, prompts_in(folder), tiny_tokenizer(), said.append, pulse)
+    return Scoring(cfg, rewards, prompts_in(folder), tiny_tokenizer(), reports.append, pulse)
 
 
 def until(there, pulse):
-    """Pulse until it is there, as an engine does between tokens. Returns whether it came."""
+    """Pulse until `there` returns True, as an engine does between tokens. Returns whether it did."""
     deadline = time.monotonic() + WITHIN_S
     while not there() and time.monotonic() < deadline:
         pulse()
@@ -146,11 +146,11 @@ def test_scores_do_not_depend_on_when_completions_were_taken(
     pool, in_process, tmp_path_factory, tokens, arrival, kept, sizes, looks
 ):
     """Rows, groups, code, failures: as when all are scored at the end, in this process; the reports as well."""
-    folder, said, expected = tmp_path_factory.getbasetemp(), [], []
-    made = [completion(sample, tokens[sample]) for sample in range(ROWS)]
-    in_order = [made[sample] for sample in kept]
-    scoring = scoring_of(pool, folder, said)
-    waiting = [made[sample] for sample in arrival]
+    folder, reports, expected = tmp_path_factory.getbasetemp(), [], []
+    made = [completion(row, tokens[row]) for row in range(ROWS)]
+    in_order = [made[row] for row in kept]
+    scoring = scoring_of(pool, folder, reports)
+    waiting = [made[row] for row in arrival]
     for size in sizes:
         scoring.take(waiting[:size])
         waiting = waiting[size:]
@@ -158,7 +158,7 @@ def test_scores_do_not_depend_on_when_completions_were_taken(
             time.sleep(pool_module.LOOK_S)
             scoring.pulse()
     same(scoring.finish(in_order), scoring_of(in_process, folder, expected).finish(in_order))
-    assert said == expected
+    assert reports == expected
 
 
 def test_a_deadline_costs_its_own_row_whenever_it_was_taken(file, tmp_path):
@@ -166,19 +166,19 @@ def test_a_deadline_costs_its_own_row_whenever_it_was_taken(file, tmp_path):
     outcomes = []
     with opened(file, "row", "group", reward_timeout_s=1.5) as pool:
         for arrival in ([], [4, 1, 0, 2, 5, 3]):  # the first: all at the end
-            said: list[str] = []
-            scoring = scoring_of(pool, tmp_path, said)
-            for sample in arrival:
-                scoring.take([made[sample]])
-            outcomes.append((scoring.finish(made), said))
-    (end, said_end), (early, said_early) = outcomes
+            reports: list[str] = []
+            scoring = scoring_of(pool, tmp_path, reports)
+            for row in arrival:
+                scoring.take([made[row]])
+            outcomes.append((scoring.finish(made), reports))
+    (end, reports_end), (early, reports_early) = outcomes
     same(early, end)
     assert early.faults[:, 0].tolist() == [LATE, 0, 0, 0, LATE, 0] and not early.faults[:, 1].any()
-    assert said_early == said_end and len(said_end) == 2 and "no answer within 1.5 s" in said_end[0]
+    assert reports_early == reports_end and len(reports_end) == 2 and "no answer within 1.5 s" in reports_end[0]
 
 
 def test_memory_that_runs_out_gives_no_completion_twice(pool, in_process, tmp_path):
-    """Our engine begins again with fewer rows; those that were final before are not sampled again."""
+    """The engine starts again with fewer rows; rows that were final before are not sampled again."""
     cfg = Config(num_generations=G, rollout_chunk_rows=ROWS, max_generate_length=16, batch_size=ROWS // G)
     engine = NativeEngine(tiny_model("qwen3", spread=2.0), range(150), cfg.max_generate_length, cfg.seed)
     words, left = engine.model.get_input_embeddings(), [4]
@@ -191,8 +191,8 @@ def test_memory_that_runs_out_gives_no_completion_twice(pool, in_process, tmp_pa
         return plain(input_ids)
 
     words.forward = forward
-    said, expected, given_ = [], [], []
-    scoring = scoring_of(pool, tmp_path, said)
+    reports, expected, given_ = [], [], []
+    scoring = scoring_of(pool, tmp_path, reports)
 
     def take(completions):
         given_.append((left[0], [one.row for one in completions]))
@@ -202,9 +202,9 @@ def test_memory_that_runs_out_gives_no_completion_twice(pool, in_process, tmp_pa
     scored = scoring.finish(completions)
     assert engine.fitting.halvings == 1 and [one.row for one in completions] == list(range(ROWS))
     assert any(when > 0 for when, _ in given_), "none was final before memory ran out: the test shows nothing"
-    assert sorted(sample for _, some in given_ for sample in some) == list(range(ROWS))
+    assert sorted(row for _, some in given_ for row in some) == list(range(ROWS))
     same(scored, scoring_of(in_process, tmp_path, expected).finish(completions))
-    assert said == expected
+    assert reports == expected
 
 
 # --- at the same time
@@ -216,7 +216,7 @@ class Holding:
     fitting = FittingSize("rollout", "rollout_chunk_rows", "rows")
 
     def __init__(self, file, call, first):
-        """first: samples that are finished, in this order, before it waits."""
+        """first: rows that are finished, in this order, before it waits."""
         self.file, self.call, self.first = file, call, first
         self.calls, self.came = 0, False
 
@@ -224,7 +224,7 @@ class Holding:
         made = {request.row: completion(request.row, 10 + request.row) for request in requests}
         here = self.calls == self.call
         self.calls += 1
-        early = [made[sample] for sample in self.first] if here else []
+        early = [made[row] for row in self.first] if here else []
         for one in early:
             on_finished([one])
         if here:
@@ -244,15 +244,15 @@ WHERE = {  # file, call that waits, what is finished before
 def test_rewards_are_called_while_others_are_sampled(pool, in_process, tmp_path, where):
     name, call, first = WHERE[where]
     cfg = Config(num_generations=G, rollout_chunk_rows=2 * G, batch_size=ROWS // G)
-    engine, said = Holding(tmp_path / name, call, first), []
-    scoring = scoring_of(pool, tmp_path, said)
+    engine, reports = Holding(tmp_path / name, call, first), []
+    scoring = scoring_of(pool, tmp_path, reports)
     completions = rollout(engine, prompts_in(tmp_path), 0, cfg, ALONE, scoring.pulse, scoring.take)
     assert engine.came, "no reward was called before the rest was sampled"
     same(scoring.finish(completions), scoring_of(in_process, tmp_path, []).finish(completions))
 
 
-def test_without_telling_early_all_is_scored_at_the_end(pool, tmp_path, monkeypatch):
-    """The control: the same engine, but what it says is not heard."""
+def test_without_on_finished_all_is_scored_at_the_end(pool, tmp_path, monkeypatch):
+    """The control: the same engine, whose finished completions are ignored."""
     monkeypatch.setattr("tests.training.test_scoring_overlap.WITHIN_S", 0.5)
     cfg = Config(num_generations=G, rollout_chunk_rows=2 * G, batch_size=ROWS // G)
     engine = Holding(tmp_path / "row 12", 0, [2])
@@ -264,11 +264,11 @@ def test_without_telling_early_all_is_scored_at_the_end(pool, tmp_path, monkeypa
 def test_evaluation_scores_while_it_samples(pool, tmp_path):
     cfg = Config(rollout_chunk_rows=2)
     questions = Questions([Prompt(p, f"q{p}", (1,), {"folder": str(tmp_path), "answer": "4"}) for p in range(5)], 0)
-    engine, said = Holding(tmp_path / "row 11", 1, []), []
-    metrics = evaluate(engine, questions, pool, tiny_tokenizer(), cfg, ALONE, said.append)
+    engine, reports = Holding(tmp_path / "row 11", 1, []), []
+    metrics = evaluate(engine, questions, pool, tiny_tokenizer(), cfg, ALONE, reports.append)
     assert engine.came and metrics["eval/length_mean"] == 2.0
     assert metrics["eval/row"] == pytest.approx(np.mean([12 / 3, 13 / 3, 14 / 3]))  # None for 10, 11 raises
-    assert len(said) == 4 and "row of [11, 5]" in said[0]
+    assert len(reports) == 4 and "row of [11, 5]" in reports[0]
 
 
 PATCH = """
@@ -298,7 +298,7 @@ def test_a_run_scores_while_it_samples(file, tmp_path):
     save_tiny(tmp_path / "model")
     rows = [{"question": f"{n}+1?", "answer": "#### 4", "folder": str(tmp_path)} for n in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run_script(
+    done = fork_script(
         patched_train(tmp_path, PATCH.format(folder=str(tmp_path))),
         "--model",
         str(tmp_path / "model"),
@@ -341,7 +341,7 @@ def test_only_rewards_that_take_their_time_are_called_early(file, tmp_path, monk
     def begins_early(pool):
         scoring = scoring_of(pool, tmp_path, [])
         scoring.take(made)
-        early = bool(scoring.taken)
+        early = bool(scoring.submitted)
         scoring.finish(made)
         return early
 
@@ -355,12 +355,12 @@ def test_only_rewards_that_take_their_time_are_called_early(file, tmp_path, monk
 
 
 def test_a_stop_leaves_scores_without_failures(file, tmp_path):
-    """What a worker is busy with is dropped at once; completions that were cut are never shown to a reward."""
-    asked, said = [], []
+    """Running calls are dropped at once; completions that were cut never reach a reward."""
+    asked, reports = [], []
     made = [completion(n, token) for n, token in enumerate((9, HANGS, 14))]
     cut = completion(3, CUT)
     with opened(file, "row", reward_timeout_s=1000.0) as pool:
-        scoring = scoring_of(pool, tmp_path, said, lambda: bool(asked))
+        scoring = scoring_of(pool, tmp_path, reports, lambda: bool(asked))
         scoring.take(made)
         assert until(
             lambda: pool.pending.answers[0] is not None and (tmp_path / f"row {HANGS}").exists(), scoring.pulse
@@ -375,17 +375,17 @@ def test_a_stop_leaves_scores_without_failures(file, tmp_path):
         scored = scoring.finish([*made, cut])
         assert not any(supervisor.busy for supervisor in pool.supervisors)
         assert scored.scores[0].tolist() == [3.0] and np.isnan(scored.scores[[1, 3]]).all()
-        assert not scored.faults.any() and not said and not (tmp_path / f"row {CUT}").exists()
+        assert not scored.faults.any() and not reports and not (tmp_path / f"row {CUT}").exists()
         asked.clear()
-        again = scoring_of(pool, tmp_path, said).finish(made[:1])  # and it can go on
+        again = scoring_of(pool, tmp_path, reports).finish(made[:1])  # and it can go on
         assert again.scores.tolist() == [[3.0]] and len(pool.supervisors) == 2
 
 
-def test_wardens_that_are_killed_meanwhile_cost_one_call_each(file, tmp_path):
-    said: list[str] = []
+def test_supervisors_that_are_killed_meanwhile_cost_one_call_each(file, tmp_path):
+    reports: list[str] = []
     made = [completion(n, token) for n, token in enumerate((HANGS, 9, 12, HANGS, 14, 15, 18, 19, 7))]
     with opened(file, "row", reward_timeout_s=1000.0) as pool:
-        scoring = scoring_of(pool, tmp_path, said)
+        scoring = scoring_of(pool, tmp_path, reports)
         scoring.take(made)  # batches of three
         assert until(lambda: all(supervisor.busy for supervisor in pool.supervisors), scoring.pulse)
         killed = [supervisor.process for supervisor in pool.supervisors]
@@ -396,11 +396,11 @@ def test_wardens_that_are_killed_meanwhile_cost_one_call_each(file, tmp_path):
         assert len(pool.supervisors) == 2 and not any(supervisor.process in killed for supervisor in pool.supervisors)
     assert np.flatnonzero(scored.faults).tolist() == [0, 3] and scored.faults[0, 0] == FAILED
     assert scored.scores[[1, 2, 4, 5, 6, 7, 8], 0].tolist() == [3.0, 4.0, 14 / 3, 5.0, 6.0, 19 / 3, 7 / 3]
-    assert len(said) == 2 and all("ended from outside" in line for line in said)
+    assert len(reports) == 2 and all("ended from outside" in line for line in reports)
 
 
-def test_a_round_that_nobody_collects_is_forgotten(file, tmp_path):
-    """As after a rollout that raised: its workers are ended, and its answers are nobody's."""
+def test_a_round_that_is_not_collected_is_dropped(file, tmp_path):
+    """As after a rollout that raised: its workers are ended, and its answers are not used."""
     with opened(file, "row", reward_timeout_s=20.0) as pool:
         lost = scoring_of(pool, tmp_path, [])
         lost.take([completion(0, HANGS), completion(1, 9), completion(2, 12)])
@@ -409,8 +409,8 @@ def test_a_round_that_nobody_collects_is_forgotten(file, tmp_path):
     assert scored.scores[:, 0].tolist() == [4.0, 14 / 3, 5.0]
 
 
-def test_a_warden_is_not_lost_for_want_of_somebody_who_looks(file, tmp_path):
-    """The trainer was busy for longer than any supervisor may be silent."""
+def test_a_supervisor_is_not_lost_while_the_trainer_does_not_read(file, tmp_path):
+    """The trainer was busy for longer than a supervisor may be silent."""
     with opened(file, "row") as pool:
         scoring = scoring_of(pool, tmp_path, [])
         scoring.take([completion(0, 9)])
@@ -420,7 +420,7 @@ def test_a_warden_is_not_lost_for_want_of_somebody_who_looks(file, tmp_path):
 
 
 def test_prompts_are_not_mixed_up_when_samples_come_and_go():
-    """A prompt travels once, and is known by its objects: a new one may stand where an old one was."""
+    """A prompt is sent once and identified by its objects; a new one may have the address of an old one."""
     packed = Packed()
     for n in range(50):
         packed.add([RewardInput(f"q{n}", "", [1], {"answer": str(n)})])
@@ -428,17 +428,17 @@ def test_prompts_are_not_mixed_up_when_samples_come_and_go():
 
 
 @pytest.mark.full
-def test_a_warden_that_is_stopped_counts_as_lost(file, tmp_path, monkeypatch):
+def test_a_supervisor_that_is_stopped_counts_as_lost(file, tmp_path, monkeypatch):
     monkeypatch.setattr(pool_module, "IMPORT_S", 0.0)
-    monkeypatch.setattr(warden_process, "GRACE_S", 0.5)
-    said: list[str] = []
+    monkeypatch.setattr(supervisor_handle, "GRACE_S", 0.5)
+    reports: list[str] = []
     with opened(file, "row", reward_workers=1, reward_timeout_s=5.0) as pool:
         monkeypatch.setattr(pool_module, "GRACE_S", 0.5)
         keeper = pool.supervisors[0].process.pid
         inner = int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()[0])
         os.kill(inner, signal.SIGSTOP)
-        scoring = scoring_of(pool, tmp_path, said)
+        scoring = scoring_of(pool, tmp_path, reports)
         scoring.take([completion(0, 9), completion(1, 12)])
         scored = scoring.finish([completion(0, 9), completion(1, 12)])
     assert scored.faults.tolist() == [[FAILED], [0.0]] and scored.scores[1].tolist() == [4.0]
-    assert len(said) == 1 and "ended from outside" in said[0]
+    assert len(reports) == 1 and "ended from outside" in reports[0]

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: skipped together, counted, kept, and after too many in a row the run stops."""
+"""Numbers that are not finite: all ranks skip the update, count it, keep evidence, and stop after too many in a row."""
 
 import json
 
@@ -15,7 +15,7 @@ from grpo.training.metrics import Tally
 from grpo.training.rollout_metrics import rollout_metrics
 from grpo.training.skipped_updates import count_skip
 from grpo.types import FACTS, Counters, Table
-from tests.support.launcher import metrics_of, run_script
+from tests.support.launcher import fork_script, metrics_of
 from tests.support.rank_jobs import config, injected_step, make_policy
 from tests.support.tiny import save_tiny, tiny_model
 
@@ -119,7 +119,7 @@ def test_a_run_whose_weights_break_stops_with_its_own_code_and_keeps_the_evidenc
     with torch.no_grad():
         model.get_input_embeddings().weight[:] = float("nan")
     model.save_pretrained(folder)
-    done = run_script(
+    done = fork_script(
         "train.py",
         "--config",
         "configs/demo.yaml",

@@ -4,9 +4,9 @@ Optional: TRL is no dependency. `pip install trl==1.16.0` beside the project, th
 
     pytest tests/training/test_trl_parity.py --full -s          (-s shows the measured differences)
 
-Rollouts reach TRL through `rollout_func`, and ours through the same plan and delivery as in training, so that
-left-out rows, several micro-batches and the denominators are all in the comparison. Chance cannot pass: a
-wrong denominator, or a KL term left out, is off by more than 1e-2, which each test asserts too.
+Rollouts reach TRL through `rollout_func`, and this trainer through the plan and exchange of training, so that rows that
+are left out, several micro-batches and the denominators are part of the comparison. Chance cannot pass: a wrong
+denominator, or a missing KL term, is off by more than 1e-2, which each test asserts too.
 """
 
 import numpy as np
@@ -39,7 +39,7 @@ OTHER_LOSS = {"grpo": "dapo", "dapo": "grpo", "dr_grpo": "dapo"}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A model folder: the reference, and where the policy starts before it is pushed off."""
+    """A model folder: the reference, and the start of the policy before `pushed`."""
     return save_tiny(tmp_path_factory.mktemp("base"))
 
 
@@ -68,7 +68,7 @@ def rollouts(tokenizer):
 
 
 def movement(model, before):
-    """How far every weight went, as one vector."""
+    """The change of every weight, as one vector."""
     return torch.cat([(p.detach() - before[name]).flatten() for name, p in model.named_parameters()])
 
 
@@ -174,8 +174,8 @@ def our_movement(base, loss, beta, num_updates=1):
         with torch.no_grad():
             for parameter, gradient in zip(parameters, summed, strict=True):
                 parameter.sub_(LR * gradient)
-    shares = tally.reduce(world).metrics
-    return movement(model, before), shares["clip/low"] + shares["clip/high"]
+    metrics = tally.reduce(world).metrics
+    return movement(model, before), metrics["clip/low"] + metrics["clip/high"]
 
 
 def apart(ours, theirs):

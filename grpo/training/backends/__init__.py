@@ -1,12 +1,12 @@
-"""Backends: who sums gradients over ranks, and who steps the optimizer.
+"""Backends: they sum gradients over ranks and step the optimizer.
 
-The gradient contract, one sentence, tested on every backend: the loss passed to `backward` is already
-divided by the global denominator, and the optimizer steps on the *sum* of gradients over ranks.
+The gradient contract, tested on every backend: the loss passed to `backward` is already divided by the global
+denominator, and the optimizer steps on the *sum* of gradients over ranks.
 
-ddp.py keeps whole weights on every rank: a single process, or data parallel. deepspeed.py hands them to DeepSpeed's
-ZeRO. A new backend NAME is one file, NAME.py in this folder, and its name among the values of `backend` in
+ddp.py keeps whole weights on every rank (one process, or data parallel); deepspeed.py shards with DeepSpeed's ZeRO. A
+new backend NAME is one file, NAME.py in this folder, and its name among the values of `backend` in
 grpo/config/settings.py. The file holds a class with the methods of `Backend` below and a function
-open_backend(cfg, world, scorer) that returns one; it is imported only when it is asked for.
+open_backend(cfg, world, scorer) that returns one; it is imported only when a run uses it.
 """
 
 import importlib
@@ -27,7 +27,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Piece:
-    """A contiguous part of one parameter's flattened optimizer moment, held by this rank."""
+    """A contiguous part of one parameter's flattened optimizer moment, on this rank."""
 
     name: str  # of the parameter
     moment: str  # one of MOMENTS
@@ -39,44 +39,44 @@ ReadMoment = Callable[[str, str, int, int], Tensor]  # name, moment, start, leng
 
 
 class Backend(Protocol):
-    """What the policy needs of a backend."""
+    """The interface that the policy uses."""
 
     even_work: bool
-    """Whether every rank must run equally many micro-batches and head blocks, because each is a collective."""
+    """Whether every rank must run equally many micro-batches and blocks of the head, because each is a collective."""
 
     def score(self, micro: MicroBatch) -> Tensor:
-        """Log-probs [B, T] by the trained model."""
+        """Log-probs [B, T] of the trained model."""
 
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add this micro-batch's gradient; `last` of its minibatch."""
+        """Add a micro-batch's gradient. last: it is the last one of its minibatch."""
 
     def step(self, lr: float, max_norm: float) -> float:
         """Sum gradients over ranks, clip, step. Returns the norm before clipping, equal on every rank.
 
-        A norm that is not finite means that weights and moments are unchanged, on every rank.
+        When the norm is not finite, weights and moments stay unchanged on every rank.
         """
 
     def forget(self) -> None:
         """Drop the gradients added since the last step. Only where `even_work` is False."""
 
-    def held(self) -> Iterable[tuple[str, Tensor]]:
-        """What this rank keeps in memory between updates: weights (or its shard of them) and optimizer state."""
+    def local_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """This rank's tensors between updates: weights (or its shard of them) and optimizer state."""
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """Stream the current weights, whole tensors. Every rank must iterate to the end."""
 
     def moments(self) -> Iterable[Piece]:
-        """This rank's share of the optimizer state; the ranks' shares together are the whole."""
+        """This rank's part of the optimizer state; the parts of all ranks are the whole."""
 
     def load_moments(self, read: ReadMoment, updates: int) -> None:
-        """Take this rank's share from a reader of the whole, after `updates` optimizer steps."""
+        """Load this rank's part through `read`, which reads the whole, after `updates` optimizer steps."""
 
 
 def load_backend(cfg: Config, world: World, scorer: Scorer) -> Backend:
-    """The backend that the config asks for."""
+    """Open the backend of the configuration. Raises UserError."""
     if cfg.backend == "single" and world.size > 1:
         raise UserError(f"backend: single is for one process, got {world.size}. Use ddp or deepspeed.")
     name = "ddp" if cfg.backend == "single" else cfg.backend

@@ -1,8 +1,8 @@
 """Whole weights on every rank: a single process, or data parallel over ranks.
 
-Gradients are summed in flat buckets, each sent as soon as the last micro-batch's backward is done with it
-(`BucketSum`). torch's DistributedDataParallel is not used: it averages where our contract sums, expects the
-forward to go through its wrapper (ours calls body and head apart), and hangs when a rank has no micro-batch.
+Gradients are summed in flat buckets, each sent as soon as the last micro-batch's backward has filled it (`BucketSum`).
+torch's DistributedDataParallel is not used: it averages where our contract sums, expects the forward to go through its
+wrapper (ours calls body and head separately), and hangs when a rank has no micro-batch.
 """
 
 import math
@@ -46,30 +46,28 @@ class Ddp:
             self.optimizer = torch.optim.AdamW(groups, fused=True, **adam_settings(cfg))  # one pass over memory
 
     def score(self, micro: MicroBatch) -> Tensor:
-        """Log-probs [B, T]."""
         return self.scorer(micro)
 
     def train(self, mode: bool) -> None:
-        """Switch between training and evaluation."""
         self.scorer.train(mode)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add this micro-batch's gradient; during the last one's backward, buckets that are whole leave for the sum."""
+        """Add a micro-batch's gradient; during the last backward, buckets that are complete are sent."""
         if self.buckets is not None:
             self.buckets.sending = last
         loss.backward()
         if self.fixed is not None:
-            self.fixed.take()
+            self.fixed.add()
 
     def step(self, lr: float, max_norm: float) -> float:
-        """Sum, clip, step; without a finite norm, only forget the gradients."""
+        """Sum over ranks, clip, step; when the norm is not finite, only drop the gradients."""
         if self.buckets is not None:
-            self.buckets.give()
+            self.buckets.finish()
         for parameter in self.parameters.values():
-            if parameter.grad is None:  # a rank without micro-batches adds zeros
+            if parameter.grad is None:  # a rank without a micro-batch adds zeros
                 parameter.grad = torch.zeros_like(parameter)
         if self.fixed is not None:
-            self.fixed.give(self.world.size)
+            self.fixed.finish(self.world.size)
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
         if math.isfinite(norm):
@@ -81,27 +79,27 @@ class Ddp:
         return norm
 
     def forget(self) -> None:
-        """Drop gradients, those excepted that other ranks are adding already: they were whole."""
+        """Drop gradients, except those in buckets that were sent: they were complete, and other ranks add them."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.fixed is not None:
             self.fixed.clear()
         if self.buckets is not None:
             self.buckets.forget()
 
-    def held(self) -> Iterable[tuple[str, Tensor]]:
-        """Weights, frozen ones too, and moments."""
+    def local_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Weights, also frozen ones, and moments."""
         for name, parameter in self.scorer.model.named_parameters():
             yield name, parameter.data
             for moment, values in self._state(parameter).items():
                 yield f"{moment} of {name}", values
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """Stream the current weights."""
+        """Stream the trained weights."""
         for name, parameter in self.parameters.items():
             yield name, parameter.detach()
 
     def moments(self) -> Iterable[Piece]:
-        """Every W-th parameter's moments: all ranks hold the same, each gives a share."""
+        """The moments of every W-th parameter: all ranks have the same moments, each yields a part."""
         for i, (name, parameter) in enumerate(self.parameters.items()):
             if i % self.world.size == self.world.rank:
                 for moment, values in self._state(parameter).items():
@@ -119,18 +117,18 @@ class Ddp:
             self.optimizer.state[parameter] = {"step": step, **state}
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """A parameter's moments, by the names that checkpoints use; nothing before its first update."""
+        """A parameter's moments, by the names of Piece; empty before its first update."""
         state = self.optimizer.state.get(parameter, {})
         return moments_of(state) if self.in_8bit else {moment: state[moment] for moment in MOMENTS if moment in state}
 
 
 def trainable(scorer: Scorer) -> dict[str, nn.Parameter]:
-    """The model's trainable parameters by the names its checkpoints use."""
+    """The model's trainable parameters, by the names in its checkpoints."""
     return {name: p for name, p in scorer.model.named_parameters() if p.requires_grad}
 
 
 def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: matrices decay, norms and biases do not."""
+    """Optimizer groups: weight decay for matrices, none for norms and biases."""
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     others = [p for p in parameters.values() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -1,12 +1,11 @@
 """DeepSpeed's ZeRO: optimizer state (stage 1), gradients (2) and weights (3) sharded over ranks.
 
-ZeRO (arXiv 1910.02054) averages gradients over ranks; the loss is multiplied by the number of ranks, so that
-the average is our sum. The norm is DeepSpeed's, over all ranks, and a norm that is not finite makes it drop
-the step on every rank by itself; stage 0, where it would not, is treated here.
+ZeRO (arXiv 1910.02054) averages gradients over ranks; the loss is multiplied by the number of ranks, so that the
+average is our sum. DeepSpeed computes the norm over all ranks and drops the step on every rank when it is not finite;
+at stage 0, where it does not, `step` below does.
 
-Weights and optimizer state are fp32 on every stage, as on the other backend; bf16 is the arithmetic of the
-forward (autocast). DeepSpeed's own checkpoints are pickle and are not used: moments leave and enter as
-named pieces.
+Weights and optimizer state are fp32 at every stage, as in ddp.py; bf16 is the arithmetic of the forward (autocast).
+DeepSpeed's own checkpoints are pickle and are not used: moments are written and read as named pieces.
 """
 
 import json
@@ -27,7 +26,7 @@ from grpo.training.backends import MOMENTS, Piece, ReadMoment
 from grpo.training.backends.ddp import adam_settings, decay_groups, set_rate, trainable
 from grpo.types import MicroBatch
 
-OURS = {  # what a DeepSpeed JSON may not say, and the setting that says it here
+OURS = {  # key that a DeepSpeed JSON may not set -> our setting for it
     "optimizer": "lr, adam_beta1, adam_beta2, weight_decay",
     "scheduler": "lr_schedule, warmup_ratio",
     "fp16": "dtype (fp32 or bf16)",
@@ -39,7 +38,7 @@ OURS = {  # what a DeepSpeed JSON may not say, and the setting that says it here
 
 
 def deepspeed_config(cfg: Config) -> dict[str, Any]:
-    """The JSON that DeepSpeed gets: the user's, or ours, with `auto` filled in. Raises UserError on contradictions.
+    """DeepSpeed's configuration: the user's JSON or ours, `auto` filled in. Raises UserError on contradictions.
 
     >>> deepspeed_config(Config(zero_stage=3, offload="optimizer"))["zero_optimization"]["offload_optimizer"]
     {'device': 'cpu'}
@@ -70,10 +69,10 @@ def deepspeed_config(cfg: Config) -> dict[str, Any]:
         elif theirs["stage"] != cfg.zero_stage:
             raise UserError(
                 f"deepspeed_config: zero_optimization.stage is {theirs['stage']}, zero_stage is {cfg.zero_stage}. "
-                f"Say --zero_stage {theirs['stage']}, or write auto."
+                f"Use --zero_stage {theirs['stage']}, or write auto."
             )
         for key, value in list(theirs.items()):
-            if value == "auto":  # sizes that other trainers fill from the model: DeepSpeed's defaults serve
+            if value == "auto":  # sizes that other trainers fill from the model: DeepSpeed's defaults are used
                 del theirs[key]
     for key, value in required.items():
         if settings.get(key, "auto") not in ("auto", value):
@@ -103,7 +102,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _import(world: World) -> Any:
-    """DeepSpeed, imported late: it is slow, noisy and not needed without this backend."""
+    """Import DeepSpeed, only here because the import takes seconds and prints. Raises UserError."""
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
@@ -113,9 +112,11 @@ def _import(world: World) -> Any:
             f"backend: deepspeed could not be imported ({error}). pip install deepspeed, or use ddp."
         ) from None
     deepspeed.utils.logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # its calls, not the user's
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed"
+    )  # DeepSpeed's calls, not the user's
     for op in deepspeed.ops.__compatible_ops__:
-        if "shm" in op:  # would be compiled at start and serves inference alone
+        if "shm" in op:  # it would be compiled at start, and only inference uses it
             deepspeed.ops.__compatible_ops__[op] = False
     return deepspeed
 
@@ -143,22 +144,20 @@ class DeepSpeed:
         self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         inner = torch.optim.AdamW(decay_groups(self.parameters, cfg.weight_decay), **adam_settings(cfg))
         backend = "nccl" if world.device.type == "cuda" else "gloo"
-        if not torch.distributed.is_initialized():  # one process: DeepSpeed wants a group all the same
+        if not torch.distributed.is_initialized():  # one process: DeepSpeed needs a group also then
             os.environ.setdefault("LOCAL_RANK", "0")
             torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         self.deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         self.engine, self.optimizer, _, _ = self.deepspeed.initialize(model=scorer, optimizer=inner, config=settings)
 
     def score(self, micro: MicroBatch) -> Tensor:
-        """Log-probs [B, T]."""
         return self.engine(micro)
 
     def train(self, mode: bool) -> None:
-        """Switch between training and evaluation."""
         self.engine.train(mode)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add this micro-batch's gradient; DeepSpeed reduces at the last one (stage 2 and 3: at each)."""
+        """Add a micro-batch's gradient; DeepSpeed reduces at the last one (stage 2 and 3: at each one)."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
@@ -177,21 +176,20 @@ class DeepSpeed:
         return math.nan if self.optimizer.overflow or norm < 0 else norm
 
     def forget(self) -> None:
-        """Never asked for: backward is a collective here."""
+        """Not possible: the backward is a collective."""
         raise NotImplementedError("gradients of a sharded backend cannot be dropped by one rank")
 
-    def held(self) -> Iterable[tuple[str, Tensor]]:
-        """Weights, frozen ones too, or this rank's shards; flat fp32 masters, and the optimizer state beside them."""
+    def local_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Weights, also frozen ones, or this rank's shards; flat fp32 masters and their optimizer state."""
         for name, parameter in self.model.named_parameters():
             yield name, (getattr(parameter, "ds_tensor") if self.stage == 3 else parameter).detach()  # noqa: B009
-        inner = self.optimizer if self.stage == 0 else self.optimizer.optimizer
-        for i, (flat, state) in enumerate(inner.state.items()):
+        for i, (flat, state) in enumerate(self._adamw.state.items()):
             if self.stage > 0:
                 yield f"master weights, part {i}", flat.detach()
             yield from ((f"{moment}, part {i}", state[moment]) for moment in MOMENTS if moment in state)
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """Stream the current weights, under stage 3 gathered one parameter at a time."""
+        """Stream the trained weights, under stage 3 gathered one parameter at a time."""
         for name, parameter in self.parameters.items():
             if self.stage < 3:
                 yield name, parameter.detach()
@@ -206,43 +204,50 @@ class DeepSpeed:
                 yield from self._pieces(name, parameter, moment)
 
     def load_moments(self, read: ReadMoment, updates: int) -> None:
-        """Take this rank's part of each parameter's moments."""
+        """Load this rank's part of each parameter's moments."""
         if updates == 0:
             return
-        inner = self.optimizer if self.stage == 0 else self.optimizer.optimizer
-        for flat in (parameter for group in inner.param_groups for parameter in group["params"]):
-            inner.state[flat] = {"step": torch.tensor(float(updates))} | {m: torch.zeros_like(flat) for m in MOMENTS}
-        if self.stage == 3:  # its inner groups hold one sub-group at a time; the flat masters are the keys
-            for flat in self.optimizer.fp32_partitioned_groups_flat:
-                inner.state[flat] = {"step": torch.tensor(float(updates))} | {
-                    m: torch.zeros_like(flat) for m in MOMENTS
-                }
+        # zero moments for every tensor that AdamW steps: DeepSpeed allocates none before its first step
+        flats = [parameter for group in self._adamw.param_groups for parameter in group["params"]]
+        if self.stage == 3:  # the groups hold one sub-group at a time; the keys are the flat masters
+            flats += self.optimizer.fp32_partitioned_groups_flat
+        for flat in flats:
+            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            self._adamw.state[flat] = {"step": torch.tensor(float(updates)), **moments}
+        # then this rank's pieces are copied into them
         for name, parameter in self.parameters.items():
             for moment in MOMENTS:
                 for piece in self._pieces(name, parameter, moment):
                     piece.values.copy_(read(name, moment, piece.start, piece.values.numel()))
 
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        """torch's optimizer, within DeepSpeed's from stage 1 on."""
+        return self.optimizer if self.stage == 0 else self.optimizer.optimizer
+
     def _pieces(self, name: str, parameter: torch.nn.Parameter, moment: str) -> Iterable[Piece]:
-        """Views into the optimizer's own state."""
-        inner = self.optimizer if self.stage == 0 else self.optimizer.optimizer
+        """This rank's part of one moment of a parameter, as views into the optimizer's state: one piece or none."""
+        state = self._adamw.state
         if self.stage == 0:
-            state = inner.state.get(parameter, {})
+            # every rank has all moments: parameter i is written by rank i modulo W
             owner = list(self.parameters).index(name) % self.world.size
-            if moment in state and owner == self.world.rank:
-                yield Piece(name, moment, 0, state[moment].detach().view(-1))
+            if owner == self.world.rank and moment in state.get(parameter, {}):
+                yield Piece(name, moment, 0, state[parameter][moment].detach().view(-1))
         elif self.stage < 3:
-            mapping = getattr(parameter, "_hp_mapping", None)  # None: this rank holds none of it
-            flat = (
-                None if mapping is None else self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-            )
-            if mapping is not None and moment in inner.state.get(flat, {}):
-                address = mapping.hp_fragment_address
-                values = inner.state[flat][moment].view(-1).narrow(0, address.start, address.numel)
-                yield Piece(name, moment, mapping.lp_fragment_address.start, values)
+            # weights are whole, moments flat and cut over ranks: DeepSpeed maps a weight to the part on this rank
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is None:  # no part of it is on this rank
+                return
+            flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            if moment in state.get(flat, {}):
+                in_flat, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+                values = state[flat][moment].view(-1).narrow(0, in_flat.start, in_flat.numel)
+                yield Piece(name, moment, in_parameter.start, values)
         else:
+            # every rank has an equal part of each parameter, at `offset` of a flat tensor; the last ones are padded
             group, offset, length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
             flat = self.optimizer.fp32_partitioned_groups_flat[group]
-            start = self.world.rank * length  # every rank holds an equal part, the last one padded
-            kept = max(0, min(length, self.shapes[name].numel() - start))
-            if kept and moment in inner.state.get(flat, {}):
-                yield Piece(name, moment, start, inner.state[flat][moment].view(-1).narrow(0, int(offset), kept))
+            start = self.world.rank * length
+            count = max(0, min(length, self.shapes[name].numel() - start))  # without padding
+            if count and moment in state.get(flat, {}):
+                yield Piece(name, moment, start, state[flat][moment].view(-1).narrow(0, int(offset), count))

@@ -1,4 +1,4 @@
-"""Sums of gradients over ranks: in buckets that are sent during the backward, or in fixed point, order-independent.
+"""Sums of gradients over ranks: in buckets that are sent during the backward, or in fixed point, in any order.
 
 The simple form is one all-reduce of each gradient after the last backward; tests/training/test_bucket_sum.py compares.
 """
@@ -13,32 +13,32 @@ BUCKET_ELEMENTS = 2**23  # 32 MB of fp32
 
 
 class BucketSum:
-    """Gradients summed over ranks in flat buckets, which leave while the backward goes on.
+    """Gradients summed over ranks in flat buckets, which are sent while the backward goes on.
 
-    Buckets follow the backward: the last parameters come first. A gradient moves into its bucket when it is first
-    added, and stays there as a view: later micro-batches add to it in place, the sum arrives in it, nothing is copied
-    back. Every rank sends all buckets in one fixed order, each after the one before, whatever becomes ready first; so
-    neither data nor memory nor a rank without work changes which collectives meet.
+    Buckets follow the backward: the last parameters come first. A gradient is copied into its bucket when it is first
+    added, and is a view of it from then on: later micro-batches add in place, the sum arrives in it, nothing is copied
+    back. Every rank sends all buckets in one fixed order, whatever becomes ready first. So neither the data nor memory
+    nor a rank without work changes which collectives meet.
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
         self.buckets = _buckets(parameters[::-1])
         self.bucket_of = {parameter: i for i, bucket in enumerate(self.buckets) for parameter in bucket}
-        self.sums: list[tuple[Tensor, dist.Work]] = []  # of the buckets that have left
+        self.sums: list[tuple[Tensor, dist.Work]] = []  # of the buckets that were sent
         self.forget()
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._added)
 
     def forget(self) -> None:
-        """Start the minibatch anew. Buckets that have left keep what they hold: it was whole, others add to it."""
+        """Start the minibatch again. Buckets that were sent stay: they were complete, and other ranks add them."""
         self.sending = False  # whether the backward that runs is the minibatch's last
-        self.kept = len(self.sums)  # buckets that left in an earlier try
-        self.flats: dict[int, Tensor] = {}
+        self.num_sent_before = len(self.sums)  # buckets sent by an earlier attempt, which ran out of memory
+        self.flats: dict[int, Tensor] = {}  # bucket -> its memory, [elements of the bucket]
         self.placed: set[Tensor] = set()  # parameters whose gradient is a view of its bucket
         self.missing: list[set[Tensor]] = [set(bucket) for bucket in self.buckets]  # whose gradient is not final yet
 
-    def give(self) -> None:
-        """Send what has not left, wait for all sums, put them into the gradients, start anew."""
+    def finish(self) -> None:
+        """Send the remaining buckets, wait for all sums and put them into the gradients."""
         while len(self.sums) < len(self.buckets):
             self._send()
         for bucket, (flat, work) in zip(self.buckets, self.sums, strict=True):
@@ -49,20 +49,22 @@ class BucketSum:
         self.forget()
 
     def _added(self, parameter: Tensor) -> None:
-        """Called by autograd once a backward for each parameter, when all its uses are in its gradient."""
+        """Autograd calls it once per backward for each parameter, when all its uses are in its gradient."""
         index = self.bucket_of[parameter]
-        if index < self.kept:  # memory ran out after it had left: what it holds serves
+        if index < self.num_sent_before:  # the earlier attempt sent the same gradient
             parameter.grad = None
             return
         self._place(parameter)
         if self.sending:
-            assert parameter in self.missing[index], "a gradient was added to after it was taken for final"
+            # this gradient is final
+            assert parameter in self.missing[index], "a gradient was added to after it was final"
             self.missing[index].remove(parameter)
+            # send every bucket that is complete, in order
             while len(self.sums) < len(self.buckets) and not self.missing[len(self.sums)]:
                 self._send()
 
     def _place(self, parameter: Tensor) -> None:
-        """Move a gradient into its bucket, once; one that is a bucket of its own stays where it is."""
+        """Make a gradient a view of its bucket, once."""
         if parameter in self.placed:
             return
         index = self.bucket_of[parameter]
@@ -70,8 +72,10 @@ class BucketSum:
         if gradient is None:
             gradient = torch.zeros_like(parameter)
         if len(bucket) == 1:
+            # the gradient itself is the bucket
             self.flats[index] = gradient.view(-1)
         else:
+            # copy it to its place
             if index not in self.flats:
                 self.flats[index] = gradient.new_empty(sum(p.numel() for p in bucket))
             parts = self.flats[index].split([p.numel() for p in bucket])
@@ -81,7 +85,7 @@ class BucketSum:
         self.placed.add(parameter)
 
     def _send(self) -> None:
-        """Let the next bucket leave, with zeros for parameters that got no gradient."""
+        """Start the sum of the next bucket, with zeros for parameters without a gradient."""
         index = len(self.sums)
         for parameter in self.buckets[index]:
             self._place(parameter)
@@ -94,8 +98,8 @@ class BucketSum:
 class FixedPointSum:
     """Gradients summed as integers: such sums are associative, so neither order nor the number of ranks matters.
 
-    A micro-batch's gradient is rounded to multiples of 2^-48 and added in int64. What is not finite or not
-    below 2^7 in size poisons the whole sum with NaN, which the norm then shows on every rank.
+    A micro-batch's gradient is rounded to multiples of 2^-48 and added in int64. A value that is not finite, or not
+    below 2^7 in size, makes the whole sum NaN, and so the norm on every rank.
     """
 
     SCALE = 2.0**48
@@ -104,33 +108,35 @@ class FixedPointSum:
     def __init__(self, parameters: list[nn.Parameter]):
         self.parameters = parameters
         self.sums = [torch.zeros(p.numel(), dtype=torch.int64, device=p.device) for p in parameters]
-        self.poison = torch.zeros(1, dtype=torch.int64, device=parameters[0].device)
+        self.num_bad = torch.zeros(1, dtype=torch.int64, device=parameters[0].device)  # gradients with a bad value
 
-    def take(self) -> None:
-        """Move this micro-batch's gradients into the sum."""
+    def add(self) -> None:
+        """Move a micro-batch's gradients into the sums."""
         for parameter, total in zip(self.parameters, self.sums, strict=True):
             if parameter.grad is not None:
                 values = parameter.grad.view(-1).double()
                 good = values.abs() < self.LIMIT  # False for NaN
-                self.poison += (~good).any()
+                self.num_bad += (~good).any()
+                # to fixed point: multiples of 2^-48
                 total += (torch.where(good, values, 0.0) * self.SCALE).round().long()
                 parameter.grad = None
 
-    def give(self, world_size: int) -> None:
-        """Sum over ranks, put the result into the gradients, start anew."""
+    def finish(self, world_size: int) -> None:
+        """Sum over ranks and put the result into the gradients."""
         if world_size > 1:
-            for total in [*self.sums, self.poison]:
+            for total in [*self.sums, self.num_bad]:
                 dist.all_reduce(total)
-        poisoned = bool(self.poison.any())
+        is_bad = bool(self.num_bad.any())
         for parameter, total in zip(self.parameters, self.sums, strict=True):
+            # back to fp32
             gradient = (total.double() / self.SCALE).float().view_as(parameter)
             assert parameter.grad is not None
-            parameter.grad.copy_(gradient * torch.nan if poisoned else gradient)
+            parameter.grad.copy_(gradient * torch.nan if is_bad else gradient)
         self.clear()
 
     def clear(self) -> None:
-        """Start anew."""
-        for total in [*self.sums, self.poison]:
+        """Set the sums to zero."""
+        for total in [*self.sums, self.num_bad]:
             total.zero_()
 
 

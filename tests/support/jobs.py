@@ -1,19 +1,27 @@
-"""The other end of tests/faults/zygote.py: start jobs, send signals, wait for them, read their output."""
+"""The other end of tests/support/fork_server.py: start jobs, send signals, wait for them, read their output."""
 
+import atexit
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.faults.fault import Fault, as_json
-from tests.support.launcher import PROJECT, environment
-
+PROJECT = Path(__file__).resolve().parents[2]
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
 SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+
+
+def environment() -> dict[str, str]:
+    """This environment without another launcher's ranks in it."""
+    ours = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}}
+    return {**ours, **QUIET, "PYTHONPATH": str(PROJECT)}
 
 
 class Job:
@@ -44,7 +52,7 @@ class Job:
         """A signal to one rank, or to all, as far as they run."""
         for job_rank, pid in enumerate(self.pids):
             if rank in (None, job_rank) and self.code(job_rank) is None:
-                os.kill(pid, number)  # the zygote has not collected it yet, so the id is still its own
+                os.kill(pid, number)  # the fork server has not collected it yet, so the id is still its own
 
     def wait(self, timeout: float = 60.0) -> list[int]:
         """Exit codes by rank. Fails, and kills the job, when it takes longer than `timeout` seconds."""
@@ -56,23 +64,24 @@ class Job:
             raise AssertionError(message) from None
         return [code for code in self.codes() if code is not None]
 
-    def text(self, rank: int | None = None) -> str:
-        """What the ranks printed, stdout before stderr."""
+    def text(self, rank: int | None = None, *streams: str) -> str:
+        """What the ranks printed, stdout ("out") before stderr ("err")."""
         ranks = range(len(self.pids)) if rank is None else [rank]
-        files = [self.folder / f"rank_{job_rank}.{stream}" for job_rank in ranks for stream in ("out", "err")]
+        names = streams or ("out", "err")
+        files = [self.folder / f"rank_{job_rank}.{stream}" for job_rank in ranks for stream in names]
         return "".join(file.read_text(errors="replace") for file in files if file.exists())
 
 
-class Zygote:
-    """A running zygote."""
+class ForkServer:
+    """A running fork server."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.log = folder / "zygote.log"
+        self.log = folder / "fork_server.log"
         self.launches = 0
         self.jobs: list[Job] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.zygote"],
+            [sys.executable, "-m", "tests.support.fork_server"],
             cwd=PROJECT,
             text=True,
             stderr=self.log.open("w"),
@@ -97,17 +106,18 @@ class Zygote:
 
     def launch(
         self,
+        program: str,
         argv: Sequence[str],
         world: int = 2,
-        faults: Sequence[Fault] = (),
         argv_of: Mapping[int, Sequence[str]] | None = None,
         env: Mapping[str, str] | None = None,
         torchrun: bool = True,
         kill_after_s: float = 30.0,
+        cwd: Path = PROJECT,
     ) -> Job:
-        """Start train.py with these settings on `world` ranks.
+        """Start a program, a file's path or a module's name, with these arguments on `world` ranks.
 
-        argv_of: settings of single ranks beside those. torchrun False: one plain process, without a launcher's
+        argv_of: arguments of single ranks beside those. torchrun False: one plain process, without a launcher's
         environment. kill_after_s: from the SIGTERM that follows a failed rank to SIGKILL.
         """
         self.launches += 1
@@ -117,8 +127,9 @@ class Zygote:
             op="launch",
             folder=str(folder),
             world=world,
+            program=program,
             argv=list(argv),
-            faults=as_json(faults),
+            cwd=str(cwd),
             torchrun=torchrun,
             argv_of={str(rank): list(extra) for rank, extra in (argv_of or {}).items()},
             environment=dict(env or {}),
@@ -152,6 +163,16 @@ class Zygote:
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
+
+
+@functools.cache
+def fork_server() -> ForkServer:
+    """The one of this session, started when it is first needed."""
+    folder = tempfile.TemporaryDirectory(prefix="fork_server_")
+    made = ForkServer(Path(folder.name))
+    atexit.register(folder.cleanup)
+    atexit.register(made.close)  # before the folder goes
+    return made
 
 
 def descendants(root: int, leave_out: set[int]) -> list[int]:

@@ -1,11 +1,11 @@
 """A process that has imported everything and forks ranks from itself, so that starting a run takes a second, not ten.
 
-    python -m tests.faults.zygote        requests on stdin, replies on stdout, one JSON object a line
+    python -m tests.support.fork_server        requests on stdin, replies on stdout, one JSON object a line
 
 It plays torchrun: it holds the rendezvous store of a job (in a process of its own), starts the ranks with torchrun's
 environment, and when one fails ends the others with SIGTERM, later SIGKILL. It runs no tensor operation and has a
 single thread, or forking would not be sound. What its ranks leave behind is handed to it (it is a subreaper), so that
-orphans can be counted. tests/faults/jobs.py is the other end.
+orphans can be counted. tests/support/jobs.py is the other end.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import sys
@@ -44,11 +45,17 @@ def preload() -> None:
     """Import what a run imports, down to what is imported late."""
     for name in (
         "train",
+        "inference",
+        "grpo.evaluate.command",
+        "grpo.sft.train",
         "tests.support.tiny",
         "torch._dynamo",  # the first optimizer step imports it
+        "torch.distributed.run",
         "torch.utils.tensorboard",
         "transformers.models.qwen3.modeling_qwen3",
         "datasets.packaged_modules.json.json",
+        "deepspeed",
+        "peft",
     ):
         importlib.import_module(name)
     mapping = importlib.import_module("transformers.conversion_mapping")  # patterns, compiled when first asked for
@@ -86,8 +93,8 @@ def serve() -> int:
 
 
 def launch(request: dict[str, Any], jobs: list[Job]) -> tuple[int | None, dict[str, Any]]:
-    """Fork the store and the ranks. Returns (None, reply) in the zygote and (rank, reply) in a rank."""
-    request["zygote"] = os.getpid()
+    """Fork the store and the ranks. Returns (None, reply) in the fork server and (rank, reply) in a rank."""
+    request["fork_server"] = os.getpid()
     port, store = start_store(os.getpid())
     ranks: dict[int, int] = {}
     for rank in range(request["world"]):
@@ -99,12 +106,12 @@ def launch(request: dict[str, Any], jobs: list[Job]) -> tuple[int | None, dict[s
     return None, {"pids": list(ranks), "store": store, "port": port}
 
 
-def start_store(zygote: int) -> tuple[int, int]:
+def start_store(fork_server: int) -> tuple[int, int]:
     """Fork a process with a rendezvous store, as torchrun's agent holds it. Returns its port and its process."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        die_with(zygote)
+        die_with(fork_server)
         from torch.distributed import TCPStore
 
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -125,7 +132,7 @@ def die_with(parent: int) -> None:
 
 def run_rank(rank: int, request: dict[str, Any], port: int) -> int:
     """Become one rank of a job: its environment, its faults, then the run. Returns the exit code."""
-    die_with(request["zygote"])
+    die_with(request["fork_server"])
     os.setsid()
     folder, world = Path(request["folder"]), request["world"]
     for handle, name in ((1, "out"), (2, "err")):
@@ -137,14 +144,25 @@ def run_rank(rank: int, request: dict[str, Any], port: int) -> int:
         os.environ.update({name: str(value) for name, value in environment.items()})
     os.environ.update(request["environment"])
 
-    import train
-    from grpo.config.command_line import load_config
-    from grpo.run.launch import run_main
-    from tests.faults.fault import from_json
-    from tests.faults.inject import install
+    argv = request["argv"] + request["argv_of"].get(str(rank), [])
+    return run_program(request["program"], argv, request["cwd"])
 
-    install(from_json(request["faults"]), rank)
-    return run_main(train.train, load_config, request["argv"] + request["argv_of"].get(str(rank), []))
+
+def run_program(program: str, argv: list[str], cwd: str) -> int:
+    """A file as `python FILE` runs it, or a module as `python -m MODULE` does. Returns the exit code."""
+    os.chdir(cwd)
+    sys.argv = [program, *argv]
+    try:
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    return 0
 
 
 def reap(jobs: list[Job]) -> None:
