@@ -23,7 +23,7 @@ from grpo.models.checks import check_lengths, check_vocabulary, stop_token_ids
 from grpo.rewards.pool import open_rewards
 from grpo.rollout import cut_chunks, rollout
 from grpo.rollout.engine import NativeEngine
-from grpo.run.launch import run_main
+from grpo.run.main import run_main
 from grpo.run.run import Run
 from grpo.run.task import load_task
 from grpo.runtime.distributed import World
@@ -31,7 +31,7 @@ from grpo.training.exchange import deliver
 from grpo.training.load_policy import load_policy, load_rollout_model
 from grpo.training.minibatches import make_plan
 from grpo.training.scoring import Scoring, advantages_of, gather
-from grpo.training.surrogate import load_surrogate
+from grpo.training.user_surrogate import load_surrogate
 
 
 def train(cfg: Config, world: World) -> None:

@@ -171,7 +171,7 @@ def run_ours(latency: Latency, folder: Path, steps: int) -> None:
     sys.path.insert(0, str(PROJECT))
     import train
     from grpo.config.command_line import load_config
-    from grpo.run.launch import run_main
+    from grpo.run.main import run_main
     from grpo.run.run import Run
     from grpo.training.metrics import Tally
 

@@ -247,7 +247,7 @@ def measure_training(case: dict, folder: Path, phases: bool) -> None:
         grpo.training.metrics.Tally.phase = watched  # type: ignore[method-assign, assignment]
     import train
     from grpo.config.command_line import load_config
-    from grpo.run.launch import run_main
+    from grpo.run.main import run_main
 
     code = run_main(train.train, load_config, arguments(case, folder))
     found["peak"] = high_water_mb()

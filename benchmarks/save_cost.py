@@ -30,7 +30,7 @@ sys.path.insert(0, {project!r})
 import train
 from grpo.config.command_line import load_config
 from grpo.run.log import RunLog
-from grpo.run.launch import run_main
+from grpo.run.main import run_main
 plain = RunLog.log_step
 
 def log_step(self, step, *args):

@@ -37,7 +37,7 @@ from benchmarks.workloads import make
 from grpo.config.command_line import load_config
 from grpo.config.settings import Config
 from grpo.data.questions import Questions
-from grpo.run.launch import run_main
+from grpo.run.main import run_main
 from grpo.run.run import Run
 from grpo.runtime.distributed import start
 from grpo.training.metrics import PHASES, Tally

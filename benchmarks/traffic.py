@@ -140,7 +140,7 @@ def measure(case: dict, folder: Path) -> int:
     traffic.install()
     import train
     from grpo.config.command_line import load_config
-    from grpo.run.launch import run_main
+    from grpo.run.main import run_main
     from grpo.run.run import Run
     from grpo.training.metrics import Tally
 

@@ -116,7 +116,7 @@ def ours(work: Workload, folder: Path, threads: int) -> None:
     """train.py, gated."""
     import train
     from grpo.config.command_line import load_config
-    from grpo.run.launch import run_main
+    from grpo.run.main import run_main
     from grpo.run.run import Run
 
     gate = Gate(work.device)

@@ -62,7 +62,7 @@ taught=$(PYTHONPATH=$root "$python" - ${first[@]+"${first[@]}"} <<'PYTHON'
 import sys
 from pathlib import Path
 
-from grpo.checkpoints.checkpoint import newest_valid
+from grpo.checkpoints.contents import newest_valid
 from grpo.config.command_line import load_sft_config
 
 cfg, _ = load_sft_config(sys.argv[1:])

@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.checkpoints import checkpoint
-from grpo.checkpoints.checkpoint import Snapshot
+from grpo.checkpoints import contents as checkpoint
+from grpo.checkpoints.contents import Snapshot
 from grpo.config.settings import Config
 from grpo.data.recipe import Recipe
 from grpo.errors import UserError, warn

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from grpo.checkpoints.checkpoint import newest_valid
+from grpo.checkpoints.contents import newest_valid
 from grpo.checkpoints.manifest import verify
 from grpo.errors import UserError, warn
 from grpo.models.lora_checks import is_adapter

@@ -7,6 +7,7 @@ jsonargparse lets pass: null for any setting, true for a number of a Literal, an
 import dataclasses
 import math
 import typing
+from collections.abc import Callable
 from pathlib import PurePath
 from types import NoneType
 from typing import Any, Literal
@@ -29,6 +30,36 @@ IN_WORDS = {
     dict[str, dict]: "a mapping from names to mappings",
     dict[str, Any]: "a mapping from names to values",
 }
+RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must hold of each, in words
+    (
+        "batch_size gradient_accumulation_steps epoch num_minibatches num_iterations max_prompt_length "
+        "max_generate_length max_support max_bad_steps micro_batch_tokens rollout_chunk_rows logits_chunk_mb",
+        lambda value: value >= 1,
+        ">= 1",
+    ),
+    (
+        "save_steps eval_steps eval_rows log_samples_steps log_completions_steps check_weights_steps top_k seed "
+        "reward_workers data_rows",
+        lambda value: value >= 0,
+        ">= 0",
+    ),
+    ("max_steps", lambda value: value is None or value >= 0, ">= 0, or null"),
+    ("save_total_limit num_threads rollout_tokens", lambda value: value is None or value >= 1, ">= 1, or null"),
+    (
+        "lr temperature max_grad_norm logit_clamp advantage_clip max_importance_weight reward_timeout_s",
+        lambda value: 0 < value < math.inf,
+        "a finite number > 0",
+    ),
+    ("stall_timeout_s", lambda value: 1 <= value < math.inf, "a finite number of seconds >= 1"),
+    ("beta weight_decay clip_eps preempt_grace_s", lambda value: 0 <= value < math.inf, "a finite number >= 0"),
+    ("clip_eps_high", lambda value: value is None or 0 <= value < math.inf, ">= 0, or null"),
+    ("reward_memory_mb", lambda value: value >= 64, ">= 64"),
+    ("top_p prompt_length_quantile", lambda value: 0 < value <= 1, "in (0, 1]"),
+    ("min_p warmup_ratio adam_beta1 adam_beta2 lora_dropout", lambda value: 0 <= value < 1, "in [0, 1)"),
+    ("max_reward_failures", lambda value: 0 <= value <= 1, "in [0, 1]"),
+    ("lora_r", lambda value: 0 <= value <= 2**14, f"0 to {2**14}"),
+    ("lora_target_modules", bool, "all-linear, or a list of names"),
+]
 
 
 def check(cfg: Config) -> None:
@@ -53,58 +84,10 @@ def check(cfg: Config) -> None:
         raise UserError(
             f"num_generations: must be >= 2, got {cfg.num_generations}: a group of one has no baseline. Try 8."
         )
-    for name in (
-        "batch_size",
-        "gradient_accumulation_steps",
-        "epoch",
-        "num_minibatches",
-        "num_iterations",
-        "max_prompt_length",
-        "max_generate_length",
-        "max_support",
-        "max_bad_steps",
-        "micro_batch_tokens",
-        "rollout_chunk_rows",
-        "logits_chunk_mb",
-    ):
-        _require(cfg, name, getattr(cfg, name) >= 1, ">= 1")
+    for names, holds, allowed in RANGES:
+        for name in names.split():
+            _require(cfg, name, holds(getattr(cfg, name)), allowed)
     _check_data(cfg)
-    for name in (
-        "save_steps",
-        "eval_steps",
-        "eval_rows",
-        "log_samples_steps",
-        "log_completions_steps",
-        "check_weights_steps",
-        "top_k",
-        "seed",
-        "reward_workers",
-    ):
-        _require(cfg, name, getattr(cfg, name) >= 0, ">= 0")
-    _require(cfg, "max_steps", cfg.max_steps is None or cfg.max_steps >= 0, ">= 0, or null")
-    for name in ("save_total_limit", "num_threads", "rollout_tokens"):
-        _require(cfg, name, getattr(cfg, name) is None or getattr(cfg, name) >= 1, ">= 1, or null")
-    for name in (
-        "lr",
-        "temperature",
-        "max_grad_norm",
-        "logit_clamp",
-        "advantage_clip",
-        "max_importance_weight",
-        "reward_timeout_s",
-    ):
-        value = getattr(cfg, name)
-        _require(cfg, name, math.isfinite(value) and value > 0, "a finite number > 0")
-    _require(cfg, "stall_timeout_s", 1 <= cfg.stall_timeout_s < math.inf, "a finite number of seconds >= 1")
-    for name in ("beta", "weight_decay", "clip_eps", "preempt_grace_s"):
-        value = getattr(cfg, name)
-        _require(cfg, name, math.isfinite(value) and value >= 0, "a finite number >= 0")
-    _require(cfg, "clip_eps_high", cfg.clip_eps_high is None or 0 <= cfg.clip_eps_high < math.inf, ">= 0, or null")
-    _require(cfg, "reward_memory_mb", cfg.reward_memory_mb >= 64, ">= 64")
-    _require(cfg, "top_p", 0 < cfg.top_p <= 1, "in (0, 1]")
-    for name in ("min_p", "warmup_ratio", "adam_beta1", "adam_beta2"):
-        _require(cfg, name, 0 <= getattr(cfg, name) < 1, "in [0, 1)")
-    _require(cfg, "max_reward_failures", 0 <= cfg.max_reward_failures <= 1, "in [0, 1]")
     if len(set(tracker_names(cfg))) != len(tracker_names(cfg)):
         raise UserError(f"report_to: each tracker once, got {cfg.report_to}.")
     if cfg.top_k > cfg.max_support:
@@ -127,11 +110,8 @@ def check(cfg: Config) -> None:
 
 def _check_adapter(cfg: Config) -> None:
     """Refuse settings of LoRA, 4-bit weights, 8-bit moments and offload that would have no effect."""
-    _require(cfg, "lora_r", 0 <= cfg.lora_r <= 2**14, f"0 to {2**14}")
     alpha = cfg.lora_alpha
     _require(cfg, "lora_alpha", alpha is None or (math.isfinite(alpha) and alpha > 0), "a finite number > 0, or null")
-    _require(cfg, "lora_dropout", 0 <= cfg.lora_dropout < 1, "in [0, 1)")
-    _require(cfg, "lora_target_modules", bool(cfg.lora_target_modules), "all-linear, or a list of names")
     default = Config()
     for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"):
         if not cfg.lora_r and getattr(cfg, name) != getattr(default, name):
@@ -145,8 +125,6 @@ def _check_adapter(cfg: Config) -> None:
 
 def _check_data(cfg: Config) -> None:
     """Settings of grpo/data/questions.py and grpo/data/recipe.py."""
-    _require(cfg, "data_rows", cfg.data_rows >= 0, ">= 0")
-    _require(cfg, "prompt_length_quantile", 0 < cfg.prompt_length_quantile <= 1, "in (0, 1]")
     longest = cfg.max_answer_length
     _require(cfg, "max_answer_length", longest is None or longest >= 1, ">= 1, or null")
     size = cfg.eval_split_size

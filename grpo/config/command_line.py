@@ -1,5 +1,6 @@
 """Reading the command line: defaults < --config file.yaml < --key value, in any order; errors are one line."""
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -41,8 +42,10 @@ def _parser() -> jsonargparse.ArgumentParser:
     )
     parser.add_class_arguments(Config, as_group=False)
     for old, new in OLD_NAMES.items():
-        kind = typing.get_type_hints(Config)[new] | None
-        parser.add_argument(f"--{old}", type=kind, help=f"Old name of {new}. Set one of them.")
+        kind = typing.get_type_hints(Config)[new]
+        parser.add_argument(
+            f"--{old}", type=kind, default=argparse.SUPPRESS, help=f"Old name of {new}. Set one of them."
+        )
     return parser
 
 
@@ -123,9 +126,9 @@ def _new_names(values: dict[str, Any], argv: list[str]) -> dict[str, Any]:
             root = yaml.compose(Path(arg).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
             given |= {key.value for key, _ in root.value} if isinstance(root, yaml.MappingNode) else set()
     for old, new in OLD_NAMES.items():
-        value = values.pop(old)
-        if value is None:
+        if old not in values:
             continue
+        value = values.pop(old)
         if new in given and values[new] != value:
             raise UserError(f"{old}: it is the old name of {new}, got {value} and {values[new]}. Set one of them.")
         values[new] = value

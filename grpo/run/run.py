@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from grpo.checkpoints import checkpoint
+from grpo.checkpoints import contents as checkpoint
 from grpo.checkpoints.background import Saver
 from grpo.checkpoints.fingerprints import fingerprints
 from grpo.checkpoints.resume import check_same_run, read_state

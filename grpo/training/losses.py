@@ -21,7 +21,7 @@ Differs from the paper: the log-ratio is clamped before exp; the truncated impor
 log-probs are not the trainer's (arXiv 2503.14476 has none).
 
 A new surrogate is a function with the signature of `ppo_clip` and its entry in SURROGATES, a new weighting an entry in
-WEIGHTINGS and in the annotation of the setting. A user's own surrogate needs neither (surrogate.py).
+WEIGHTINGS and in the annotation of the setting. A user's own surrogate needs neither (user_surrogate.py).
 """
 
 from collections.abc import Callable, Sequence

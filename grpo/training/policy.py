@@ -26,7 +26,7 @@ from grpo.training.losses import LossInputs, policy_loss
 from grpo.training.metrics import Tally, declare
 from grpo.training.skipped_updates import SkippedUpdate, count_skip
 from grpo.training.special_micro_batches import halves
-from grpo.training.surrogate import load_surrogate
+from grpo.training.user_surrogate import load_surrogate
 from grpo.types import Counters, MicroBatch, Pulse
 
 Result = TypeVar("Result")

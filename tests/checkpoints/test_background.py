@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo.checkpoints import checkpoint
+from grpo.checkpoints import contents as checkpoint
 from grpo.checkpoints.background import Saver
 from grpo.config.settings import Config
 from grpo.data.recipe import Recipe

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.checkpoints import background as saving
-from grpo.checkpoints import checkpoint, resume
+from grpo.checkpoints import contents as checkpoint
+from grpo.checkpoints import resume
 from grpo.checkpoints.manifest import MANIFEST, manifest_text
 from grpo.config.settings import Config
 from grpo.data.recipe import Recipe, load_recipe

@@ -360,7 +360,7 @@ def test_nothing_is_shown_off_a_terminal(tmp_path, capfd):
 
 def test_show_prompt_prints_the_exact_text_and_touches_nothing(tmp_path, capfd):
     from grpo.config.command_line import load_config
-    from grpo.run.launch import run_main
+    from grpo.run.main import run_main
     from tests.support.tiny import save_tiny
 
     model = save_tiny(tmp_path / "model")

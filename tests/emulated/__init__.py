@@ -11,6 +11,7 @@ memory use, NCCL.
 """
 
 import ctypes
+import hashlib
 import importlib.util
 import shutil
 import sys
@@ -134,14 +135,28 @@ def _device_module() -> ModuleType:
 _device: list[torch.device] = []
 
 
-def register() -> torch.device:
-    """Build and register the device; the build takes minutes once, then it is in torch's cache of extensions."""
-    if not _device:
-        from torch.utils import cpp_extension
+def _library() -> str:
+    """Load the library, built anew only for another source or another torch; torch itself compares file times."""
+    from torch.utils import cpp_extension
 
+    source = Path(__file__).with_name("device.cpp")
+    digest = hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:12]
+    name = f"grpo_{NAME}_{digest}"
+    folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+    complete, library = folder / "complete", folder / f"{name}.so"
+    if complete.exists() and library.exists():
+        torch.ops.load_library(str(library))
+        return str(library)
+    built = cpp_extension.load(name, [str(source)], extra_cflags=["-O1"], is_python_module=False)
+    complete.touch()
+    return str(built)
+
+
+def register() -> torch.device:
+    """Build and register the device; the build takes half a minute once."""
+    if not _device:
         torch.utils.rename_privateuse1_backend(NAME)
-        source = Path(__file__).with_name("device.cpp")
-        library = cpp_extension.load(f"grpo_{NAME}", [str(source)], extra_cflags=["-O1"], is_python_module=False)
+        library = _library()
         torch.ops.emulated_device.set_rules(pointwise(), WAITING)
         ctypes.CDLL(library).emulated_device_listen(_on_sync)
         torch._register_device_module(NAME, _device_module())

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     if device == emulated.NAME:
         on_device()
     from grpo.config.command_line import load_config, load_sft_config
-    from grpo.run.launch import run_main
+    from grpo.run.main import run_main
 
     if script == "train":
         from train import train

@@ -66,8 +66,9 @@ def ready():
 def outcomes(ready, tmp_path_factory, request):
     """Name of a case -> the failure for each of its parameters; "": it passed."""
     report = tmp_path_factory.mktemp("emulated") / "report.xml"
-    parts = (*SHORT, *LONG) if request.config.getoption("--full") else SHORT
-    cases = [f"tests/emulated/{part}_cases.py" for part in parts]
+    full = request.config.getoption("--full")
+    cases = [f"tests/emulated/{part}_cases.py" for part in ((*SHORT, *LONG) if full else SHORT)]
+    cases += ["--full"] if full else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *cases]
     done = subprocess.run(command, cwd=PROJECT, env=environment(), capture_output=True, text=True, timeout=1800)
     assert report.exists(), done.stdout[-3000:] + done.stderr[-3000:]

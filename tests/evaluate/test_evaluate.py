@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.checkpoints import checkpoint
+from grpo.checkpoints import contents as checkpoint
 from grpo.checkpoints.best import BestCheckpoint, best_name
 from grpo.checkpoints.manifest import write_manifest
 from grpo.config.settings import Config

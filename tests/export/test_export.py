@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from grpo.checkpoints.checkpoint import step_of
+from grpo.checkpoints.contents import step_of
 from grpo.checkpoints.manifest import verify, write_manifest
 from grpo.evaluate.ask import CheckpointModel
 from grpo.export import command, folders

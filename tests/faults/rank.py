@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import train
 from grpo.config.command_line import load_config
-from grpo.run.launch import run_main
+from grpo.run.main import run_main
 from tests.faults.fault import FAULTS, from_json
 from tests.faults.inject import install
 

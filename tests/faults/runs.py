@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from grpo.checkpoints import checkpoint
+from grpo.checkpoints import contents as checkpoint
 from tests.faults.fault import FAULTS, Fault, as_json
 from tests.support.jobs import PROJECT, Job, fork_server
 from tests.support.tiny import save_tiny

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from grpo.checkpoints import checkpoint
+from grpo.checkpoints import contents as checkpoint
 from grpo.checkpoints.manifest import MANIFEST
 from tests.faults.runs import STEPS
 

@@ -11,6 +11,7 @@ import pytest
 from tests.faults.fault import Fault
 from tests.faults.runs import STEPS
 from tests.support.jobs import wait_for
+from tests.support.tiers import short
 
 PHASES = ("rollout", "reward", "exchange", "logprobs", "update")
 TIMEOUT_S = 3.0
@@ -74,11 +75,11 @@ def test_F4_a_rank_that_stands_still(arena, record, chosen):
     )
 
 
-@pytest.mark.full
-def test_F5_a_slow_rank_is_no_stall(arena, record):
+@pytest.mark.parametrize("slow", [3, pytest.param(STEPS, marks=pytest.mark.full)], ids=["sample", "all"])
+def test_F5_a_slow_rank_is_no_stall(arena, record, slow):
     """Rank 1 takes half the allowed time for a phase of each step: nobody cries stall, and the end is the same."""
     run = arena.run(stall_timeout_s=2.0)
-    faults = [Fault("sleep", "reward", 1, step, 1.0) for step in range(1, STEPS + 1)]
+    faults = [Fault("sleep", "reward", 1, step, 1.0) for step in range(1, slow + 1)]
     job = run.finish(faults=faults)
     wrong = (["false alarm"] if "STALL" in job.text() else []) + arena.same(run)
     record("F5", len(faults), 0 if wrong else len(faults), f"{len(faults)} slow steps, wrong: {wrong or 'nothing'}")
@@ -158,8 +159,7 @@ def test_F7_asked_to_stop_during_a_long_reward(arena, record):
     record("F7", 1, int(not wrong), f"saved and ended after {seconds:.1f} s" + (f"; wrong: {wrong}" if wrong else ""))
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", short([signal.SIGTERM, signal.SIGINT], [signal.SIGTERM]))
 def test_F8_a_second_signal(arena, record, number):
     """A rank that hangs cannot stop in good order; the second signal ends it at once, and what was saved is intact."""
     run = arena.run()

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from grpo.checkpoints import background as saving
-from grpo.checkpoints import checkpoint, resume
+from grpo.checkpoints import contents as checkpoint
+from grpo.checkpoints import resume
 from grpo.checkpoints.manifest import tree_sha256, verify
 from grpo.config.checks import check
 from grpo.config.settings import Config
@@ -341,7 +342,8 @@ def test_moments_come_back(tmp_path):
     assert save(tmp_path, policy, cfg) is None
     other = load_policy(cfg, ALONE, tmp_path / "checkpoint_2")
     resume.restore(other, tmp_path / "checkpoint_2")
-    for ours, theirs in ((policy.weights(), other.weights()), (policy.backend.local_tensors(), other.backend.local_tensors())):
+    held = (policy.backend.local_tensors(), other.backend.local_tensors())
+    for ours, theirs in ((policy.weights(), other.weights()), held):
         assert all(name == again and torch.equal(a, b) for (name, a), (again, b) in zip(ours, theirs, strict=True))
 
 

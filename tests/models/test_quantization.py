@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from grpo.checkpoints import background as saving
-from grpo.checkpoints import checkpoint, resume
+from grpo.checkpoints import contents as checkpoint
+from grpo.checkpoints import resume
 from grpo.config.settings import Config
 from grpo.data.recipe import Recipe
 from grpo.errors import UserError

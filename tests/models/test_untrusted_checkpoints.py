@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 
 import inference
 import train
-from grpo.checkpoints import checkpoint
+from grpo.checkpoints import contents as checkpoint
 from grpo.checkpoints.manifest import MANIFEST, manifest_text
 from grpo.checkpoints.resume import SavedMoments, read_state
 from grpo.config.command_line import load_config
 from grpo.errors import UserError
 from grpo.models.checks import check_vocabulary, load_model, stop_token_ids
 from grpo.models.loading import load_tokenizer
-from grpo.run.launch import run_main
+from grpo.run.main import run_main
 from grpo.strict_json import parse_json
 from tests.support.tiny import save_tiny, tiny_model, tiny_tokenizer
 

@@ -344,7 +344,7 @@ def test_the_examples_work(tmp_path, monkeypatch):
 # --- style
 
 MAX_LINES, MAX_FUNCTION = 400, 70
-MAY_USE_COLLECTIVES = ("grpo/runtime/distributed.py", "grpo/training/backends/", "grpo/run/launch.py")
+MAY_USE_COLLECTIVES = ("grpo/runtime/distributed.py", "grpo/training/backends/", "grpo/run/main.py")
 
 
 def name_of(path: Path) -> str:

@@ -148,7 +148,7 @@ def test_data_rewards_and_models(model, tmp_path, rows, extra, message, capfd):
     import torch
 
     import train
-    from grpo.run.launch import run_main
+    from grpo.run.main import run_main
 
     if "cuda" in extra and torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -213,7 +213,7 @@ LOOP = """
 import json, os, sys
 import train
 from grpo.config.command_line import load_config
-from grpo.run.launch import run_main
+from grpo.run.main import run_main
 for folder, argv in json.loads(sys.argv[1]):
     os.chdir(folder)
     code = run_main(train.train, load_config, argv)

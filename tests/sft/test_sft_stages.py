@@ -29,7 +29,7 @@ import sys
 sys.path.insert(0, {project!r})
 {patch}
 from grpo.config.command_line import load_sft_config
-from grpo.run.launch import run_main
+from grpo.run.main import run_main
 from grpo.sft.train import train_sft
 sys.exit(run_main(train_sft, load_sft_config, sys.argv[1:]))
 """

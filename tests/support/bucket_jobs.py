@@ -24,7 +24,7 @@ CASES = {  # architecture, settings, micro-batches of rank 0 and of rank 1
 
 
 class Watched:
-    """What is added and sent, in order."""
+    """Records what is added and sent, in order."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -32,7 +32,7 @@ class Watched:
 
     def __enter__(self) -> "Watched":
         def sent(tensor, *args, **how):
-            if how.get("group") is None:  # the control group is no gradient's
+            if how.get("group") is None:  # not the control group
                 self.events.append(f"sent {tensor.numel()}")
             return self.plain(tensor, *args, **how)
 
@@ -44,7 +44,7 @@ class Watched:
 
 
 def losses_of(policy, minibatch, cut_off):
-    """The losses whose gradient is this rank's; cut_off: the last one is another function, of one parameter alone."""
+    """This rank's losses, and whether each is the last; cut_off: the last one depends on one parameter only."""
     for i, micro in enumerate(minibatch):
         first = next(p for p in policy.model.parameters() if p.requires_grad)
         last = i + 1 == len(minibatch)
@@ -52,7 +52,7 @@ def losses_of(policy, minibatch, cut_off):
 
 
 def gradient(world: World, name: str) -> dict:
-    """The sum over ranks: ours, beside each parameter's own, added after the backward of a policy without ranks."""
+    """BucketSum's sum over ranks, compared with one all-reduce of each gradient after the backward."""
     architecture, settings, numbers = CASES[name]
     cfg = config(**settings)
     alone = World(0, 1, 0, 1, torch.device("cpu"))
@@ -90,7 +90,7 @@ def flat(policy) -> torch.Tensor:
 
 
 def crowded(world: World, fail: bool) -> dict:
-    """Three updates; rank 1 runs out of memory within the last backward, when some buckets have left."""
+    """Three updates; rank 1 runs out of memory within the last backward, after some buckets were sent."""
     cfg = config()
     policy = make_policy(cfg, world)
     begun = flat(policy)
@@ -131,10 +131,10 @@ def crowded(world: World, fail: bool) -> dict:
 
 
 def main() -> None:
-    """Run all, in one launch."""
+    """Run all cases in one launch."""
     out = Path(sys.argv[1])
     world = start("cpu", num_threads=1)
-    gradient_sums.BUCKET_ELEMENTS = 1000  # several buckets, also of so small a model
+    gradient_sums.BUCKET_ELEMENTS = 1000  # several buckets, although the model is small
     results: dict = {name: gradient(world, name) for name in CASES}
     results |= {name: crowded(world, name == "crowded") for name in ("crowded", "roomy")}
     results["poisoned"] = poisoned_update(world, out, rank=1)

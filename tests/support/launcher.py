@@ -34,7 +34,7 @@ def patched_train(folder: Path, patch: str) -> str:
     start = folder / "start.py"
     start.write_text(
         f"import sys\nsys.path.insert(0, {str(PROJECT)!r})\n{patch}\n"
-        "import train\nfrom grpo.config.command_line import load_config\nfrom grpo.run.launch import run_main\n"
+        "import train\nfrom grpo.config.command_line import load_config\nfrom grpo.run.main import run_main\n"
         "sys.exit(run_main(train.train, load_config, sys.argv[1:]))\n"
     )
     return str(start)

@@ -1,6 +1,6 @@
-"""A hub on this machine: the part of the Hugging Face hub's HTTP interface that loading models and data asks for.
+"""A hub on this machine: the part of the Hugging Face hub's HTTP interface that loading models and data uses.
 
-Real clients talk to it (HF_ENDPOINT), in processes with a cache of their own, so that nothing leaves the machine.
+Real clients use it (HF_ENDPOINT), in processes with a cache of their own, so that no request leaves the machine.
 """
 
 import hashlib
@@ -69,12 +69,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse("RepoNotFound", "Repository not found")
 
     def _folder(self, kind: str, name: str) -> Path | None:
-        """The repository's folder; where there is none, the refusal is sent as the hub words it."""
+        """The repository's folder; if there is none, send the hub's refusal."""
         if name in self.server.gated:
             self._refuse("GatedRepo", "Access to it is restricted.")
             return None
         folder = self.server.folders.get((kind, name))
-        if folder is None:  # to callers who are not logged in the hub says the same of private repositories
+        if folder is None:  # without a login the hub sends the same for private repositories
             self._refuse("RepoNotFound", "Repository not found")
         return folder
 
@@ -119,7 +119,7 @@ def _oid(content: bytes) -> str:
 
 
 def _entries(folder: Path, under: str, paths: set[str] | None) -> list[dict]:
-    """Files and folders as the hub lists them; `paths`: these alone."""
+    """Files and folders as the hub lists them; paths: only these."""
     found = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -135,7 +135,7 @@ def _entries(folder: Path, under: str, paths: set[str] | None) -> list[dict]:
 
 @contextmanager
 def local_hub(folders: dict[tuple[str, str], Path], gated: set[str] = frozenset()) -> Iterator[tuple[str, list[str]]]:
-    """A hub that holds these folders: (its address, the requests that it has had)."""
+    """A hub of these folders: (its address, the requests that it got)."""
     server = _Server(folders, set(gated))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -101,7 +101,7 @@ def with_adapter(cfg: Config, model: PreTrainedModel) -> PreTrainedModel:
 def injected_step(
     cfg: Config, world: World, policy: Policy, step: int, steps: int, seed: int, tally: Tally, masked: bool = False
 ) -> list[float]:
-    """One step of training on injected rollouts; each rank holds only what it would have sampled."""
+    """One step of training on injected rollouts; each rank has only the rows it would have sampled."""
     prompts, completions, advantages = injected(cfg, step, seed, masked)
     mine = [completion for completion in completions if completion.row % world.size == world.rank]
     lengths = np.array([len(completion.token_ids) for completion in completions])
@@ -144,10 +144,10 @@ def injected_updates(
     for step in range(steps):
         if broken == "moments" and step == steps // 2:
             policy.backend.load_moments(lambda name, moment, start, length: torch.zeros(length), 1)
-        if broken == "denominator":  # each row weighs by its micro-batch, not by the whole minibatch
+        if broken == "denominator":  # weights divide by the rows of a micro-batch, not of the minibatch
             batching.row_weights = lambda weighting, lengths, most: [1 / max(1, c) / 7 / (1 + c % 2) for c in lengths]
         norms += injected_step(cfg, world, policy, step, steps, seed, tally, masked)
-    batching.row_weights = losses.row_weights  # the defect ends here: more jobs follow
+    batching.row_weights = losses.row_weights  # later jobs run without the defect
     weights = {key: value.contiguous().clone() for key, value in policy.weights()}
     if world.is_main:
         save_file(weights, out / f"{name}.safetensors")
@@ -160,7 +160,7 @@ def free_rollout(world: World, out: Path, **settings):
     policy = make_policy(cfg, world)
     prompts, _, _ = injected(cfg, 0)
     sampler = tiny_model("qwen3", VOCAB, seed=5)
-    if cfg.lora_r:  # only adapters travel: the frozen model is the policy's own, the adapter another one
+    if cfg.lora_r:  # only adapters are streamed: the frozen model is the policy's own
         sampler = with_adapter(dataclasses.replace(cfg, seed=5), tiny_model("qwen3", VOCAB, spread=2.0))
         for step in range(3):
             injected_step(cfg, world, policy, step, 3, 0, Tally())
@@ -197,15 +197,15 @@ def poisoned_update(world: World, out: Path, rank: int, **settings):
 
 
 def sealed_update(world: World, out: Path, rank: int, **settings):
-    """Seal after an update, sample and score, then flip one bit of what a rank holds: what each rank's check says."""
+    """Checksums after an update; sample and score, then flip a bit of each tensor of a rank: what each rank finds."""
     cfg = config(**settings)
     policy = make_policy(cfg, world)
     injected_step(cfg, world, policy, 0, 3, 0, Tally())
     NativeEngine(with_adapter(cfg, tiny_model("qwen3", VOCAB)), [0], 4, 1).load_weights(policy.weights())
     untouched = policy.changed_tensor()
-    held = dict(policy.backend.local_tensors())
+    tensors = dict(policy.backend.local_tensors())
     found = {}
-    for name, tensor in held.items():
+    for name, tensor in tensors.items():
         if world.rank == rank and tensor.numel():
             bits = tensor.view(-1)[-1:].view(torch.int32)
             bits ^= 1 << 11
@@ -298,7 +298,7 @@ def architecture_steps(world: World, out: Path, architecture: str, steps: int = 
 
 
 def collectives(world: World, out: Path):
-    """What each World method gives here."""
+    """The result of each World method on this rank."""
     table = np.zeros((world.size, 2))
     table[world.rank] = [world.rank + 0.5, np.nan if world.rank == 0 else 1.0]
     outgoing = [np.arange(world.rank + to, dtype=np.int32) + 100 * world.rank for to in range(world.size)]
@@ -391,5 +391,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # DeepSpeed allocates gigabytes it never reads
+    torch.utils.deterministic.fill_uninitialized_memory = False  # DeepSpeed allocates gigabytes that it never reads
     main()

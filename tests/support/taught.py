@@ -1,4 +1,4 @@
-"""A tiny model that was taught what to say to a few prompts, in a checkpoint folder as training writes it."""
+"""A tiny model trained on a few prompts until it answers them, in a checkpoint folder as training writes it."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from grpo.checkpoints.checkpoint import step_of
+from grpo.checkpoints.contents import step_of
 from grpo.checkpoints.manifest import write_manifest
 from grpo.config.command_line import load_config
 from grpo.data.recipe import build, encode, make_recipe, recipe_text, render
@@ -20,7 +20,7 @@ MAX_STEPS = 600
 def taught_checkpoint(
     folder: Path, lessons: Sequence[tuple[str, dict[str, str], str]], settings: Sequence[str]
 ) -> Path:
-    """Folder, named checkpoint_N, of a model that answers each (question, columns, answer) of the lessons so, greedily.
+    """Write folder checkpoint_N: greedily, the model gives the answer of each lesson (question, columns, answer).
 
     settings: words of a command line, as train.py takes them.
     """
@@ -35,7 +35,7 @@ def taught_checkpoint(
         rows.append((prompt, [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]))
     model = tiny_model("qwen3", len(tokenizer), spread=1.0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model only loses time over several
+    torch.set_num_threads(1)  # faster for so small a model
     teach(model, rows)
     torch.set_num_threads(threads)
     model.save_pretrained(folder)

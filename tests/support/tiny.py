@@ -1,4 +1,4 @@
-"""Tiny random models of six architectures, and a tokenizer, made on the spot: nothing is downloaded."""
+"""Tiny random models of six architectures, and a tokenizer, made here: nothing is downloaded."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ CORPUS = [
 
 
 def tiny_tokenizer(vocab_size: int = 300, pad: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE; pad is eos, or there is none at all."""
+    """A byte-level BPE; pad: whether it has a pad token, which is eos."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -33,7 +33,7 @@ def tiny_tokenizer(vocab_size: int = 300, pad: bool = True) -> PreTrainedTokeniz
 
 
 def tiny_config(architecture: str, vocab_size: int = 300) -> transformers.PreTrainedConfig:
-    """Two layers, hidden 32; the windows of the Gemmas are 8 tokens, so that prompts go beyond them."""
+    """Two layers, hidden 32; the windows of the Gemmas are 8 tokens, so that prompts are longer."""
     if architecture == "gpt2":
         return transformers.GPT2Config(
             vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0
@@ -77,7 +77,7 @@ def tiny_config(architecture: str, vocab_size: int = 300) -> transformers.PreTra
 
 
 def tiny_model(architecture: str, vocab_size: int = 300, seed: int = 0, spread: float = 4.0) -> PreTrainedModel:
-    """A random model whose logits are spread out, so that its choices are not all alike."""
+    """A random model whose logits are multiplied, so that tokens differ in probability."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture, vocab_size), dtype=torch.float32)
     with torch.no_grad():

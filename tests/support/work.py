@@ -1,8 +1,8 @@
 """Work that is counted and not timed: instructions of Python, characters that text methods touch, steps of patterns.
 
-A machine's load changes none of it. C code shows no instructions, so what it would do is counted beside it: `Text` is
-a str whose methods add what they read and write, and `Counted` walks a pattern's parse tree as a backtracking matcher
-does. Its answer is compared with that of `re` at every call: a walk that is wrong cannot go unnoticed.
+So a machine's load does not change it. The work of C code is counted separately: `Text` is a str whose methods add the
+characters they read and write, and `Counted` walks a pattern's parse tree as a backtracking matcher does. Its result is
+compared with that of `re` at every call, so a wrong walk is noticed.
 """
 
 import ast
@@ -31,7 +31,7 @@ class Work:
 
 
 class Text(str):
-    """A text whose methods are counted, and give counted texts."""
+    """A text whose methods are counted and return counted texts."""
 
 
 def _found(text: str, needle: Any, at: int, start: int = 0, end: int | None = None) -> int:
@@ -59,10 +59,10 @@ def _touched(name: str, text: str, out: Any, args: tuple) -> int:
     return len(text) + (len(out) if isinstance(out, str) else 0)
 
 
-def _kept(value: Any) -> Any:
+def _counted(value: Any) -> Any:
     if type(value) is str:
         return Text(value)
-    return type(value)(map(_kept, value)) if type(value) in (list, tuple) else value
+    return type(value)(map(_counted, value)) if type(value) in (list, tuple) else value
 
 
 def _method(name: str) -> Callable:
@@ -72,7 +72,7 @@ def _method(name: str) -> Callable:
         out = real(self, *args, **how)
         if Work.on and out is not NotImplemented:
             Work.units += max(_touched(name, self, out, args), 1)
-        return _kept(out)
+        return _counted(out)
 
     return call
 
@@ -173,8 +173,8 @@ class Counted:
             return then(at)
         op, value = tree[i]
 
-        def rest(here: int) -> int | None:
-            return self._walk(tree, i + 1, text, here, then)
+        def rest(position: int) -> int | None:
+            return self._walk(tree, i + 1, text, position, then)
 
         if op in (names.MAX_REPEAT, names.MIN_REPEAT):
             least, most, inner = value
@@ -192,7 +192,7 @@ class Counted:
         if op in (names.ASSERT, names.ASSERT_NOT):
             behind, inner = value
             from_ = at if behind > 0 else at - inner.getwidth()[0]
-            found = from_ >= 0 and self._walk(list(inner), 0, text, from_, lambda here: here) is not None
+            found = from_ >= 0 and self._walk(list(inner), 0, text, from_, lambda end: end) is not None
             return rest(at) if found is (op is names.ASSERT) else None
         if op is names.AT:
             return rest(at) if self._at(value, text, at) else None
@@ -204,8 +204,8 @@ class Counted:
         if greedy:
             while end < len(text) and end - at < most and self._fits(one, text[end]):
                 end += 1
-            for here in range(end, at + least - 1, -1):
-                found = rest(here)
+            for position in range(end, at + least - 1, -1):
+                found = rest(position)
                 if found is not None:
                     return found
             return None
@@ -227,9 +227,7 @@ class Counted:
                 0,
                 text,
                 at,
-                lambda here: (
-                    None if here == at else self._again(inner, least, most, greedy, text, here, rest, done + 1)
-                ),
+                lambda end: None if end == at else self._again(inner, least, most, greedy, text, end, rest, done + 1),
             )
 
         ways = (more, lambda: rest(at) if done >= least else None)
@@ -284,7 +282,7 @@ class Counted:
 
 
 def patterns_of(module: ModuleType) -> dict[str, re.Pattern]:
-    """The patterns of a module; fails where `re` is used otherwise than as NAME = re.compile(...) at its top."""
+    """The patterns of a module; fails where it uses `re` other than as NAME = re.compile(...) at its top level."""
     with open(str(module.__file__), encoding="utf-8") as file:
         tree = ast.parse(file.read())
     top = [node for made in tree.body if isinstance(made, ast.Assign) for node in ast.walk(made)]

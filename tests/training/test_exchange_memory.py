@@ -100,7 +100,7 @@ def ranks(tmp_path_factory):
 
 def shares(ranks, size: int, control: str, what: str) -> list[float]:
     """Each rank's words as a share of all rows' words."""
-    total = float(lengths_of().sum() * (2 + SUPPORT))
+    total = sum(Payload.num_words(int(length), SUPPORT) for length in lengths_of())
     return [rank[str(size)][control][what] / total for rank in ranks[:size]]
 
 

@@ -19,7 +19,7 @@ from grpo.training.exchange import Payload, deliver, payload_of
 from grpo.training.losses import SURROGATES, WEIGHTINGS, LossInputs, policy_loss
 from grpo.training.metrics import MEANS, Tally
 from grpo.training.minibatches import make_plan
-from grpo.training.surrogate import load_surrogate
+from grpo.training.user_surrogate import load_surrogate
 from grpo.types import Completion
 from tests.support.launcher import fork_script, metrics_of
 from tests.support.rank_jobs import config, injected, make_policy, table_of
@@ -190,11 +190,11 @@ def test_masked_tokens_leave_loss_and_gradient(weighting, seed, budget):
 
     expected = naive_loss(policy, cfg, prompts, completions, advantages)
     assert ours(num_trained).item() == pytest.approx(expected.item(), abs=2e-5)
-    if not expected.requires_grad:
-        return
+    if not any(count and gain for count, gain in zip(num_trained, advantages, strict=True)):
+        return  # no row carries gradient, and none is computed
     wanted, found = gradient(policy, expected), gradient(policy, ours(num_trained))
-    assert float((found - wanted).norm() / wanted.norm().clamp(min=1e-9)) < 1e-4
-    if weighting != "dr_grpo" and num_trained.sum() < lengths.sum() and float(wanted.norm()) > 1e-3:
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+    if weighting == "dapo" and num_trained.sum() < 0.9 * lengths.sum():  # one factor for all rows: sure to show
         control = gradient(policy, ours(lengths))
         assert float((control - wanted).norm() / wanted.norm()) > 1e-2
 

@@ -20,9 +20,8 @@ from hypothesis import strategies as st
 from grpo.config.settings import Config
 from grpo.data.questions import Questions
 from grpo.evaluate.held_out import evaluate
-from grpo.rewards import RewardInput
+from grpo.rewards import RewardInput, supervisor_handle
 from grpo.rewards import pool as pool_module
-from grpo.rewards import supervisor_handle
 from grpo.rewards.calls import Packed
 from grpo.rewards.pool import open_rewards
 from grpo.rollout import rollout
@@ -143,12 +142,12 @@ def same(one, other):
     st.booleans(),
 )
 def test_scores_do_not_depend_on_when_completions_were_taken(
-    pool, in_process, tmp_path_factory, tokens, arrival, kept, sizes, looks
+    pool, in_process, tmp_path_factory, tokens, arrival, order, sizes, looks
 ):
     """Rows, groups, code, failures: as when all are scored at the end, in this process; the reports as well."""
     folder, reports, expected = tmp_path_factory.getbasetemp(), [], []
     made = [completion(row, tokens[row]) for row in range(ROWS)]
-    in_order = [made[row] for row in kept]
+    in_order = [made[row] for row in order]
     scoring = scoring_of(pool, folder, reports)
     waiting = [made[row] for row in arrival]
     for size in sizes:
@@ -181,8 +180,8 @@ def test_memory_that_runs_out_gives_no_completion_twice(pool, in_process, tmp_pa
     """The engine starts again with fewer rows; rows that were final before are not sampled again."""
     cfg = Config(num_generations=G, rollout_chunk_rows=ROWS, max_generate_length=16, batch_size=ROWS // G)
     engine = NativeEngine(tiny_model("qwen3", spread=2.0), range(150), cfg.max_generate_length, cfg.seed)
-    words, left = engine.model.get_input_embeddings(), [4]
-    plain = words.forward
+    embeddings, left = engine.model.get_input_embeddings(), [4]
+    plain = embeddings.forward
 
     def forward(input_ids):
         left[0] -= 1
@@ -190,19 +189,19 @@ def test_memory_that_runs_out_gives_no_completion_twice(pool, in_process, tmp_pa
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         return plain(input_ids)
 
-    words.forward = forward
-    reports, expected, given_ = [], [], []
+    embeddings.forward = forward
+    reports, expected, taken = [], [], []
     scoring = scoring_of(pool, tmp_path, reports)
 
     def take(completions):
-        given_.append((left[0], [one.row for one in completions]))
+        taken.append((left[0], [one.row for one in completions]))
         scoring.take(completions)
 
     completions = rollout(engine, prompts_in(tmp_path), 0, cfg, ALONE, scoring.pulse, take)
     scored = scoring.finish(completions)
     assert engine.fitting.halvings == 1 and [one.row for one in completions] == list(range(ROWS))
-    assert any(when > 0 for when, _ in given_), "none was final before memory ran out: the test shows nothing"
-    assert sorted(row for _, some in given_ for row in some) == list(range(ROWS))
+    assert any(when > 0 for when, _ in taken), "no row was final before memory ran out: the test shows nothing"
+    assert sorted(row for _, some in taken for row in some) == list(range(ROWS))
     same(scored, scoring_of(in_process, tmp_path, expected).finish(completions))
     assert reports == expected
 
@@ -211,7 +210,7 @@ def test_memory_that_runs_out_gives_no_completion_twice(pool, in_process, tmp_pa
 
 
 class Holding:
-    """An engine that keeps completions back until a file is there: in the middle of its n-th call, or before it."""
+    """An engine that holds completions back until a file is there: within its n-th call, or before it."""
 
     fitting = FittingSize("rollout", "rollout_chunk_rows", "rows")
 
@@ -222,12 +221,12 @@ class Holding:
 
     def generate(self, requests, sampling, pulse, *, on_finished=None):
         made = {request.row: completion(request.row, 10 + request.row) for request in requests}
-        here = self.calls == self.call
+        waits = self.calls == self.call
         self.calls += 1
-        early = [made[row] for row in self.first] if here else []
+        early = [made[row] for row in self.first] if waits else []
         for one in early:
             on_finished([one])
-        if here:
+        if waits:
             self.came = until(self.file.exists, pulse)
         on_finished([one for one in made.values() if one not in early])
         return list(made.values())

@@ -90,6 +90,7 @@ def test_metrics_never_average_what_is_not_finite():
 def test_rollout_metrics_by_hand():
     facts = {name: np.zeros(4) for name in FACTS} | {
         "length": np.array([2.0, 4.0, 2.0, 0.0]),
+        "trained": np.array([2.0, 4.0, 2.0, 0.0]),
         "stopped": np.array([1.0, 1.0, 0.0, 0.0]),
         "broken": np.array([0.0, 0.0, 0.0, 1.0]),
         "logprob_sum": np.array([-2.0, -4.0, -2.0, 0.0]),
