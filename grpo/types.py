@@ -45,6 +45,8 @@ def _fill_trained(row: Any) -> None:
     assert row.trained.shape == (len(row.token_ids),) and row.trained.dtype == bool
 
 
+# of a row: tokens, trained tokens, ended by itself, logits not finite, logits clamped, sum of log-probs, failed
+# rewards, the rank that sampled it
 FACTS = ("length", "trained", "stopped", "broken", "clamped", "logprob_sum", "failures", "rank")
 
 

@@ -71,12 +71,12 @@ def cut_chunks(num_prompts: int, num_generations: int, chunk_rows: int) -> list[
     >>> cut_chunks(1, 4, 3)
     [[0, 1, 2], [3]]
     """
-    rows = chunk_rows - chunk_rows % num_generations if chunk_rows >= num_generations else chunk_rows
-    if rows == chunk_rows and chunk_rows < num_generations:
-        groups = [range(p * num_generations, (p + 1) * num_generations) for p in range(num_prompts)]
-        return [list(group[i : i + rows]) for group in groups for i in range(0, num_generations, rows)]
-    step_rows = range(num_prompts * num_generations)
-    return [list(step_rows[i : i + rows]) for i in range(0, len(step_rows), rows)]
+    rows = range(num_prompts * num_generations)
+    if chunk_rows < num_generations:  # a group is cut, and no chunk holds rows of two
+        groups = [rows[i : i + num_generations] for i in range(0, len(rows), num_generations)]
+        return [list(group[i : i + chunk_rows]) for group in groups for i in range(0, num_generations, chunk_rows)]
+    whole = chunk_rows - chunk_rows % num_generations
+    return [list(rows[i : i + whole]) for i in range(0, len(rows), whole)]
 
 
 def requests_of(chunk: list[int], prompts: Sequence[Prompt], num_generations: int, first_slot: int) -> list[Request]:
