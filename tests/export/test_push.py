@@ -102,7 +102,7 @@ def out(exported, tmp_path) -> Path:
 def server(monkeypatch) -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.seen, server.refuse, server.created = [], {}, False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     online(monkeypatch, f"http://127.0.0.1:{server.server_port}")
     yield server
     server.shutdown()

@@ -142,9 +142,28 @@ def test_a_run_from_the_hub_and_again_without_it(hub, tmp_path):
     assert note.startswith(f"note: the hub ({NOWHERE}) cannot be reached (")
 
 
-def test_shards_and_adapters_are_fetched_after_their_tokenizer(hub):
+WANTED = [["model", "user/sharded"], ["model", "user/adapter"]]
+REFUSED = [
+    ["model", "user/nothing"],
+    ["model", "user/gated"],
+    ["data", "user/gated"],
+    ["model", "user/pickled"],
+    ["model", "user/hostile"],
+    ["data", "json"],
+    ["data", "no such/na me"],
+]
+
+
+@pytest.fixture(scope="module")
+def answers(hub):
+    """What one process gets for WANTED and for REFUSED, and its stderr."""
+    found, stderr = ask(hub, WANTED + REFUSED)
+    return found[: len(WANTED)], found[len(WANTED) :], stderr
+
+
+def test_shards_and_adapters_are_fetched_after_their_tokenizer(answers):
     """The tokenizer comes first, without weights: an index whose shards are not there yet is no damage."""
-    [sharded, adapter], _ = ask(hub, [["model", "user/sharded"], ["model", "user/adapter"]])
+    [sharded, adapter], _, _ = answers
     assert isinstance(sharded, list) and isinstance(adapter, list), (sharded, adapter)
     found = {path.name for path in Path(sharded[1]).iterdir()}
     assert len([name for name in found if name.startswith("model-0000")]) > 1, found
@@ -158,17 +177,8 @@ def test_a_name_that_is_not_there_ends_a_run_in_one_line(hub, tmp_path):
     assert line.startswith("error: data: there is no dataset 'user/nothing' on the hub (http://127.0.0.1:"), line
 
 
-def test_refusals(hub):
-    wanted = [
-        ["model", "user/nothing"],
-        ["model", "user/gated"],
-        ["data", "user/gated"],
-        ["model", "user/pickled"],
-        ["model", "user/hostile"],
-        ["data", "json"],
-        ["data", "no such/na me"],
-    ]
-    said, stderr = ask(hub, wanted)
+def test_refusals(answers):
+    _, said, stderr = answers
     starts = [
         "model: there is no model 'user/nothing' on the hub (http://127.0.0.1:",
         "model: 'user/gated' is gated: its owner decides who gets it. Ask for access",

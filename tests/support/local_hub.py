@@ -137,7 +137,7 @@ def _entries(folder: Path, under: str, paths: set[str] | None) -> list[dict]:
 def local_hub(folders: dict[tuple[str, str], Path], gated: set[str] = frozenset()) -> Iterator[tuple[str, list[str]]]:
     """A hub of these folders: (its address, the requests that it got)."""
     server = _Server(folders, set(gated))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}", server.asked
