@@ -101,8 +101,8 @@ class Profile:
             self.shape = floors.shape_of(policy.model, 2 if cfg.dtype == "bf16" else floors.FP32)
             return policy
 
-        def make_plan(cfg: Config, prompts, lengths, *args):
-            plan = plain_plan(cfg, prompts, lengths, *args)
+        def make_plan(cfg: Config, prompts, lengths, *args, **how):
+            plan = plain_plan(cfg, prompts, lengths, *args, **how)
             trained = [[n for micro in part.micro_batches for n in micro] for part in plan]
             asked = [prompt.token_ids for prompt in prompts]
             self.rows = floors.Rows(
@@ -112,7 +112,12 @@ class Profile:
 
         Run.tally, train.load_policy, train.make_plan = tally, load_policy, make_plan
         Questions.prompts = lambda questions, step, count: plain_prompts(questions, step // 2, count)
-        train.rollout = lambda engine, prompts, step, *rest: plain_rollout(engine, prompts, step // 2, *rest)
+
+        def rollout(engine, prompts, first_slot, *rest):
+            step = first_slot // len(prompts)
+            return plain_rollout(engine, prompts, step // 2 * len(prompts), *rest)
+
+        train.rollout = rollout
 
     def gate(self) -> None:
         """Between two steps. Raises Enough after the last."""

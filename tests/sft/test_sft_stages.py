@@ -173,7 +173,9 @@ def both_stages(task, folder, nproc, twice):
     run = partial(subprocess.run, command, cwd=PROJECT, env=env, capture_output=True, text=True, timeout=400)
     first = run()
     if twice:
-        return first, run().stdout
+        again = run()
+        assert again.returncode == 0, again.stderr[-2000:]
+        return first, again.stdout
     stages = [line.split()[1:] for line in first.stdout.splitlines() if line.startswith("stage: ")]
     programs = [words[1:] if words[0] == "-m" else words for words in stages]
     return first, "".join(fork_script(*words, nproc=nproc).stdout for words in programs)
