@@ -17,12 +17,16 @@ def field_docs(settings: type = Config) -> dict[str, str]:
     return {field.arg_name: " ".join((field.description or "").split()) for field in described}
 
 
+def markdown_rows(settings: type = Config) -> list[str]:
+    """The rows of the table of settings, in docs/configuration.md or docs/sft_and_lora.md."""
+    docs = field_docs(settings)
+    rows = []
+    for name, default in dataclasses.asdict(settings()).items():
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        rows.append(f"| `{name}` | `{shown}` | {docs[name]} |")
+    return rows
+
+
 def markdown_table() -> str:
     """The table of docs/configuration.md. Written by `python -m grpo.config`."""
-    docs = field_docs()
-    lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
-    for f in dataclasses.fields(Config):
-        default = getattr(Config(), f.name)
-        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-        lines.append(f"| `{f.name}` | `{shown}` | {docs[f.name]} |")
-    return "\n".join(lines)
+    return "\n".join(["| setting | default | meaning |", "| --- | --- | --- |", *markdown_rows()])

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from grpo.config.checks import check, check_kind
-from grpo.config.documentation import field_docs
 from grpo.config.settings import OLD_NAMES, Config
 from grpo.errors import UserError
 
@@ -135,13 +134,3 @@ def _prefixed_errors() -> Iterator[None]:
         yield
     except UserError as error:
         raise error if str(error).startswith("sft:") else UserError(f"sft: {error}") from None
-
-
-def markdown_rows() -> str:
-    """The rows of the table of these settings in docs/sft_and_lora.md."""
-    docs = field_docs(SftSettings)
-    shown = {
-        name: "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        for name, value in dataclasses.asdict(SftSettings()).items()
-    }
-    return "\n".join(f"| `{name}` | `{shown[name]}` | {docs[name]} |" for name in OWN)

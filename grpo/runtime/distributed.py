@@ -106,11 +106,6 @@ class World:
         while (item := store.add(f"grpo/deal {deal}", 1) - 1) < count:
             yield item
 
-    def barrier(self) -> None:
-        """Wait for every rank. For start-up and checkpoints, never inside a step."""
-        if self.size > 1:
-            dist.monitored_barrier(group=self.control)
-
 
 def pick_device(name: str, local_rank: int) -> torch.device:
     """Resolve auto | cpu | cuda to this process's device. Raises UserError when CUDA is not available."""

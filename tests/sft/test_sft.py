@@ -8,8 +8,9 @@ import torch
 import yaml
 
 from grpo.config.command_line import load_config, load_sft_config
+from grpo.config.documentation import markdown_rows
 from grpo.config.settings import Config
-from grpo.config.sft_section import OF_ROLLOUTS, SftSettings, markdown_rows, own_settings, stage_config, stage_values
+from grpo.config.sft_section import OF_ROLLOUTS, SftSettings, own_settings, stage_config, stage_values
 from grpo.data.questions import Questions, load_questions
 from grpo.data.recipe import make_recipe
 from grpo.errors import UserError
@@ -315,4 +316,4 @@ def test_what_only_rollouts_use_may_change_between_the_stages(tmp_path):
 
 
 def test_the_documents_hold_the_table_of_these_settings():
-    assert markdown_rows() in (PROJECT / "docs" / "sft_and_lora.md").read_text(encoding="utf-8")
+    assert "\n".join(markdown_rows(SftSettings)) in (PROJECT / "docs" / "sft_and_lora.md").read_text(encoding="utf-8")
