@@ -1,6 +1,7 @@
 """The loss as a whole: surrogate x weighting, masks of trained tokens, surrogates of the user's own, refused names."""
 
 import dataclasses
+import re
 import typing
 from pathlib import Path
 
@@ -265,6 +266,21 @@ def test_a_users_surrogate_is_trained_on_like_ours(tmp_path):
     assert {"surrogate/ratio", "surrogate/part/low"} <= set(tallies[0]) and "clip/high" not in tallies[0]
     assert tallies[0]["surrogate/ratio"] == pytest.approx(1.0, abs=1e-5)
     assert "surrogate/ratio" in MEANS
+
+
+def test_the_worked_example_of_the_page_passes_the_check(tmp_path):
+    """docs/losses.md, as printed; its bound is smooth, so a ratio at 1 keeps the gradient of the plain ratio."""
+    page = (PROJECT / "docs" / "losses.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", page, re.S)
+    (tmp_path / "my_loss.py").write_text(code)
+    cfg = Config(surrogate=f"{tmp_path}/my_loss.py:soft_clip")
+    surrogate, source = load_surrogate(cfg)
+    assert source == code
+    logprobs = torch.zeros(1, 2, requires_grad=True)
+    inputs = LossInputs(logprobs, torch.zeros(1, 2), None, torch.zeros(1, 2), torch.tensor([3.0]), logprobs == 0)
+    loss, metrics = surrogate(inputs, cfg)
+    loss.sum().backward()
+    assert logprobs.grad.tolist() == [[-3.0, -3.0]] and metrics["surrogate/bounded"].tolist() == [[0.0, 0.0]]
 
 
 WRONG = {
