@@ -22,7 +22,7 @@ from grpo.training.metrics import MEANS, Tally
 from grpo.training.minibatches import make_plan
 from grpo.training.user_surrogate import load_surrogate
 from grpo.types import Completion
-from tests.support.launcher import fork_script, metrics_of
+from tests.support.launcher import PROJECT, fork_script, metrics_of
 from tests.support.rank_jobs import config, injected, make_policy, table_of
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
