@@ -141,7 +141,6 @@ def test_F17_changed_settings(arena, three_steps, record, names):
     record("F17", len(names), len(names) - len(bad), f"wrong: {bad}" if bad else ", ".join(names))
 
 
-@pytest.mark.full
 def test_F17_the_data_changed_under_its_name(arena, record):
     """The same command, the file edited in between: the fingerprint sees what the path does not."""
     file = arena.folder / "edited.jsonl"

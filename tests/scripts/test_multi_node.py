@@ -240,22 +240,24 @@ def test_a_node_that_never_comes_is_given_up_in_time():
     assert time.monotonic() - began < 8
 
 
-@pytest.mark.parametrize(
-    "differs, nproc, message",
-    [
-        ({"NODE_RANK": "1"}, "1", "two nodes say 1"),
-        ({"NNODES": "4", "NODE_RANK": "3"}, "1", "node 3 says 4, node 0 says 3"),
-        ({"NODE_RANK": "2"}, "2", "node 2 starts 2 processes, node 0 1"),
-    ],
-    ids=["same rank", "other count", "other processes"],
-)
-def test_nodes_that_contradict_each_other_all_say_so(differs, nproc, message):
-    shared = {**NODE, "NNODES": "3", "MASTER_PORT": free_port()}
-    jobs = [start("1", **{**shared, "NODE_RANK": rank}) for rank in "01"]
+CONTRADICTIONS = [  # what the third of three nodes has, its processes, what all three say
+    ({"NODE_RANK": "1"}, "1", "two nodes say 1"),
+    ({"NNODES": "4", "NODE_RANK": "3"}, "1", "node 3 says 4, node 0 says 3"),
+    ({"NODE_RANK": "2"}, "2", "node 2 starts 2 processes, node 0 1"),
+]
+
+
+def test_nodes_that_contradict_each_other_all_say_so():
+    """The three runs, each with a port of its own, wait at the same time."""
+    shared = [{**NODE, "NNODES": "3", "MASTER_PORT": free_port()} for _ in CONTRADICTIONS]
+    jobs = [[start("1", **{**variables, "NODE_RANK": rank}) for rank in "01"] for variables in shared]
     time.sleep(2)
-    results = finish(*jobs, start(nproc, **{**shared, **differs}), timeout=30)
-    for result in results:
-        one_line(result, message)
+    for nodes, variables, (differs, nproc, _) in zip(jobs, shared, CONTRADICTIONS, strict=True):
+        nodes.append(start(nproc, **{**variables, **differs}))
+    results = iter(finish(*(job for nodes in jobs for job in nodes), timeout=30))
+    for _, _, message in CONTRADICTIONS:
+        for _ in range(3):
+            one_line(next(results), message)
 
 
 def test_something_else_at_the_port_is_not_taken_for_node_0():
