@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 def test_it_resumes_and_measures_the_same(folder):
     """Losses and gradient norms of 16 sampled rows: another token, weight or moment shows in the first digits."""
-    done = fork_script("train.py", "--config", "task.yaml", "--max_steps", "5", cwd=folder)
+    done = fork_script("train.py", "--config", "task.yaml", "--max_steps", "5", "--num_threads", "1", cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resuming from output/checkpoint_3" in done.stdout
     steps = [line for line in metrics_of(folder / "runs") if "loss" in line]
@@ -41,7 +41,7 @@ def test_another_reward_is_refused(folder):
     """The control: the resume above compares fingerprints, and this one differs."""
     file = folder / "rewards.py"
     file.write_text(file.read_text().replace("1 - len", "2 - len"))
-    done = fork_script("train.py", "--config", "task.yaml", "--max_steps", "5", cwd=folder)
+    done = fork_script("train.py", "--config", "task.yaml", "--max_steps", "5", "--num_threads", "1", cwd=folder)
     assert done.returncode == 2
     assert "reward_source has changed" in done.stderr
 

@@ -83,6 +83,8 @@ def run(tmp_path_factory):
         str(folder / "runs"),
         "--run_name",
         "lora",
+        "--num_threads",
+        "1",
         "--deterministic",
         "true",
     ]

@@ -342,6 +342,8 @@ def test_a_run_with_a_users_surrogate_trains_resumes_and_minds_its_source(tmp_pa
         str(tmp_path / "r"),
         "--report_to",
         "none",
+        "--num_threads",
+        "1",
     ]
     done = fork_script("train.py", *command, "--max_steps", "1", nproc=2)
     assert done.returncode == 0, done.stderr[-2000:]
