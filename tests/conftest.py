@@ -1,5 +1,6 @@
 """The two tiers, and thread counts that do not depend on the machine's mood."""
 
+import gc
 import os
 
 import pytest
@@ -9,11 +10,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+SECOND_PART = tuple(f"tests/{room}/" for room in ("evaluate", "faults", "run", "runtime", "scripts", "sft"))
+
+
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run the long tier too")
+    parser.addoption("--part", choices=["1", "2"], help="run one half of the tests: two such runs use two cores")
 
 
 def pytest_collection_modifyitems(config, items):
+    part = config.getoption("--part")
+    if part is not None:
+        items[:] = [item for item in items if (item.nodeid.startswith(SECOND_PART)) == (part == "2")]
     for item in items:
         if item.get_closest_marker("full") and not config.getoption("--full"):
             item.add_marker(pytest.mark.skip(reason="long tier: run with --full"))
@@ -21,8 +29,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
+def pytest_collection_finish(session):
+    gc.collect()
+    gc.freeze()  # what was imported stays: no collection need look at it again
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _threads():
-    torch.set_num_threads(
-        1
-    )  # for models this small a second thread costs more than it gives, on a busy machine far more
+    # for models this small a second thread costs more than it gives, on a busy machine far more
+    torch.set_num_threads(1)

@@ -169,13 +169,22 @@ def test_test_script_fails_when_any_check_does(sandbox, mypy, tests, code):
     done, calls = sandbox.run("launch/test.sh", IF_MYPY=f"exit {mypy}", IF_PYTEST=f"exit {tests}")
     assert done.returncode == code
     assert ("failed: mypy" in done.stderr) == bool(mypy)
-    assert "-m pytest" in calls
+    assert {"-m pytest --part 1", "-m pytest --part 2"} <= {*calls}
+
+
+@pytest.mark.parametrize("part", ["1", "2"])
+def test_test_script_fails_when_one_half_does(sandbox, part):
+    """Both halves run to their end, and the output of both is shown."""
+    says = f'echo "half ${{*: -1}}"; if [[ $* == *"--part {part}" ]]; then exit 3; fi'
+    done, _ = sandbox.run("launch/test.sh", IF_PYTEST=says)
+    assert done.returncode == 3
+    assert done.stdout.count("half 1") == done.stdout.count("half 2") == 1
 
 
 def test_ci_runs_the_tests_in_an_environment_of_their_own(sandbox):
     done, calls = sandbox.run(".ci/run", VIRTUAL_ENV="/other", PYTHONPATH="/other", IF_PYTEST="exit 3")
     assert done.returncode == 3
-    assert calls[-2:] == ["-m pytest", "||1"]
+    assert sorted(calls[-4:]) == ["-m pytest --part 1", "-m pytest --part 2", "||1", "||1"]
 
 
 def test_quickstart_trains_then_asks(sandbox):
