@@ -27,6 +27,8 @@ class PaddedIndex(NamedTuple):
 class BranchAttention(torch.autograd.Function):
     """query [H, n, d]; keys and values of the prompt [kvh, Lp, d]; of the completions [kvh, n, d] -> [H, n, d].
 
+    Values and the result may have another width than keys (multi-head latent attention).
+
     index, mask, inverse: a `PaddedIndex`, in its order. window: how many of the last keys a token sees, itself
     included; None: all. The softmax is fp32.
     """
@@ -53,13 +55,13 @@ class BranchAttention(torch.autograd.Function):
         own_probs = own_scores.sub_(_to_padded(lse[..., None], index)).exp_().masked_fill_(~mask[..., None], 0)
         heads, tokens, width = query.shape
         kv, repeats = key.shape[0], heads // key.shape[0]
-        grad = gradient.reshape(kv, repeats, tokens, width)
+        grad = gradient.reshape(kv, repeats, tokens, -1)
         # sum over keys of probability times its gradient, from the output (the D of FlashAttention)
         row_sum = (gradient * out).float().sum(-1).view(kv, repeats, tokens)
         dtype = query.dtype
 
         # the prompt's part: values, scores, queries, keys
-        flat_grad = grad.reshape(kv, repeats * tokens, width)
+        flat_grad = grad.reshape(kv, repeats * tokens, -1)
         grad_prompt_value = prompt_probs.to(dtype).view(kv, -1, prompt_probs.shape[-1]).transpose(1, 2) @ flat_grad
         grad_scores = (grad @ prompt_value[:, None].transpose(-1, -2)).float()
         grad_scores = (grad_scores.sub_(row_sum[..., None]).mul_(prompt_probs)).to(dtype)  # [kvh, r, n, Lp]

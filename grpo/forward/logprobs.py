@@ -11,7 +11,6 @@ own logits once, when it is made; where they differ, the simple path is used: th
 """
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -20,13 +19,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from grpo.config.settings import Config
+from grpo.forward.arguments import accepted
 from grpo.forward.flat_rows import flatten_micro_batch
 from grpo.forward.fused_head import HeadLogprobs, plain_matrix
+from grpo.forward.head_check import matches_the_model
 from grpo.forward.precision import arithmetic, arithmetic_dtype, host_reads_are_free
 from grpo.forward.shared_attention import can_share
 from grpo.types import Flat, MicroBatch
 
 FLAT_BELOW = 0.7  # of the padded tokens; above, padded rows in few attention calls are faster than a flat row in many
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 BLOCK_ELEMENTS_PER_MB = 2**20 // 4  # fp32 logits
 
 
@@ -56,11 +58,12 @@ class Head:
         self.model = model
         self.dtype = dtype
         config = model.config.get_text_config()
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        caps = [getattr(config, name, None) for name in SOFT_CAPS]
+        self.softcap: float | None = next((cap for cap in caps if cap), None)
         self.scale = float(getattr(config, "logit_scale", None) or 1.0)
         if getattr(config, "logits_scaling", None):
             self.scale /= float(config.logits_scaling)
-        self.usable = self._matches_the_model()
+        self.usable = matches_the_model(self)
 
     @property
     def vocab_size(self) -> int:
@@ -84,34 +87,6 @@ class Head:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
-    @torch.no_grad()
-    def _matches_the_model(self) -> bool:
-        """Compare with the model's own logits on a few tokens; a model that differs gets a warning.
-
-        It runs on every rank: a sharded model's forward is a collective.
-        """
-        with arithmetic(self.dtype, self.model.device):
-            return self._compare()
-
-    def _compare(self) -> bool:
-        ids = torch.arange(8, device=self.model.device)[None]
-        expected = self.model(input_ids=ids, use_cache=False).logits.float()
-        if not bool(torch.isfinite(expected).all()):
-            return True  # weights with NaN say nothing about the head; the update's checks report them
-        try:
-            found = self.logits(self.body()(input_ids=ids, use_cache=False).last_hidden_state).float()
-            scale = expected.abs().amax().clamp(min=1.0)
-            matches = found.shape == expected.shape and bool((found - expected).abs().amax() <= 1e-2 * scale)
-        except (AttributeError, TypeError, RuntimeError):
-            matches = False
-        if not matches:
-            warnings.warn(
-                f"{type(self.model).__name__}: the head could not be applied in blocks, whole logits are used: "
-                "more memory, same numbers.",
-                stacklevel=2,
-            )
-        return matches
-
 
 class Scorer(nn.Module):
     """A micro-batch -> log-probs [B, T] of its completion tokens.
@@ -127,9 +102,15 @@ class Scorer(nn.Module):
         with arithmetic(cfg.dtype, model.device):
             self.shares_prompts = self.head.usable and can_share(model, self.head.body())
         self.sharded = cfg.backend == "deepspeed" and cfg.zero_stage == 3  # the head is whole in its own forward only
+        # layers that are checkpointed and an adapter's dropout work in training mode only; nothing else needs it
+        self.needs_training_mode = cfg.gradient_checkpointing or cfg.lora_dropout > 0
         self.counts_hits = False  # whether `hits` is computed
         self.hits: Tensor | None = None  # [B, T] bool, of the last forward: the target is the likeliest token
         self.block_tokens = max(1, cfg.logits_chunk_mb * BLOCK_ELEMENTS_PER_MB // self.head.vocab_size)
+
+    def train(self, mode: bool = True) -> "Scorer":
+        """Inference mode stays where training mode is not needed: some models behave in other ways in it."""
+        return super().train(mode and self.needs_training_mode)
 
     def forward(self, micro: MicroBatch) -> Tensor:
         """Log-probs [B, T] under the sampling distribution; 0 on tokens that are not trained.
@@ -160,7 +141,7 @@ class Scorer(nn.Module):
 
     def _row_inputs(self, micro: MicroBatch, kept: Tensor) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
         """Padded rows, and where the M targets are predicted in them: the simple path."""
-        inputs: dict[str, Any] = {"input_ids": micro.input_ids, "use_cache": False}
+        inputs = {"input_ids": micro.input_ids, **accepted(self.model, {"use_cache": False})}
         if micro.position_ids is not None:
             inputs["position_ids"] = micro.position_ids
         return inputs, (kept // micro.trained.shape[1], micro.positions.reshape(-1)[kept])

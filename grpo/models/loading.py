@@ -3,6 +3,7 @@
 Folders and hub repositories are untrusted: only safetensors are read, and none of their code is run.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,9 @@ from grpo.forward.shared_attention import use_shared_attention
 from grpo.models.folder_checks import model_problem, weights_problem
 from grpo.models.hub import fetch_model
 from grpo.models.lora_checks import adapter_problem, is_adapter
+from grpo.models.trial import check_model
 
+RANDOM = re.compile("drop|jitter")  # names of probabilities: dropout, layerdrop, drop_path, router_jitter_noise
 CACHE_LINE = 64  # bytes; torch aligns its own allocations to it
 
 
@@ -93,7 +96,9 @@ def load_plain(name: str, device: torch.device, four_bit: torch.dtype | None = N
         from grpo.models.quantization import quantize
 
         quantize(model, four_bit)
-    return model.to(device)
+    model.to(device)
+    check_model(model, name, exact=four_bit is None)
+    return model
 
 
 def _align(model: PreTrainedModel) -> None:
@@ -107,12 +112,13 @@ def _align(model: PreTrainedModel) -> None:
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Switch off dropout and attention kernels that ignore the model's soft cap; use shared attention."""
+    """Switch off everything random, and attention kernels that ignore the model's soft cap; use shared attention."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010  nn.Module's annotations do not allow a float
+        for name, value in vars(module).items():
+            if isinstance(value, float) and RANDOM.search(name):  # many forwards read such an attribute themselves
+                setattr(module, name, 0.0)
     if getattr(model.config, "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")
     disable_cudnn_attention()

@@ -1,39 +1,51 @@
-"""Keys and values of the prompts and own tokens of B rows while the engine decodes them.
+"""Keys, values and states of the prompts and own tokens of B rows while the engine decodes them.
 
 A cache has three methods: `join` computes prompts of rows that start, `decode` takes each row's next token, `keep`
-drops the other rows. `PlainCache` is the simple path: transformers' own cache, with a prompt's keys and values repeated
-for each row; every model can use it. `SharedCache` (shared_cache.py) stores each prompt once; it needs a model whose
-attention can share prompts (`can_share` in forward/shared_attention.py).
+drops the other rows. Four kinds, from the fastest to the simplest; cache_choice.py tries which a model can use:
+
+    shared          SharedCache (shared_cache.py): each prompt stored once; needs attention that can share prompts
+    padded          transformers' own cache; prompts padded on the left
+    equal_lengths   the same without padding: rows whose prompts have one length decode together
+    recompute       no cache: each token computes its whole row again, rows of one prompt length together
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from itertools import groupby
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from grpo.forward.arguments import accepted, takes
 from grpo.forward.logprobs import Head
-from grpo.forward.shared_attention import MAX_DIFFERENCE
 from grpo.rollout import Request
 from grpo.rollout.cuda_graph import StepGraph
 from grpo.rollout.fast_llama import FastLlama
+from grpo.rollout.no_cache import NoCache
 from grpo.rollout.prefill import distinct_prompts
 from grpo.rollout.shared_cache import SharedCache
 
 T = TypeVar("T")
+CacheKind = Literal["shared", "padded", "equal_lengths", "recompute"]
+CACHE_NAMES = ("past_key_values", "cache_params")  # of the argument and of the output
 
 
 class PlainCache:
-    """transformers' DynamicCache: prompts padded on the left to the longest, so that all rows write one column."""
+    """transformers' DynamicCache: all rows write one column, or update their states in place."""
 
     joins = False  # all rows start together
     graph = None
 
-    def __init__(self, model: PreTrainedModel, max_new_tokens: int):
+    def __init__(self, model: PreTrainedModel, max_new_tokens: int, padded: bool = True):
+        """padded: prompts of different lengths are padded on the left; False: prompts have one length."""
         self.model = model
         self.max_new_tokens = max_new_tokens
+        self.padded = padded
+        self.cache_name = next((name for name in CACHE_NAMES if takes(model, name)), "")
+        if not self.cache_name:
+            raise NotImplementedError("its forward takes no cache")
 
     def join(self, requests: Sequence[Request], last: bool) -> Tensor:
         """Compute each distinct prompt once; logits [B, V] of the first token. Call it once."""
@@ -46,69 +58,62 @@ class PlainCache:
             mask[i, longest - len(ids) :] = 1
         input_ids, mask = input_ids.to(self.model.device), mask.to(self.model.device)
         positions = (mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
-        self.cache = DynamicCache(config=self.model.config)
-        logits = self.model(
-            input_ids=input_ids,
-            attention_mask=mask[:, :longest],
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        self.cache = self._empty_cache()
+        logits = self._forward(input_ids, positions, mask[:, :longest], logits_to_keep=1)
         if len(requests) > 1 or len(distinct) > 1:
-            self.cache.batch_select_indices(rows)
+            self.cache.reorder_cache(rows)
         self.mask, self.position, self.column = mask[rows], positions[rows, -1] + 1, longest
         return logits[rows]
+
+    def _empty_cache(self) -> Any:
+        """None for a model that makes a cache of its own class."""
+        model: Any = self.model
+        return DynamicCache(config=model.config) if model._supports_default_dynamic_cache() else None
+
+    def _forward(self, input_ids: Tensor, positions: Tensor, mask: Tensor, **others: Any) -> Tensor:
+        """Logits [B, V] after the last of the tokens [B, n]; they enter the cache."""
+        arguments = {"position_ids": positions, "attention_mask": mask if self.padded else None, "use_cache": True}
+        outputs = self.model(
+            input_ids=input_ids, **accepted(self.model, arguments | others), **{self.cache_name: self.cache}
+        )
+        if self.cache is None:
+            self.cache = getattr(outputs, self.cache_name)
+        return outputs.logits[:, -1]
 
     def keep(self, rows: np.ndarray, last: bool) -> np.ndarray:
         """Keep only these rows, in this order. Returns which row stands where now."""
         index = torch.from_numpy(rows).to(self.model.device)
-        self.cache.batch_select_indices(index)
+        self.cache.reorder_cache(index)
         self.mask, self.position = self.mask[index], self.position[index]
         return rows
 
     def decode(self, token_ids: Tensor, on_logits: Callable[[Tensor], T]) -> T:
         """Take each row's next token [B]; returns on_logits(logits [B, V] of the token after it)."""
         self.column += 1
-        logits = self.model(
-            input_ids=token_ids[:, None],
-            attention_mask=self.mask[:, : self.column],
-            position_ids=self.position[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits[:, -1]
+        logits = self._forward(token_ids[:, None], self.position[:, None], self.mask[:, : self.column])
         self.position = self.position + 1
         return on_logits(logits)
 
 
 def open_cache(
+    kind: CacheKind,
     head: Head,
-    shares_prompts: bool,
     requests: Sequence[Request],
     max_new_tokens: int,
     fast_llama: FastLlama | None = None,
     graph: StepGraph | None = None,
-) -> PlainCache | SharedCache:
+) -> PlainCache | SharedCache | NoCache:
     """requests: all that will join."""
-    if shares_prompts:
+    if kind == "shared":
         return SharedCache(head, requests, max_new_tokens, fast_llama, graph)
-    return PlainCache(head.model, max_new_tokens)
+    if kind == "recompute":
+        return NoCache(head.model)
+    return PlainCache(head.model, max_new_tokens, padded=kind == "padded")
 
 
-def checked_fast_llama(head: Head) -> FastLlama | None:
-    """The fast form of the model's body, compared with the model's own forward; None: it has none, or they differ."""
-    fast_llama = FastLlama.of(head.model, head.body())
-    if fast_llama is None:
-        return None
-    requests = [Request(0, 0, 0, tuple(i % head.vocab_size for i in range(5)))]
-    own = SharedCache(head, requests, 2)
-    token = own.join(requests, last=True).argmax(-1)
-    try:
-        fast = SharedCache(head, requests, 2, fast_llama)
-        fast.join(requests, last=True)
-        expected, found = own.decode(token, Tensor.float), fast.decode(token, Tensor.float)
-    except (AttributeError, TypeError, RuntimeError):  # its modules have other names or shapes
-        return None
-    size = float(expected.abs().amax().clamp(min=1.0))
-    close = float((found - expected).abs().amax()) <= MAX_DIFFERENCE[torch.is_autocast_enabled(own.device.type)] * size
-    return fast_llama if close or not bool(torch.isfinite(expected).all()) else None
+def parts(kind: CacheKind, requests: Sequence[Request]) -> list[list[Request]]:
+    """The requests that may decode together: all, or those whose prompts have one length."""
+    if kind in ("shared", "padded"):
+        return [list(requests)]
+    by_length = sorted(requests, key=lambda request: len(request.prompt_ids))
+    return [list(part) for _, part in groupby(by_length, key=lambda request: len(request.prompt_ids))]

@@ -19,7 +19,8 @@ from grpo.forward.shared_attention import can_share
 from grpo.randomness import uniforms
 from grpo.rollout import OnFinished, Request
 from grpo.rollout.admission import Admission
-from grpo.rollout.caches import checked_fast_llama, open_cache
+from grpo.rollout.cache_choice import checked_fast_llama, choose_cache
+from grpo.rollout.caches import open_cache, parts
 from grpo.rollout.cuda_graph import StepGraph
 from grpo.rollout.drawn_tokens import DrawnTokens
 from grpo.rollout.sampling import Draw, Sampling, draw
@@ -56,9 +57,9 @@ class NativeEngine:
         self.max_tokens = max_tokens
         self.head = Head(model, dtype)
         with torch.no_grad(), arithmetic(dtype, model.device):
-            self.shares_prompts = self.head.usable and can_share(model, self.head.body())
-            self.fast_llama = checked_fast_llama(self.head) if self.shares_prompts else None
-        graphs = cuda_graphs and self.shares_prompts and model.device.type == "cuda"
+            self.cache_kind = choose_cache(self.head, self.head.usable and can_share(model, self.head.body()))
+            self.fast_llama = checked_fast_llama(self.head) if self.cache_kind == "shared" else None
+        graphs = cuda_graphs and self.cache_kind == "shared" and model.device.type == "cuda"
         self.graph = StepGraph() if graphs else None
         self.fitting = FittingSize("rollout", "rollout_chunk_rows", "rows")
         self.read_done_steps = 1 if host_reads_are_free(model.device) else READ_DONE_STEPS
@@ -134,11 +135,12 @@ class NativeEngine:
     ) -> None:
         rows = self.fitting.part(len(requests))
         # short prompts are copied for each row (shared_cache.py), and so cost memory for each
-        shares_prompts = self.shares_prompts and max(len(r.prompt_ids) for r in requests) > SHORT_PROMPT
-        queue = Admission(requests, self.max_new_tokens, self.max_tokens, rows, shares_prompts)
-        while queue.waiting and not pulse():  # one batch if rows can join it, else one after another
-            waiting = [request for group in queue.waiting for request in group]
-            Batch(self, queue, waiting, sampling).run(pulse, on_tokens, finished)
+        shares_prompts = self.cache_kind == "shared" and max(len(r.prompt_ids) for r in requests) > SHORT_PROMPT
+        for part in parts(self.cache_kind, requests):
+            queue = Admission(part, self.max_new_tokens, self.max_tokens, rows, shares_prompts)
+            while queue.waiting and not pulse():  # one batch if rows can join it, else one after another
+                waiting = [request for group in queue.waiting for request in group]
+                Batch(self, queue, waiting, sampling).run(pulse, on_tokens, finished)
 
 
 class Batch:
@@ -154,7 +156,7 @@ class Batch:
         self.max_new = engine.max_new_tokens
         device = engine.model.device
         graph = engine.graph if engine.graph is not None and engine.graph.usable else None
-        self.cache = open_cache(engine.head, engine.shares_prompts, requests, self.max_new, engine.fast_llama, graph)
+        self.cache = open_cache(engine.cache_kind, engine.head, requests, self.max_new, engine.fast_llama, graph)
         self.drawn_tokens = DrawnTokens(self.max_new, device)
         self.randoms = torch.zeros(0, self.max_new, dtype=torch.float64, device=device)  # [B, max_new]
         self.done = torch.zeros(0, dtype=torch.bool, device=device)  # [B]

@@ -133,8 +133,8 @@ class RowBuffer:
         return order
 
     def _allocate(self, layer: int, heads: int, key: Tensor, value: Tensor) -> None:
-        shape = (self.capacity, heads, self.prompt_columns + self.own_columns, key.shape[-1])
-        self.layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        shape = (self.capacity, heads, self.prompt_columns + self.own_columns)
+        self.layers[layer] = (key.new_zeros(*shape, key.shape[-1]), value.new_zeros(*shape, value.shape[-1]))
 
     def _move(self, capacity: int, prompt_columns: int, base: int) -> None:
         """Copy into buffers of another size; own columns before the time `base` are dropped."""

@@ -221,13 +221,13 @@ class SharedCache:
     def mix(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of one token per row: query [B, H, d], key and value [B, kvh, d] -> [B, H, d]."""
         query, key, value = query.to(self.dtype), key.to(self.dtype), value.to(self.dtype)
-        rows, heads, width = query.shape
+        rows, heads, width = query.shape  # values may have another width, d' (multi-head latent attention)
         grouped = query.reshape(rows, key.shape[1], -1, width)  # [B, kvh, r, d]
         keys, values = self.buffer.append(layer, key, value)
         if window is not None and window >= self.limit:
             window = None
         attend = self._attend_by_row if self.by_row else self._attend_by_prompt
-        return attend(layer, grouped, keys, values, scale, window).reshape(rows, heads, width)
+        return attend(layer, grouped, keys, values, scale, window).reshape(rows, heads, -1)
 
     def _attend_by_row(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
@@ -241,7 +241,7 @@ class SharedCache:
         scores = torch.bmm((query * scale).flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
         if bias is not None:
             scores.view(len(query), -1, scores.shape[-1]).add_(bias[:, None])
-        return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(query.shape)
+        return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(*query.shape[:-1], -1)
 
     def _bias(self, window: int | None, columns: int) -> Tensor | None:
         """The bias on the first `columns` columns at this step, [B, columns], the same in all layers; None: no bias."""

@@ -18,7 +18,8 @@ from grpo.forward.logprobs import Head, Scorer, bounded_logits
 from grpo.forward.shared_attention import PromptGroup, SharedPrompts, can_share
 from grpo.models.loading import prepare
 from grpo.rollout import Request, shared_cache
-from grpo.rollout.caches import PlainCache, checked_fast_llama
+from grpo.rollout.cache_choice import checked_fast_llama
+from grpo.rollout.caches import PlainCache
 from grpo.rollout.fast_llama import FAMILY
 from grpo.rollout.shared_cache import SharedCache
 from tests.forward.test_logprobs import micro_batch

@@ -194,6 +194,7 @@ def test_rows_whose_graph_does_not_fit_into_memory_continue_without_one(like_a_g
 def test_a_graph_keeps_no_tensor_in_memory_that_is_about_to_be_replaced(where, like_a_gpu, monkeypatch):
     """A graph has its own memory and references the cache: both must be freed before a larger allocation."""
     graph = StepGraph(record)
+    engine = engine_of("qwen3", graph)  # before the patches: it tries its cache
     met = Counter()
 
     def watched(owner, name):
@@ -230,7 +231,6 @@ def test_a_graph_keeps_no_tensor_in_memory_that_is_about_to_be_replaced(where, l
         monkeypatch.setattr(
             shared_cache.SharedCache, "_logits", lambda cache, ids: (fail(cache.buffer.time), step(cache, ids))[1]
         )
-    engine = engine_of("qwen3", graph)
     plain_halve = engine.fitting.halve
 
     def halve(*args, **named):
