@@ -21,6 +21,7 @@ from grpo.data.recipe import Recipe
 from grpo.errors import UserError, warn
 from grpo.models.checks import is_lora
 from grpo.models.lora_files import saved_line
+from grpo.models.processor_files import processor_files
 from grpo.runtime.heartbeat import Heartbeat
 from grpo.training.policy import Policy
 
@@ -125,9 +126,10 @@ class Saver:
 
 
 def serialized_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """The files that save_pretrained writes: relative path -> content."""
+    """The files that save_pretrained writes, and those of processors beside it: relative path -> content."""
     with tempfile.TemporaryDirectory() as name:
         tokenizer.save_pretrained(name)
-        return {
+        files = {
             path.relative_to(name).as_posix(): path.read_bytes() for path in Path(name).rglob("*") if path.is_file()
         }
+    return processor_files(tokenizer.name_or_path, bool(tokenizer.chat_template)) | files

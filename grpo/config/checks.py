@@ -51,7 +51,11 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must 
         "a finite number > 0",
     ),
     ("stall_timeout_s", lambda value: 1 <= value < math.inf, "a finite number of seconds >= 1"),
-    ("beta weight_decay clip_eps preempt_grace_s", lambda value: 0 <= value < math.inf, "a finite number >= 0"),
+    (
+        "beta router_aux_loss_coef weight_decay clip_eps preempt_grace_s",
+        lambda value: 0 <= value < math.inf,
+        "a finite number >= 0",
+    ),
     ("clip_eps_high", lambda value: value is None or 0 <= value < math.inf, ">= 0, or null"),
     ("reward_memory_mb", lambda value: value >= 64, ">= 64"),
     ("top_p prompt_length_quantile", lambda value: 0 < value <= 1, "in (0, 1]"),

@@ -132,6 +132,8 @@ class Config:
     """PPO clip above: ratio <= 1 + clip_eps_high; null: clip_eps."""
     beta: float = 0.0
     """Coefficient of the KL to the frozen starting model; 0: no reference is loaded."""
+    router_aux_loss_coef: float = 0.0
+    """Coefficient of the load-balancing loss of a mixture of experts, over each row (docs/losses.md); 0: off."""
     scale_rewards: Literal["group", "none"] = "group"
     """Whether advantages are divided by the group's standard deviation; dr_grpo implies none."""
     advantage_clip: float = 10.0

@@ -29,6 +29,7 @@ SETTINGS = (
     "processor_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
     "chat_template.json",
 )
 OPENED_BY_LOADERS = {

@@ -36,6 +36,7 @@ from grpo.models.lora_files import (
     settings_of,
     tensors_of,
 )
+from grpo.models.lora_targets import choose_targets, refuse_conversion
 from grpo.models.quantization import dequantize, is_4bit, no_kernel_download
 
 if not torch.cuda.is_available():
@@ -103,7 +104,8 @@ def load_lora(cfg: Config, device: torch.device, checkpoint: Path | None = None)
     initial = Path(resolve(cfg.model)) if is_adapter(path) else None
     compute_dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
     base = load_plain(base_of(initial) if initial else cfg.model, device, compute_dtype if cfg.load_in_4bit else None)
-    model = start_lora(base, cfg, initial)
+    stored = None if checkpoint is None else settings_of(checkpoint)["target_modules"]
+    model = start_lora(base, cfg, initial, stored)
     if checkpoint is not None:
         fill(model, checkpoint)
     if cfg.dtype == "bf16" and cfg.backend != "deepspeed":  # DeepSpeed needs all weights in one dtype
@@ -120,13 +122,16 @@ def _frozen_to_bf16(model: PreTrainedModel) -> None:
                     parameter.data = parameter.data.bfloat16()
 
 
-def start_lora(base: PreTrainedModel, cfg: Config, initial: Path | None = None) -> PreTrainedModel:
+def start_lora(
+    base: PreTrainedModel, cfg: Config, initial: Path | None = None, stored: str | list[str] | None = None
+) -> PreTrainedModel:
     """Freeze the model and add a new adapter to its layers. Raises UserError.
 
     A is drawn from `seed` alone, the same on every rank; B is zero. initial: the folder of an adapter whose values the
-    new one starts from; with beta > 0 a frozen copy of them stays in the model as the reference.
+    new one starts from; with beta > 0 a frozen copy of them stays in the model as the reference. stored: the target
+    modules of the checkpoint that is continued, which stay the same; None: they are chosen (lora_targets.py).
     """
-    settings = {
+    settings: dict[str, Any] = {
         "r": cfg.lora_r,
         "lora_alpha": 2 * cfg.lora_r if cfg.lora_alpha is None else cfg.lora_alpha,
         "lora_dropout": cfg.lora_dropout,
@@ -137,6 +142,7 @@ def start_lora(base: PreTrainedModel, cfg: Config, initial: Path | None = None) 
         raise UserError(
             f"lora_alpha: {initial} counts {scale:g} times, got {_scale(settings):g}. Use its own settings."
         )
+    settings["target_modules"] = stored or choose_targets(base, cfg.lora_target_modules, LoraConfig(**settings))
     model = _wrap(base, name, settings)
     _draw(model, cfg.seed)
     if initial is not None:
@@ -172,6 +178,7 @@ def _wrap(base: PreTrainedModel, name: str, settings: dict[str, Any]) -> PeftMod
                 f"lora_target_modules: {settings['target_modules']} do not fit the model: "
                 f"{' '.join(str(error).split())[:200]} Use all-linear, or names of its linear layers."
             ) from None
+    refuse_conversion(config, settings["target_modules"])
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
     if any(isinstance(module, LoraLayer) for module in embeddings):
         raise UserError(

@@ -64,9 +64,13 @@ class SftPolicy(Policy):
         """Weighted negative log-probs of a micro-batch, already divided by the global denominator."""
         assert micro.weights is not None
         logprobs = self.backend.score(micro)  # [B, T]
-        loss = -(torch.where(micro.trained, logprobs, 0.0) * micro.weights).sum()
+        token_loss = -torch.where(micro.trained, logprobs, 0.0) * micro.weights
         assert self.scorer.hits is not None
-        tally.micro_batch(loss.detach(), {"sft/token_accuracy": self.scorer.hits}, {}, micro.trained)
+        means = {"sft/token_accuracy": self.scorer.hits}
+        if self.balance is not None:
+            token_loss = self.balance.add(token_loss, micro, means)
+        loss = token_loss.sum()
+        tally.micro_batch(loss.detach(), means, {}, micro.trained)
         return loss
 
     @torch.no_grad()

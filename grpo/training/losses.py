@@ -1,6 +1,7 @@
 """The loss of GRPO: a surrogate per token, k3 against the reference, one global denominator.
 
-    loss    = sum over rows n and trained tokens t of  w_n * (s_nt * c_nt + beta * k3_nt)
+    loss    = sum over rows n and trained tokens t of  w_n * (s_nt * c_nt + beta * k3_nt + router_aux_loss_coef * a_nt)
+    a_nt    load-balancing loss of a mixture of experts                  router_balance.py
     k3_t    = exp(ref_t - logp_t) - (ref_t - logp_t) - 1                 DeepSeekMath, arXiv 2402.03300, eq. 4
     c_t     = min(exp(old_t - sampler_t), max_importance_weight)         1 where old_t is sampler_t
 

@@ -81,13 +81,14 @@ def make_plan(
     """Cut a step's rows into minibatches of whole groups, and those into micro-batches with owners.
 
     lengths, advantages, num_trained: [N]; num_trained None: every token is trained. A row without a trained token
-    carries no gradient, nor, without KL, one whose advantage is 0. shares_prompts: see Minibatch.
+    carries no gradient, nor one whose advantage is 0, without KL and balancing loss. shares_prompts: see Minibatch.
     """
     group = cfg.num_generations
     lengths_of, prompts_of = lengths.tolist(), [prompt.token_ids for prompt in prompts]
     row_tokens = [len(prompts_of[n // group]) + length for n, length in enumerate(lengths_of)]
     counts = lengths if num_trained is None else num_trained
-    carries = [bool(count > 0 and (cfg.beta > 0 or gain != 0)) for count, gain in zip(counts, advantages, strict=True)]
+    every = cfg.beta > 0 or cfg.router_aux_loss_coef > 0  # rows with advantage 0 carry gradient, too
+    carries = [bool(count > 0 and (every or gain != 0)) for count, gain in zip(counts, advantages, strict=True)]
     plan = []
     for groups in split_evenly(len(prompts), cfg.num_minibatches):
         rows = range(groups.start * group, groups.stop * group)

@@ -24,6 +24,7 @@ from grpo.runtime.out_of_memory import FittingSize, OutOfMemory, ran_out
 from grpo.training.backends import Backend, load_backend
 from grpo.training.losses import LossInputs, policy_loss
 from grpo.training.metrics import Tally, declare
+from grpo.training.router_balance import RouterBalance
 from grpo.training.skipped_updates import SkippedUpdate, count_skip
 from grpo.training.special_micro_batches import halves
 from grpo.training.user_surrogate import load_surrogate
@@ -71,6 +72,7 @@ class Policy:
         self.shares_reference = cfg.beta > 0 and is_lora(model)  # the model itself, without its adapter
         self.activation_offload = ActivationOffload(model)
         self.scorer = scorer = Scorer(model, cfg)
+        self.balance = RouterBalance(scorer) if cfg.router_aux_loss_coef else None
         self.vocab_size = scorer.head.vocab_size
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())  # before any sharding
         self.backend: Backend = load_backend(cfg, world, scorer)
@@ -161,6 +163,8 @@ class Policy:
         inputs = LossInputs(logprobs, old, micro.ref_logprobs, micro.sampler_logprobs, micro.advantages, micro.trained)
         trust = bool(self.counters.trust_sampler)
         token_loss, measured = policy_loss(inputs, micro.weights, self.cfg, self.surrogate, trust, weights_unchanged)
+        if self.balance is not None:
+            token_loss = self.balance.add(token_loss, micro, measured.means)
         loss = token_loss.sum()
         tally.micro_batch(loss.detach(), measured.means, measured.maxima, micro.trained, measured.sampler_gap)
         return loss

@@ -134,11 +134,12 @@ def injected_updates(
     seed: int = 0,
     broken: str = "",
     masked: bool = False,
+    architecture: str = "qwen3",
     **settings,
 ):
     """Train on injected rollouts; rank 0 saves the weights. `broken` names a deliberate defect, for controls."""
     cfg = config(**settings)
-    policy = make_policy(cfg, world)
+    policy = make_policy(cfg, world, architecture)
     tally = Tally()
     norms = []
     for step in range(steps):

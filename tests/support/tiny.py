@@ -54,6 +54,9 @@ def tiny_config(architecture: str, vocab_size: int = 300) -> transformers.PreTra
         return transformers.Qwen2Config(**common, tie_word_embeddings=True)
     if architecture == "qwen3":
         return transformers.Qwen3Config(**common, head_dim=8, tie_word_embeddings=True)
+    if architecture == "qwen3_moe":
+        experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+        return transformers.Qwen3MoeConfig(**common, **experts, head_dim=8)
     if architecture == "llama":
         return transformers.LlamaConfig(**common, tie_word_embeddings=False)
     if architecture == "gemma2":

@@ -61,6 +61,7 @@ ROLLOUTS_SHORT: dict[int, set[str]] = {
 }
 STEPS_SHORT = {"qwen3", *sampled(["qwen2", "llama", "gpt2"], seed=6), *sampled(["gemma2", "gemma3"], seed=7)}
 FREE = {"architecture": "qwen3", "deterministic": True, "steps": 5, "beta": 0.02}
+BALANCED = {"architecture": "qwen3_moe", "steps": 5, "router_aux_loss_coef": 0.5}  # mixtures of experts
 COUNTED = {
     "plain": {},
     "other data": {"seed": 3},
@@ -88,6 +89,9 @@ def jobs_of(world_size: int, full: bool = True) -> dict[tuple[str, str], tuple[s
     jobs["free", "deterministic, refilled"] = ("architecture_steps", refilled)
     if world_size <= 2:
         jobs |= {("step", name): ("architecture_steps", how) for name, how in steps.items()}
+        cut = {"micro_batch_tokens": 1} if world_size == 2 else {}
+        for name, how in {"balanced": cut, "unbalanced": {**cut, "router_aux_loss_coef": 0.0}}.items():
+            jobs["experts", name] = ("injected_updates", {"name": name, **BALANCED, **how})
     if world_size == 2:
         jobs |= {
             ("broken", name): ("injected_updates", {"name": f"broken {n}", **how})
@@ -181,6 +185,18 @@ def test_variants_do_not_depend_on_the_number_of_ranks(results, name, world_size
 @pytest.mark.parametrize("name", ["accumulated", "micro", "chunks", "deterministic"])
 def test_batching_changes_memory_and_speed_only(results, name):
     assert distance(results(1)["update", "ddp"][1], results(2)["update", name][1]) < 1e-3
+
+
+def test_the_balancing_loss_of_experts_depends_on_neither_micro_batches_nor_ranks(results):
+    """One rank, and two with each row on its own. Controls: without the loss the end is another; the test sees 1e-3."""
+    one, two = ({name: results(size)["experts", name] for name in ("balanced", "unbalanced")} for size in (1, 2))
+    start = flat({name: p.detach() for name, p in tiny_model("qwen3_moe", 300, spread=2.0).named_parameters()})
+    way = (one["balanced"][1] - start).norm()
+    assert float((one["balanced"][1] - two["balanced"][1]).norm() / way) < 1e-3
+    assert float((one["balanced"][1] - one["unbalanced"][1]).norm() / way) > 1e-2
+    first, second = (found["balanced"][0][0]["metrics"]["router_aux"] for found in (one, two))
+    assert first == pytest.approx(second, rel=1e-4) and 1 < first < 4
+    assert "router_aux" not in one["unbalanced"][0][0]["metrics"]
 
 
 @pytest.mark.parametrize("name", short(BROKEN, BROKEN_SHORT))
