@@ -24,7 +24,7 @@ from grpo.data.chat_templates import end_renderers
 from grpo.data.filters import Drops, check_unique, keep_short, split
 from grpo.data.gold_answers import gold_answers
 from grpo.data.recipe import Recipe, build, encode, render
-from grpo.data.sources import load_rows
+from grpo.data.sources import Rows, load_rows
 from grpo.errors import UserError
 from grpo.randomness import permutation
 from grpo.types import Prompt
@@ -106,7 +106,7 @@ def _choose(cfg: Config, items: list[Prompt], drops: Drops, held_out: bool, name
     return training_items, {**drops, "held out for evaluation": len(eval_items)}
 
 
-def rename(rows: datasets.Dataset, names: Mapping[str, str], source: str) -> datasets.Dataset:
+def rename(rows: datasets.Dataset | Rows, names: Mapping[str, str], source: str) -> datasets.Dataset | Rows:
     """Rename columns by column_names, unless a column has the new name already. Raises UserError."""
     columns = rows.column_names
     for old, new in names.items():
@@ -119,7 +119,7 @@ def rename(rows: datasets.Dataset, names: Mapping[str, str], source: str) -> dat
     return rows
 
 
-def _read_columns(cfg: Config, rows: datasets.Dataset, name: str) -> dict[str, list[Any]]:
+def _read_columns(cfg: Config, rows: datasets.Dataset | Rows, name: str) -> dict[str, list[Any]]:
     """All columns as Python values. Raises UserError for a column that a setting names and the data lacks."""
     for setting in ("question_column", "answer_column", "id_column"):
         column = getattr(cfg, setting)
@@ -147,7 +147,7 @@ def _in_template(cfg: Config) -> list[str]:
     return [column for column in re.findall(r"\{(\w+)\}", cfg.prompt_template) if column != "question"]
 
 
-def _cells(rows: datasets.Dataset, column: str, name: str) -> list[Any]:
+def _cells(rows: datasets.Dataset | Rows, column: str, name: str) -> list[Any]:
     """A column as Python values. Raises UserError."""
     try:
         return list(rows[column])
