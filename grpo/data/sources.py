@@ -1,8 +1,9 @@
 """Rows of a file, a folder of files, a folder saved by `datasets`, or a hub dataset.
 
 Every value is the one that its own row holds: a column of a JSON file may mix types, and a column that `datasets`
-stores as JSON is decoded, at any depth. Local files are checked before `datasets` reads them, and nothing in them is executed: `datasets` runs no loading
-scripts any more, and a folder is opened either as written by `save_to_disk` or as plain data files.
+stores as JSON is decoded, at any depth. Local files are checked before `datasets` reads them, and nothing in them is
+executed: `datasets` runs no loading scripts any more, and a folder is opened either as written by `save_to_disk` or as
+plain data files.
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -37,8 +38,16 @@ def load_model(name: str, device: torch.device) -> PreTrainedModel:
     return load_plain(name, device)
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def stop_token_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    end_of_turn: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> frozenset[int]:
     """All ids that end a completion: the generation config's, the model config's and the tokenizer's.
+
+    end_of_turn: a token that the chat template ends an assistant turn with (Recipe.end_of_turn). A base model may name
+    only <|endoftext|>, and would go on after it; `say` gets a line where it is none of the ids above.
 
     Raises UserError for an id that is no token of the model.
     """
@@ -53,6 +62,11 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
                     "Mend generation_config.json, config.json or the tokenizer."
                 )
             ids.add(token)
+    token = None if end_of_turn is None else tokenizer.get_vocab().get(end_of_turn)
+    if token is not None and token < limit and token not in ids:
+        own = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(ids)))) or "none"
+        say(f"completions also end at {end_of_turn}, which ends a turn in the chat template; the model's own: {own}")
+        ids.add(token)
     return frozenset(ids)
 
 
