@@ -3,15 +3,16 @@
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.errors import UserError
+from grpo.errors import UserError, first_line
 from grpo.models.loading import load_plain, resolve
 from grpo.models.lora_checks import is_adapter
 
@@ -38,8 +39,31 @@ def load_model(name: str, device: torch.device) -> PreTrainedModel:
     return load_plain(name, device)
 
 
+@dataclass(frozen=True)
+class ModelSettings:
+    """What `stop_token_ids` and `vocabulary_size` need of a model."""
+
+    config: PreTrainedConfig
+    generation_config: GenerationConfig | None
+
+
+def without_weights(name: str) -> ModelSettings:
+    """The settings of a model, for an adapter those of its base. Raises UserError."""
+    folder = resolve(name, weights=False)
+    if is_adapter(Path(folder)):
+        from grpo.models.lora_files import base_of
+
+        folder = resolve(base_of(Path(folder)), weights=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        own = (Path(folder) / "generation_config.json").exists()
+        return ModelSettings(config, GenerationConfig.from_pretrained(folder) if own else None)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: the settings of {name!r} could not be loaded: {first_line(error)[:200]}") from None
+
+
 def stop_token_ids(
-    model: PreTrainedModel,
+    model: PreTrainedModel | ModelSettings,
     tokenizer: PreTrainedTokenizerBase,
     end_of_turn: str | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -70,7 +94,7 @@ def stop_token_ids(
     return frozenset(ids)
 
 
-def vocabulary_size(model: PreTrainedModel) -> int:
+def vocabulary_size(model: PreTrainedModel | ModelSettings) -> int:
     """Number of tokens that the model has embeddings for, also when its weights are sharded."""
     return int(model.config.get_text_config().vocab_size)
 

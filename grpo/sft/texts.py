@@ -20,6 +20,7 @@ from grpo.data.chat_templates import end_renderers, render_chat
 from grpo.data.questions import Questions
 from grpo.data.recipe import Recipe, encode_all, fill, is_continued
 from grpo.errors import UserError
+from grpo.models.checks import stop_token_ids, without_weights
 from grpo.types import Prompt, TrainRow
 
 TOO_LONG = "solutions longer than max_generate_length"
@@ -83,6 +84,20 @@ def load_texts(
     drops = {**questions.drops, **({TOO_LONG: dropped} if dropped else {})}
     usable = Questions(items, questions.num_dropped + dropped, questions.seed, drops, questions.num_held_out)
     return SftTexts(usable, solutions, own.loss_on == "all")
+
+
+def texts_to_show(
+    cfg: Config, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, questions: Questions
+) -> tuple[Questions, list[list[int]]]:
+    """The questions that are used, and the tokens to be learned after each prompt. Raises UserError.
+
+    With `loss_on: all` the prompt's tokens are learned too.
+    """
+    assert cfg.model is not None
+    texts = load_texts(
+        cfg, recipe, tokenizer, questions, stop_token_ids(without_weights(cfg.model), tokenizer, recipe.end_of_turn)
+    )
+    return texts.questions, [ids.tolist() for ids in texts.solutions]
 
 
 def solutions_sha256(questions: Questions) -> str:
