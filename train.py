@@ -38,14 +38,15 @@ def train(cfg: Config, world: World) -> None:
     """Assemble the parts, then run one loop: P prompts a step, G completions of each, N = P*G rows."""
     run = Run(cfg, world)
     _, surrogate_source = load_surrogate(cfg)  # checked on a tiny batch before anything large is loaded
-    task = load_task(cfg)  # tokenizer, recipe, questions, held-out questions
+    task = load_task(cfg, run.kept())  # tokenizer, recipe, questions, held-out questions
     rewards = open_rewards(cfg, warn if world.is_main else lambda _: None)  # in worker processes
     run.identify(task.questions, rewards.rewards, task.tokenizer, surrogate_source=surrogate_source)
     resumed = run.resume_point()  # a checkpoint folder, or None
     policy = load_policy(cfg, world, resumed)  # the trained model, its optimizer, its reference
     check_lengths(policy.model, cfg.max_prompt_length, cfg.max_generate_length)
     check_vocabulary(policy.model, task.tokenizer)
-    engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_token_ids(policy.model, task.tokenizer))
+    stop_ids = stop_token_ids(policy.model, task.tokenizer, task.recipe.end_of_turn, run.log.write_line)
+    engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids)
 
     P, G, total = prompts_per_step(cfg), cfg.num_generations, total_steps(cfg, len(task.questions.items))
     first = restore(policy, resumed)

@@ -52,7 +52,8 @@ def _parser() -> jsonargparse.ArgumentParser:
 def _sft_parser() -> jsonargparse.ArgumentParser:
     parser = _empty_parser(
         "python -m grpo.sft",
-        "Supervised training before GRPO. Defaults < --config file.yaml < its sft section < --key value.",
+        "Supervised training before GRPO. Defaults < --config file.yaml < its sft section < --key value. "
+        "--show_prompt N prints the prompt of question N, counted from 0, with the text to be learned, and ends.",
     )
     parser.add_class_arguments(Config, as_group=False, skip={"sft", *OF_ROLLOUTS})
     parser.add_class_arguments(SftSettings, as_group=False)
@@ -94,6 +95,7 @@ def load_config(argv: list[str]) -> tuple[Config, str | None]:
 
 def load_sft_config(argv: list[str]) -> tuple[Config, str | None]:
     """Read the command line of the supervised stage, like `load_config`; its own settings are in the field `sft`."""
+    argv, _ = take_show_prompt(argv)
     for arg in argv:
         refuse_rollout_setting(arg.removeprefix("--").partition("=")[0].partition(".")[0] if arg[:2] == "--" else "")
     argv = _files_first(argv)

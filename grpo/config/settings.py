@@ -57,6 +57,8 @@ class Config:
     # --- how a question is put
     system_prompt: str | None = None
     """System message; without a chat template it comes before the question."""
+    system_role: Literal["system", "user"] = "system"
+    """user: put the system message before the first user turn, for chat templates without a system role (Gemma 2)."""
     prompt_template: str = "{question}"
     """Text of the user's turn; {name} stands for a column, {question} for the question."""
     chat_template: bool | None = None

@@ -3,7 +3,8 @@
 The process renders with transformers' `render_jinja_template` (a sandbox without attributes that start with an
 underscore), so the text is exactly that of `apply_chat_template`. The sandbox bounds neither time nor memory; the
 process does: CPU seconds for each prompt, address space, length of the output, and no file can be opened once it is
-ready. It starts once for each template, in about a second, and then renders thousands of prompts a second.
+ready. Where a date is given, `strftime_now` prints that one in place of today's. It starts once for each template, in
+about a second, and then renders thousands of prompts a second.
 
 Protocol, on its stdin and stdout: a JSON object of settings and one reply, then one JSON line per prompt in each
 direction. The process ends when its stdin closes; the kernel ends it when a prompt exceeds its CPU time.
@@ -20,8 +21,9 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from grpo.errors import UserError
 
@@ -32,14 +34,26 @@ MAX_CHARACTERS = 2**20  # of a rendered prompt, beside eight times its conversat
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 
 
+Ending = Literal["open", "closed", "continued"]  # the start of the assistant's turn follows; nothing; a turn stays open
+
+
 class TemplateFailed(Exception):
     """The template gave no text; the message is the reason."""
+
+
+class TemplateRefused(UserError):
+    """The template gave no text for a prompt."""
+
+    def __init__(self, reason: str, advice: str = "Try --chat_template false."):
+        super().__init__(f"chat_template: the tokenizer's template refused the prompt: {reason}. {advice}")
+        self.reason = reason
 
 
 class Renderer:
     """One chat template in its process. Its methods raise TemplateFailed."""
 
-    def __init__(self, template: str, variables: Mapping[str, Any]):
+    def __init__(self, template: str, variables: Mapping[str, Any], date: str | None = None):
+        """date: what `strftime_now` prints, as in 2026-11-27T09:30:00; None: the time of rendering."""
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "grpo.data.chat_templates"],
@@ -53,13 +67,13 @@ class Renderer:
             start_new_session=True,
         )
         self.close = weakref.finalize(self, _end, self.process)  # also runs when Python exits
-        self._request({"template": template, "variables": dict(variables), "cpu_s": CPU_S})
+        self._request({"template": template, "variables": dict(variables), "cpu_s": CPU_S, "date": date})
 
-    def render(self, messages: list[dict[str, Any]], opening: bool = True) -> str:
-        """The text of a conversation. opening: append the start of the assistant's turn."""
+    def render(self, messages: list[dict[str, Any]], ending: Ending = "open") -> str:
+        """The text of a conversation."""
         # Keys whose value is None are dropped, as apply_chat_template does.
         turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
-        return self._request(turns if opening else {"turns": turns})
+        return self._request({"turns": turns, "ending": ending})
 
     def _request(self, message: Any) -> str:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -93,25 +107,27 @@ def _end(process: subprocess.Popen) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _renderer(template: str, variables: str) -> Renderer:
-    return Renderer(template, json.loads(variables))
+def _renderer(template: str, variables: str, date: str | None) -> Renderer:
+    return Renderer(template, json.loads(variables), date)
 
 
 def render_chat(
-    template: str, variables: Mapping[str, Any], messages: list[dict[str, Any]], opening: bool = True
+    template: str,
+    variables: Mapping[str, Any],
+    messages: list[dict[str, Any]],
+    ending: Ending = "open",
+    date: str | None = None,
 ) -> str:
-    """Render a conversation under limits. Raises UserError when the template refuses it or exceeds a limit.
+    """Render a conversation under limits. Raises TemplateRefused when the template refuses it or exceeds a limit.
 
-    opening: append the start of the assistant's turn; False for a conversation that ends with an assistant's turn.
+    ending: open appends the start of the assistant's turn; continued leaves the last turn, the assistant's, open.
     """
     try:
-        return _renderer(template, json.dumps(dict(variables), default=str, sort_keys=True)).render(messages, opening)
+        renderer = _renderer(template, json.dumps(dict(variables), default=str, sort_keys=True), date)
+        return renderer.render(messages, ending)
     except TemplateFailed as failed:
         end_renderers()  # its process may be dead
-        raise UserError(
-            f"chat_template: the tokenizer's template refused the prompt: {' '.join(str(failed).split())[:300]}. "
-            "Try --chat_template false."
-        ) from None
+        raise TemplateRefused(" ".join(str(failed).split())[:300]) from None
 
 
 def end_renderers() -> None:
@@ -158,23 +174,34 @@ def main() -> None:
 
     import jinja2.constants
     import jinja2.debug  # noqa: F401
+    from transformers.utils import chat_template_utils
     from transformers.utils.chat_template_utils import render_jinja_template
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     settings = json.loads(sys.stdin.readline())
     # Filters and functions import modules at first use, too.
     render_jinja_template([[]], chat_template="{{ 'é' ~ strftime_now('%B') ~ 1.5|tojson }}")
-    sys.stdout.write(_reply(settings["cpu_s"], str) + "\n")
+
+    def fix_date() -> str:
+        if settings["date"] is not None:
+            given = datetime.fromisoformat(settings["date"])
+            setattr(chat_template_utils, "datetime", type("Fixed", (), {"now": lambda: given}))  # noqa: B010  for mypy
+            shown = render_jinja_template([[]], chat_template="{{ strftime_now('%Y-%m-%dT%H:%M:%S') }}")
+            if str(shown[0][0]) != settings["date"]:
+                raise ValueError("this version of transformers does not let strftime_now be fixed")
+        return ""
+
+    sys.stdout.write(_reply(settings["cpu_s"], fix_date) + "\n")
     sys.stdout.flush()
     _limit()
 
     def render(line: str) -> str:
         message = json.loads(line)
-        opening = isinstance(message, list)
         rendered = render_jinja_template(
-            [message if opening else message["turns"]],
+            [message["turns"]],
             chat_template=settings["template"],
-            add_generation_prompt=opening,
+            add_generation_prompt=message["ending"] == "open",
+            continue_final_message=message["ending"] == "continued",
             **settings["variables"],
         )
         text = str(rendered[0][0])

@@ -38,10 +38,10 @@ class BadFile(ValueError):
     """The message names the place in the file and what is wrong there."""
 
 
-def check_file(path: Path, kind: str) -> None:
+def check_file(path: Path, kind: str) -> list[dict[str, Any]] | None:
     """Refuse a data file that cannot be read completely and unambiguously. Raises UserError.
 
-    kind: json, csv or parquet.
+    kind: json, csv or parquet. Returns the rows of a JSON file, which the check has read; None for the other kinds.
     """
     try:
         if check_regular(path) == 0:
@@ -53,7 +53,10 @@ def check_file(path: Path, kind: str) -> None:
                 raise BadFile(f"it is packed ({name if head.startswith(magic) else 'tar'}); unpack it first")
         if head.startswith(LFS):
             raise BadFile("it is a Git LFS pointer, not the file itself; run `git lfs pull`")
-        {"json": _check_json, "csv": _check_csv, "parquet": _check_parquet}[kind](path)
+        if kind == "json":
+            return _read_json(path)
+        {"csv": _check_csv, "parquet": _check_parquet}[kind](path)
+        return None
     except UnicodeDecodeError as error:
         raise UserError(
             f"data: {path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
@@ -62,8 +65,8 @@ def check_file(path: Path, kind: str) -> None:
         raise UserError(f"data: {path}: {' '.join(str(error).split())[:300]}. Mend or drop it.") from None
 
 
-def _check_json(path: Path) -> None:
-    """JSON lines; or, in a .json file, one list of objects or one object."""
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    """The rows of JSON lines; or, in a .json file, of one list of objects or one object."""
     with path.open("rb") as file:
         start = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
     if start[:1] == b"[" or path.suffix.lower() == ".json":
@@ -79,8 +82,9 @@ def _check_json(path: Path) -> None:
             for row, cells in enumerate(rows):
                 if not isinstance(cells, dict):
                     raise BadFile(f"row {row + 1}: expected an object, got {json.dumps(cells)[:60]}")
-                _check_cells(cells, f"row {row + 1}")
-            return
+                check_cells(cells, f"row {row + 1}")
+            return rows
+    found = []
     for number, line in _lines(path):
         try:
             cells = parse_json(line)
@@ -94,7 +98,9 @@ def _check_json(path: Path) -> None:
             raise BadFile(f"line {number}: not valid JSON: {error}") from None
         if not isinstance(cells, dict):
             raise BadFile(f"line {number}: expected an object, got {json.dumps(cells)[:60]}")
-        _check_cells(cells, f"line {number}")
+        check_cells(cells, f"line {number}")
+        found.append(cells)
+    return found
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -111,7 +117,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _check_cells(cells: Any, where: str) -> None:
+def check_cells(cells: Any, where: str) -> None:
     """Refuse text that UTF-8 cannot encode: JSON can hold half of a surrogate pair, as \\ud800."""
     if isinstance(cells, str):
         try:
@@ -120,11 +126,11 @@ def _check_cells(cells: Any, where: str) -> None:
             raise BadFile(f"{where}: character {error.start + 1} is half of a surrogate pair") from None
     elif isinstance(cells, dict):
         for key, value in cells.items():
-            _check_cells(key, where)
-            _check_cells(value, f"{where}, column {key!r}" if "column" not in where else where)
+            check_cells(key, where)
+            check_cells(value, f"{where}, column {key!r}" if "column" not in where else where)
     elif isinstance(cells, list):
         for value in cells:
-            _check_cells(value, where)
+            check_cells(value, where)
     elif isinstance(cells, int) and not -(2**63) <= cells < 2**63:
         raise BadFile(f"{where}: a number beyond 64 bits; put it in quotes")
 
@@ -193,7 +199,9 @@ def _check_parquet(path: Path) -> None:
     with warnings.catch_warnings(), pq.ParquetFile(path) as file:
         warnings.simplefilter("ignore")
         for field in file.schema_arrow:
-            if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
+            kind = (field.metadata or {}).get(b"ARROW:extension:name", b"arrow.json")
+            own_type = isinstance(field.type, pa.BaseExtensionType) and not isinstance(field.type, pa.JsonType)
+            if own_type or kind != b"arrow.json":
                 raise BadFile(f"column {field.name!r} has a type of its own; store text or numbers")
         total = row = 0
         for batch in file.iter_batches(batch_size=256):

@@ -4,6 +4,7 @@
 object).
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -68,6 +69,14 @@ READERS: dict[str, tuple[Callable[[str], str | None], str]] = {  # reads a cell;
 }
 
 
+def _as_text(cell: Any, answer_format: str) -> str:
+    """A cell as text; empty where it cannot be a gold answer."""
+    if answer_format == "json" and isinstance(cell, dict):  # an object that was not written as text
+        return json.dumps(cell, ensure_ascii=False, separators=(",", ":"))
+    unusable = isinstance(cell, (dict, list, bytes)) or (isinstance(cell, float) and not math.isfinite(cell))
+    return "" if cell is None or unusable else str(cell)
+
+
 def gold_answers(cells: Sequence[Any], answer_format: str, source: str, column: str) -> list[str | None]:
     """Gold answers of a column as text; None for a row to leave out, whose cell holds text but no number.
 
@@ -78,8 +87,7 @@ def gold_answers(cells: Sequence[Any], answer_format: str, source: str, column: 
     golds: list[str | None] = []
     bad: list[int] = []
     for row, cell in enumerate(cells):
-        unusable = isinstance(cell, (dict, list, bytes)) or (isinstance(cell, float) and not math.isfinite(cell))
-        text = "" if cell is None or unusable else str(cell)
+        text = _as_text(cell, answer_format)
         gold = read(text) if text.strip() else None
         if not (gold and gold.strip()):
             gold = None

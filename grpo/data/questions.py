@@ -24,7 +24,7 @@ from grpo.data.chat_templates import end_renderers
 from grpo.data.filters import Drops, check_unique, keep_short, split
 from grpo.data.gold_answers import gold_answers
 from grpo.data.recipe import Recipe, build, encode, render
-from grpo.data.sources import load_rows
+from grpo.data.sources import Rows, load_rows
 from grpo.errors import UserError
 from grpo.randomness import permutation
 from grpo.types import Prompt
@@ -38,6 +38,7 @@ class Questions:
     num_dropped: int  # by all rules together
     seed: int = 0
     drops: Drops = field(default_factory=dict)  # by each rule
+    num_held_out: int = 0  # not dropped: the run is evaluated on them
 
     def first_questions(self, count: int) -> list[str]:
         """The first questions that are plain text."""
@@ -83,30 +84,42 @@ def load_questions(
     if no_number:
         drops["answers that are no numbers"] = no_number
     if not items:
-        raise UserError(
-            f"data: every prompt of {name} ({drops['too long']}) is longer than max_prompt_length "
-            f"{cfg.max_prompt_length}{_other_drops(drops)}. Raise the limit, or shorten system_prompt."
-        )
+        raise _none_left(cfg, drops, name)
+    num_held_out = 0
     if not has_own_data:
-        items, drops = _choose(cfg, items, drops, held_out, name)
+        items, drops, num_held_out = _choose(cfg, items, drops, held_out, name)
     items = [dataclasses.replace(item, data_row=row) for row, item in enumerate(items)]
-    return Questions(items, sum(drops.values()), cfg.seed, drops)
+    return Questions(items, sum(drops.values()), cfg.seed, drops, num_held_out)
 
 
-def _choose(cfg: Config, items: list[Prompt], drops: Drops, held_out: bool, name: str) -> tuple[list[Prompt], Drops]:
-    """The first data_rows; of these the part to train on, or the part held out."""
+def _none_left(cfg: Config, drops: Drops, name: str) -> UserError:
+    """The error that no question is short enough."""
+    limit = f"longer than max_prompt_length {cfg.max_prompt_length}"
+    others = [f"{count} {rule}" for rule, count in drops.items() if count and rule != "too long"]
+    if not others:
+        return UserError(
+            f"data: every prompt of {name} ({drops['too long']}) is {limit}. Raise the limit, or shorten system_prompt."
+        )
+    too_long = [f"{drops['too long']} prompts {limit}"] if drops["too long"] else []
+    return UserError(f"data: no question of {name} is left: {'; '.join([*too_long, *others])}. Raise these limits.")
+
+
+def _choose(
+    cfg: Config, items: list[Prompt], drops: Drops, held_out: bool, name: str
+) -> tuple[list[Prompt], Drops, int]:
+    """The first data_rows; of these the part to train on, or the part held out; and how many are held out of it."""
     if cfg.data_rows and len(items) > cfg.data_rows:
         drops = {**drops, f"after the first {cfg.data_rows} (data_rows)": len(items) - cfg.data_rows}
         items = items[: cfg.data_rows]
     if not cfg.eval_split_size:
-        return items, drops
+        return items, drops, 0
     training_items, eval_items = split(items, cfg.eval_split_size, cfg.seed, name)
     if held_out:
-        return eval_items[: cfg.eval_rows or None], drops
-    return training_items, {**drops, "held out for evaluation": len(eval_items)}
+        return eval_items[: cfg.eval_rows or None], drops, 0
+    return training_items, drops, len(eval_items)
 
 
-def rename(rows: datasets.Dataset, names: Mapping[str, str], source: str) -> datasets.Dataset:
+def rename(rows: datasets.Dataset | Rows, names: Mapping[str, str], source: str) -> datasets.Dataset | Rows:
     """Rename columns by column_names, unless a column has the new name already. Raises UserError."""
     columns = rows.column_names
     for old, new in names.items():
@@ -119,7 +132,7 @@ def rename(rows: datasets.Dataset, names: Mapping[str, str], source: str) -> dat
     return rows
 
 
-def _read_columns(cfg: Config, rows: datasets.Dataset, name: str) -> dict[str, list[Any]]:
+def _read_columns(cfg: Config, rows: datasets.Dataset | Rows, name: str) -> dict[str, list[Any]]:
     """All columns as Python values. Raises UserError for a column that a setting names and the data lacks."""
     for setting in ("question_column", "answer_column", "id_column"):
         column = getattr(cfg, setting)
@@ -147,7 +160,7 @@ def _in_template(cfg: Config) -> list[str]:
     return [column for column in re.findall(r"\{(\w+)\}", cfg.prompt_template) if column != "question"]
 
 
-def _cells(rows: datasets.Dataset, column: str, name: str) -> list[Any]:
+def _cells(rows: datasets.Dataset | Rows, column: str, name: str) -> list[Any]:
     """A column as Python values. Raises UserError."""
     try:
         return list(rows[column])
@@ -197,11 +210,25 @@ def _make_prompts(
 
 def _check_question(question: Any, where: str) -> None:
     """Text, or a conversation. Raises UserError."""
-    is_messages = isinstance(question, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in question
-    )
-    if not (is_messages and question) and not (isinstance(question, str) and question.strip()):
-        raise UserError(f"data: {where}: expected a question, got {str(question)[:60]!r}. Mend or drop the row.")
+    is_messages = isinstance(question, list) and bool(question) and all(map(_is_turn, question))
+    if not is_messages and not (isinstance(question, str) and question.strip()):
+        raise UserError(
+            f"data: {where}: expected a question, got {str(question)[:60]!r}: text, or a list of turns, each with role "
+            "and content. Mend or drop the row."
+        )
+    if is_messages and not any(turn["role"] == "user" and turn["content"].strip() for turn in question):
+        raise UserError(
+            f"data: {where}: the conversation has no user turn with text, only {[turn['role'] for turn in question]}. "
+            "Mend or drop the row."
+        )
+
+
+def _is_turn(turn: Any) -> bool:
+    """Whether it has role and content as text; a turn that only calls tools may lack content; more keys may follow."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        return False
+    calls_tools = turn.get("content") is None and bool(turn.get("tool_calls")) and turn["role"] != "user"
+    return isinstance(turn.get("content"), str) or calls_tools
 
 
 def _other_drops(drops: Drops) -> str:
@@ -213,5 +240,6 @@ def length_summary(questions: Questions) -> str:
     """One line: how many questions are used, how many each rule left out, and how long the prompts are."""
     lengths = np.array([len(item.token_ids) for item in questions.items])
     drops = f"{questions.drops.get('too long', 0)} dropped as too long{_other_drops(questions.drops)}"
+    drops += f", {questions.num_held_out} held out for evaluation" if questions.num_held_out else ""
     sizes = f"prompt tokens median {math.floor(np.median(lengths))}, longest {lengths.max()}"
     return f"{len(lengths)} questions kept, {drops}; {sizes}"

@@ -3,22 +3,28 @@
 Every checkpoint holds its recipe (`trainer/recipe.json`), and inference.py uses that one.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.settings import Config, find_path
-from grpo.data.chat_templates import render_chat
+from grpo.data.chat_templates import TemplateRefused, render_chat
+from grpo.data.turns import end_of_turn, fold_system
 from grpo.errors import UserError
 from grpo.strict_json import check_regular, read_object
 
 MAX_TEMPLATE_BYTES = 2**20
+KEPT = ("date", "rules", "end_of_turn")  # what a resumed run takes from its checkpoint's recipe
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,19 @@ class Recipe:
     max_generate_length: int = 256
     logit_clamp: float = 100.0
     questions: list[str] = field(default_factory=list)  # built-in cases of inference.py
+    system_role: str = "system"  # user: the system message is put before the first user turn
+    date: str | None = None  # that the chat template prints, of the run's start; None: today's
+    end_of_turn: str | None = None  # the token that ends an assistant turn in the chat template: it ends a completion
+    # 1: the tokenizer adds its special tokens to plain text in any case, and a last assistant turn is closed. In
+    # recipes of older checkpoints, which have no such field.
+    rules: int = 2
 
 
-def make_recipe(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Recipe:
+def make_recipe(cfg: Config, tokenizer: PreTrainedTokenizerBase, kept: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a run. Raises UserError when a chat template is required and missing.
+
+    kept: fields that are given, such as those of the checkpoint that is resumed (KEPT); the others follow from the
+    settings and the tokenizer.
 
     The template of chat_template_file is put into the tokenizer, which every checkpoint is saved with: inference,
     evaluation and other programs find it there.
@@ -50,10 +65,14 @@ def make_recipe(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Recipe:
         raise UserError(
             f"chat_template: true, but the tokenizer of {cfg.model!r} has none. Use null or false, and prompt_template."
         )
+    chat = has_template and cfg.chat_template is not False
+    given = dict(kept or {})
+    if chat and "end_of_turn" not in given:
+        given["end_of_turn"] = end_of_turn(_template_of(tokenizer), tokenizer, given.get("date"))
     return Recipe(
         system_prompt=cfg.system_prompt,
         prompt_template=cfg.prompt_template,
-        chat=has_template and cfg.chat_template is not False,
+        chat=chat,
         strip_cells=cfg.strip_cells,
         example_question=cfg.example_question,
         example_answer=cfg.example_answer,
@@ -61,6 +80,8 @@ def make_recipe(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Recipe:
         max_generate_length=cfg.max_generate_length,
         logit_clamp=cfg.logit_clamp,
         questions=cfg.inference_questions,
+        system_role=cfg.system_role,
+        **given,
     )
 
 
@@ -107,7 +128,12 @@ def build(recipe: Recipe, question: str | list[dict[str, str]], columns: dict[st
             {"role": "user", "content": recipe.example_question},
             {"role": "assistant", "content": recipe.example_answer},
         ]
-    return turns
+    return fold_system(turns) if recipe.system_role == "user" else turns
+
+
+def is_continued(recipe: Recipe, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the completion continues the conversation's last turn, which is the assistant's."""
+    return messages[-1]["role"] == "assistant" and recipe.rules > 1
 
 
 def render(recipe: Recipe, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -116,19 +142,43 @@ def render(recipe: Recipe, messages: list[dict[str, str]], tokenizer: PreTrained
     Raises UserError when the chat template refuses the conversation or exceeds its limits (chat_templates.py).
     """
     if not recipe.chat:
-        *before, last = [message["content"] for message in messages]
+        *before, last = [message.get("content") or "" for message in messages]
         return "".join(text if text.endswith("\n") else text + "\n" for text in before) + last
+    template = _template_of(tokenizer)
+    ending = "continued" if is_continued(recipe, messages) else "open"
+
+    def text_of(turns: list[dict[str, str]]) -> str:
+        return render_chat(template, tokenizer.special_tokens_map, turns, ending, recipe.date)  # type: ignore[arg-type]
+
     try:
-        template = tokenizer.get_chat_template()
+        return text_of(messages)
+    except TemplateRefused as refused:
+        reason, advice = refused.reason, None
+        if "continue_final_message" in reason:
+            reason = "the conversation ends with an assistant turn, and the template does not keep that turn's text"
+            advice = "End the question with a user turn, or try --chat_template false."
+        elif "Error" in reason and any(turn["role"] == "system" for turn in messages):
+            with contextlib.suppress(UserError):
+                text_of(fold_system(messages))
+                advice = (
+                    "Without the system message it does not: say --system_role user, which puts that message before "
+                    "the first user turn, or move system_prompt into prompt_template."
+                )
+        raise TemplateRefused(reason, *filter(None, [advice])) from None
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template to use. Raises UserError."""
+    try:
+        return str(tokenizer.get_chat_template())
     except ValueError as error:
         raise UserError(
             f"chat_template: the tokenizer has none to use: {str(error)[:200]} Try --chat_template false."
         ) from None
-    return render_chat(template, tokenizer.special_tokens_map, messages)
 
 
 def encode(recipe: Recipe, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids. A chat template writes its special tokens itself; plain text gets the tokenizer's.
+    """Token ids, see `encode_all`.
 
     Raises UserError for half of a surrogate pair, which UTF-8 cannot encode.
     """
@@ -138,7 +188,30 @@ def encode(recipe: Recipe, text: str, tokenizer: PreTrainedTokenizerBase) -> lis
         raise UserError(
             f"prompt: character {error.start + 1} is half of a surrogate pair and has no UTF-8. Mend the text."
         ) from None
-    return tokenizer(text, add_special_tokens=not recipe.chat)["input_ids"]
+    return encode_all(recipe, [text], tokenizer)[0]
+
+
+def encode_all(recipe: Recipe, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of texts that begin with a prompt. A chat template writes its special tokens itself.
+
+    Plain text gets the tokens that the tokenizer puts at the start (BOS), as far as it does not begin with them, and
+    none of those that it puts at the end (EOS): the completion follows there.
+    """
+    if recipe.chat or recipe.rules < 2:
+        return tokenizer(list(texts), add_special_tokens=not recipe.chat)["input_ids"]
+    letter = tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = list(takewhile(lambda token: token not in letter, tokenizer("a")["input_ids"]))
+    return [_after(start, ids) + ids for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def _after(start: list[int], ids: list[int]) -> list[int]:
+    """The part of `start` to put before `ids`, whose own beginning may be the end of `start`.
+
+    >>> _after([1, 2], [7]), _after([1, 2], [2, 7]), _after([1, 2], [1, 2, 7])
+    ([1, 2], [1], [])
+    """
+    overlap = next((n for n in range(len(start), 0, -1) if ids[:n] == start[-n:]), 0)
+    return start[: len(start) - overlap]
 
 
 def keep_questions(recipe: Recipe, questions: list[str]) -> Recipe:
@@ -154,7 +227,7 @@ def recipe_text(recipe: Recipe) -> str:
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe. Raises UserError for a file that does not hold one."""
     try:
-        recipe = Recipe(**read_object(path))
+        recipe = Recipe(**{"rules": 1, **read_object(path)})
         _check_recipe(recipe)
         return recipe
     except (OSError, ValueError, TypeError) as error:
@@ -176,7 +249,18 @@ def _check_recipe(recipe: Recipe) -> None:
         "max_prompt_length, max_generate_length": all(type(n) is int and 1 <= n < 2**31 for n in lengths),
         "logit_clamp": type(recipe.logit_clamp) in (int, float) and 0 < recipe.logit_clamp < math.inf,
         "questions": isinstance(recipe.questions, list) and all(isinstance(text, str) for text in recipe.questions),
+        "system_role": recipe.system_role in ("system", "user"),
+        "date": recipe.date is None or (isinstance(recipe.date, str) and _is_date(recipe.date)),
+        "end_of_turn": recipe.end_of_turn is None or isinstance(recipe.end_of_turn, str),
+        "rules": type(recipe.rules) is int and recipe.rules in (1, 2),
     }
     for name, is_valid in checks.items():
         if not is_valid:
             raise ValueError(f"{name} has a wrong type or value")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

@@ -72,7 +72,8 @@ class CheckpointModel:
         self.max_new_tokens = max_new_tokens or self.recipe.max_generate_length
         check_lengths(model, self.recipe.max_prompt_length, self.max_new_tokens)
         check_vocabulary(model, self.tokenizer)
-        self.engine = NativeEngine(model, stop_token_ids(model, self.tokenizer), self.max_new_tokens, seed, dtype)
+        stop_ids = stop_token_ids(model, self.tokenizer, self.recipe.end_of_turn)
+        self.engine = NativeEngine(model, stop_ids, self.max_new_tokens, seed, dtype)
         self.sampling = Sampling(**sampling, logit_clamp=self.recipe.logit_clamp)
 
     def text_of(self, question: str, columns: dict[str, Any]) -> str:
@@ -164,7 +165,8 @@ class OtherModel:
         model = load_model(name, device)
         check_vocabulary(model, self.tokenizer)
         self.positions = max_positions(model)
-        self.engine = NativeEngine(model, stop_token_ids(model, self.tokenizer), like.max_new_tokens, seed)
+        stop_ids = stop_token_ids(model, self.tokenizer, like.recipe.end_of_turn)
+        self.engine = NativeEngine(model, stop_ids, like.max_new_tokens, seed)
 
     def ask(self, question: str, on_text: Callable[[str], None] | None = None) -> Answer:
         """Answer the checkpoint's prompt of a question. Raises UserError when it is too long."""

@@ -93,6 +93,7 @@ def data_settings(folder: Path, args: argparse.Namespace, recipe: Recipe) -> Con
     own = {key: value for key, value in saved.items() if key in known} | {
         "system_prompt": recipe.system_prompt,
         "prompt_template": recipe.prompt_template,
+        "system_role": recipe.system_role,
         "max_prompt_length": recipe.max_prompt_length,
         "max_generate_length": recipe.max_generate_length,
         "eval_rows": args.limit,
@@ -138,7 +139,7 @@ def evaluate_checkpoint(folder: Path, args: argparse.Namespace, world: World) ->
         cfg.console_language,
     )
     if world.is_main:
-        left_out = f"; {questions.num_dropped} left out as too long" if questions.num_dropped else ""
+        left_out = "".join(f"; {count} left out: {rule}" for rule, count in questions.drops.items() if count)
         warn(f"checkpoint: {folder}; {len(golds)} questions{left_out}; task {rules.task}, answers in {rules.marks}")
     results: list[report.Result] = []
     num_tokens, began = 0, time.monotonic()

@@ -2,15 +2,17 @@
 
 import logging
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.errors import UserError
+from grpo.errors import UserError, first_line
 from grpo.models.loading import load_plain, resolve
 from grpo.models.lora_checks import is_adapter
 
@@ -37,8 +39,39 @@ def load_model(name: str, device: torch.device) -> PreTrainedModel:
     return load_plain(name, device)
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+@dataclass(frozen=True)
+class ModelSettings:
+    """What `stop_token_ids` and `vocabulary_size` need of a model."""
+
+    config: PreTrainedConfig
+    generation_config: GenerationConfig | None
+
+
+def without_weights(name: str) -> ModelSettings:
+    """The settings of a model, for an adapter those of its base. Raises UserError."""
+    folder = resolve(name, weights=False)
+    if is_adapter(Path(folder)):
+        from grpo.models.lora_files import base_of
+
+        folder = resolve(base_of(Path(folder)), weights=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        own = (Path(folder) / "generation_config.json").exists()
+        return ModelSettings(config, GenerationConfig.from_pretrained(folder) if own else None)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: the settings of {name!r} could not be loaded: {first_line(error)[:200]}") from None
+
+
+def stop_token_ids(
+    model: PreTrainedModel | ModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    end_of_turn: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> frozenset[int]:
     """All ids that end a completion: the generation config's, the model config's and the tokenizer's.
+
+    end_of_turn: a token that the chat template ends an assistant turn with (Recipe.end_of_turn). A base model may name
+    only <|endoftext|>, and would go on after it; `say` gets a line where it is none of the ids above.
 
     Raises UserError for an id that is no token of the model.
     """
@@ -53,10 +86,15 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
                     "Mend generation_config.json, config.json or the tokenizer."
                 )
             ids.add(token)
+    token = None if end_of_turn is None else tokenizer.get_vocab().get(end_of_turn)
+    if token is not None and token < limit and token not in ids:
+        own = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(ids)))) or "none"
+        say(f"completions also end at {end_of_turn}, which ends a turn in the chat template; the model's own: {own}")
+        ids.add(token)
     return frozenset(ids)
 
 
-def vocabulary_size(model: PreTrainedModel) -> int:
+def vocabulary_size(model: PreTrainedModel | ModelSettings) -> int:
     """Number of tokens that the model has embeddings for, also when its weights are sharded."""
     return int(model.config.get_text_config().vocab_size)
 

@@ -17,6 +17,7 @@ from grpo.config.settings import find_path
 from grpo.errors import UserError, first_line
 from grpo.forward.precision import disable_cudnn_attention
 from grpo.forward.shared_attention import use_shared_attention
+from grpo.models.classes import check_class
 from grpo.models.folder_checks import model_problem, weights_problem
 from grpo.models.hub import fetch_model
 from grpo.models.lora_checks import adapter_problem, is_adapter
@@ -73,6 +74,8 @@ def load_plain(name: str, device: torch.device, four_bit: torch.dtype | None = N
     products in this dtype.
     """
     folder = resolve(name)
+    with _library_errors(f"the settings of {name!r} could not be loaded", "Mend its config.json."):
+        check_class(name, Path(folder))
     if Path(folder).is_dir():
         problem = weights_problem(Path(folder))
         if problem is not None:

@@ -9,6 +9,7 @@ import importlib.abc
 import importlib.util
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -181,7 +182,19 @@ def raised(error: BaseException) -> str:
         text = str(error)
     except Exception as second:  # its __str__ is the user's code too
         text = f"(no text: {type(second).__name__})"
-    return f"{type(error).__name__}: {text}"[:MAX_REASON]
+    advice = _about_missing_module(error)
+    return f"{type(error).__name__}: {text}"[: MAX_REASON - len(advice)] + advice
+
+
+def _about_missing_module(error: BaseException) -> str:
+    """What to do when a module of the reward file is not there; empty for other exceptions."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    if type(name) is not str or not re.fullmatch(r"[\w.]{1,60}", name):
+        return ""
+    package, _, inner = name.partition(".")
+    if inner:
+        return f"; the {package} that is installed lacks it, so install the version that the file needs"
+    return f"; install it (pip install {name}, where its package has that name), or put {name}.py beside the file"
 
 
 def _shown(value: Any) -> str:

@@ -14,14 +14,18 @@ from grpo.runtime.signals import forget_exit, write_exit
 
 
 def run_main(
-    job: Callable[[Config, World], None], load_config: Callable[[list[str]], tuple[Config, str | None]], argv: list[str]
+    job: Callable[[Config, World], None],
+    load_config: Callable[[list[str]], tuple[Config, str | None]],
+    argv: list[str],
+    show: Callable[[list[str]], int] = show_prompt,
 ) -> int:
     """Read the settings, start torch.distributed, run the job. Returns the exit code.
 
-    A UserError ends in one line, from rank 0 unless it occurs on one rank only, and its own code (grpo/errors.py).
+    show: what `--show_prompt N` runs in place of the job. A UserError ends in one line, from rank 0 unless it occurs on
+    one rank only, and its own code (grpo/errors.py).
     """
     if any(arg.partition("=")[0] == "--show_prompt" for arg in argv):
-        return show_prompt(argv)  # instead of the job
+        return show(argv)
     rank = int(os.environ.get("RANK", 0))
     is_main = rank == 0
     cfg = None

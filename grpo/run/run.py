@@ -5,8 +5,10 @@ train.py and grpo/sft/train.py are the loops; they call a `Run` for everything t
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +22,7 @@ from grpo.checkpoints.fingerprints import fingerprints
 from grpo.checkpoints.resume import check_same_run, read_state
 from grpo.config.settings import Config, shards_weights
 from grpo.data.questions import Questions
-from grpo.data.recipe import Recipe
+from grpo.data.recipe import KEPT, Recipe, load_recipe
 from grpo.errors import EXIT_STALLED, Corrupted, Preempted, UserError, warn
 from grpo.rewards import Reward
 from grpo.run.log import RunLog
@@ -96,20 +98,37 @@ class Run:
         self.facts = fingerprints(self.cfg, questions, rewards, tokenizer) | more
         check_ranks_agree(self.world, self.cfg, self.facts)
 
+    @functools.cached_property
+    def _start(self) -> tuple[Path | None, str]:
+        """The checkpoint to continue from, by the setting `resume`, and the date; rank 0 finds them for every rank.
+
+        Raises UserError.
+        """
+        found = np.zeros(7)  # a step, or -1; year to second
+        if self.world.is_main:
+            folder = checkpoint.newest_valid(self.output_dir, warn) if self.cfg.resume != "never" else None
+            found[:] = [checkpoint.step_of(folder) if folder else -1, *datetime.now().timetuple()[:6]]
+        step, *date = map(int, self.world.sum_rows(found))
+        if step < 0 and self.cfg.resume == "must":
+            raise UserError(
+                f"resume: must, but {self.output_dir} holds no valid checkpoint. Use --resume auto to start afresh."
+            )
+        return self.output_dir / f"checkpoint_{step}" if step >= 0 else None, datetime(*date).isoformat()  # type: ignore[arg-type]
+
+    def kept(self) -> dict[str, Any]:
+        """Fields of the prompt recipe that a run keeps from its start on; a collective. Raises UserError."""
+        folder, date = self._start
+        if folder is None:
+            return {"date": date}
+        recipe = load_recipe(folder / "trainer" / "recipe.json")
+        return {name: getattr(recipe, name) for name in KEPT}
+
     def resume_point(self) -> Path | None:
-        """The checkpoint to continue from, by the setting `resume`; the same on every rank. Raises UserError."""
-        folder = None
-        if self.world.is_main and self.cfg.resume != "never":
-            folder = checkpoint.newest_valid(self.output_dir, warn)
-        chosen = np.array([checkpoint.step_of(folder) if folder else -1.0 if self.world.is_main else 0.0])
-        step = int(self.world.sum_rows(chosen)[0])
-        if step < 0:
-            if self.cfg.resume == "must":
-                raise UserError(
-                    f"resume: must, but {self.output_dir} holds no valid checkpoint. Use --resume auto to start afresh."
-                )
+        """The checkpoint to continue from; the same on every rank. Raises UserError when it is of another run."""
+        folder, _ = self._start
+        if folder is None:
             return None
-        folder = self.output_dir / f"checkpoint_{step}"
+        step = checkpoint.step_of(folder)
         check_same_run(folder, read_state(folder), self.cfg, self.facts)
         self.log.write_line(f"resuming from {folder}")
         self.resumed_step = step

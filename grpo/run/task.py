@@ -1,6 +1,8 @@
 """What a run trains on: the tokenizer, the prompt recipe, the questions and the held-out questions."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,11 +22,11 @@ class Task:
     held_out: Questions | None  # None: nothing is evaluated
 
 
-def load_task(cfg: Config) -> Task:
-    """Load tokenizer and questions and render the prompts. Raises UserError."""
+def load_task(cfg: Config, kept: Mapping[str, Any] | None = None) -> Task:
+    """Load tokenizer and questions and render the prompts. kept: see `make_recipe`. Raises UserError."""
     assert cfg.model is not None
     tokenizer = load_tokenizer(cfg.model)
-    recipe = make_recipe(cfg, tokenizer)
+    recipe = make_recipe(cfg, tokenizer, kept)
     questions = load_questions(cfg, recipe, tokenizer)
     held_out = load_questions(cfg, recipe, tokenizer, held_out=True) if cfg.eval_data or cfg.eval_split_size else None
     recipe = keep_questions(recipe, (held_out or questions).first_questions(4))

@@ -18,8 +18,9 @@ from grpo.config.settings import Config
 from grpo.config.sft_section import SftSettings, own_settings
 from grpo.data.chat_templates import end_renderers, render_chat
 from grpo.data.questions import Questions
-from grpo.data.recipe import Recipe, fill
+from grpo.data.recipe import Recipe, encode_all, fill, is_continued
 from grpo.errors import UserError
+from grpo.models.checks import stop_token_ids, without_weights
 from grpo.types import Prompt, TrainRow
 
 TOO_LONG = "solutions longer than max_generate_length"
@@ -62,7 +63,7 @@ def load_texts(
     end_id = eos if eos in stop_ids else min(stop_ids)
     # tokenize prompt and completion together, because tokens may differ at the border
     texts = [item.text + completion for item, completion in zip(questions.items, completions, strict=True)]
-    ids_of_texts = tokenizer(texts, add_special_tokens=not recipe.chat)["input_ids"]
+    ids_of_texts = encode_all(recipe, texts, tokenizer)
     items: list[Prompt] = []
     solutions: list[np.ndarray] = []
     for item, completion, text_ids in zip(questions.items, completions, ids_of_texts, strict=True):
@@ -81,8 +82,22 @@ def load_texts(
             f"data: every solution ({dropped}) is longer than max_generate_length {cfg.max_generate_length}. Raise it."
         )
     drops = {**questions.drops, **({TOO_LONG: dropped} if dropped else {})}
-    usable = Questions(items, questions.num_dropped + dropped, questions.seed, drops)
+    usable = Questions(items, questions.num_dropped + dropped, questions.seed, drops, questions.num_held_out)
     return SftTexts(usable, solutions, own.loss_on == "all")
+
+
+def texts_to_show(
+    cfg: Config, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, questions: Questions
+) -> tuple[Questions, list[list[int]]]:
+    """The questions that are used, and the tokens to be learned after each prompt. Raises UserError.
+
+    With `loss_on: all` the prompt's tokens are learned too.
+    """
+    assert cfg.model is not None
+    texts = load_texts(
+        cfg, recipe, tokenizer, questions, stop_token_ids(without_weights(cfg.model), tokenizer, recipe.end_of_turn)
+    )
+    return texts.questions, [ids.tolist() for ids in texts.solutions]
 
 
 def solutions_sha256(questions: Questions) -> str:
@@ -100,7 +115,8 @@ def solution_of(item: Prompt, own: SftSettings, cfg: Config) -> str:
     if column is not None:
         if column != cfg.answer_column and column not in cells:
             raise UserError(f"solution_column: the data has no column {column!r}, only {sorted(cells)}.")
-        cells["solution"] = item.reference if column == cfg.answer_column else cells[column]
+        own_cell = item.columns["answer"] if isinstance(item.reference, dict) else item.reference  # an object's text
+        cells["solution"] = own_cell if column == cfg.answer_column else cells[column]
     template = "{solution}" if own.solution_template is None else own.solution_template
     for name in re.findall(r"\{(\w+)\}", template):
         if name not in cells:
@@ -135,7 +151,10 @@ def _completion(item: Prompt, solution: str, recipe: Recipe, tokenizer: PreTrain
         return solution
     assert item.messages is not None
     turns = [*item.messages, {"role": "assistant", "content": solution}]
-    text = render_chat(tokenizer.get_chat_template(), tokenizer.special_tokens_map, turns, opening=False)
+    if is_continued(recipe, item.messages):
+        begun = item.messages[-1]
+        turns = [*item.messages[:-1], {**begun, "content": begun["content"] + solution}]
+    text = render_chat(tokenizer.get_chat_template(), tokenizer.special_tokens_map, turns, "closed", recipe.date)
     if not text.startswith(item.text):
         raise UserError(
             f"chat_template: question {item.data_row + 1}: rendered with the solution, the conversation does not begin "

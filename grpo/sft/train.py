@@ -30,7 +30,7 @@ from grpo.types import Notices
 def train_sft(cfg: Config, world: World) -> None:
     """Assemble the parts, then one loop over steps of P texts."""
     run = Run(cfg, world)
-    task = load_task(cfg)
+    task = load_task(cfg, run.kept())
     tokenizer, recipe, held_out = task.tokenizer, task.recipe, task.held_out
     run.identify(task.questions, [], tokenizer, solutions=solutions_sha256(task.questions))
     resumed = run.resume_point()  # a checkpoint folder, or None
@@ -38,7 +38,7 @@ def train_sft(cfg: Config, world: World) -> None:
     assert isinstance(policy, SftPolicy)
     check_lengths(policy.model, cfg.max_prompt_length, cfg.max_generate_length)
     check_vocabulary(policy.model, tokenizer)
-    stop_ids = stop_token_ids(policy.model, tokenizer)
+    stop_ids = stop_token_ids(policy.model, tokenizer, recipe.end_of_turn, run.log.write_line)
     texts = load_texts(cfg, recipe, tokenizer, task.questions, stop_ids)
     held_out_texts = load_texts(cfg, recipe, tokenizer, held_out, stop_ids) if held_out else None
 

@@ -329,19 +329,37 @@ def test_a_new_worker_runs_the_text_that_was_read_at_the_start(tmp_path):
 @pytest.mark.parametrize(
     "text, error",
     [
-        ("import nowhere_at_all\n", "importing .* raised ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        (
+            "import nowhere_at_all.inner\n",
+            r"importing .* raised ModuleNotFoundError: No module named 'nowhere_at_all'; install it \(pip install "
+            r"nowhere_at_all, .*\), or put nowhere_at_all.py beside the file",
+        ),
+        ("import json.more\n", "No module named 'json.more'; the json that is installed lacks it, so install the"),
         ("raise SystemExit(3)\n", "importing .* raised SystemExit: 3"),
         ("import os\nos._exit(5)\n", "importing the reward functions failed: its process ended with exit code 5"),
         ("while True:\n    pass\n", "importing the reward functions failed: no answer within 1.5 s"),
         ("def other_reward(**columns):\n    pass\n", "mine.py has no function 'reward'. It has: other_reward."),
         ("def broken(:\n", "importing .* raised SyntaxError"),
     ],
-    ids=["exception", "exit", "dies", "hangs", "misnamed", "syntax"],
+    ids=["module", "inner module", "exit", "dies", "hangs", "misnamed", "syntax"],
 )
 def test_a_file_that_cannot_be_imported_is_one_clear_error(nothing_left, tmp_path, monkeypatch, text, error):
     monkeypatch.setattr(supervisor_handle, "IMPORT_S", 1.5)
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(UserError, match=error):
+        Pool(cfg_of(["reward"], file=tmp_path / "mine.py"), print)
+
+
+def test_a_module_that_is_missed_in_a_call_or_in_prepare_gets_the_same_advice(nothing_left, tmp_path):
+    """The control: another exception is passed on as it is."""
+    text = "def reward(**columns):\n    import nowhere_at_all\n\ndef other(**columns):\n    raise ImportError('x')\n"
+    (tmp_path / "mine.py").write_text(text)
+    with opened(cfg_of(["reward", "other"], file=tmp_path / "mine.py")) as pool:
+        [late] = outcomes(pool, 0, input_of("a"))
+        [plain] = outcomes(pool, 1, input_of("a"))
+    assert late.endswith("put nowhere_at_all.py beside the file") and plain == "ImportError: x"
+    (tmp_path / "mine.py").write_text(text + "\nreward.prepare = reward\n")
+    with pytest.raises(UserError, match=r"preparing it raised .*put nowhere_at_all.py beside the file"):
         Pool(cfg_of(["reward"], file=tmp_path / "mine.py"), print)
 
 

@@ -1,0 +1,44 @@
+"""Turns of a conversation: a system message for templates without that role, and the token that ends a turn."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo.data.chat_templates import TemplateRefused, render_chat
+
+ANSWER = "Fortytwo"  # a word that is in no template
+
+
+def fold_system(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns with the system messages before the first user turn, a blank line between them.
+
+    >>> fold_system([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])
+    [{'role': 'user', 'content': 'S\\n\\nU'}]
+    """
+    system = [str(turn["content"]) for turn in turns if turn["role"] == "system" and turn.get("content")]
+    others = [turn for turn in turns if turn["role"] != "system"]
+    first = next((i for i, turn in enumerate(others) if turn["role"] == "user"), None)
+    if not system or first is None:
+        return list(turns)
+    others[first] = {**others[first], "content": "\n\n".join([*system, str(others[first]["content"])])}
+    return others
+
+
+def end_of_turn(template: str, tokenizer: PreTrainedTokenizerBase, date: str | None) -> str | None:
+    """The token that follows an assistant turn in a chat template, such as <|im_end|>; None where there is none.
+
+    It is one of the tokenizer's added or special tokens, so that no ordinary text holds it. Where nothing follows the
+    last turn, it is what stands between an assistant turn and the user's next one.
+    """
+    user, assistant = {"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}
+    for turns in ([user, assistant], [user, assistant, user]):
+        try:
+            text = render_chat(template, tokenizer.special_tokens_map, turns, "closed", date)
+        except TemplateRefused:  # it wants other turns: the first prompt will show it
+            continue
+        _, found, rest = text.rpartition(ANSWER)
+        ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found and rest.strip() else []
+        if ids and ids[0] in {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}:
+            return str(tokenizer.convert_ids_to_tokens(ids[0]))
+    return None
