@@ -1,9 +1,13 @@
 """Output of rank 0: one line per step on stdout and in runs/<name>/train.log; on a terminal, a progress bar below."""
 
 import io
+import json
+import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from rich.box import ASCII
 from rich.console import Console as RichConsole
 from rich.progress import (
     BarColumn,
@@ -20,6 +24,7 @@ from grpo.errors import warn
 from grpo.training.metrics import PHASES
 
 TABLE_WIDTH = 120  # without a terminal
+LINES = "┏━┳┓┃┡╇┩├─┼┤│└┴┘"  # around the cells of a table
 
 
 class Console:
@@ -53,6 +58,8 @@ class Console:
 
     def show(self, table: Table) -> None:
         """Print a table, in colour on a terminal, and append it to train.log."""
+        if not can_show(LINES):
+            table.box = ASCII
         width = self.rich.width if self.rich.is_terminal else TABLE_WIDTH
         plain = RichConsole(file=io.StringIO(), width=width, color_system=None)
         plain.print(table)
@@ -93,6 +100,21 @@ class Console:
             self.progress.stop()
         if self.log_file is not None:
             self.log_file.close()
+
+
+def json_line(value: Any) -> str:
+    """A value as JSON that stdout can show: characters that its encoding lacks are escaped as JSON does it."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if can_show(text) else json.dumps(value)
+
+
+def can_show(text: str) -> bool:
+    """Whether stdout's encoding has these characters."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeError, LookupError):
+        return False
+    return True
 
 
 def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
