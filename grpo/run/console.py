@@ -121,7 +121,7 @@ def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
     """The console's line of one GRPO step. `grpo_loss` names the metric `loss`, whatever its weighting is."""
     parts = [
         f"step: {step}/{total}  grpo_loss: {metrics['loss']:.4f}",
-        f"reward {metrics['reward/mean']:.3f}±{metrics['reward/std']:.3f}",
+        reward_of(metrics),
         f"length {metrics['completions/length_mean']:.1f}",
     ]
     if "kl" in metrics:
@@ -130,6 +130,13 @@ def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
     parts.append(f"{metrics['tokens_per_s']:.0f} tok/s")
     seconds = [f"{phase} {metrics[f'time/{phase}_s']:.2f}" for phase in PHASES if metrics[f"time/{phase}_s"] >= 0.005]
     return "  ".join(parts) + f"  {metrics['time/step_s']:.2f} s ({', '.join(seconds)})"
+
+
+def reward_of(metrics: dict[str, float]) -> str:
+    """Mean and standard deviation of the step's rewards; "none" where no completion has one."""
+    if "reward/mean" not in metrics:
+        return "reward none"
+    return f"reward {metrics['reward/mean']:.3f}±{metrics['reward/std']:.3f}"
 
 
 def sft_line(step: int, total: int, metrics: dict[str, float]) -> str:

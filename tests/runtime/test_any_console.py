@@ -162,6 +162,7 @@ max_steps: 1
 batch_size: 2
 gradient_accumulation_steps: 1
 num_generations: 2
+max_prompt_length: 100
 max_generate_length: 4
 log_completions_steps: 1
 log_samples_steps: 1
