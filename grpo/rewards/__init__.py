@@ -92,6 +92,8 @@ class Reward:
     runs_code: bool = False  # executes what a model wrote: one process for each call
     source: str = ""  # the function's text, for the run's fingerprint
     worth_of_refusal: float = 0.0  # its score for a refusal, 0 where it does not reward one
+    reads_gold: bool = False  # None from it means that it cannot read the gold answer, whatever the completion is
+    right: float = 1.0  # its score for a right answer, where it has 0 for any other
 
     @property
     def short(self) -> str:

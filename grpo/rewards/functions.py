@@ -118,8 +118,10 @@ def describe(function: RewardFunction, name: str, given: Mapping[str, Any] | Non
         source = inspect.getsource(function)
     except (OSError, TypeError):  # a callable object, or a function made at run time
         source = name
-    marks = {mark: bool(getattr(function, mark, False)) for mark in ("sees_group", "runs_code")}
-    return {**marks, "source": source, "worth_of_refusal": _worth_of_refusal(function, given or {})}
+    marks = {mark: bool(getattr(function, mark, False)) for mark in ("sees_group", "runs_code", "reads_gold")}
+    right = getattr(function, "right", 1.0)
+    worth = _worth_of_refusal(function, given or {})
+    return {**marks, "source": source, "worth_of_refusal": worth, "right": float(right)}
 
 
 def _worth_of_refusal(function: RewardFunction, given: Mapping[str, Any]) -> float:

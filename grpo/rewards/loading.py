@@ -73,8 +73,7 @@ def make_rewards(cfg: Config, descriptions: Sequence[dict[str, Any]]) -> list[Re
     if descriptions and "error" in descriptions[-1]:
         raise UserError(f"rewards: {descriptions[-1]['error']}")
     rewards = [
-        Reward(name, weight, one["sees_group"], one["runs_code"], one["source"], one["worth_of_refusal"])
-        for (name, weight), one in zip(cfg.rewards.items(), descriptions, strict=True)
+        Reward(name, weight, **one) for (name, weight), one in zip(cfg.rewards.items(), descriptions, strict=True)
     ]
     grouped = [reward.name for reward in rewards if reward.sees_group]
     if grouped and cfg.rollout_chunk_rows < cfg.num_generations:
