@@ -10,7 +10,6 @@ Prompts are built exactly as in training: the recipe comes from the checkpoint. 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from grpo.evaluate.arguments import BATCH_ROWS, MAX_NEW_TOKENS, REFUSAL, SEED, T
 from grpo.evaluate.ask import Answer, CheckpointModel, OtherModel
 from grpo.evaluate.multiple_choice import predict
 from grpo.models.checks import quiet
+from grpo.run.console import json_line
 from grpo.run.languages import label, language_of
 from grpo.runtime.distributed import World, pick_device
 
@@ -127,7 +127,7 @@ def answer(pair: Pair, args: argparse.Namespace) -> None:
         if numbered:
             print(label(pair.language, "case", at=i, total=len(cases)))
         if args.json:
-            print(json.dumps(pair.as_json(case), ensure_ascii=False), flush=True)
+            print(json_line(pair.as_json(case)), flush=True)
         else:
             pair.show(case, args.stream)
         if numbered:

@@ -20,6 +20,7 @@ from grpo.config.settings import Config, prompts_per_step, total_steps, updates_
 from grpo.errors import warn
 from grpo.evaluate.held_out import evaluate
 from grpo.models.checks import check_lengths, check_vocabulary, stop_token_ids
+from grpo.rewards.gold_check import warn_of_unreadable_golds
 from grpo.rewards.pool import open_rewards
 from grpo.rollout import cut_chunks, rollout
 from grpo.rollout.engine import NativeEngine
@@ -51,6 +52,8 @@ def train(cfg: Config, world: World) -> None:
     P, G, total = prompts_per_step(cfg), cfg.num_generations, total_steps(cfg, len(task.questions.items))
     first = restore(policy, resumed)
     run.log.describe(task.questions, total, policy, len(cut_chunks(P, G, cfg.rollout_chunk_rows)))
+    if world.is_main:
+        warn_of_unreadable_golds(rewards, [question.columns for question in task.questions.items])
 
     def evaluate_if_due(step: int) -> None:
         if task.held_out is None or not run.evaluation_due(step, first, total):

@@ -40,3 +40,25 @@ Shapes
 
 Where the next one goes: ARCHITECTURE.md, "Where new things go".
 """
+
+import os
+import sys
+
+
+def _accept_any_text() -> None:
+    """Every command passes here. A console shows what its encoding has, the rest as escapes: no character ends a run.
+
+    Arguments are read as UTF-8 also where the locale has no such characters (C with PYTHONUTF8=0).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    for at, arg in enumerate(getattr(sys, "argv", [])):
+        if any("\udc80" <= letter <= "\udcff" for letter in arg):  # bytes that the locale could not read
+            try:
+                sys.argv[at] = os.fsencode(arg).decode("utf-8")
+            except UnicodeError:
+                continue
+
+
+_accept_any_text()

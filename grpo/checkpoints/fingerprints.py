@@ -11,7 +11,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from grpo.checkpoints.manifest import tree_sha256
-from grpo.config.settings import Config, find_path
+from grpo.config.settings import Config, find_path, scales_advantages
 from grpo.data.questions import Questions
 from grpo.models.lora_checks import check_adapter, is_adapter
 from grpo.rewards import Reward
@@ -30,7 +30,8 @@ def fingerprints(
     rows = hashlib.sha256()
     for prompt in questions.items:
         rows.update(json.dumps([prompt.token_ids, prompt.columns], default=str, sort_keys=True).encode())
-    return {
+    facts = {} if scales_advantages(cfg) or not rewards else {"clip_of_unscaled_advantages": "none"}  # older runs: 10
+    return facts | {
         "base_model": tree_sha256(path) + adapter_base if path else cfg.model,
         "data": rows.hexdigest(),
         "chat_template": _sha256(str(getattr(tokenizer, "chat_template", None))),

@@ -6,6 +6,8 @@ jsonargparse lets pass: null for any setting, true for a number of a Literal, an
 
 import dataclasses
 import math
+import os
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import PurePath
@@ -14,10 +16,11 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from grpo.config.settings import Config, prompts_per_step, tracker_names
+from grpo.config.settings import Config, prompts_per_step, scales_advantages, tracker_names
 from grpo.errors import UserError
 
 MAX_WHOLE = 2**31  # sizes and counts stay below; only the seed may be larger
+PATHS = ("output_dir", "runs_dir", "run_name", "model", "data", "eval_data", "chat_template_file", "deepspeed_config")
 MAY_BE_EMPTY = ("system_prompt", "prompt_template")
 IN_WORDS = {
     int: "a whole number",
@@ -70,6 +73,10 @@ def check(cfg: Config) -> None:
     """Check types, ranges and combinations of settings. Raises UserError naming the setting."""
     for name, kind in typing.get_type_hints(Config).items():
         check_kind(name, getattr(cfg, name), kind)
+    for name in PATHS:
+        _check_encodable(name, getattr(cfg, name))
+    for name in cfg.rewards:
+        _check_encodable("rewards", name)
     if cfg.run_name is not None and (PurePath(cfg.run_name).is_absolute() or ".." in PurePath(cfg.run_name).parts):
         raise UserError(f"run_name: must be a name below runs_dir, got {cfg.run_name!r}. Choose --runs_dir instead.")
     if cfg.model is None:
@@ -105,11 +112,27 @@ def check(cfg: Config) -> None:
             f"offload: {cfg.offload} needs zero_stage >= {3 if cfg.offload == 'all' else 1}, got {cfg.zero_stage}."
         )
     _check_adapter(cfg)
+    if not scales_advantages(cfg) and cfg.advantage_clip != Config().advantage_clip:
+        raise UserError(
+            f"advantage_clip: it acts on advantages divided by the group's deviation, got {cfg.advantage_clip:g} with "
+            f"scale_rewards {cfg.scale_rewards}, weighting {cfg.weighting}. Leave it out."
+        )
     if cfg.num_minibatches > prompts_per_step(cfg):
         raise UserError(
             f"num_minibatches: at most one per prompt of a step, {prompts_per_step(cfg)}, got {cfg.num_minibatches}. "
             "Raise batch_size or gradient_accumulation_steps."
         )
+
+
+def _check_encodable(setting: str, path: str | None) -> None:
+    """Refuse a path that the locale's encoding of file names cannot express."""
+    try:
+        os.fsencode(path or "")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{setting}: this locale's encoding of file names, {sys.getfilesystemencoding()}, does not have all "
+            f"characters of {path!r}. Choose another name, or set PYTHONUTF8=1."
+        ) from None
 
 
 def _check_adapter(cfg: Config) -> None:

@@ -34,6 +34,13 @@ MAX_YAML_DEPTH = 4
 MANY_DIGITS = re.compile(r"[-+]?[\d_]{20,}")
 
 
+class _Parser(jsonargparse.ArgumentParser):
+    """Reads YAML files as UTF-8, whatever the locale's encoding is."""
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.parse_string(Path(path).read_text(encoding="utf-8"), str(path), *args, **kwargs)
+
+
 def _parser() -> jsonargparse.ArgumentParser:
     parser = _empty_parser(
         "train.py",
@@ -61,7 +68,7 @@ def _sft_parser() -> jsonargparse.ArgumentParser:
 
 
 def _empty_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
         description=description,
         exit_on_error=False,

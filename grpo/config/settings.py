@@ -139,7 +139,7 @@ class Config:
     scale_rewards: Literal["group", "none"] = "group"
     """Whether advantages are divided by the group's standard deviation; dr_grpo implies none."""
     advantage_clip: float = 10.0
-    """Largest absolute advantage."""
+    """Largest absolute advantage, where it is divided by the group's standard deviation; others are not clipped."""
     logit_clamp: float = 100.0
     """Logits are centred on their mid-range and clamped to this size, in sampling and in scoring."""
     max_importance_weight: float = 2.0
@@ -149,9 +149,10 @@ class Config:
     lr: float = 1e-6
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warmup: constant, or decay to zero at the last step."""
+    """Rate of update k = 0 to m-1 of the m that follow warmup, with p = k / m. constant: lr. linear: lr (1 - p).
+    cosine: lr (1 + cos(pi p)) / 2. The last one is above 0 (linear: lr / m); 0 would be one update later."""
     warmup_ratio: float = 0.0
-    """Share of the optimizer steps during which the rate rises, in [0, 1)."""
+    """In [0, 1). Of the run's n optimizer steps the first w = ceil(warmup_ratio n) rise: lr (j + 1) / w, j from 0."""
     weight_decay: float = 0.0
     """AdamW's weight decay, of matrices only."""
     adam_beta1: float = 0.9
@@ -297,6 +298,11 @@ def tracker_names(cfg: Config) -> list[str]:
 def updates_per_step(cfg: Config) -> int:
     """Optimizer steps per step."""
     return cfg.num_minibatches * cfg.num_iterations
+
+
+def scales_advantages(cfg: Config) -> bool:
+    """Whether advantages are divided by their group's standard deviation."""
+    return cfg.scale_rewards == "group" and cfg.weighting != "dr_grpo"
 
 
 def is_deepspeed(cfg: Config) -> bool:

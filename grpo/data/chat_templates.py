@@ -137,7 +137,11 @@ def end_renderers() -> None:
 
 def _limit() -> None:
     """Limit the address space, and forbid writing files and opening files or sockets, from now on."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 2**18
+    pages = (
+        int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+        if Path("/proc/self/statm").exists()
+        else 2**18
+    )
     space = pages * resource.getpagesize() + MEMORY_BYTES
     for limit, value in (
         (resource.RLIMIT_AS, space),

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config.settings import Config
 from grpo.data.questions import Questions
+from grpo.rewards import short_names
 from grpo.rewards.pool import Rewards
 from grpo.rollout import Engine, cut_chunks, requests_of
 from grpo.rollout.sampling import Sampling
@@ -62,8 +63,8 @@ def evaluate(
         "eval/accuracy": float((np.nan_to_num(first) > rewards.rewards[0].worth_of_refusal).mean()),
         "eval/length_mean": float(table[:, -1].mean()),
     }
-    for k, reward in enumerate(rewards.rewards):
+    for k, short in enumerate(short_names([reward.name for reward in rewards.rewards]).values()):
         column = table[:, k][~np.isnan(table[:, k])]
         if len(column):
-            metrics[f"eval/{reward.short}"] = float(column.mean())
+            metrics[f"eval/{short}"] = float(column.mean())
     return metrics

@@ -48,25 +48,26 @@ def math_reward(
     completions: Sequence[Any], answer: Sequence[Any], *, start: str = "<answer>", end: str = "</answer>",
     **columns: Any,
 ) -> list[float | None]:  # fmt: skip
-    """1.0 when Math-Verify finds the text between the last `start` and the next `end` equal to the gold, else 0.0.
+    """1.0 when the text between the last `start` and the next `end` agrees with the gold as a whole, else 0.0.
 
-    Without `start` 0.0; an empty `end` means up to the end of the text. What is not read as it stands is read as LaTeX
-    between dollar signs. None for a gold that cannot be read.
+    Without `start` 0.0; an empty `end` means up to the end of the text. Words agree when they are the same, numbers by
+    value and unit, expressions as Math-Verify compares them (math_reading.py). None for a gold that cannot be read.
     """
     return [
         _score(inside(completion_text(c), start, end), str(gold)) for c, gold in zip(completions, answer, strict=True)
     ]
 
 
+math_reward.reads_gold = True  # type: ignore[attr-defined]
+
+
 def _score(text: str | None, gold: str) -> float | None:
-    gold = _readable(gold)
-    if not agrees(gold, gold):
+    from grpo.reward_library.math_reading import equal, reading
+
+    known = reading(gold)
+    if known is None:
         return None
-    return 1.0 if text is not None and agrees(_readable(text), gold) else 0.0
-
-
-def _readable(text: str) -> str:
-    return text if parsed(text) else f"${text}$"
+    return 1.0 if text is not None and equal(known, reading(text)) else 0.0
 
 
 def _prepare(start: Any, end: Any) -> None:

@@ -146,4 +146,5 @@ def _score(text: str | None, gold: Fraction | None) -> float | None:
     return 1.0 if text is not None and number(text) == gold else 0.0
 
 
+numeric_reward.reads_gold = True  # type: ignore[attr-defined]
 declare(numeric_reward, check_marks)

@@ -16,6 +16,7 @@ here.
     supervisor         enforces the deadline and the limits; kills and replaces its worker; runs no user code
     worker             the only process that runs the user's file; functions marked `runs_code` get one process a call
     functions          importing a file, one call, what counts as a score
+    neighbours         the modules beside a reward file, which it imports
     loading            finding the files of the functions; their descriptions as `Reward`
     calls              calls and answers as bytes
     protocol           frames of JSON between the processes
@@ -27,7 +28,10 @@ function's name, the reason and the completion are reported, and too many failur
 Workers import this package, so it imports neither numpy nor torch.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 # A function that rewards a refusal to answer has these two parameters: the score of a refusal, and its text.
@@ -41,6 +45,31 @@ def completion_text(completion: str | list[dict[str, str]]) -> str:
     '4'
     """
     return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Each reward's name in metrics and tables: the function's own, after as much of its path as tells it apart.
+
+    >>> list(short_names(["mark_reward", "my.py:f_reward"]).values())
+    ['mark_reward', 'f_reward']
+    >>> list(short_names(["a/my.py:f_reward", "b/my.py:f_reward", "f_reward"]).values())
+    ['a.my.f_reward', 'b.my.f_reward', 'reward_func.f_reward']
+    """
+    paths = {}
+    for name in names:
+        file, _, function = name.rpartition(":")
+        paths[name] = [*PurePath(file or "reward_func.py").with_suffix("").parts, function]
+    shown = {}
+    for name, parts in paths.items():
+        same = [other for other in paths.values() if other[-1] == parts[-1]]
+        depths = (n for n in range(1, len(parts) + 1) if sum(other[-n:] == parts[-n:] for other in same) == 1)
+        shown[name] = ".".join(parts[-next(depths, len(parts)) :]).strip("/.")
+    # one file named in two ways, such as a.py and ./a.py, or a.b.py and a/b.py: numbered
+    count: Counter[str] = Counter()
+    for name, short in shown.items():
+        count[short] += 1
+        shown[name] = short if count[short] == 1 else f"{short}_{count[short]}"
+    return shown
 
 
 @dataclass(frozen=True)
@@ -63,6 +92,8 @@ class Reward:
     runs_code: bool = False  # executes what a model wrote: one process for each call
     source: str = ""  # the function's text, for the run's fingerprint
     worth_of_refusal: float = 0.0  # its score for a refusal, 0 where it does not reward one
+    reads_gold: bool = False  # None from it means that it cannot read the gold answer, whatever the completion is
+    right: float = 1.0  # its score for a right answer, where it has 0 for any other
 
     @property
     def short(self) -> str:

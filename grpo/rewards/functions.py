@@ -1,17 +1,18 @@
 """One reward function: importing it, one call, what counts as a score. Runs in the worker; plain Python only.
 
 The file is imported from the text that was read when the run started, so a worker that is replaced in the middle of a
-run gets the same function even when the file has changed.
+run gets the same function even when the file has changed. So are the modules beside it (neighbours.py).
 """
 
 import difflib
 import importlib.abc
 import importlib.util
 import inspect
+import itertools
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from types import ModuleType
 from typing import Any
 
@@ -22,11 +23,12 @@ Outcome = float | str | None  # a score, why there is none, or "does not apply"
 
 LARGEST = 1e100  # squares and weighted sums of scores stay finite
 MAX_REASON = 300  # characters
+MAX_SCORES = 2**16  # read from an iterator, which may have no end
 MAX_NAMES = 8  # functions named in the error about a missing one
 ARGUMENTS = ("prompts", "completions", "completion_ids")  # passed in every call
 
 
-class _TextLoader(importlib.abc.InspectLoader):
+class TextLoader(importlib.abc.InspectLoader):
     """Imports a file from the text that was read when the run started."""
 
     def __init__(self, path: str, text: str):
@@ -42,12 +44,12 @@ class _TextLoader(importlib.abc.InspectLoader):
         return self.path
 
     def is_package(self, fullname: str) -> bool:
-        return False
+        return self.path.endswith("__init__.py")
 
 
 def load_module(module_name: str, path: str, text: str) -> ModuleType:
     """Import the file. Raises whatever the file's code raises."""
-    spec = importlib.util.spec_from_file_location(module_name, path, loader=_TextLoader(path, text))
+    spec = importlib.util.spec_from_file_location(module_name, path, loader=TextLoader(path, text))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # as an import would: dataclasses and pickling look there
@@ -117,8 +119,10 @@ def describe(function: RewardFunction, name: str, given: Mapping[str, Any] | Non
         source = inspect.getsource(function)
     except (OSError, TypeError):  # a callable object, or a function made at run time
         source = name
-    marks = {mark: bool(getattr(function, mark, False)) for mark in ("sees_group", "runs_code")}
-    return {**marks, "source": source, "worth_of_refusal": _worth_of_refusal(function, given or {})}
+    marks = {mark: bool(getattr(function, mark, False)) for mark in ("sees_group", "runs_code", "reads_gold")}
+    right = getattr(function, "right", 1.0)
+    worth = _worth_of_refusal(function, given or {})
+    return {**marks, "source": source, "worth_of_refusal": worth, "right": float(right)}
 
 
 def _worth_of_refusal(function: RewardFunction, given: Mapping[str, Any]) -> float:
@@ -153,10 +157,14 @@ def weigh(scores: Any, wanted: int) -> list[Outcome]:
     >>> weigh([float("nan")], 1)
     ['returned nan, expected a finite number']
     """
-    numpy = sys.modules.get("numpy")  # not imported here: without it there can be no array
-    kinds = (list, tuple) if numpy is None else (list, tuple, numpy.ndarray)
-    if not isinstance(scores, kinds):
-        return [f"returned {type(scores).__name__}, expected a list of numbers or None"] * wanted
+    kind = type(scores).__name__
+    if hasattr(scores, "tolist"):  # an array or tensor, on any device; one of shape [n, 1] is a list of numbers too
+        scores = scores.tolist()
+        if isinstance(scores, list):
+            scores = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in scores]
+    if isinstance(scores, (str, bytes, Mapping, Set)) or not isinstance(scores, Iterable):
+        return [f"returned {kind}, expected a list of numbers or None"] * wanted
+    scores = scores if isinstance(scores, Sequence) else list(itertools.islice(scores, MAX_SCORES))
     if len(scores) != wanted:
         return [f"returned {len(scores)} scores for {wanted} completions"] * wanted
     return [_weigh_one(score) for score in scores]

@@ -8,6 +8,7 @@ from typing import Any
 from grpo.config.settings import PROJECT, Config, find_path
 from grpo.errors import UserError
 from grpo.rewards import Reward
+from grpo.rewards.neighbours import texts_beside
 
 
 def locate(cfg: Config) -> list[dict[str, Any]]:
@@ -16,6 +17,7 @@ def locate(cfg: Config) -> list[dict[str, Any]]:
     The file is reward_func.py, or that of `path.py:function`.
     """
     texts: dict[Path, str] = {}
+    modules: dict[Path, str] = {}  # by file; two files of one name are two modules
     functions = []
     for name in cfg.rewards:
         file, _, function = name.rpartition(":")
@@ -25,7 +27,9 @@ def locate(cfg: Config) -> list[dict[str, Any]]:
         path = path.resolve()
         if path not in texts:
             texts[path] = _read(path)
-        module = "reward_func" if path == PROJECT / "reward_func.py" else f"rewards_from_{path.stem}"
+            module = "reward_func" if path == PROJECT / "reward_func.py" else f"rewards_from_{path.stem}"
+            taken = sum(other.stem == path.stem for other in modules)
+            modules[path] = f"{module}_{taken + 1}" if taken else module
         given = cfg.reward_parameters.get(name, {})
         parameters = {key: _with_path(name, key, value) for key, value in given.items()}
         functions.append(
@@ -33,8 +37,9 @@ def locate(cfg: Config) -> list[dict[str, Any]]:
                 "name": name,
                 "path": str(path),
                 "function": function,
-                "module": module,
+                "module": modules[path],
                 "text": texts[path],
+                "beside": texts_beside(path, texts[path], _read),
                 "parameters": parameters,
             }
         )
@@ -68,8 +73,7 @@ def make_rewards(cfg: Config, descriptions: Sequence[dict[str, Any]]) -> list[Re
     if descriptions and "error" in descriptions[-1]:
         raise UserError(f"rewards: {descriptions[-1]['error']}")
     rewards = [
-        Reward(name, weight, one["sees_group"], one["runs_code"], one["source"], one["worth_of_refusal"])
-        for (name, weight), one in zip(cfg.rewards.items(), descriptions, strict=True)
+        Reward(name, weight, **one) for (name, weight), one in zip(cfg.rewards.items(), descriptions, strict=True)
     ]
     grouped = [reward.name for reward in rewards if reward.sees_group]
     if grouped and cfg.rollout_chunk_rows < cfg.num_generations:

@@ -18,6 +18,7 @@ from typing import Any
 from grpo.errors import UserError
 from grpo.rewards import sandbox
 from grpo.rewards.functions import Outcome, RewardFunction, bind, call, describe, find, load_module, raised
+from grpo.rewards.neighbours import Neighbours
 from grpo.rewards.protocol import MAX_ANSWER, MAX_REQUEST, cut, dump, frame, load, read_frame, write_all
 
 TICK_S = 0.02
@@ -54,30 +55,44 @@ def load_functions(
     wanted: see `locate`. only_code: this worker only calls functions that run code, so the others are not prepared.
     """
     modules: dict[str, Any] = {}
+    neighbours: dict[str, Neighbours] = {}
     functions: list[RewardFunction] = []
     descriptions: list[dict[str, Any]] = []
     for one in wanted:
         path = one["path"]
+        beside = neighbours.setdefault(path, Neighbours(path, one["module"], one["beside"]))
         try:
             if path not in modules:
-                modules[path] = load_module(one["module"], path, one["text"])
+                with beside.visible():
+                    modules[path] = load_module(one["module"], path, one["text"])
         except BaseException as error:  # whatever the user's file raises at import, SystemExit included
-            return functions, [{"error": f"importing {path} raised {raised(error)}."}]
+            return functions, [{"error": f"importing {path} raised {raised(error)}.{_advice(error)}"}]
         found = find(modules[path], one["function"])
         if isinstance(found, str):
             return functions, [{"error": f"{os.path.basename(path)} {found}"}]
-        described = describe(found, one["name"], one["parameters"])
+        with beside.visible():
+            described = describe(found, one["name"], one["parameters"])
         if not only_code or described["runs_code"]:
             try:
-                found, more_source = bind(found, one["parameters"])
+                with beside.visible():
+                    found, more_source = bind(found, one["parameters"])
             except (ValueError, UserError) as error:
                 return functions, [{"error": " ".join(f"{one['name']}: {error}".split())}]
             except BaseException as error:  # `prepare` may be the user's: it may raise anything
                 return functions, [{"error": f"{one['name']}: preparing it raised {raised(error)}."}]
             described["source"] += more_source
-        functions.append(found)
+        functions.append(beside.around(found))
         descriptions.append(described)
     return functions, descriptions
+
+
+def _advice(error: BaseException) -> str:
+    """What to do about an import that failed, where that is known."""
+    if isinstance(error, ModuleNotFoundError):
+        return f" Install {error.name}, or put {error.name}.py beside that file."
+    if isinstance(error, ImportError) and "relative import" in str(error):
+        return " A reward file is imported by itself: write `import helpers` for the file helpers.py beside it."
+    return ""
 
 
 def make_call(function: RewardFunction, pairs: list[tuple[bytes, bytes]]) -> list[Outcome]:

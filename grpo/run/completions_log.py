@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.config.settings import Config
-from grpo.rewards import completion_text
+from grpo.rewards import completion_text, short_names
 from grpo.run.languages import label
 from grpo.run.trackers.jsonl import open_after
 from grpo.training.scoring import Scored, combine
@@ -109,7 +109,8 @@ def as_table(rollouts: Sequence[Rollout], language: str = "en") -> Table:
     for name, ratio in (("question", 3), ("completion", 5), ("gold", 1), ("rewards", 2), ("advantage", 1)):
         table.add_column(text(name), ratio=ratio, overflow="fold")
     for rollout in rollouts[:NUM_SHOWN]:
-        rewards = [f"{name.rpartition(':')[2]} {_number(value, none)}" for name, value in rollout.rewards.items()]
+        names = short_names(list(rollout.rewards))
+        rewards = [f"{names[name]} {_number(value, none)}" for name, value in rollout.rewards.items()]
         rewards.append(f"{text('sum')} {_number(rollout.reward, none)}")
         advantage = f"{rollout.advantage:+.3f}"
         cells = (rollout.question, rollout.completion, str(rollout.gold), "\n".join(rewards), advantage)

@@ -1,9 +1,13 @@
 """Output of rank 0: one line per step on stdout and in runs/<name>/train.log; on a terminal, a progress bar below."""
 
 import io
+import json
+import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from rich.box import ASCII
 from rich.console import Console as RichConsole
 from rich.progress import (
     BarColumn,
@@ -20,6 +24,7 @@ from grpo.errors import warn
 from grpo.training.metrics import PHASES
 
 TABLE_WIDTH = 120  # without a terminal
+LINES = "┏━┳┓┃┡╇┩├─┼┤│└┴┘"  # around the cells of a table
 
 
 class Console:
@@ -53,6 +58,8 @@ class Console:
 
     def show(self, table: Table) -> None:
         """Print a table, in colour on a terminal, and append it to train.log."""
+        if not can_show(LINES):
+            table.box = ASCII
         width = self.rich.width if self.rich.is_terminal else TABLE_WIDTH
         plain = RichConsole(file=io.StringIO(), width=width, color_system=None)
         plain.print(table)
@@ -95,11 +102,26 @@ class Console:
             self.log_file.close()
 
 
+def json_line(value: Any) -> str:
+    """A value as JSON that stdout can show: characters that its encoding lacks are escaped as JSON does it."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if can_show(text) else json.dumps(value)
+
+
+def can_show(text: str) -> bool:
+    """Whether stdout's encoding has these characters."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeError, LookupError):
+        return False
+    return True
+
+
 def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
     """The console's line of one GRPO step. `grpo_loss` names the metric `loss`, whatever its weighting is."""
     parts = [
         f"step: {step}/{total}  grpo_loss: {metrics['loss']:.4f}",
-        f"reward {metrics['reward/mean']:.3f}±{metrics['reward/std']:.3f}",
+        reward_of(metrics),
         f"length {metrics['completions/length_mean']:.1f}",
     ]
     if "kl" in metrics:
@@ -108,6 +130,13 @@ def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
     parts.append(f"{metrics['tokens_per_s']:.0f} tok/s")
     seconds = [f"{phase} {metrics[f'time/{phase}_s']:.2f}" for phase in PHASES if metrics[f"time/{phase}_s"] >= 0.005]
     return "  ".join(parts) + f"  {metrics['time/step_s']:.2f} s ({', '.join(seconds)})"
+
+
+def reward_of(metrics: dict[str, float]) -> str:
+    """Mean and standard deviation of the step's rewards; "none" where no completion has one."""
+    if "reward/mean" not in metrics:
+        return "reward none"
+    return f"reward {metrics['reward/mean']:.3f}±{metrics['reward/std']:.3f}"
 
 
 def sft_line(step: int, total: int, metrics: dict[str, float]) -> str:

@@ -14,7 +14,7 @@ from grpo.config.settings import Config, prompts_per_step, tracker_names
 from grpo.data.questions import Questions, length_summary
 from grpo.errors import warn
 from grpo.run.completions_log import RolloutFile, as_markdown, as_table, rollouts_of
-from grpo.run.console import Console, sft_line, step_line
+from grpo.run.console import Console, reward_of, sft_line, step_line
 from grpo.run.languages import label
 from grpo.run.trackers import Tracker, check_trackers, load_trackers
 from grpo.runtime.distributed import World
@@ -51,6 +51,7 @@ class RunLog:
         self.rollouts: RolloutFile | None = None
         self.best: BestCheckpoint | None = None  # on rank 0
         self.total = 0
+        self.without_reward = False  # the last step had no reward: said once
         self.extras: Callable[[], dict[str, float]] = dict  # metrics of rank 0 alone, such as the seconds of saves
 
     def open(self, total: int, done: int) -> None:
@@ -117,7 +118,13 @@ class RunLog:
         metrics["guards/trust_sampler"] = float(bool(policy.counters.trust_sampler))
         if self.world.is_main:
             self.write_line(step_line(step, total, metrics))
-            self.console.advance(f"reward {metrics['reward/mean']:.3f}")
+            self.console.advance(reward_of(metrics))
+            if "reward/mean" not in metrics and not self.without_reward:
+                warn(
+                    f"warning: step {step}: no completion has a reward, every function gave None (does not apply, or "
+                    "failed): nothing is learned. Check the rewards and the columns that they read."
+                )
+            self.without_reward = "reward/mean" not in metrics
         self.log(step, metrics)
         return metrics
 

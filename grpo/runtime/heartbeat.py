@@ -139,7 +139,7 @@ def state_of(pid: int) -> str:
     """State of a process of this host: "gone", or the kernel's letter (Z: zombie, T: stopped), or "?"."""
     try:
         os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except ProcessLookupError:
         return "gone"
     except OSError:

@@ -4,7 +4,7 @@
 
 Differs from the paper: the standard deviation is the unbiased one, as in TRL; a group whose rewards are all equal gets
 exactly 0 (rounding in the mean would otherwise give all its rows one sign), and so does a group whose standard
-deviation is below 1e-6; `scale=False` (Dr. GRPO, arXiv 2503.20783) leaves the division out; advantages are clipped.
+deviation is below 1e-6; divided advantages are clipped; `scale=False` (Dr. GRPO, arXiv 2503.20783) leaves both out.
 The variance is computed in two passes, in float64.
 """
 
@@ -29,8 +29,8 @@ def group_advantages(rewards: np.ndarray, scale: bool = True, clip: float = 10.0
     centred = np.where(known, filled - filled.sum(-1, keepdims=True) / np.maximum(count, 1), 0.0)
     std = np.sqrt((centred**2).sum(-1, keepdims=True) / np.maximum(count - 1, 1))
     if scale:
-        centred = np.where(std < STD_FLOOR, 0.0, centred / (std + STD_EPS))
-    return np.where(equal_groups(rewards)[:, None], 0.0, centred).clip(-clip, clip)
+        centred = np.where(std < STD_FLOOR, 0.0, centred / (std + STD_EPS)).clip(-clip, clip)
+    return np.where(equal_groups(rewards)[:, None], 0.0, centred)
 
 
 def equal_groups(rewards: np.ndarray) -> np.ndarray:

@@ -38,10 +38,10 @@ MAX_TRUSTED_GAP = 1e-4  # largest |sampler - trainer| log-prob for sampler log-p
 
 
 def learning_rate(cfg: Config, update: int, total_updates: int) -> float:
-    """Rate of optimizer step `update` (from 0): linear warmup, then constant, linear or cosine to zero.
+    """Rate of optimizer step `update` (from 0): linear warmup, then constant, or linear or cosine towards zero.
 
-    >>> learning_rate(Config(lr=1.0, lr_schedule="linear"), 5, 10)
-    0.5
+    >>> [learning_rate(Config(lr=18.0, lr_schedule="linear", warmup_ratio=0.1), update, 20) for update in (0, 1, 2, 19)]
+    [9.0, 18.0, 18.0, 1.0]
     """
     warmup = math.ceil(cfg.warmup_ratio * total_updates)
     if update < warmup:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from grpo.rewards import short_names
 from grpo.training.advantages import equal_groups
 from grpo.training.scoring import LATE
 from grpo.types import Table
@@ -12,8 +13,6 @@ def rollout_metrics(table: Table, advantages: np.ndarray, vocab_size: int) -> di
     tokens, trained = table.lengths.sum(), table.num_trained.sum()
     known = table.rewards[~np.isnan(table.rewards)]
     metrics = {
-        "reward/mean": float(known.mean()) if len(known) else 0.0,
-        "reward/std": float(known.std()) if len(known) else 0.0,
         "reward/zero_std_groups": float(equal_groups(table.grouped).mean()),
         "reward/failures": float(table.facts["failures"].sum()),
         "advantage/abs_mean": float(np.abs(advantages).mean()),
@@ -26,9 +25,10 @@ def rollout_metrics(table: Table, advantages: np.ndarray, vocab_size: int) -> di
         "entropy": float(-table.facts["logprob_sum"].sum() / max(1, trained)),
         "guards/clamped_logits": float(table.facts["clamped"].sum() / max(1, tokens * vocab_size)),
     }
-    for k, name in enumerate(table.names):
+    if len(known):
+        metrics |= {"reward/mean": float(known.mean()), "reward/std": float(known.std())}
+    for k, short in enumerate(short_names(table.names).values()):
         column = table.scores[:, k][~np.isnan(table.scores[:, k])]
-        short = name.rpartition(":")[2]
         faults = table.faults[:, k]
         metrics[f"reward/{short}/failures"] = float((faults != 0).mean())
         metrics[f"reward/{short}/timeouts"] = float((faults == LATE).mean())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config.settings import Config
+from grpo.config.settings import Config, scales_advantages
 from grpo.errors import UserError
 from grpo.rewards import Failure, Reward, RewardInput
 from grpo.rewards.calls import Call
@@ -224,5 +224,4 @@ def check_failures(cfg: Config, faults: np.ndarray, names: Sequence[str]) -> Non
 
 def advantages_of(table: Table, cfg: Config) -> np.ndarray:
     """[N] advantages over whole groups; 0 for rows without a reward."""
-    scale = cfg.scale_rewards == "group" and cfg.weighting != "dr_grpo"
-    return group_advantages(table.grouped, scale, cfg.advantage_clip).ravel()
+    return group_advantages(table.grouped, scales_advantages(cfg), cfg.advantage_clip).ravel()

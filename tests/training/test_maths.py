@@ -49,9 +49,11 @@ def test_equal_rewards_give_exactly_zero_where_a_naive_mean_does_not():
     assert (group_advantages(same[None]) == 0).all()
 
 
-def test_no_scaling_and_clip():
+def test_the_clip_acts_on_scaled_advantages_only():
+    """[80, 0] unscaled is +-40, and stays so whatever the clip is; scaled it is +-0.707, which a clip of 0.5 cuts."""
     np.testing.assert_allclose(group_advantages(np.array([[1.0, 0.0]]), scale=False), [[0.5, -0.5]])
-    np.testing.assert_allclose(group_advantages(np.array([[80.0, 0.0]]), scale=False, clip=10.0), [[10, -10]])
+    np.testing.assert_allclose(group_advantages(np.array([[80.0, 0.0]]), scale=False, clip=10.0), [[40, -40]])
+    np.testing.assert_allclose(group_advantages(np.array([[80.0, 0.0]]), scale=True, clip=0.5), [[0.5, -0.5]])
 
 
 @given(st.lists(st.integers(-1000, 1000), min_size=2, max_size=16), st.integers(-50, 50), st.integers(1, 9))

@@ -55,7 +55,9 @@ def load_trackers(cfg: Config, folder: Path, done: int) -> list[Tracker]:
 def run_id(folder: Path, name: str) -> str:
     """A tracker's id of this run: drawn once and stored in the run's folder, so that a resume continues the curves."""
     file = folder / f"{name}_id"
-    if file.is_file() and re.fullmatch(r"[0-9a-f]{16}", stored := file.read_text(errors="replace").strip()):
+    if file.is_file() and re.fullmatch(
+        r"[0-9a-f]{16}", stored := file.read_text(encoding="utf-8", errors="replace").strip()
+    ):
         return stored
     new = secrets.token_hex(8)
     file.write_text(new + "\n", encoding="utf-8")

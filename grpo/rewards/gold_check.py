@@ -1,0 +1,37 @@
+"""Before training: how many gold answers a reward function cannot read.
+
+A function with the mark `reads_gold` gives None exactly where the gold is unreadable, whatever the completion is. Such
+a question has no reward from it, in every step, and nothing else would say so.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from grpo.errors import warn
+from grpo.rewards import RewardInput
+from grpo.rewards.calls import Call
+from grpo.rewards.pool import Rewards
+
+MAX_QUESTIONS = 2000  # looked at; expressions take milliseconds each
+SHOWN = 3
+
+
+def warn_of_unreadable_golds(rewards: Rewards, columns: Sequence[dict[str, Any]]) -> None:
+    """One warning for each function that cannot read some golds. columns: of each question."""
+    functions = [k for k, reward in enumerate(rewards.rewards) if reward.reads_gold]
+    columns = columns[:MAX_QUESTIONS]
+    if not functions or not columns:
+        return
+    inputs = [RewardInput("", "", [], one) for one in columns]
+    rewards.begin()
+    rewards.submit(inputs, [Call(k, (row,)) for k in functions for row in range(len(inputs))])
+    answers = iter(rewards.collect(lambda: False))
+    for k in functions:
+        outcomes = [next(answers) for _ in inputs]
+        unread = [row for row, one in enumerate(outcomes) if one is not None and one.outcomes == [None]]
+        if unread:
+            shown = ", ".join(repr(columns[row].get("answer"))[:60] for row in unread[:SHOWN])
+            warn(
+                f"warning: {rewards.rewards[k].name} cannot read {len(unread)} of {len(columns)} gold answers, such as "
+                f"{shown}: their completions get no score from it."
+            )
