@@ -18,7 +18,7 @@ SHORT = {  # one of each kind of cache and refusal
     "bert": "",  # not causal
 }
 KINDS = ("llama", "deepseek_v3", "qwen3_5_text", "lfm2", "mamba", "rwkv")
-LORA = {"lora_r": 4, "lora_targets": "all-linear"}
+LORA = {"lora_r": 4}
 
 
 def documented() -> dict[str, str]:

@@ -30,7 +30,7 @@ from tests.support.zoo import TYPES, zoo_model
 
 HEADER = """# Models
 
-Every type in transformers' table of causal language models, tried with a tiny random model (transformers {version}). `python -m tests.support.zoo_run` writes this page, and `pytest --full tests/models/test_zoo.py` compares it. What the columns say is measured by a training run of two updates, full and with LoRA on `all-linear`: the checkpoint gives the same logits when it is loaded again, greedy tokens are those of `generate`, and sampler and trainer agree within 1e-4 on every token.
+Every type in transformers' table of causal language models, tried with a tiny random model (transformers {version}). `python -m tests.support.zoo_run` writes this page, and `pytest --full tests/models/test_zoo.py` compares it. What the columns say is measured by a training run of two updates, full and with LoRA on all linear layers (`lora_target_modules: all-linear`): the checkpoint gives the same logits when it is loaded again, greedy tokens are those of `generate`, and sampler and trainer agree within 1e-4 on every token.
 
 - **rows decode**: *shared*, each prompt is stored once for its completions; *padded*, with transformers' own cache; *equal lengths*, the same, but only rows whose prompts have one length decode together; *recompute*, without a cache. From left to right each is slower than the one before.
 - **prompts in the update**: *shared*, each prompt is computed once for its completions; *by row*, with each of them.
@@ -180,7 +180,7 @@ def table(types: list[str]) -> str:
     rows = []
     for model_type in types:
         trials = []
-        for more in ({}, {"lora_r": 4, "lora_targets": "all-linear"}):
+        for more in ({}, {"lora_r": 4}):
             with tempfile.TemporaryDirectory() as name:
                 trials.append(run_type(Path(name), model_type, **more))
             if trials[0].refused:
