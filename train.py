@@ -20,8 +20,7 @@ from grpo.config.settings import Config, prompts_per_step, total_steps, updates_
 from grpo.errors import warn
 from grpo.evaluate.held_out import evaluate
 from grpo.models.checks import check_lengths, check_vocabulary, stop_token_ids
-from grpo.rewards.gold_check import warn_of_unreadable_golds
-from grpo.rewards.pool import open_rewards
+from grpo.rewards.gold_check import open_checked_rewards
 from grpo.rollout import cut_chunks, rollout
 from grpo.rollout.engine import NativeEngine
 from grpo.run.main import run_main
@@ -40,20 +39,19 @@ def train(cfg: Config, world: World) -> None:
     run = Run(cfg, world)
     _, surrogate_source = load_surrogate(cfg)  # checked on a tiny batch before anything large is loaded
     task = load_task(cfg, run.kept())  # tokenizer, recipe, questions, held-out questions
-    rewards = open_rewards(cfg, warn if world.is_main else lambda _: None)  # in worker processes
+    columns = [question.columns for question in task.questions.items]
+    rewards = open_checked_rewards(cfg, columns, world.is_main)  # in worker processes
     run.identify(task.questions, rewards.rewards, task.tokenizer, surrogate_source=surrogate_source)
     resumed = run.resume_point()  # a checkpoint folder, or None
     policy = load_policy(cfg, world, resumed)  # the trained model, its optimizer, its reference
     check_lengths(policy.model, cfg.max_prompt_length, cfg.max_generate_length)
-    check_vocabulary(policy.model, task.tokenizer)
+    policy.limit_tokens(check_vocabulary(policy.model, task.tokenizer, task.recipe.rules, run.log.write_line))
     stop_ids = stop_token_ids(policy.model, task.tokenizer, task.recipe.end_of_turn, run.log.write_line)
-    engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids)
+    engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, policy.num_tokens)
 
     P, G, total = prompts_per_step(cfg), cfg.num_generations, total_steps(cfg, len(task.questions.items))
     first = restore(policy, resumed)
     run.log.describe(task.questions, total, policy, len(cut_chunks(P, G, cfg.rollout_chunk_rows)))
-    if world.is_main:
-        warn_of_unreadable_golds(rewards, [question.columns for question in task.questions.items])
 
     def evaluate_if_due(step: int) -> None:
         if task.held_out is None or not run.evaluation_due(step, first, total):

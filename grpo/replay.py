@@ -86,6 +86,8 @@ def load_policy_of(folder: Path, evidence: Evidence, device: torch.device) -> Po
     reference = load_model(cfg.model, device) if cfg.beta > 0 and not cfg.lora_r else None
     policy = (SftPolicy if cfg.sft else Policy)(cfg, World(0, 1, 0, 1, device), model, reference)
     policy.counters.trust_sampler, policy.counters.updates = evidence.trust_sampler, evidence.updates
+    if evidence.num_tokens is not None:
+        policy.limit_tokens(evidence.num_tokens)
     return policy
 
 

@@ -71,9 +71,9 @@ class CheckpointModel:
         model = load_model(str(folder), device)
         self.max_new_tokens = max_new_tokens or self.recipe.max_generate_length
         check_lengths(model, self.recipe.max_prompt_length, self.max_new_tokens)
-        check_vocabulary(model, self.tokenizer)
+        num_tokens = check_vocabulary(model, self.tokenizer, self.recipe.rules)
         stop_ids = stop_token_ids(model, self.tokenizer, self.recipe.end_of_turn)
-        self.engine = NativeEngine(model, stop_ids, self.max_new_tokens, seed, dtype)
+        self.engine = NativeEngine(model, stop_ids, self.max_new_tokens, seed, dtype, num_tokens=num_tokens)
         self.sampling = Sampling(**sampling, logit_clamp=self.recipe.logit_clamp)
 
     def text_of(self, question: str, columns: dict[str, Any]) -> str:
@@ -163,10 +163,10 @@ class OtherModel:
         self.name, self.like = name, like
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(name)
         model = load_model(name, device)
-        check_vocabulary(model, self.tokenizer)
+        num_tokens = check_vocabulary(model, self.tokenizer, like.recipe.rules)
         self.positions = max_positions(model)
         stop_ids = stop_token_ids(model, self.tokenizer, like.recipe.end_of_turn)
-        self.engine = NativeEngine(model, stop_ids, like.max_new_tokens, seed)
+        self.engine = NativeEngine(model, stop_ids, like.max_new_tokens, seed, num_tokens=num_tokens)
 
     def ask(self, question: str, on_text: Callable[[str], None] | None = None) -> Answer:
         """Answer the checkpoint's prompt of a question. Raises UserError when it is too long."""

@@ -17,16 +17,19 @@ ROWS_IN_CACHE = 2**20  # logits processed at once on CPU, so that they stay in t
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """hidden [M, H], weight [V, H], targets [M] -> log-probs [M] fp32, and whether the target is likeliest [M] bool."""
+    """hidden [M, H], weight [V, H], targets [M] -> log-probs [M] fp32, and whether the target is likeliest [M] bool.
+
+    num_tokens: the rows of the weight that are tokens, the first ones.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, temperature, clamp, block_rows):
-        ctx.settings = (scale, temperature, clamp, block_rows)
+    def forward(ctx, hidden, weight, targets, scale, temperature, clamp, block_rows, num_tokens):
+        ctx.settings = (scale, temperature, clamp, block_rows, num_tokens)
         logprobs = torch.empty(len(hidden), device=hidden.device)
         lse = torch.empty_like(logprobs)
         hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         saved_logits = limit = None
-        low_weight = weight.to(hidden.dtype)
+        low_weight = weight[:num_tokens].to(hidden.dtype)
         for block in _blocks(len(hidden), block_rows):
             logits = _logits(hidden[block], low_weight, scale)
             limit = _bound(logits, clamp)
@@ -50,10 +53,10 @@ class HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         hidden, weight, targets, lse, saved_logits, limit = ctx.saved_tensors
-        scale, temperature, clamp, block_rows = ctx.settings
+        scale, temperature, clamp, block_rows, num_tokens = ctx.settings
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        low_weight = weight.to(hidden.dtype)
+        low_weight = weight[:num_tokens].to(hidden.dtype)
         for block in _blocks(len(hidden), block_rows):
             # the block's logits again
             logits = _logits(hidden[block], low_weight, scale) if saved_logits is None else saved_logits.clone()
@@ -77,10 +80,10 @@ class HeadLogprobs(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[block] = grad_logits @ low_weight
             if grad_weight is not None and grad_logits.dtype == torch.float32:
-                grad_weight.addmm_(grad_logits.t(), hidden[block])
+                grad_weight[:num_tokens].addmm_(grad_logits.t(), hidden[block])
             elif grad_weight is not None:
-                grad_weight.add_(grad_logits.t() @ hidden[block])
-        return grad_hidden, grad_weight, None, None, None, None, None
+                grad_weight[:num_tokens].add_(grad_logits.t() @ hidden[block])
+        return grad_hidden, grad_weight, *[None] * 6
 
 
 def _blocks(total: int, size: int) -> list[slice]:

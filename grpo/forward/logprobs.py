@@ -63,6 +63,7 @@ class Head:
         self.scale = float(getattr(config, "logit_scale", None) or 1.0)
         if getattr(config, "logits_scaling", None):
             self.scale /= float(config.logits_scaling)
+        self.num_tokens = self.vocab_size  # ids from here on are no tokens: they are neither sampled nor weighed
         self.usable = matches_the_model(self)
 
     @property
@@ -176,6 +177,7 @@ class Scorer(nn.Module):
                 self.cfg.temperature,
                 self.cfg.logit_clamp,
                 self.block_tokens,
+                self.head.num_tokens,
             )
             return values, hits if self.counts_hits else hits[:0]
         # any other head: blocks through autograd
@@ -197,7 +199,9 @@ class Scorer(nn.Module):
 
     def _pick(self, logits: Tensor, targets: Tensor, support: Tensor | None) -> tuple[Tensor, Tensor]:
         """logits [M, V], targets [M] -> log-probs [M], over the support where given; hits [M], empty if not counted."""
-        bounded, _ = bounded_logits(logits.float(), self.cfg.temperature, self.cfg.logit_clamp)
+        bounded, _ = bounded_logits(
+            logits[:, : self.head.num_tokens].float(), self.cfg.temperature, self.cfg.logit_clamp
+        )
         chosen = bounded.gather(-1, targets[:, None])[:, 0]
         hits = (chosen >= bounded.amax(-1)).detach() if self.counts_hits else torch.zeros(0, dtype=torch.bool)
         if support is not None:

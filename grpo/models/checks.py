@@ -99,16 +99,30 @@ def vocabulary_size(model: PreTrainedModel | ModelSettings) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer with tokens that the model has no embedding for. Raises UserError."""
+def check_vocabulary(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: int = 1,
+    say: Callable[[str], None] = lambda line: None,
+) -> int:
+    """Refuse a tokenizer with tokens that the model has no embedding for. Returns how many ids may be sampled.
+
+    Embeddings are often padded, and ids behind the tokenizer's last one stand for no text. They are neither sampled
+    nor part of the softmax; under the rules of older runs (Recipe.rules 1) they are. Raises UserError.
+    """
     limit = vocabulary_size(model)
-    beyond = {token: i for token, i in tokenizer.get_vocab().items() if not 0 <= i < limit}
+    vocabulary = tokenizer.get_vocab()
+    beyond = {token: i for token, i in vocabulary.items() if not 0 <= i < limit}
     if beyond:
         token = min(beyond, key=lambda token: beyond[token])
         raise UserError(
             f"model: its tokenizer has {len(beyond)} tokens beyond the model's {limit}, such as {token[:40]!r} with id "
             f"{beyond[token]}. Use the model's own tokenizer, or resize the model's embeddings."
         )
+    count = max(vocabulary.values(), default=limit - 1) + 1 if rules > 1 else limit
+    if count < limit:
+        say(f"model: {limit} embeddings, {count} tokens: ids from {count} on are neither sampled nor trained")
+    return count
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

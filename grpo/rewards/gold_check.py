@@ -7,13 +7,22 @@ a question has no reward from it, in every step, and nothing else would say so.
 from collections.abc import Sequence
 from typing import Any
 
+from grpo.config.settings import Config
 from grpo.errors import warn
 from grpo.rewards import RewardInput
 from grpo.rewards.calls import Call
-from grpo.rewards.pool import Rewards
+from grpo.rewards.pool import Rewards, open_rewards
 
 MAX_QUESTIONS = 2000  # looked at; expressions take milliseconds each
 SHOWN = 3
+
+
+def open_checked_rewards(cfg: Config, columns: Sequence[dict[str, Any]], is_main: bool) -> Rewards:
+    """`open_rewards`; the main rank warns of golds that a function cannot read. columns: of each question."""
+    rewards = open_rewards(cfg, warn if is_main else lambda _: None)
+    if is_main:
+        warn_of_unreadable_golds(rewards, columns)
+    return rewards
 
 
 def warn_of_unreadable_golds(rewards: Rewards, columns: Sequence[dict[str, Any]]) -> None:

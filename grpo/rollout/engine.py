@@ -47,8 +47,9 @@ class NativeEngine:
         dtype: str = "fp32",
         max_tokens: int | None = None,
         cuda_graphs: bool = True,
+        num_tokens: int | None = None,
     ):
-        """max_tokens: of prompts and completions in the cache at once; None: no limit. cuda_graphs: on CUDA only."""
+        """max_tokens: of prompts and completions in the cache at once; None: no limit. num_tokens: see Head."""
         self.model = model
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
         self.max_new_tokens = max_new_tokens
@@ -56,6 +57,7 @@ class NativeEngine:
         self.dtype = dtype
         self.max_tokens = max_tokens
         self.head = Head(model, dtype)
+        self.head.num_tokens = num_tokens or self.head.vocab_size
         with torch.no_grad(), arithmetic(dtype, model.device):
             self.cache_kind = choose_cache(self.head, self.head.usable and can_share(model, self.head.body()))
             self.fast_llama = checked_fast_llama(self.head) if self.cache_kind == "shared" else None
@@ -66,9 +68,10 @@ class NativeEngine:
         self.in_flight: Sequence[Request] = ()  # rows that decode now, named when memory runs out
 
     @classmethod
-    def of(cls, cfg: Config, model: PreTrainedModel, stop_ids: Iterable[int]) -> "NativeEngine":
+    def of(cls, cfg: Config, model: PreTrainedModel, stop_ids: Iterable[int], tokens: int) -> "NativeEngine":
         """An engine with a run's settings."""
-        return cls(model, stop_ids, cfg.max_generate_length, cfg.seed, cfg.dtype, cfg.rollout_tokens, cfg.cuda_graphs)
+        settings = (cfg.max_generate_length, cfg.seed, cfg.dtype, cfg.rollout_tokens, cfg.cuda_graphs)
+        return cls(model, stop_ids, *settings, tokens)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy the tensors that this engine's model does not already share."""
@@ -210,7 +213,7 @@ class Batch:
         return self._draw(torch.cat(parts if joined is None else [*parts, joined]))
 
     def _draw(self, logits: Tensor) -> Draw:
-        return draw(logits, self._uniforms(), self.sampling)
+        return draw(logits[:, : self.engine.head.num_tokens], self._uniforms(), self.sampling)
 
     def _uniforms(self) -> Tensor:
         """[B], the uniform for the next token of each row."""

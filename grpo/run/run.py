@@ -281,6 +281,7 @@ class Run:
                 iteration=iteration,
                 trust_sampler=policy.counters.trust_sampler,
                 updates=policy.counters.updates,
+                num_tokens=policy.num_tokens,
                 rows=[list(micro.rows) for micro in minibatch],
                 config=dataclasses.asdict(self.cfg),
             )

@@ -37,7 +37,7 @@ def train_sft(cfg: Config, world: World) -> None:
     policy = load_policy(cfg, world, resumed, SftPolicy)
     assert isinstance(policy, SftPolicy)
     check_lengths(policy.model, cfg.max_prompt_length, cfg.max_generate_length)
-    check_vocabulary(policy.model, tokenizer)
+    num_tokens = check_vocabulary(policy.model, tokenizer, recipe.rules)
     stop_ids = stop_token_ids(policy.model, tokenizer, recipe.end_of_turn, run.log.write_line)
     texts = load_texts(cfg, recipe, tokenizer, task.questions, stop_ids)
     held_out_texts = load_texts(cfg, recipe, tokenizer, held_out, stop_ids) if held_out else None
@@ -51,7 +51,7 @@ def train_sft(cfg: Config, world: World) -> None:
         grade_answers = None  # greedy accuracy on held-out questions, if there are rewards to score it
         if held_out is not None and cfg.rewards:
             rewards = open_parts.enter_context(closing(open_rewards(cfg, warn if world.is_main else lambda _: None)))
-            engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids)
+            engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, num_tokens)
             grade_answers = partial(evaluate, engine, held_out, rewards, tokenizer, cfg, world, warn, pulse=run.pulse)
 
         def evaluate_if_due(step: int) -> None:

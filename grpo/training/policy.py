@@ -73,13 +73,20 @@ class Policy:
         self.activation_offload = ActivationOffload(model)
         self.scorer = scorer = Scorer(model, cfg)
         self.balance = RouterBalance(scorer) if cfg.router_aux_loss_coef else None
-        self.vocab_size = scorer.head.vocab_size
+        self.vocab_size = self.num_tokens = scorer.head.vocab_size
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())  # before any sharding
         self.backend: Backend = load_backend(cfg, world, scorer)
         self.even_block = scorer.block_tokens if self.backend.even_work else 0
         self.fitting = FittingSize("update", "micro_batch_tokens", "tokens")
         self.known_checksums: dict[str, int] = {}
         self.pulse: Pulse = lambda: False  # called at each micro-batch; an update that began is finished
+
+    def limit_tokens(self, count: int) -> None:
+        """Ids from `count` on are no tokens: see Head."""
+        self.num_tokens = count
+        for scorer in (self.scorer, self.reference):
+            if scorer is not None:
+                scorer.head.num_tokens = count
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         return self.backend.weights()

@@ -39,6 +39,7 @@ class Evidence:
     trust_sampler: bool | None  # see Counters
     rows: list[list[int]]  # n of each row of each micro-batch
     config: dict[str, Any]
+    num_tokens: int | None = None  # ids that may be sampled; None: all
     updates: int = 0  # optimizer steps taken before it; they key the dropout masks of an adapter
 
 
