@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 import train
 from grpo.config.command_line import load_config
 from grpo.errors import UserError, first_line
+from grpo.forward.arguments import accepted
 from grpo.models.checks import load_model
 from grpo.models.loading import resolve
 from grpo.rollout import Request
@@ -153,7 +154,9 @@ def measure(trial: Trial, folder: Path, model: PreTrainedModel) -> None:
     trial.gap = max(row["sampler_gap/max"] for row in steps)
     again = load_model(str(folder / "output" / f"checkpoint_{STEPS}"), torch.device("cpu"))
     ids = torch.arange(3, 20)[None]
-    trial.reload_gap = float((again(input_ids=ids).logits - model.eval()(input_ids=ids).logits).abs().max())
+    arguments = accepted(model, {"use_cache": False})
+    before, after = (one.eval()(input_ids=ids, **arguments).logits for one in (model, again))
+    trial.reload_gap = float((after - before).abs().max())
     engine = NativeEngine(again, (0,), NEW, 3)
     trial.cache = engine.cache_kind
     prompts = [tuple(5 + (7 * p + i * i) % 250 for i in range(n)) for p, n in enumerate(PROMPTS)]
