@@ -18,9 +18,11 @@ from typing import Any
 from grpo.checkpoints.best import best_folder
 from grpo.checkpoints.choose import choose
 from grpo.checkpoints.resume import read_state
+from grpo.config.messages import OneLineParser
 from grpo.errors import UserError, warn
 from grpo.evaluate.arguments import BATCH_ROWS, MAX_NEW_TOKENS, REFUSAL, SEED, TEMPERATURE, TOP_P
 from grpo.evaluate.ask import Answer, CheckpointModel, OtherModel
+from grpo.evaluate.extract import marks_of, split_reasoning
 from grpo.evaluate.multiple_choice import predict
 from grpo.models.checks import quiet
 from grpo.run.console import json_line
@@ -29,10 +31,12 @@ from grpo.runtime.distributed import World, pick_device
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Read the command line. Raises UserError for values that do not fit; unknown flags exit with code 2."""
-    parser = argparse.ArgumentParser(description="Ask a trained checkpoint. Without a question: its built-in cases.")
+    """Read the command line. Raises UserError."""
+    parser = OneLineParser(
+        "inference.py", description="Ask a trained checkpoint. Without a question: its built-in cases."
+    )
     parser.add_argument("words", nargs="*", metavar="question", help="the question; several words are joined")
-    parser.add_argument("--question", help="the question, as a flag")
+    parser.add_argument("--question", nargs="+", metavar="WORD", help="the question, as a flag; words are joined, too")
     parser.add_argument("--checkpoint", "--model_dir", type=Path, help="checkpoint folder (default: newest valid one)")
     parser.add_argument("--output_dir", type=Path, default=Path("output"), help="where to look for checkpoints")
     parser.add_argument("--best", action="store_true", help="the checkpoint that best.json in --output_dir names")
@@ -47,9 +51,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top_p", type=TOP_P, default=1.0)
     parser.add_argument("--seed", type=SEED, default=0, help="of the sampling, when temperature > 0")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line: question, answer, finish")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object a line, the answer apart from its reasoning"
+    )
     parser.add_argument("--stream", action="store_true", help="print the answer while it is sampled")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.question is not None:
+        if args.words:
+            flag, words = " ".join(args.question)[:60], " ".join(args.words)[:60]
+            raise UserError(f"question: given twice, as --question {flag!r} and as words, {words!r}. Give one.")
+        args.question = " ".join(args.question)
     check(args)
     return args
 
@@ -80,11 +91,15 @@ class Pair:
         """The answers as one object."""
         ids = self.model.encode(question)
         answer = self.model.ask(ids)
-        fields: dict[str, Any] = {"question": question, "answer": answer.text, "finish": answer.finish}
+        fields = {"question": question, **self._parts(answer)}
         if self.base is not None:
-            other = self.base.ask(question)
-            fields["base"] = {"model": self.base.name, "answer": other.text, "finish": other.finish}
+            fields["base"] = {"model": self.base.name, **self._parts(self.base.ask(question))}
         return fields
+
+    def _parts(self, answer: Answer) -> dict[str, Any]:
+        recipe = self.model.recipe
+        reasoning, final = split_reasoning(answer.text, marks_of(recipe.system_prompt, recipe.prompt_template))
+        return {"reasoning": reasoning, "answer": final, "text": answer.text, "finish": answer.finish}
 
     def show(self, question: str, stream: bool) -> None:
         """Print question and answers. Raises UserError, before printing, for a question that is refused."""
@@ -106,10 +121,18 @@ def _language(folder: Path) -> str:
 
 def _print_answer(start: str, stream: bool, ask: Callable[[Callable[[str], None] | None], Answer]) -> None:
     if not stream:
-        print(f"{start}{ask(None).text}", flush=True)
+        print(f"{start}{ask(None).text.rstrip()}", flush=True)
         return
     print(start, end="", flush=True)
-    ask(lambda text: print(text, end="", flush=True))
+    kept = ""  # blanks that more text may follow
+
+    def show(text: str) -> None:
+        nonlocal kept
+        text = kept + text
+        kept = text[len(text.rstrip()) :]
+        print(text.rstrip(), end="", flush=True)
+
+    ask(show)
     print(flush=True)
 
 

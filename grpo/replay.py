@@ -7,7 +7,6 @@ did, and prints them beside the recorded ones, with the first module whose outpu
 recorded numbers are reproduced, 1 when not, 2 when something is missing.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grpo.config.messages import OneLineParser
 from grpo.config.settings import Config, with_new_names
 from grpo.errors import UserError, warn
 from grpo.models.checks import load_model, quiet
@@ -166,12 +166,12 @@ def agree(recorded: float, replayed: float) -> bool:
 
 def main(argv: list[str]) -> int:
     """The command line. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m grpo.replay", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="python -m grpo.replay", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="output_dir/anomalies/step_N")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    args = parser.parse_args(argv)
-    quiet()
     try:
+        args = parser.parse_args(argv)
+        quiet()
         same = replay(args.folder, pick_device(args.device, 0))
     except UserError as error:
         warn(f"error: {error}")

@@ -14,7 +14,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 import signal
 import sys
 from pathlib import Path
@@ -49,8 +48,9 @@ def told(file: Path) -> int:
 
 def main(argv: list[str]) -> int:
     """Run torchrun, again if that is asked for and makes sense; return the exit code."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own choice, made aloud; the trainer sets its threads
-    logging.disable(logging.ERROR)  # torchrun's account of a failure; the worker has said what is wrong
+    logging.disable(
+        logging.ERROR
+    )  # torchrun's words on failures, which the worker explains, and on threads, which it sets
     restarts = 0
     if argv[:1] == ["--restarts"]:
         if len(argv) < 2 or not argv[1].isdigit():

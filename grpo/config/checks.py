@@ -28,6 +28,7 @@ IN_WORDS = {
     bool: "true or false",
     str: "text",
     NoneType: "null",
+    dict: "a mapping",
     dict[str, str]: "a mapping from names to names",
     dict[str, float]: "a mapping from names to numbers",
     dict[str, dict]: "a mapping from names to mappings",
@@ -174,8 +175,8 @@ def check_kind(name: str, value: Any, kind: Any) -> None:
 
     Raises UserError naming the setting, what is allowed and what was given.
     """
-    if not _has_type(value, kind):
-        raise UserError(f"{name}: must be {in_words(kind)}, got {str(value)[:60]!r}.")
+    if not has_type(value, kind):
+        raise UserError(f"{name}: must be {in_words(kind)}, got {shown(value)}.")
     whole = isinstance(value, int) and not isinstance(value, bool)
     limit = 2**63 if name == "seed" else MAX_WHOLE
     if whole and not -limit < value < limit:
@@ -215,7 +216,7 @@ def _is_json(value: Any) -> bool:
     return value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) < MAX_WHOLE)
 
 
-def _has_type(value: Any, kind: Any) -> bool:
+def has_type(value: Any, kind: Any) -> bool:
     """Whether a value is of this type as it stands; a whole number is also a float."""
     try:
         typed = TypeAdapter(kind).validate_python(value, strict=True)
@@ -227,13 +228,35 @@ def _has_type(value: Any, kind: Any) -> bool:
 def in_words(kind: Any) -> str:
     """What a setting of this type takes, in words.
 
-    >>> in_words(int | None), in_words(Literal["a", "b"]), in_words(list[str])
-    ('a whole number or null', 'one of a, b', 'a list of texts')
+    >>> in_words(int | None), in_words(Literal["a", "b"]), in_words(bool | None), in_words(list[str])
+    ('a whole number or null', 'one of a, b', 'true, false or null', 'a list of texts')
+    >>> in_words(Literal["a", "b"] | Literal["none"] | list[Literal["a", "b"]])
+    'one of a, b, none, or a list of a, b'
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
-    return IN_WORDS.get(kind) or ("a list of texts" if origin is list else " or ".join(map(in_words, inner)))
+    if origin is list:
+        return f"a list of {', '.join(map(str, typing.get_args(inner[0]))) or 'texts'}"
+    if kind in IN_WORDS:
+        return IN_WORDS[kind]
+    choices = [str(value) for one in inner if typing.get_origin(one) is Literal for value in typing.get_args(one)]
+    if choices:
+        others = [in_words(one) for one in inner if typing.get_origin(one) is not Literal]
+        first = choices[0] if len(choices) == 1 else f"one of {', '.join(choices)},"
+        return " or ".join([first, *others])
+    return " or ".join(in_words(one) for one in inner).replace("true or false or", "true, false or")
+
+
+def shown(value: Any) -> str:
+    """A value as it is written in YAML, cut.
+
+    >>> shown(None), shown(True), shown("abc"), shown([1])
+    ('null', 'true', "'abc'", '[1]')
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value[:60]) if isinstance(value, str) else str(value)[:60]
 
 
 def field_names() -> list[str]:

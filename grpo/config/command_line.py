@@ -16,10 +16,12 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from grpo.config.checks import check, field_names, in_words
+from grpo.config.checks import check, field_names
+from grpo.config.messages import MANY_DIGITS, setting_error
 from grpo.config.settings import DEMO, OLD_NAMES, Config, find_path
 from grpo.config.sft_section import (
     OF_ROLLOUTS,
+    OWN,
     SftSettings,
     check_section,
     check_stage,
@@ -31,7 +33,9 @@ from grpo.errors import UserError
 
 MAX_YAML_BYTES = 2**18
 MAX_YAML_DEPTH = 4
-MANY_DIGITS = re.compile(r"[-+]?[\d_]{20,}")
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one that jsonargparse takes, which refuses a little more
+SETTING_KINDS = {**typing.get_type_hints(Config), **OWN}
+SETTING_KINDS |= {old: SETTING_KINDS[new] for old, new in OLD_NAMES.items()}
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -123,7 +127,7 @@ def _parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str, An
         with contextlib.redirect_stderr(stderr):
             parsed = vars(parser.instantiate(parser.parse_args(argv)))
     except (jsonargparse.ArgumentError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise UserError(_one_line(error, f"config: {_too_long(argv)}", parser.prog)) from None
+        raise setting_error(error, argv, SETTING_KINDS, parser.prog) from None
     return {name: value for name, value in parsed.items() if name != "config"}
 
 
@@ -193,12 +197,19 @@ def _check_yaml(file: Path) -> None:
         if file.stat().st_size > MAX_YAML_BYTES:
             raise UserError(f"config: {file} has more than {MAX_YAML_BYTES} bytes. Give a YAML file of settings.")
         levels: list[_Level] = []
-        for event in yaml.parse(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
+        for event in yaml.parse(file.read_text(encoding="utf-8"), Loader=LOADER):
             problem = _yaml_problem(event, levels)
             if problem is not None:
                 raise UserError(f"config: {file}, line {event.start_mark.line + 1}: {problem}")
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(
+            f"config: {file}{line}: this is no YAML ({str(error.problem)[:100]}). A blank follows each colon; "
+            "texts with other signs stand in quotes."
+        ) from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(_one_line(error, f"config: {file}: ")) from None
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"config: {file} cannot be read: {reason}. Mend the file, or give another.") from None
 
 
 @dataclasses.dataclass
@@ -272,20 +283,3 @@ def _config_first(argv: list[str]) -> list[str]:
         else:
             rest.append(arg)
     return files + rest
-
-
-def _too_long(argv: list[str]) -> str:
-    """Names the setting whose number has too many digits: the error of the conversion does not name it."""
-    for before, arg in zip(["", *argv], argv):
-        name, _, value = arg.rpartition("=")
-        if MANY_DIGITS.fullmatch(value):
-            return f"{name or before}: at most 19 digits: "
-    return ""
-
-
-def _one_line(error: Exception, start: str = "config: ", prog: str = "train.py") -> str:
-    text = " ".join(str(error).split())
-    found = re.search(r'Parser key "(\w+)', text)
-    kind = typing.get_type_hints(Config).get(found[1]) if found else None
-    allowed = f"; {found[1]} must be {in_words(kind)}" if found and kind else ""
-    return f"{start}{text if len(text) <= 400 else text[:400] + ' …'}{allowed} (see {prog} --help)"

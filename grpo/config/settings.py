@@ -212,7 +212,7 @@ class Config:
     logits_chunk_mb: int = 256
     """Memory of the widest logits block in the loss, MB per process."""
     num_threads: int | None = None
-    """CPU threads of each process; null: the machine's cores divided by its processes."""
+    """CPU threads of each process; null: OMP_NUM_THREADS with one process, else the cores divided by the processes."""
     deterministic: bool = False
     """Bit-identical weights for any number of processes on CPU (ddp): one thread, sums in fixed point; slower."""
     seed: int = 42

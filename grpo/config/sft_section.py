@@ -83,6 +83,8 @@ def check_section(section: dict[str, Any]) -> None:
         refuse_rollout_setting(name)
         kind = {**KINDS, **OWN}.get(name)
         if kind is None:
+            if value is None and isinstance(name, str) and ":" in name:
+                raise UserError(f"sft: a space is missing after the colon in {name[:60]!r}. Write name: value.")
             near = difflib.get_close_matches(str(name), [*KINDS, *OWN], 1)
             hint = f"; did you mean {near[0]}?" if near else " (see python -m grpo.sft --help)"
             raise UserError(f"sft: unknown setting {ascii(name)[:60]}{hint}")

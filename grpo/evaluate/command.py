@@ -17,6 +17,7 @@ from grpo.checkpoints.best import best_folder
 from grpo.checkpoints.choose import choose
 from grpo.checkpoints.resume import read_state
 from grpo.config.checks import check
+from grpo.config.messages import OneLineParser
 from grpo.config.settings import Config
 from grpo.data.questions import load_questions
 from grpo.data.recipe import Recipe
@@ -32,8 +33,8 @@ from grpo.types import Prompt
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Read the command line. Raises UserError for values that do not fit; unknown flags exit with code 2."""
-    parser = argparse.ArgumentParser(
+    """Read the command line. Raises UserError."""
+    parser = OneLineParser(
         prog="python -m grpo.evaluate",
         allow_abbrev=False,
         description="Accuracy of a checkpoint on questions with gold answers. Data settings default to the run's own.",
@@ -64,7 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--dtype", choices=["fp32", "bf16"], help="default: as in training")
     threads = arguments.whole("num_threads", 1)
-    add("--num_threads", type=threads, help="CPU threads of each process (default: the cores shared among them)")
+    add("--num_threads", type=threads, help="CPU threads of each process (default: as num_threads null)")
     add("--out", type=Path, help="JSONL of results: q, gold, pred, full, correct")
     args = parser.parse_args(argv)
     if args.temperature is None:

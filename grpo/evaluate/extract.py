@@ -23,6 +23,9 @@ NUMBER = re.compile(rf"[-+]?(?:{UNSIGNED})", re.ASCII)
 NUMBER_ALONE = re.compile(rf"\s*([-+]?)\s*[$€£¥]?\s*([-+]?)({UNSIGNED})(?:\s*/\s*(\d+))?\s*[$%.]{{0,2}}\s*", re.ASCII)
 LONE_LETTER = re.compile(r"(?<![A-Za-z0-9_'])[A-Da-d](?![A-Za-z0-9_'])", re.ASCII)
 CAPITAL = re.compile(r"(?<![A-Za-z0-9_'])[A-D](?![A-Za-z0-9_'])", re.ASCII)
+AROUND_REASONING = re.compile(  # a tag at the start or at the end
+    r"\A\s*<(?:think|thinking|reasoning|start_working_out)>|</?(?:think|thinking|reasoning|end_working_out)>\s*\Z"
+)
 AROUND_LETTERS = " \t\r\n().:。、"  # characters that may surround a letter
 
 
@@ -59,6 +62,30 @@ def marked(text: str, marks: Marks) -> str | None:
     before, closed, _ = text.rpartition(f"</{marks}>")
     _, opened, inside = before.rpartition(f"<{marks}>")
     return inside.strip() if closed and opened else None
+
+
+def split_reasoning(text: str, marks: Marks) -> tuple[str | None, str]:
+    """(reasoning, answer), stripped, the tags around them left out. (None, the whole text) where no marks are.
+
+    The answer is what `marked` finds, else what follows </think>.
+
+    >>> split_reasoning("<think>\\n2+2\\n</think>\\n<answer>4</answer>\\n", "answer")
+    ('2+2', '4')
+    >>> split_reasoning("2+2=4\\n#### 4", "hash"), split_reasoning("2+2</think> It is 4.", "hash")
+    (('2+2=4', '4'), ('2+2', 'It is 4.'))
+    >>> split_reasoning(" It is 4.\\n", "hash")
+    (None, 'It is 4.')
+    """
+    answer = marked(text, marks)
+    opening = "####" if marks == "hash" else f"<{marks}>"
+    if answer is not None:
+        closing = text if marks == "hash" else text.rpartition(f"</{marks}>")[0]
+        reasoning = closing.rpartition(opening)[0]
+    elif "</think>" in text:
+        reasoning, _, answer = text.partition("</think>")
+    else:
+        return None, text.strip()
+    return AROUND_REASONING.sub("", reasoning).strip(), answer.strip()
 
 
 def number(text: str) -> Fraction | None:

@@ -74,6 +74,27 @@ def front_matter(config: dict[str, Any], methods: list[str]) -> str:
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=False)
 
 
+def for_one_method(text: str, method: str) -> str:
+    """The card of an export of several methods, for one of its folders; what the user has edited away stays away.
+
+    >>> whole = "---\\nlibrary_name: peft\\ntags:\\n- grpo\\n- gguf\\n---\\nFormats here: lora, gguf. More."
+    >>> for_one_method(whole, "lora")
+    '---\\nlibrary_name: peft\\ntags:\\n- grpo\\n---\\nFormats here: lora. More.'
+    """
+    parts = text.split("---\n", 2)
+    try:
+        entries = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except yaml.YAMLError:
+        entries = None
+    if isinstance(entries, dict):
+        if "library_name" in entries:
+            entries["library_name"] = LIBRARIES[method]
+        if isinstance(entries.get("tags"), list):
+            entries["tags"] = [tag for tag in entries["tags"] if tag != "gguf" or method == "gguf"]
+        text = f"{parts[0]}---\n{yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)}---\n{parts[2]}"
+    return re.sub(rf"Formats here: (?:{'|'.join(LIBRARIES)}|, )+\.", f"Formats here: {method}.", text)
+
+
 def curve_table(lines: list[dict[str, Any]]) -> str:
     """A table of at most MAX_ROWS evenly spaced steps, with the first and the last; "" without any step."""
     trained = [line for line in lines if _number(line.get("reward/mean")) is not None]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from grpo.checkpoints.choose import choose
 from grpo.checkpoints.manifest import CHECKPOINT_NAME, files_in, sync, write_manifest
+from grpo.config.messages import OneLineParser
 from grpo.errors import UserError, warn
 from grpo.export import card, push
 from grpo.export.folders import (
@@ -36,10 +37,8 @@ METHODS = ("merged_16bit", "merged_4bit", "lora", "gguf")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Read the command line; a bad argument exits with code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m grpo.export", description="Export a checkpoint.", allow_abbrev=False
-    )
+    """Read the command line. Raises UserError."""
+    parser = OneLineParser(prog="python -m grpo.export", description="Export a checkpoint.", allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, help="a folder such as output/checkpoint_20")
     parser.add_argument("--to", default="", help=f"one or several, with commas: {', '.join(METHODS)}")
     parser.add_argument("--quant", help="with gguf, with commas: f16 (default), q8_0, q5_k_m, q4_k_m")

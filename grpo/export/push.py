@@ -5,13 +5,14 @@ HF_ENDPOINT selects another hub. Pushing never changes the export, also when it 
 
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import disable_progress_bars
 
 from grpo.checkpoints.manifest import MANIFEST, file_sha256
 from grpo.errors import UserError, first_line
-from grpo.export.card import HUB_NAME
+from grpo.export.card import HUB_NAME, LIBRARIES, for_one_method
 from grpo.models.folder_checks import location_problem
 from grpo.models.lora_checks import ADAPTER_CONFIG
 from grpo.strict_json import read_object
@@ -34,13 +35,19 @@ def find_token() -> str:
     return token
 
 
-def listed(out: Path) -> list[str]:
-    """The files of an export by its manifest, with manifests and card. Raises UserError when a file has changed.
+def contents(out: Path) -> dict[str, Path | bytes]:
+    """Name -> file or content of what is sent: the files of an export by its manifest, with manifests and card.
 
-    The card may have been edited; size and hash of all other files are compared.
+    out may be a folder of an export of several forms: its files may be in the manifest above, and its card is the one
+    above, for this form. Raises UserError when a file has changed; the card may have been edited.
     """
+    out = out.resolve()
+    above = _entries(out.parent) if (out.parent / MANIFEST).is_file() else {}
+    ours = {
+        name.removeprefix(f"{out.name}/"): entry for name, entry in above.items() if name.startswith(f"{out.name}/")
+    }
+    files = _entries(out) if (out / MANIFEST).exists() or not ours else ours
     try:
-        files = read_object(out / MANIFEST)["files"]
         for name, entry in files.items():
             problem = location_problem(out, name)
             path = out / name
@@ -49,9 +56,26 @@ def listed(out: Path) -> list[str]:
             if problem is not None:
                 raise ValueError(problem)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"push: {out} is no whole export: {str(error)[:200]}. Export again.") from None
+        raise _no_export(out, error) from None
+    found = [name for name in (MANIFEST, CARD) if (out / name).is_file()]
     inner = [path.relative_to(out).as_posix() for path in out.glob(f"*/{MANIFEST}") if not path.is_symlink()]
-    return sorted({*files, MANIFEST, *inner, *([CARD] if (out / CARD).is_file() else [])})
+    sent: dict[str, Path | bytes] = {name: out / name for name in sorted({*files, *found, *inner})}
+    if CARD not in sent and ours and out.name in LIBRARIES and (out.parent / CARD).is_file():
+        text = (out.parent / CARD).read_text(encoding="utf-8", errors="replace")
+        sent[CARD] = for_one_method(text, out.name).encode()
+    return sent
+
+
+def _entries(folder: Path) -> dict[str, Any]:
+    """The files in a folder's manifest. Raises UserError."""
+    try:
+        return dict(read_object(folder / MANIFEST)["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _no_export(folder, error) from None
+
+
+def _no_export(folder: Path, error: Exception) -> UserError:
+    return UserError(f"push: {folder} is no whole export: {str(error)[:200]}. Export again.")
 
 
 def push(out: Path, repo: str, private: bool, token: str | None, dry_run: bool) -> str:
@@ -59,10 +83,11 @@ def push(out: Path, repo: str, private: bool, token: str | None, dry_run: bool) 
 
     Raises UserError for an error of the hub or the network.
     """
-    files = listed(out)
+    files = contents(out)
     if dry_run:
-        sizes = "\n".join(f"{(out / name).stat().st_size:>14,} {name}" for name in files)
-        card = (out / CARD).read_text(encoding="utf-8") if CARD in files else ""
+        sizes = "\n".join(f"{_size(content):>14,} {name}" for name, content in files.items())
+        found = files.get(CARD, b"")
+        card = found.decode() if isinstance(found, bytes) else found.read_text(encoding="utf-8")
         kind = "private" if private else "public"
         return f"would send {len(files)} files to {repo}, {kind} if new:\n{sizes}\n\n{card}"
     for name in files:
@@ -77,7 +102,7 @@ def push(out: Path, repo: str, private: bool, token: str | None, dry_run: bool) 
     try:
         api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
         api.create_repo(repo, private=private, exist_ok=True)
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=out / name) for name in files]
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
         done = api.create_commit(repo, operations, commit_message="Export")
     except Exception as error:  # the client, its HTTP library and its upload library raise many types
         raise UserError(
@@ -85,6 +110,10 @@ def push(out: Path, repo: str, private: bool, token: str | None, dry_run: bool) 
             f"again: python -m grpo.export --out {out} --push {repo}"
         ) from None
     return f"sent {len(files)} files to {done.repo_url or repo}"
+
+
+def _size(content: Path | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def _without(token: str | None, error: Exception) -> str:

@@ -5,7 +5,6 @@
 Only the model's config is read. GB are 10^9 bytes. memory.py holds the formulas, docs/scaling.md explains them.
 """
 
-import argparse
 import dataclasses
 import logging
 import math
@@ -15,6 +14,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from grpo.config.command_line import load_config
+from grpo.config.messages import OneLineParser
 from grpo.config.settings import Config, find_path, is_deepspeed
 from grpo.errors import UserError, warn
 from grpo.models.checks import quiet
@@ -153,7 +153,7 @@ def _positive(name: str, kind: type, text: str) -> Any:
 def main(argv: list[str]) -> int:
     """Print the estimate. Returns the exit code."""
     try:
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser = OneLineParser("python -m grpo.plan", add_help=False, allow_abbrev=False)
         for name, kind, default in (("gpus", int, 1), ("gpu_memory", float, 80.0), ("gpus_per_node", int, 8)):
             parser.add_argument(f"--{name}", type=partial(_positive, name, kind), default=default, nargs="?", const="")
         args, settings = parser.parse_known_args(argv)

@@ -127,10 +127,13 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 def set_threads(num_threads: int | None, local_size: int) -> None:
     """Set the number of intra-op threads; by default this machine's cores divided by its ranks.
 
-    torchrun sets OMP_NUM_THREADS=1 for several processes only, so the arithmetic of one process would differ from that
-    of two.
+    A process that is alone takes OMP_NUM_THREADS where it is set. For several torchrun sets it to 1 by itself, so that
+    it says nothing, and the arithmetic of one process would differ from that of two.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": of nested regions
+    if num_threads is None and local_size == 1 and wanted.isascii() and wanted.isdigit():
+        num_threads = int(wanted[:6])
     torch.set_num_threads(num_threads or max(1, cores // local_size))
 
 

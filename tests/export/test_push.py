@@ -141,6 +141,53 @@ def test_an_export_arrives_whole_in_one_commit(server, out, capsys, words):
     assert f"sent {len(content(out))} files" in shown.out and TOKEN not in shown.out + shown.err
 
 
+@pytest.fixture(scope="module")
+def several(checkpoint, tmp_path_factory) -> Path:
+    """An export of two forms: a folder for each, one card above them."""
+    pytest.importorskip("gguf")
+    out = tmp_path_factory.mktemp("several") / "out"
+    assert main(["--checkpoint", str(checkpoint), "--to", "merged_16bit,gguf", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("form, library", [("merged_16bit", "transformers"), ("gguf", "gguf")])
+def test_a_folder_of_an_export_of_several_forms_is_sent_with_its_card(
+    server, several, tmp_path, monkeypatch, form, library
+):
+    out = Path(shutil.copytree(several, tmp_path / "out"))
+    whole = (out / "README.md").read_text()
+    (out / "README.md").write_text(whole + "\nEdited by hand.\n")
+    before = content(out)
+    monkeypatch.chdir(out / form)
+    assert main(["--out", ".", "--push", "mia/tiny"]) == 0
+    assert content(out) == before
+    files = sent(server)
+    card_text = files.pop("README.md").decode()
+    assert files == content(out / form) and len(files) > 1
+    header = yaml.safe_load(card_text.split("---\n")[1])
+    assert header["library_name"] == library and ("gguf" in header["tags"]) == (form == "gguf")
+    assert f"Formats here: {form}." in card_text and "Edited by hand." in card_text
+    assert card_text.split("## Data")[1] == (out / "README.md").read_text().split("## Data")[1]
+
+
+def test_a_folder_of_several_forms_keeps_a_card_of_its_own_and_is_checked(server, several, tmp_path, capsys):
+    out = Path(shutil.copytree(several, tmp_path / "out"))
+    (out / "gguf" / "README.md").write_text("mine")
+    assert main(["--out", str(out / "gguf"), "--push", "mia/tiny", "--dry_run"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("mine")
+    (out / "gguf" / "model-f16.gguf").write_bytes(b"damaged")
+    assert main(["--out", str(out / "gguf"), "--push", "mia/tiny"]) == 2
+    assert "model-f16.gguf is not as it was written" in capsys.readouterr().err and not server.seen
+
+
+def test_a_card_beside_a_folder_that_is_no_part_of_it_is_not_taken(server, out, tmp_path):
+    (out / "README.md").unlink()
+    (tmp_path / "README.md").write_text("of something else")
+    write_manifest(tmp_path / "out", 3)
+    assert main(["--out", str(out), "--push", "mia/tiny"]) == 0
+    assert "README.md" not in sent(server)
+
+
 @pytest.mark.parametrize(
     "base, expected", [("/home/mia/base", "a folder of this machine"), ("mia/base", "sent 2 files")]
 )

@@ -24,8 +24,8 @@ def refused(argv, message):
     "args, message",
     [
         (["--lrr", "1"], "--lrr"),
-        (["--lr", "fast"], "\"lr\": Expected a <class 'float'>"),
-        (["--lr", "nan"], "Got value: nan"),
+        (["--lr", "fast"], "lr: must be a number, got 'fast' (see train.py --help)."),
+        (["--lr", "nan"], "lr: must be a number, got 'nan'. It must be finite"),
         (["--lr=-1e-6"], "lr: must be a finite number > 0"),
         (["--num_generations", "1"], "num_generations: must be >= 2, got 1"),
         (["--batch_size", "0"], "batch_size: must be >= 1, got 0"),
