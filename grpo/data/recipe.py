@@ -71,6 +71,8 @@ def make_recipe(cfg: Config, tokenizer: PreTrainedTokenizerBase, kept: Mapping[s
         template = _template_of(tokenizer)
         check_reads_text(template, tokenizer, given.get("date"))
         given["end_of_turn"] = end_of_turn(template, tokenizer, given.get("date"))
+    if given.get("end_of_turn") in tokenizer.get_added_vocab():  # special: no part of the text that rewards get
+        tokenizer.add_tokens([given["end_of_turn"]], special_tokens=True)
     return Recipe(
         system_prompt=cfg.system_prompt,
         prompt_template=cfg.prompt_template,

@@ -269,6 +269,17 @@ def test_the_end_of_a_turn_is_read_off_the_template(name):
     assert make_recipe(Config(), tokenizer_with(template), {"end_of_turn": None}).end_of_turn is None, "an older run"
 
 
+def test_it_is_no_part_of_the_text_that_rewards_get():
+    """Where the tokenizer does not call it special; an older run (the control) keeps its texts."""
+    for kept, text in ((None, "4"), ({"end_of_turn": None}, "4<|end|>")):
+        tokenizer = tokenizer_with(MARKED.replace("%END", "<|end|>"))
+        tokenizer.add_tokens(["<|end|>"])
+        ids, size = tokenizer("4<|end|>")["input_ids"], len(tokenizer)
+        make_recipe(Config(), tokenizer, kept)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert tokenizer("4<|end|>")["input_ids"] == ids and len(tokenizer) == size
+
+
 def test_it_is_added_to_the_stop_tokens_and_said():
     tokenizer, model, said = tiny_tokenizer(), tiny_model("qwen3"), []
     assert stop_token_ids(model, tokenizer) == {0}, "the control"
