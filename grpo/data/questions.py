@@ -95,13 +95,14 @@ def load_questions(
 def _none_left(cfg: Config, drops: Drops, name: str) -> UserError:
     """The error that no question is short enough."""
     limit = f"longer than max_prompt_length {cfg.max_prompt_length}"
-    others = [f"{count} {rule}" for rule, count in drops.items() if count and rule != "too long"]
+    others = [f"{rule}: {count}" for rule, count in drops.items() if count and rule != "too long"]
     if not others:
         return UserError(
             f"data: every prompt of {name} ({drops['too long']}) is {limit}. Raise the limit, or shorten system_prompt."
         )
-    too_long = [f"{drops['too long']} prompts {limit}"] if drops["too long"] else []
-    return UserError(f"data: no question of {name} is left: {'; '.join([*too_long, *others])}. Raise these limits.")
+    too_long = [f"prompts {limit}: {drops['too long']}"] if drops["too long"] else []
+    reasons = "; ".join([*too_long, *others])
+    return UserError(f"data: no question of {name} is left. Left out are {reasons}. Raise these limits.")
 
 
 def _choose(

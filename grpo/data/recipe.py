@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config.settings import Config, find_path
 from grpo.data.chat_templates import TemplateRefused, render_chat
-from grpo.data.turns import end_of_turn, fold_system
+from grpo.data.turns import check_reads_text, end_of_turn, fold_system
 from grpo.errors import UserError
 from grpo.strict_json import check_regular, read_object
 
@@ -68,7 +68,11 @@ def make_recipe(cfg: Config, tokenizer: PreTrainedTokenizerBase, kept: Mapping[s
     chat = has_template and cfg.chat_template is not False
     given = dict(kept or {})
     if chat and "end_of_turn" not in given:
-        given["end_of_turn"] = end_of_turn(_template_of(tokenizer), tokenizer, given.get("date"))
+        template = _template_of(tokenizer)
+        check_reads_text(template, tokenizer, given.get("date"))
+        given["end_of_turn"] = end_of_turn(template, tokenizer, given.get("date"))
+    if given.get("end_of_turn") in tokenizer.get_added_vocab():  # special: no part of the text that rewards get
+        tokenizer.add_tokens([given["end_of_turn"]], special_tokens=True)
     return Recipe(
         system_prompt=cfg.system_prompt,
         prompt_template=cfg.prompt_template,

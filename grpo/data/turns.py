@@ -1,11 +1,13 @@
 """Turns of a conversation: a system message for templates without that role, and the token that ends a turn."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from grpo.data.chat_templates import TemplateRefused, render_chat
+from grpo.errors import UserError
 
 ANSWER = "Fortytwo"  # a word that is in no template
 
@@ -23,6 +25,23 @@ def fold_system(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return list(turns)
     others[first] = {**others[first], "content": "\n\n".join([*system, str(others[first]["content"])])}
     return others
+
+
+def check_reads_text(template: str, tokenizer: PreTrainedTokenizerBase, date: str | None) -> None:
+    """Refuse a template whose prompts do not depend on the user's text, as some that want content in parts do.
+
+    Raises UserError. A template that refuses the two prompts compared here will be judged by those of the data.
+    """
+    texts = []
+    for content in ("?", ANSWER):
+        with contextlib.suppress(TemplateRefused):
+            turns = [{"role": "user", "content": content}]
+            texts.append(render_chat(template, tokenizer.special_tokens_map, turns, "open", date))
+    if len(texts) == 2 and texts[0] == texts[1]:
+        raise UserError(
+            "chat_template: the tokenizer's template leaves the user's text out (templates of vision models want it in "
+            "parts). Give one that reads text: --chat_template_file FILE, or try --chat_template false."
+        )
 
 
 def end_of_turn(template: str, tokenizer: PreTrainedTokenizerBase, date: str | None) -> str | None:

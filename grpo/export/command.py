@@ -167,7 +167,8 @@ def write_all_gguf(source: Source, folder: Path, quants: list[str]) -> str:
     # f16 and q8_0; f16 is also the source of the K-quants
     for quant in WRITTEN_HERE:
         if quant in quants or (quant == "f16" and set(quants) & set(BY_LLAMA_CPP)):
-            write_gguf(folder / f"model-{quant}.gguf", quant, model, source.tokenizer, name)
+            path = folder / f"model-{quant}.gguf"
+            write_gguf(path, quant, model, source.tokenizer, name, source.recipe.end_of_turn)
     for quant in quants:
         if quant in BY_LLAMA_CPP:
             quantize(f16, folder / f"model-{quant}.gguf", quant)

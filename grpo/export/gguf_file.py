@@ -42,14 +42,22 @@ def check_quants(quants: Iterable[str]) -> None:
             )
 
 
-def write_gguf(path: Path, quant: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Write one file, f16 or q8_0, a tensor at a time. Raises UserError and OSError."""
+def write_gguf(
+    path: Path,
+    quant: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    end_of_turn: str | None = None,
+) -> None:
+    """Write one file, f16 or q8_0, a tensor at a time. end_of_turn: the recipe's. Raises UserError and OSError."""
     writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[model.config.model_type]])
     writer.add_name(name)
     writer.add_file_type(WRITTEN_HERE[quant])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_settings(writer, model.config)
-    add_tokenizer(writer, tokenizer, model.config.vocab_size, stop_token_ids(model, tokenizer))
+    stop_ids = stop_token_ids(model, tokenizer, end_of_turn)
+    add_tokenizer(writer, tokenizer, model.config.vocab_size, stop_ids)
     for own, values in tensors(model):
         kind = kind_for(quant, values.shape)
         block, in_bytes = gguf.GGML_QUANT_SIZES[kind]

@@ -63,7 +63,7 @@ ALTERED = {
     "upper case": CHATML.replace("m.content", "m.content | upper"),
     "thoughts cut": CHATML.replace("m.content", "m.content.split('</think>')[-1]"),
     "dropped": "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-    "not read": "{{ messages | length }}",
+    "the last is dropped": "{{ messages[0].content }}",
 }
 
 
@@ -136,6 +136,21 @@ def test_a_template_without_system_role_says_how_to_go_on():
         render(recipe, build(recipe, [HI, HI], {}), tokenizer_with(ALTERNATE))
     with pytest.raises(UserError, match=r"roles must alternate\. Try --chat_template false"):
         render(Recipe(chat=True), [HI, HI], tokenizer_with(ALTERNATE))
+
+
+PARTS = (
+    "{% for m in messages %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [PARTS, "{{ messages | length }}", "Answer:"])
+def test_a_template_that_leaves_the_question_out_is_refused(template):
+    """As those of vision models do with plain text: every prompt would be the same. ChatML is the control."""
+    with pytest.raises(UserError, match=r"leaves the user's text out .*--chat_template_file"):
+        make_recipe(Config(), tokenizer_with(template))
+    assert make_recipe(Config(), tokenizer_with(CHATML)).chat
+    assert not make_recipe(Config(chat_template=False), tokenizer_with(template)).chat
 
 
 # --- special tokens around plain text
@@ -252,6 +267,17 @@ def test_the_end_of_a_turn_is_read_off_the_template(name):
     assert make_recipe(Config(), tokenizer_with(template)).end_of_turn == token
     assert make_recipe(Config(chat_template=False), tokenizer_with(template)).end_of_turn is None
     assert make_recipe(Config(), tokenizer_with(template), {"end_of_turn": None}).end_of_turn is None, "an older run"
+
+
+def test_it_is_no_part_of_the_text_that_rewards_get():
+    """Where the tokenizer does not call it special; an older run (the control) keeps its texts."""
+    for kept, text in ((None, "4"), ({"end_of_turn": None}, "4<|end|>")):
+        tokenizer = tokenizer_with(MARKED.replace("%END", "<|end|>"))
+        tokenizer.add_tokens(["<|end|>"])
+        ids, size = tokenizer("4<|end|>")["input_ids"], len(tokenizer)
+        make_recipe(Config(), tokenizer, kept)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert tokenizer("4<|end|>")["input_ids"] == ids and len(tokenizer) == size
 
 
 def test_it_is_added_to_the_stop_tokens_and_said():

@@ -129,6 +129,14 @@ def test_tokens_merges_ends_and_template_are_written(tmp_path):
     assert fields["tokenizer.chat_template"] == tokenizer.chat_template
 
 
+def test_the_templates_end_of_a_turn_ends_an_answer_too(tmp_path):
+    """Without it (the control) the file names the model's own token alone."""
+    for end_of_turn, ends in ((None, (0, None)), ("<|im_end|>", (0, 1))):
+        write_gguf(tmp_path / "m.gguf", "f16", tiny_model("qwen3"), tiny_tokenizer(), "name", end_of_turn)
+        fields = settings_of(GGUFReader(tmp_path / "m.gguf"))
+        assert tuple(fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")) == ends
+
+
 def test_q8_0_is_within_half_a_step_of_its_block(tmp_path):
     model = tiny("llama")
     write_gguf(tmp_path / "m.gguf", "q8_0", model, tiny_tokenizer(), "name")
