@@ -62,9 +62,10 @@ def _problem(model: PreTrainedModel, limit: float) -> str | None:
     padded = torch.cat([row, row.new_zeros(PADDING)])
     try:
         together = _logits(model, torch.stack([padded, changed]))
-        if gap := differs(_logits(model, changed[None, :LENGTH])[0, : LENGTH - 1], alone[: LENGTH - 1]):
+        gap = differs(together[0, :LENGTH], alone) or differs(together[1, : LENGTH - 1], alone[: LENGTH - 1])
+        if gap and differs(_logits(model, changed[None, :LENGTH])[0, : LENGTH - 1], alone[: LENGTH - 1]):
             return f"a later token changes the logits of earlier ones {gap}"
-        if gap := differs(together[0, :LENGTH], alone):
+        if gap:
             return f"a row's logits depend on what stands behind or beside it {gap}"
         _backward(model, row[None])
         model.train()

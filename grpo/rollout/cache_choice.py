@@ -49,12 +49,13 @@ def choose_cache(head: Head, shares_prompts: bool) -> CacheKind:
 def _difference(kind: CacheKind, head: Head) -> float:
     """Largest difference of a cache's logits to whole rows', relative; two rows, and one after the other has left."""
     lengths = (4, 7) if kind in ("shared", "padded") else (7, 7)
-    new, row = 3, []
-    for place, length in enumerate(lengths):
-        row.append(torch.arange(length + new, device=head.model.device) * 7 + 3 + place)
-        row[-1] %= head.vocab_size
+    new = 2
+    both = (torch.arange(max(lengths) + new) * 7 + torch.tensor([[3], [4]])) % head.vocab_size
+    row = [ids[: length + new].to(head.model.device) for ids, length in zip(both, lengths, strict=True)]
+    # whole rows, in one batch: what stands behind the shorter one does not change it (models/trial.py)
     arguments = accepted(head.model, {"use_cache": False})
-    expected = [head.model(input_ids=ids[None], **arguments).logits[0, -new - 1 :].float() for ids in row]
+    whole = head.model(input_ids=both.to(head.model.device), **arguments).logits.float()
+    expected = [whole[i, length - 1 : length + new] for i, length in enumerate(lengths)]
     requests = [Request(i, i, 0, tuple(ids[:n].tolist())) for i, (ids, n) in enumerate(zip(row, lengths, strict=True))]
     cache = open_cache(kind, head, requests, new)
     # the first token and the second of both rows; the others of the first row
