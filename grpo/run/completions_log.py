@@ -18,6 +18,7 @@ from rich.text import Text
 
 from grpo.config.settings import Config
 from grpo.rewards import completion_text, short_names
+from grpo.run.console import rounded
 from grpo.run.languages import label
 from grpo.run.trackers.jsonl import open_after
 from grpo.training.scoring import Scored, combine
@@ -95,7 +96,8 @@ def as_markdown(rollouts: Sequence[Rollout], language: str = "en") -> str:
             f"**{text('question')}** {rollout.question}",
             f"**{text('completion')}** {rollout.completion}",
             f"**{text('gold')}** {rollout.gold}, **{text('rewards')}** {rewards}, "
-            f"**{text('sum')}** {_number(rollout.reward, none)}, **{text('advantage')}** {rollout.advantage:+.3f}",
+            f"**{text('sum')}** {_number(rollout.reward, none)}, "
+            f"**{text('advantage')}** {rounded(rollout.advantage, 3):+.3f}",
         )
         blocks.append("\n\n".join(map(_escape, texts)))
     return "\n\n---\n\n".join(blocks)
@@ -112,14 +114,14 @@ def as_table(rollouts: Sequence[Rollout], language: str = "en") -> Table:
         names = short_names(list(rollout.rewards))
         rewards = [f"{names[name]} {_number(value, none)}" for name, value in rollout.rewards.items()]
         rewards.append(f"{text('sum')} {_number(rollout.reward, none)}")
-        advantage = f"{rollout.advantage:+.3f}"
+        advantage = f"{rounded(rollout.advantage, 3):+.3f}"
         cells = (rollout.question, rollout.completion, str(rollout.gold), "\n".join(rewards), advantage)
         table.add_row(*(Text(_printable(cell)) for cell in cells))
     return table
 
 
 def _number(value: float | None, none: str) -> str:
-    return none if value is None else f"{value:g}"
+    return none if value is None else f"{value + 0.0:g}"
 
 
 def _printable(text: str) -> str:
