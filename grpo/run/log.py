@@ -14,7 +14,7 @@ from grpo.config.settings import Config, prompts_per_step, tracker_names
 from grpo.data.questions import Questions, length_summary
 from grpo.errors import warn
 from grpo.rewards import short_names
-from grpo.run.completions_log import RolloutFile, as_markdown, as_table, rollouts_of
+from grpo.run.completions_log import RolloutFile, as_markdown, as_table, first_of_all, rollouts_of
 from grpo.run.console import Console, reward_of, rounded, sft_line, step_line
 from grpo.run.languages import label
 from grpo.run.trackers import Tracker, check_trackers, load_trackers
@@ -52,6 +52,7 @@ class RunLog:
         self.rollouts: RolloutFile | None = None
         self.best: BestCheckpoint | None = None  # on rank 0
         self.total = 0
+        self.marks: tuple[str, str] | None = None  # around the answer in a completion
         self.without_reward = False  # the last step had no reward: said once
         self.extras: Callable[[], dict[str, float]] = dict  # metrics of rank 0 alone, such as the seconds of saves
 
@@ -211,16 +212,18 @@ class RunLog:
         )
         if not (to_file or to_console):
             return
-        rollouts = rollouts_of(step, scored, advantages, self.cfg)
+        rollouts = rollouts_of(step, scored, advantages, self.cfg, self.marks)
         if to_file and self.rollouts is not None:
             with self._rollouts_optional():
                 self.rollouts.write(rollouts)
-        if not rollouts:
+        shown = first_of_all(self.world, rollouts)
+        if not shown:
             return
-        if to_console and self.world.is_main:
-            self.console.show(as_table(rollouts, self.cfg.console_language))
+        how = (self.cfg.console_language, self.marks is not None)
+        if to_console:
+            self.console.show(as_table(shown, *how))
         for tracker in list(self.trackers) if to_file else []:
-            text = as_markdown(rollouts, self.cfg.console_language)
+            text = as_markdown(shown, *how)
             self._call(tracker, lambda tracker=tracker, text=text: tracker.text(step, "samples", text))  # type: ignore[misc]
 
     @contextmanager

@@ -23,6 +23,7 @@ from grpo.data.questions import Questions
 from grpo.data.recipe import Recipe
 from grpo.errors import EXIT_STALLED, Corrupted, Preempted, UserError, warn
 from grpo.rewards import Reward
+from grpo.run.completions_log import answer_marks
 from grpo.run.log import RunLog
 from grpo.runtime.distributed import World
 from grpo.runtime.heartbeat import Heartbeat, Watchdog
@@ -94,6 +95,7 @@ class Run:
         more: fingerprints that only this kind of run has. Raises UserError.
         """
         self.facts = fingerprints(self.cfg, questions, rewards, tokenizer) | more
+        self.log.marks = answer_marks(self.cfg, rewards)
         check_ranks_agree(self.world, self.cfg, self.facts)
 
     def resume_point(self) -> Path | None:
