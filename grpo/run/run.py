@@ -21,7 +21,7 @@ from grpo.checkpoints.resume import check_same_run, read_state
 from grpo.config.settings import Config, shards_weights
 from grpo.data.questions import Questions
 from grpo.data.recipe import Recipe
-from grpo.errors import EXIT_STALLED, Corrupted, Preempted, UserError, warn
+from grpo.errors import EXIT_BUG, EXIT_STALLED, Corrupted, Preempted, UserError, warn
 from grpo.rewards import Reward
 from grpo.run.completions_log import answer_marks
 from grpo.run.log import RunLog
@@ -159,11 +159,15 @@ class Run:
         return self.stop.pulse
 
     def _report(self, error: Exception) -> None:
-        """Before the traceback, one line with rank, phase and step; and a line for each rank that ended earlier."""
+        """Before the traceback, one line with rank, phase and step; and a line for each rank that ended earlier.
+
+        They are in exit.json too, unless the rank that ended earlier has written its own.
+        """
         message = " ".join(str(error).split())[:200]
-        for line in self.heartbeat.gone():
+        lines = [*self.heartbeat.gone(), f"{self.heartbeat.where()}: {type(error).__name__}: {message}"]
+        for line in lines:
             warn(f"error: {line}")
-        warn(f"error: {self.heartbeat.where()}: {type(error).__name__}: {message}")
+        write_exit(self.output_dir, EXIT_BUG, "; ".join(lines), first=True)
 
     def tally(self, step: int) -> Tally:
         """The metrics of step `step` (counted from 1); its phases show in this rank's heartbeat."""

@@ -20,7 +20,7 @@ from grpo.runtime.distributed import World
 from grpo.training.metrics import PHASES
 from tests.support.launcher import fork_script, patched_train
 
-TINY = ("--max_steps", "1", "--save_steps", "0", "--eval_data", "null", "--rollout_chunk_rows", "8")
+TINY = ("--max_steps", "1", "--save_steps", "0", "--eval_data", "null", "--num_threads", "1")
 RANK_1_TAKES_ALL = """
 from grpo.runtime.distributed import World
 World.deal = lambda self, count: iter(range(count) if self.rank == 1 else ())
@@ -30,7 +30,8 @@ World.deal = lambda self, count: iter(range(count) if self.rank == 1 else ())
 @pytest.mark.parametrize("patch", ["", RANK_1_TAKES_ALL], ids=["dealt", "rank 1 takes all"])
 def test_two_ranks_show_the_first_rows_whoever_sampled_them(tmp_path, patch):
     """Before, with rank 1 taking every chunk: no table, no text, code 0."""
-    settings = (*TINY, "--log_completions_steps", "1", "--log_samples_steps", "1", "--max_generate_length", "24")
+    shown = ("--log_completions_steps", "1", "--log_samples_steps", "1")
+    settings = (*TINY, *shown, "--max_generate_length", "24", "--rollout_chunk_rows", "8")
     folders = ("--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"))
     done = fork_script(patched_train(tmp_path, patch), *settings, *folders, nproc=2)
     assert done.returncode == 0, done.stderr[-3000:]
