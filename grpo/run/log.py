@@ -53,6 +53,7 @@ class RunLog:
         self.best: BestCheckpoint | None = None  # on rank 0
         self.total = 0
         self.marks: tuple[str, str] | None = None  # around the answer in a completion
+        self.moved = False  # whether any update had a gradient
         self.without_reward = False  # the last step had no reward: said once
         self.extras: Callable[[], dict[str, float]] = dict  # metrics of rank 0 alone, such as the seconds of saves
 
@@ -139,6 +140,7 @@ class RunLog:
             "guards/skipped_updates": float(policy.counters.skipped_updates),
             "tokens_per_s": tokens / max(measured.metrics["time/step_s"], 1e-9),
         }
+        self.moved = self.moved or any(norm > 0 for norm in norms)
         if norms:
             metrics |= {
                 "grad_norm": float(np.mean(norms)),

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from grpo.checkpoints import contents as checkpoint
-from grpo.checkpoints.background import Saver
+from grpo.checkpoints.background import Saver, no_gradient
 from grpo.checkpoints.fingerprints import fingerprints
 from grpo.checkpoints.resume import check_same_run, read_state
 from grpo.config.settings import Config, shards_weights
@@ -230,6 +230,8 @@ class Run:
         if not self.world.is_main:
             return
         newest = checkpoint.checkpoint_folders(self.output_dir)
+        if first < total and not self.log.moved:
+            warn(f"warning: nothing was learned in the steps from {first + 1} to {total}. {no_gradient(self.cfg)}")
         if first >= total > 0:
             print(
                 f"nothing to do: {newest[0]} is already the last of {total} steps. Ask it: python inference.py "
