@@ -151,9 +151,10 @@ def test_a_best_accuracy_of_an_older_version_does_not_stay_for_ever(tmp_path):
     state = {"config": {"eval_data": None, "eval_split": "test", "eval_rows": 0}}
     (tmp_path / "checkpoint_1" / "trainer" / "state.json").write_text(json.dumps(state))
     old = {"checkpoint": "checkpoint_1", "step": 1, "metric": "eval/accuracy", "value": 1.0}
-    (tmp_path / "best.json").write_text(json.dumps(old))
     log = run_log(tmp_path)
+    (tmp_path / "best.json").write_text(json.dumps(old))
     log.best = BestCheckpoint(log.cfg, 1)
+    assert log.best.value == 1.0
     log.log_eval(2, {"eval/dense": 0.5, "eval/length_mean": 7.0})
     log.log_eval(3, {"eval/dense": 0.4, "eval/length_mean": 7.0})
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 2
