@@ -2,6 +2,7 @@
 
 import sys
 
+EXIT_BUG = 1  # an exception that is none of the others, with its traceback
 EXIT_USER = 2  # config, data, reward or checkpoint: the user can correct it
 EXIT_STALLED = 74  # no progress on any rank
 EXIT_PREEMPTED = 75  # stopped by a signal; the same command continues

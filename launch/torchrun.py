@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from grpo.config.command_line import load_config, load_sft_config
-from grpo.errors import EXIT_PREEMPTED, EXIT_STALLED, EXIT_USER, UserError
+from grpo.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_STALLED, EXIT_USER, UserError
 
 
 def exit_file(argv: list[str]) -> Path:
@@ -39,9 +39,10 @@ def exit_file(argv: list[str]) -> Path:
 
 
 def told(file: Path) -> int:
-    """Rank 0's own code; 0 when it left none."""
+    """Rank 0's own code; 0 when it left none, or met a bug: the failure of another rank, or its end by a signal."""
     try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["code"])
+        code = int(json.loads(file.read_text(encoding="utf-8"))["code"])
+        return 0 if code == EXIT_BUG else code
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 

@@ -20,7 +20,7 @@ from grpo.config.settings import Config
 from grpo.data.recipe import Recipe
 from grpo.errors import UserError, warn
 from grpo.models.checks import is_lora
-from grpo.models.lora_files import saved_line
+from grpo.models.lora_files import NOTHING_TRAINED, saved_line
 from grpo.models.processor_files import processor_files
 from grpo.runtime.heartbeat import Heartbeat
 from grpo.training.policy import Policy
@@ -95,9 +95,10 @@ class Saver:
             if policy.world.is_main and is_lora(policy.model):
                 self.write_line(saved_line(folder))
         elif policy.world.is_main and not last:
+            wrong = "is not written" if self.learned_nothing else "could not be written"
             warn(
-                f"warning: {folder} could not be written: {self.failure}. Earlier checkpoints are untouched; "
-                "training goes on, the next save tries again."
+                f"warning: {folder} {wrong}: {self.failure}. Earlier checkpoints are untouched; training goes on, the "
+                "next save tries again."
             )
 
     def wait(self) -> None:
@@ -113,16 +114,36 @@ class Saver:
     def finish(self) -> None:
         """Wait for the last save. Raises UserError, on every rank alike, when it failed."""
         self.wait()
+        if self.failure is not None and self.learned_nothing:
+            raise UserError(
+                f"checkpoint: {self.output_dir}/checkpoint_{self.step} is not written: {self.failure}. "
+                f"{no_gradient(self.cfg)}"
+            )
         if self.failure is not None:
             raise UserError(
                 f"checkpoint: {self.output_dir}/checkpoint_{self.step} could not be written: {self.failure}. Earlier "
                 "checkpoints are untouched; free space or mend the folder, then run the same command to resume."
             )
 
+    @property
+    def learned_nothing(self) -> bool:
+        """Whether the last save was refused because the adapter is as it was at the start."""
+        return self.failure is not None and self.failure.endswith(NOTHING_TRAINED)
+
     def take_seconds(self) -> dict[str, float]:
         """Metrics `save/…_s`: seconds spent on saves since the last call."""
         seconds, self.seconds = self.seconds, {}
         return seconds
+
+
+def no_gradient(cfg: Config) -> str:
+    """Why nothing was learned in a whole run, and what to do."""
+    if cfg.sft:
+        return "No gradient was other than 0: no token of a text counted, or every update was skipped. See the texts."
+    return (
+        "No gradient was other than 0: the completions of every question had equal rewards (reward/zero_std_groups), "
+        "or every update was skipped. Change the rewards, the questions or the temperature."
+    )
 
 
 def serialized_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:

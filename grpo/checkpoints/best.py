@@ -1,6 +1,8 @@
-"""output_dir/best.json: the checkpoint with the highest accuracy on the held-out questions so far.
+"""output_dir/best.json: the checkpoint that did best on the held-out questions so far.
 
     {"checkpoint": "checkpoint_40", "step": 40, "metric": "eval/accuracy", "value": 0.83}
+
+The metric is the accuracy, or, for a first reward function that is not just right or wrong, its mean: eval/NAME.
 
 Rank 0 writes it atomically when an evaluation improves and that step is saved. `save_total_limit` does not remove the
 checkpoint that it names. It may name one whose save failed, or that was removed since: readers verify the checkpoint.
@@ -27,7 +29,9 @@ def read_best(output_dir: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     step, value = best.get("step"), best.get("value")
-    valid = type(step) is int and best.get("checkpoint") == f"checkpoint_{step}" and best.get("metric") == METRIC
+    metric = best.get("metric")
+    valid = type(step) is int and best.get("checkpoint") == f"checkpoint_{step}"
+    valid = valid and isinstance(metric, str) and metric.startswith("eval/")
     return best if valid and isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
@@ -55,9 +59,10 @@ class BestCheckpoint:
         """Read best.json; remove it when it belongs to another run, to steps after `done`, or to other questions."""
         self.path = Path(cfg.output_dir) / FILE
         self.value: float | None = None
+        self.metric = METRIC
         best = read_best(self.path.parent)
         if best is not None and best["step"] <= done and self._same_questions(cfg, best["checkpoint"]):
-            self.value = float(best["value"])
+            self.value, self.metric = float(best["value"]), best["metric"]
         else:
             self.path.unlink(missing_ok=True)
 
@@ -68,13 +73,23 @@ class BestCheckpoint:
         except (OSError, ValueError, KeyError, AttributeError):
             return False  # that checkpoint is missing or damaged
 
-    def consider(self, step: int, value: float) -> bool:
-        """Point to checkpoint_<step>, which is or will be saved, if `value` is higher. Raises OSError."""
-        if self.value is not None and value <= self.value:
+    def metric_of(self, metrics: dict[str, float], first: str) -> str | None:
+        """The metric of an evaluation that decides: the one of the best so far, if it has it. first: reward's name.
+
+        A graded reward that happens to be 0 or 1 everywhere is still compared by its mean.
+        """
+        return next((name for name in (self.metric, METRIC, f"eval/{first}") if name in metrics), None)
+
+    def consider(self, step: int, value: float, metric: str = METRIC) -> bool:
+        """Point to checkpoint_<step>, which is or will be saved, if `value` is higher or of another metric.
+
+        Raises OSError.
+        """
+        if self.value is not None and metric == self.metric and value <= self.value:
             return False
-        best = {"checkpoint": f"checkpoint_{step}", "step": step, "metric": METRIC, "value": value}
+        best = {"checkpoint": f"checkpoint_{step}", "step": step, "metric": metric, "value": value}
         staging = self.path.with_name(f".{FILE}-{os.getpid()}")
         staging.write_text(json.dumps(best) + "\n", encoding="utf-8")
         os.replace(staging, self.path)
-        self.value = value
+        self.value, self.metric = value, metric
         return True

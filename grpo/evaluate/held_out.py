@@ -1,7 +1,7 @@
-"""Greedy accuracy on held-out questions during training, on all ranks, one completion per question.
+"""Greedy answers to held-out questions during training, on all ranks, one completion per question.
 
-`eval/accuracy` is the share of questions for which the first reward function of the config gives more than 0, or more
-than its score of a refusal where it rewards one; beside it the mean of every reward function.
+Logged is the mean of every reward function. Where the first one of the config only says right or wrong (1 or 0, or as
+its mark `right` says), `eval/accuracy` is the share of questions that it calls right.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config.settings import Config
 from grpo.data.questions import Questions
-from grpo.rewards import short_names
+from grpo.rewards import Reward, short_names
 from grpo.rewards.pool import Rewards
 from grpo.rollout import Engine, cut_chunks, requests_of
 from grpo.rollout.sampling import Sampling
@@ -58,13 +58,28 @@ def evaluate(
     table, stop = np.split(world.sum_rows(table), [-1])
     if stop.any():
         return None
-    first = table[:, 0]
-    metrics = {
-        "eval/accuracy": float((np.nan_to_num(first) > rewards.rewards[0].worth_of_refusal).mean()),
-        "eval/length_mean": float(table[:, -1].mean()),
-    }
+    metrics = {"eval/length_mean": float(table[:, -1].mean())}
+    share = accuracy(table[:, 0], rewards.rewards[0])
+    if share is not None:
+        metrics["eval/accuracy"] = share
     for k, short in enumerate(short_names([reward.name for reward in rewards.rewards]).values()):
         column = table[:, k][~np.isnan(table[:, k])]
         if len(column):
             metrics[f"eval/{short}"] = float(column.mean())
     return metrics
+
+
+def accuracy(scores: np.ndarray, reward: Reward) -> float | None:
+    """Share of right answers, from the [N] scores of a function that only says right or wrong; None for another one.
+
+    A question to which it does not apply (NaN) is not answered right. A refusal is not right either.
+
+    >>> accuracy(np.array([1.0, 0.0, np.nan, 1.0]), Reward("f", 1.0))
+    0.5
+    >>> accuracy(np.array([0.5, 0.5]), Reward("f", 1.0)) is None
+    True
+    """
+    known = scores[~np.isnan(scores)]
+    if not len(known) or not np.isin(known, [0.0, reward.worth_of_refusal, reward.right]).all():
+        return None
+    return float((np.nan_to_num(scores) > reward.worth_of_refusal).mean())

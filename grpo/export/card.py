@@ -110,7 +110,7 @@ def curve_table(lines: list[dict[str, Any]]) -> str:
 
 def metrics_table(lines: list[dict[str, Any]]) -> str:
     """A table of the last evaluation on held-out questions; "" without any."""
-    evaluated = [line for line in lines if _number(line.get("eval/accuracy")) is not None]
+    evaluated = [line for line in lines if any(key.startswith("eval/") for key in line)]
     if not evaluated:
         return ""
     values = {key: value for key, value in evaluated[-1].items() if key.startswith("eval/")}

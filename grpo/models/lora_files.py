@@ -19,6 +19,8 @@ from grpo.errors import UserError
 from grpo.models.lora_checks import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, is_adapter
 from grpo.strict_json import read_object
 
+NOTHING_TRAINED = "nothing was trained"  # the end of `problem_of` for an adapter as it was at the start
+
 PREFIX = "base_model.model."  # of every name in adapter_model.safetensors
 ACTIVE, REFERENCE = "default", "reference"  # names of adapters inside a model
 
@@ -113,7 +115,7 @@ def problem_of(stored: dict[str, Tensor]) -> str | None:
             return f"{name} holds NaN or Inf"
     num_zero, num_modules = zero_modules(stored)
     if num_zero == num_modules:
-        return f"all its weights are zero (B A of each of its {num_modules} modules): nothing was trained"
+        return f"all its weights are zero (B A of each of its {num_modules} modules): {NOTHING_TRAINED}"
     return None
 
 

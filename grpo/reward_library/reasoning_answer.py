@@ -18,6 +18,9 @@ def reasoning_correctness_reward(completions: Sequence[Any], answer: Sequence[An
     return [2.0 if tagged_answer(text) == str(gold) else 0.0 for text, gold in zip(texts, answer, strict=True)]
 
 
+reasoning_correctness_reward.right = 2.0  # type: ignore[attr-defined]
+
+
 def int_reward(completions: Sequence[Any], **columns: Any) -> list[float]:
     """0.5 when that text is made of digits alone (str.isdigit), else 0.0."""
     return [0.5 if tagged_answer(completion_text(c)).isdigit() else 0.0 for c in completions]

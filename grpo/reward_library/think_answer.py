@@ -32,6 +32,9 @@ def correctness_reward(completions: Sequence[Any], answer: Sequence[Any], **colu
     return [2.0 if tagged_answer(text) == str(gold) else 0.0 for text, gold in zip(texts, answer, strict=True)]
 
 
+correctness_reward.right = 2.0  # type: ignore[attr-defined]
+
+
 def digit_reward(completions: Sequence[Any], **columns: Any) -> list[float]:
     """0.5 when the tagged answer is made of digits alone (str.isdigit), else 0.0."""
     return [0.5 if tagged_answer(completion_text(c)).isdigit() else 0.0 for c in completions]
@@ -144,6 +147,9 @@ def math_correctness_reward(completions: Sequence[Any], answer: Sequence[Any], *
     """2.0 when Math-Verify finds the tagged answer (without tags: the whole text) equal to the gold; else 0.0."""
     texts = map(completion_text, completions)
     return [2.0 if agrees(tagged_answer(text), str(gold)) else 0.0 for text, gold in zip(texts, answer, strict=True)]
+
+
+math_correctness_reward.right = 2.0  # type: ignore[attr-defined]
 
 
 def think_answer_total(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float]:

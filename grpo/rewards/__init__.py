@@ -36,6 +36,8 @@ from typing import Any
 
 # A function that rewards a refusal to answer has these two parameters: the score of a refusal, and its text.
 REFUSAL_SCORE, REFUSAL_TEXT = "refuse", "marker"
+# One that reads the answer between two texts has these.
+ANSWER_MARKS = ("start", "end")
 
 
 def completion_text(completion: str | list[dict[str, str]]) -> str:
@@ -93,6 +95,7 @@ class Reward:
     source: str = ""  # the function's text, for the run's fingerprint
     worth_of_refusal: float = 0.0  # its score for a refusal, 0 where it does not reward one
     reads_gold: bool = False  # None from it means that it cannot read the gold answer, whatever the completion is
+    marks: tuple[str, str] | None = None  # the answer stands after the last of the first, up to the second
     right: float = 1.0  # its score for a right answer, where it has 0 for any other
 
     @property

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from types import ModuleType
 from typing import Any
 
-from grpo.rewards import REFUSAL_SCORE, REFUSAL_TEXT
+from grpo.rewards import ANSWER_MARKS, REFUSAL_SCORE, REFUSAL_TEXT
 
 RewardFunction = Callable[..., Sequence[float | None]]
 Outcome = float | str | None  # a score, why there is none, or "does not apply"
@@ -120,9 +120,18 @@ def describe(function: RewardFunction, name: str, given: Mapping[str, Any] | Non
     except (OSError, TypeError):  # a callable object, or a function made at run time
         source = name
     marks = {mark: bool(getattr(function, mark, False)) for mark in ("sees_group", "runs_code", "reads_gold")}
-    right = getattr(function, "right", 1.0)
-    worth = _worth_of_refusal(function, given or {})
-    return {**marks, "source": source, "worth_of_refusal": worth, "right": float(right)}
+    values = {
+        "worth_of_refusal": _worth_of_refusal(function, given or {}),
+        "right": float(getattr(function, "right", 1.0)),
+        "marks": _answer_marks(function, given or {}),
+    }
+    return {**marks, "source": source, **values}
+
+
+def _answer_marks(function: RewardFunction, given: Mapping[str, Any]) -> list[str] | None:
+    """The texts around the answer, where the function has them as parameters."""
+    values = [{**_defaults(function), **given}.get(name) for name in ANSWER_MARKS]
+    return [str(value) for value in values] if all(isinstance(value, str) for value in values) else None
 
 
 def _worth_of_refusal(function: RewardFunction, given: Mapping[str, Any]) -> float:

@@ -1,7 +1,8 @@
 """Logged completions: question, gold answer, completion, rewards, advantage. As JSON lines, Markdown or a table.
 
 Every rank writes the completions that it sampled to runs/<name>/rollouts-rank<R>.jsonl: no rank has all texts, and
-no rank waits for another. `cat rollouts-rank*.jsonl` gives all completions of a step.
+no rank waits for another. `cat rollouts-rank*.jsonl` gives all completions of a step. The Markdown and the table show
+the step's first rows, whichever rank sampled them.
 """
 
 import json
@@ -17,9 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.config.settings import Config
-from grpo.rewards import completion_text, short_names
+from grpo.reward_library.scanning import inside
+from grpo.rewards import Reward, completion_text, short_names
+from grpo.run.console import rounded
 from grpo.run.languages import label
 from grpo.run.trackers.jsonl import open_after
+from grpo.runtime.distributed import World
 from grpo.training.scoring import Scored, combine
 
 NUM_SHOWN = 4  # completions in the Markdown text and in the table
@@ -39,25 +43,57 @@ class Rollout:
     rewards: dict[str, float | None]  # by function; None: the function does not apply, or failed
     reward: float | None  # the weighted sum
     advantage: float
+    extracted: str | None = None  # the answer in the completion; None: not found, or the task marks none
 
 
-def rollouts_of(step: int, scored: Scored, advantages: np.ndarray, cfg: Config) -> list[Rollout]:
-    """This rank's rollouts of a step, by row. advantages: [N], of all ranks."""
+def answer_marks(cfg: Config, rewards: Sequence[Reward]) -> tuple[str, str] | None:
+    """The texts between which an answer stands: those that a reward reads; else those that the prompt asks for.
+
+    >>> answer_marks(Config(prompt_template="{question} Put it into <answer></answer>."), [])
+    ('<answer>', '</answer>')
+    """
+    for reward in rewards:
+        if reward.marks is not None:
+            return reward.marks[0], reward.marks[1]
+    prompt = f"{cfg.system_prompt or ''} {cfg.prompt_template} {cfg.example_answer or ''}"
+    for tag in ("SOLUTION", "answer"):
+        if f"<{tag}>" in prompt:
+            return f"<{tag}>", f"</{tag}>"
+    return ("####", "") if cfg.answer_format == "hash" or "####" in prompt else None
+
+
+def first_of_all(world: World, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The first rows of the step, on rank 0; on others an empty list. A collective."""
+    mine = [vars(rollout) for rollout in rollouts if rollout.row < NUM_SHOWN]
+    data = np.frombuffer(json.dumps(mine, default=str).encode(), np.uint8).astype(np.int32)
+    sizes = world.gather_rows(np.array([len(data)]))[:, 0].astype(int).tolist()
+    to_rank = [data if rank == 0 else data[:0] for rank in range(world.size)]
+    parts = world.exchange(to_rank, sizes if world.is_main else [0] * world.size)
+    found = [Rollout(**one) for part in parts if len(part) for one in json.loads(part.astype(np.uint8).tobytes())]
+    return sorted(found, key=lambda rollout: rollout.row)
+
+
+def rollouts_of(
+    step: int, scored: Scored, advantages: np.ndarray, cfg: Config, marks: tuple[str, str] | None = None
+) -> list[Rollout]:
+    """This rank's rollouts of a step, by row. advantages: [N], of all ranks. marks: see `answer_marks`."""
     totals = combine(scored.scores, list(cfg.rewards.values())) if len(scored.inputs) else np.zeros(0)
     rollouts = []
     for i, (completion, reward_input) in enumerate(zip(scored.completions, scored.inputs, strict=True)):
         question = reward_input.columns.get("question")
+        text = completion_text(reward_input.completion)
         rollouts.append(
             Rollout(
                 step=step,
                 row=completion.row,
                 question=question if isinstance(question, str) else completion_text(reward_input.prompt),
                 gold=reward_input.columns.get("answer"),
-                completion=completion_text(reward_input.completion),
+                completion=text,
                 finish=completion.finish,
                 rewards={name: _none_if_nan(value) for name, value in zip(cfg.rewards, scored.scores[i], strict=True)},
                 reward=_none_if_nan(totals[i]),
                 advantage=float(advantages[completion.row]),
+                extracted=inside(text, *marks) if marks else None,
             )
         )
     return sorted(rollouts, key=lambda rollout: rollout.row)
@@ -84,7 +120,7 @@ class RolloutFile:
         self.file.close()
 
 
-def as_markdown(rollouts: Sequence[Rollout], language: str = "en") -> str:
+def as_markdown(rollouts: Sequence[Rollout], language: str = "en", extracts: bool = False) -> str:
     """A few rollouts for a tracker. Model text is escaped: HTML is not rendered, line breaks are preserved."""
     text = partial(label, language)
     none = text("none")
@@ -94,32 +130,43 @@ def as_markdown(rollouts: Sequence[Rollout], language: str = "en") -> str:
         texts = (
             f"**{text('question')}** {rollout.question}",
             f"**{text('completion')}** {rollout.completion}",
-            f"**{text('gold')}** {rollout.gold}, **{text('rewards')}** {rewards}, "
-            f"**{text('sum')}** {_number(rollout.reward, none)}, **{text('advantage')}** {rollout.advantage:+.3f}",
+            (f"**{text('extracted')}** {_shown(rollout.extracted, none)}, " if extracts else "")
+            + f"**{text('gold')}** {rollout.gold}, **{text('rewards')}** {rewards}, "
+            f"**{text('sum')}** {_number(rollout.reward, none)}, "
+            f"**{text('advantage')}** {rounded(rollout.advantage, 3):+.3f}",
         )
         blocks.append("\n\n".join(map(_escape, texts)))
     return "\n\n---\n\n".join(blocks)
 
 
-def as_table(rollouts: Sequence[Rollout], language: str = "en") -> Table:
-    """A few rollouts for the console."""
+def as_table(rollouts: Sequence[Rollout], language: str = "en", extracts: bool = False) -> Table:
+    """A few rollouts for the console. extracts: with the answers that were read from the completions."""
     text = partial(label, language)
     none = text("none")
     table = Table(title=text("completions", step=rollouts[0].step), show_lines=True)
-    for name, ratio in (("question", 3), ("completion", 5), ("gold", 1), ("rewards", 2), ("advantage", 1)):
+    columns = {"question": 3, "completion": 5, "extracted": 1, "gold": 1, "rewards": 2, "advantage": 1}
+    for name, ratio in columns.items():
+        if name == "extracted" and not extracts:
+            continue
         table.add_column(text(name), ratio=ratio, overflow="fold")
     for rollout in rollouts[:NUM_SHOWN]:
         names = short_names(list(rollout.rewards))
         rewards = [f"{names[name]} {_number(value, none)}" for name, value in rollout.rewards.items()]
         rewards.append(f"{text('sum')} {_number(rollout.reward, none)}")
-        advantage = f"{rollout.advantage:+.3f}"
-        cells = (rollout.question, rollout.completion, str(rollout.gold), "\n".join(rewards), advantage)
+        advantage = f"{rounded(rollout.advantage, 3):+.3f}"
+        extracted = [_shown(rollout.extracted, none)] if extracts else []
+        gold = str(rollout.gold)
+        cells = (rollout.question, rollout.completion, *extracted, gold, "\n".join(rewards), advantage)
         table.add_row(*(Text(_printable(cell)) for cell in cells))
     return table
 
 
+def _shown(text: str | None, none: str) -> str:
+    return none if text is None else text
+
+
 def _number(value: float | None, none: str) -> str:
-    return none if value is None else f"{value:g}"
+    return none if value is None else f"{value + 0.0:g}"
 
 
 def _printable(text: str) -> str:

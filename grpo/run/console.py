@@ -117,16 +117,25 @@ def can_show(text: str) -> bool:
     return True
 
 
+def rounded(value: float, digits: int) -> float:
+    """Rounded to what is shown, so that no 0 has a minus sign.
+
+    >>> f"{rounded(-0.00004, 4):.4f} {rounded(-0.0, 3):+.3f} {rounded(-0.00006, 4):.4f}"
+    '0.0000 +0.000 -0.0001'
+    """
+    return round(value, digits) + 0.0
+
+
 def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
     """The console's line of one GRPO step. `grpo_loss` names the metric `loss`, whatever its weighting is."""
     parts = [
-        f"step: {step}/{total}  grpo_loss: {metrics['loss']:.4f}",
+        f"step: {step}/{total}  grpo_loss: {rounded(metrics['loss'], 4):.4f}",
         reward_of(metrics),
         f"length {metrics['completions/length_mean']:.1f}",
     ]
     if "kl" in metrics:
-        parts.append(f"kl {metrics['kl']:.5f}")
-    parts.append(f"grad {metrics['grad_norm']:.3f}" if "grad_norm" in metrics else "update skipped")
+        parts.append(f"kl {rounded(metrics['kl'], 5):.5f}")
+    parts.append(_gradient_of(metrics))
     parts.append(f"{metrics['tokens_per_s']:.0f} tok/s")
     seconds = [f"{phase} {metrics[f'time/{phase}_s']:.2f}" for phase in PHASES if metrics[f"time/{phase}_s"] >= 0.005]
     return "  ".join(parts) + f"  {metrics['time/step_s']:.2f} s ({', '.join(seconds)})"
@@ -136,14 +145,18 @@ def reward_of(metrics: dict[str, float]) -> str:
     """Mean and standard deviation of the step's rewards; "none" where no completion has one."""
     if "reward/mean" not in metrics:
         return "reward none"
-    return f"reward {metrics['reward/mean']:.3f}±{metrics['reward/std']:.3f}"
+    return f"reward {rounded(metrics['reward/mean'], 3):.3f}±{metrics['reward/std']:.3f}"
+
+
+def _gradient_of(metrics: dict[str, float]) -> str:
+    return f"grad {metrics['grad_norm']:.3f}" if "grad_norm" in metrics else "update skipped"
 
 
 def sft_line(step: int, total: int, metrics: dict[str, float]) -> str:
     """The console's line of one supervised step."""
-    parts = [f"step: {step}/{total}  sft_loss: {metrics['sft/loss']:.4f}"]
+    parts = [f"step: {step}/{total}  sft_loss: {rounded(metrics['sft/loss'], 4):.4f}"]
     if "sft/token_accuracy" in metrics:
         parts.append(f"tokens right {metrics['sft/token_accuracy']:.1%}")
-    parts.append(f"grad {metrics['grad_norm']:.3f}" if "grad_norm" in metrics else "update skipped")
+    parts.append(_gradient_of(metrics))
     parts.append(f"{metrics['tokens_per_s']:.0f} tok/s  {metrics['time/step_s']:.2f} s")
     return "  ".join(parts)

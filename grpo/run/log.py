@@ -13,8 +13,9 @@ from grpo.checkpoints.best import METRIC, BestCheckpoint
 from grpo.config.settings import Config, prompts_per_step, tracker_names
 from grpo.data.questions import Questions, length_summary
 from grpo.errors import warn
-from grpo.run.completions_log import RolloutFile, as_markdown, as_table, rollouts_of
-from grpo.run.console import Console, reward_of, sft_line, step_line
+from grpo.rewards import short_names
+from grpo.run.completions_log import RolloutFile, as_markdown, as_table, first_of_all, rollouts_of
+from grpo.run.console import Console, reward_of, rounded, sft_line, step_line
 from grpo.run.languages import label
 from grpo.run.trackers import Tracker, check_trackers, load_trackers
 from grpo.runtime.distributed import World
@@ -51,6 +52,8 @@ class RunLog:
         self.rollouts: RolloutFile | None = None
         self.best: BestCheckpoint | None = None  # on rank 0
         self.total = 0
+        self.marks: tuple[str, str] | None = None  # around the answer in a completion
+        self.moved = False  # whether any update had a gradient
         self.without_reward = False  # the last step had no reward: said once
         self.extras: Callable[[], dict[str, float]] = dict  # metrics of rank 0 alone, such as the seconds of saves
 
@@ -137,6 +140,7 @@ class RunLog:
             "guards/skipped_updates": float(policy.counters.skipped_updates),
             "tokens_per_s": tokens / max(measured.metrics["time/step_s"], 1e-9),
         }
+        self.moved = self.moved or any(norm > 0 for norm in norms)
         if norms:
             metrics |= {
                 "grad_norm": float(np.mean(norms)),
@@ -153,7 +157,7 @@ class RunLog:
         metrics |= {"sft/loss": metrics.pop("loss"), "sft/tokens": float(tokens)}
         if self.world.is_main:
             self.write_line(sft_line(step, total, metrics))
-            self.console.advance(f"loss {metrics['sft/loss']:.3f}")
+            self.console.advance(f"loss {rounded(metrics['sft/loss'], 3):.3f}")
         self.log(step, metrics)
 
     def log_eval(self, step: int, metrics: dict[str, float]) -> None:
@@ -161,21 +165,31 @@ class RunLog:
         results = []
         if "eval/loss" in metrics:
             loss, accuracy = metrics["eval/loss"], metrics["eval/token_accuracy"]
-            results.append(self._label("held_out_loss", loss=loss, right=accuracy))
-        if METRIC in metrics:
-            accuracy, length = metrics[METRIC], metrics["eval/length_mean"]
-            results.append(self._label("held_out_accuracy", accuracy=accuracy, length=length))
+            results.append(self._label("held_out_loss", loss=rounded(loss, 4), right=accuracy))
+        first = next(iter(short_names(list(self.cfg.rewards)).values()), "")
+        if "eval/length_mean" in metrics:
+            results.append(self._held_out_reward(metrics, first))
         self.write_line(self._label("held_out", step=step, results=", ".join(results)))
         self.log(step, metrics)
-        if METRIC not in metrics:
+        metric = self.best.metric_of(metrics, first) if self.best is not None else None
+        if self.best is None or metric is None:
             return
         every = self.cfg.save_steps
         saved = step > 0 and (step == self.total or (every and step % every == 0))
-        if self.best is not None and (saved or (Path(self.cfg.output_dir) / f"checkpoint_{step}").is_dir()):
+        if saved or (Path(self.cfg.output_dir) / f"checkpoint_{step}").is_dir():
             try:
-                self.best.consider(step, metrics[METRIC])
+                self.best.consider(step, metrics[metric], metric)
             except OSError as error:  # a full disk must not end the run
                 warn(f"warning: best.json cannot be written ({error}); it keeps its old content")
+
+    def _held_out_reward(self, metrics: dict[str, float], first: str) -> str:
+        """Accuracy, or the mean of the first reward function; and the length of the answers."""
+        length = metrics["eval/length_mean"]
+        if METRIC in metrics:
+            return self._label("held_out_accuracy", accuracy=metrics[METRIC], length=length)
+        mean = metrics.get(f"eval/{first}")
+        shown = self._label("none") if mean is None else f"{rounded(mean, 3):.3f}"
+        return self._label("held_out_reward", name=first, mean=shown, length=length)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Send the metrics of a step to all trackers."""
@@ -200,16 +214,18 @@ class RunLog:
         )
         if not (to_file or to_console):
             return
-        rollouts = rollouts_of(step, scored, advantages, self.cfg)
+        rollouts = rollouts_of(step, scored, advantages, self.cfg, self.marks)
         if to_file and self.rollouts is not None:
             with self._rollouts_optional():
                 self.rollouts.write(rollouts)
-        if not rollouts:
+        shown = first_of_all(self.world, rollouts)
+        if not shown:
             return
-        if to_console and self.world.is_main:
-            self.console.show(as_table(rollouts, self.cfg.console_language))
+        how = (self.cfg.console_language, self.marks is not None)
+        if to_console:
+            self.console.show(as_table(shown, *how))
         for tracker in list(self.trackers) if to_file else []:
-            text = as_markdown(rollouts, self.cfg.console_language)
+            text = as_markdown(shown, *how)
             self._call(tracker, lambda tracker=tracker, text=text: tracker.text(step, "samples", text))  # type: ignore[misc]
 
     @contextmanager

@@ -10,7 +10,7 @@ from grpo.errors import Preempted, UserError, warn
 from grpo.models.checks import quiet
 from grpo.runtime.distributed import World, start, stop
 from grpo.runtime.heartbeat import die_with_parent
-from grpo.runtime.signals import forget_exit, write_exit
+from grpo.runtime.signals import bugs_noted, forget_exit, write_exit
 
 
 def run_main(
@@ -38,11 +38,14 @@ def run_main(
             if notice:
                 print(notice, flush=True)
         quiet()
-        world = start(cfg.device, 1 if cfg.deterministic else cfg.num_threads)
-        try:
-            job(cfg, world)
-        finally:
-            stop()
+        output_dir = Path(cfg.output_dir)
+        with bugs_noted(output_dir, rank):
+            world = start(cfg.device, 1 if cfg.deterministic else cfg.num_threads)
+            try:
+                with bugs_noted(output_dir, rank):  # before the other ranks' collectives fail
+                    job(cfg, world)
+            finally:
+                stop()
     except UserError as error:
         if error.on_one_rank or is_main:
             rank_named = f"rank {rank}: " if error.on_one_rank else ""

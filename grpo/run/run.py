@@ -17,14 +17,15 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from grpo.checkpoints import contents as checkpoint
-from grpo.checkpoints.background import Saver
+from grpo.checkpoints.background import Saver, no_gradient
 from grpo.checkpoints.fingerprints import fingerprints
 from grpo.checkpoints.resume import check_same_run, read_state
 from grpo.config.settings import Config, shards_weights
 from grpo.data.questions import Questions
 from grpo.data.recipe import KEPT, Recipe, load_recipe
-from grpo.errors import EXIT_STALLED, Corrupted, Preempted, UserError, warn
+from grpo.errors import EXIT_BUG, EXIT_STALLED, Corrupted, Preempted, UserError, warn
 from grpo.rewards import Reward
+from grpo.run.completions_log import answer_marks
 from grpo.run.log import RunLog
 from grpo.runtime.distributed import World
 from grpo.runtime.heartbeat import Heartbeat, Watchdog
@@ -96,6 +97,7 @@ class Run:
         more: fingerprints that only this kind of run has. Raises UserError.
         """
         self.facts = fingerprints(self.cfg, questions, rewards, tokenizer) | more
+        self.log.marks = answer_marks(self.cfg, rewards)
         check_ranks_agree(self.world, self.cfg, self.facts)
 
     @functools.cached_property
@@ -176,11 +178,15 @@ class Run:
         return self.stop.pulse
 
     def _report(self, error: Exception) -> None:
-        """Before the traceback, one line with rank, phase and step; and a line for each rank that ended earlier."""
+        """Before the traceback, one line with rank, phase and step; and a line for each rank that ended earlier.
+
+        They are in exit.json too, unless the rank that ended earlier has written its own.
+        """
         message = " ".join(str(error).split())[:200]
-        for line in self.heartbeat.gone():
+        lines = [*self.heartbeat.gone(), f"{self.heartbeat.where()}: {type(error).__name__}: {message}"]
+        for line in lines:
             warn(f"error: {line}")
-        warn(f"error: {self.heartbeat.where()}: {type(error).__name__}: {message}")
+        write_exit(self.output_dir, EXIT_BUG, "; ".join(lines), first=True)
 
     def tally(self, step: int) -> Tally:
         """The metrics of step `step` (counted from 1); its phases show in this rank's heartbeat."""
@@ -243,6 +249,8 @@ class Run:
         if not self.world.is_main:
             return
         newest = checkpoint.checkpoint_folders(self.output_dir)
+        if first < total and not self.log.moved:
+            warn(f"warning: nothing was learned in the steps from {first + 1} to {total}. {no_gradient(self.cfg)}")
         if first >= total > 0:
             print(
                 f"nothing to do: {newest[0]} is already the last of {total} steps. Ask it: python inference.py "

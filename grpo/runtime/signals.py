@@ -14,9 +14,10 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from grpo.errors import EXIT_PREEMPTED, warn
+from grpo.errors import EXIT_BUG, EXIT_PREEMPTED, UserError, first_line, warn
 from grpo.runtime.heartbeat import Heartbeat
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -86,8 +87,21 @@ def forget_exit(output_dir: Path) -> None:
         (output_dir / "exit.json").unlink()
 
 
-def write_exit(output_dir: Path, code: int, reason: str) -> None:
-    """Write exit.json: the worker's own exit code and the reason."""
+def write_exit(output_dir: Path, code: int, reason: str, first: bool = False) -> None:
+    """Write exit.json: the worker's own exit code and the reason. first: only if no rank has written it."""
     with contextlib.suppress(OSError):
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "exit.json").write_text(json.dumps({"code": code, "reason": reason}) + "\n", encoding="utf-8")
+        with (output_dir / "exit.json").open("x" if first else "w", encoding="utf-8") as file:
+            file.write(json.dumps({"code": code, "reason": reason}) + "\n")
+
+
+@contextlib.contextmanager
+def bugs_noted(output_dir: Path, rank: int) -> Iterator[None]:
+    """An exception that is no UserError goes into exit.json, from the rank where it came first, and passes on."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        write_exit(output_dir, EXIT_BUG, f"rank {rank}: {type(error).__name__}: {first_line(error)[:500]}", first=True)
+        raise

@@ -23,9 +23,9 @@ from tests.support.tiny import save_tiny
 MAX_LINES = 3000
 SURROUNDINGS = {  # files that a step runs and that its reader may leave for another evening
     "grpo/data/questions.py": "hands out the prompts of a step",
+    "grpo/rewards/__init__.py": "short names of rewards, for the log",
+    "grpo/rewards/neighbours.py": "lets a reward file import what is beside it; only here with reward_workers 0",
     "grpo/rewards/functions.py": "calls a reward function; only here in the trainer, with reward_workers 0",
-    "grpo/rewards/__init__.py": "labels of reward functions",
-    "grpo/rewards/neighbours.py": "lets a reward file import its neighbours",
     "grpo/rewards/pool.py": "passes the calls to reward workers",
     "grpo/forward/arguments.py": "leaves out arguments that a forward does not take",
     "grpo/rollout/prefill.py": "lists the distinct prompts for the plain cache",

@@ -60,6 +60,9 @@ def test_a_failing_rank_ends_the_job_with_its_name(tmp_path, start, act, said):
     began = time.monotonic()
     done = start(*sabotage(tmp_path, act), nproc=2, timeout=120)
     assert done.returncode != 0 and f"error: {said}" in done.stderr
+    if "raise" in act:  # rank 0 fails after it, and does not write over it
+        note = json.loads((tmp_path / "output" / "exit.json").read_text())
+        assert note["code"] == 1 and note["reason"].startswith(said)
     assert processes_of(tmp_path) == []
     assert time.monotonic() - began < 90, "start-up included; the promise is 60 s from the failure"
 
@@ -112,3 +115,32 @@ def test_ranks_that_mean_different_runs_are_refused(tmp_path):
     done = fork_script(script, *settings, nproc=2, timeout=120)
     assert done.returncode != 0 and "ranks disagree about lr: rank 1 differs from rank 0" in done.stderr
     assert json.loads((tmp_path / "output" / "exit.json").read_text())["code"] == 2
+
+
+@pytest.mark.parametrize(
+    "place, nproc",
+    [("grpo.run.run.Run.identify", None), ("grpo.run.run.Run.finish", None), ("grpo.run.run.Run.identify", 2)],
+    ids=["before training", "after training", "two ranks"],
+)
+def test_a_bug_anywhere_is_in_exit_json(tmp_path, place, nproc):
+    """Code 1 as for a bug in a step, also where no heartbeat and no training has begun; on the rank that met it."""
+    owner, _, name = place.rpartition(".")
+    module, _, cls = owner.rpartition(".")
+    patch = f"""
+import os
+from {module} import {cls}
+plain = {cls}.{name}
+def broken(self, *args, **more):
+    if self.world.rank == self.world.size - 1:
+        return [][7]
+    return plain(self, *args, **more)
+{cls}.{name} = broken
+"""
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "exit.json").write_text('{"code": 74, "reason": "of an earlier run"}')
+    settings = ("--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"), *FAST)
+    more = ("--max_steps", "1", "--num_threads", "1")
+    done = fork_script(patched_train(tmp_path, patch), *settings, *more, nproc=nproc, timeout=120)
+    assert done.returncode in ((1,) if nproc is None else (1, 143)) and "IndexError" in done.stderr  # 143: stopped
+    note = json.loads((tmp_path / "output" / "exit.json").read_text())
+    assert note == {"code": 1, "reason": f"rank {(nproc or 1) - 1}: IndexError: list index out of range"}
