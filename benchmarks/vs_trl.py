@@ -140,6 +140,8 @@ def main() -> int:
                 order = (0, 1) if turn % 2 else (1, 0)
                 found = {which: sides[which].run(args.steps) for which in order}
                 pairs.append((found[0], found[1]))
+                seconds = [f"{name} {found[i]['step_s']:.2f} s" for i, name in enumerate(("ours", "TRL"))]
+                print(f"pair {turn} ({'warm-up' if not turn else 'counted'}): {', '.join(seconds)}", flush=True)
         finally:
             for side in sides:
                 side.close()

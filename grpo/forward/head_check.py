@@ -11,7 +11,7 @@ from grpo.forward.precision import arithmetic
 if TYPE_CHECKING:
     from grpo.forward.logprobs import Head
 
-MAX_DIFFERENCE = 1e-4  # relative, both in fp32: a scale or soft cap that the head does not know is found
+MAX_DIFFERENCE = {True: 1e-4, False: 1e-2}  # relative; True: in fp32, where a scale or cap left out is found
 
 
 @torch.no_grad()
@@ -20,7 +20,8 @@ def matches_the_model(head: "Head") -> bool:
 
     It runs on every rank: a sharded model's forward is a collective.
     """
-    with arithmetic("fp32", head.model.device):
+    exact = all(parameter.dtype == torch.float32 for parameter in head.model.parameters())  # a frozen base may be bf16
+    with arithmetic("fp32" if exact else head.dtype, head.model.device):
         inputs = {
             "input_ids": torch.arange(8, device=head.model.device)[None],
             **accepted(head.model, {"use_cache": False}),
@@ -30,8 +31,8 @@ def matches_the_model(head: "Head") -> bool:
             return True  # weights with NaN say nothing about the head; the update's checks report them
         try:
             found = head.logits(head.body()(**inputs).last_hidden_state).float()
-            scale = expected.abs().amax().clamp(min=1.0)
-            matches = found.shape == expected.shape and bool((found - expected).abs().amax() <= MAX_DIFFERENCE * scale)
+            limit = MAX_DIFFERENCE[exact] * expected.abs().amax().clamp(min=1.0)
+            matches = found.shape == expected.shape and bool((found - expected).abs().amax() <= limit)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever an architecture raises

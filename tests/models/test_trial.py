@@ -90,7 +90,7 @@ def test_without_the_check_of_shared_prompts(monkeypatch, tmp_path):
 def test_without_the_check_of_the_head(monkeypatch, tmp_path):
     """RecurrentGemma caps its logits; a head that does not know the cap scores another distribution."""
     monkeypatch.setattr(logprobs, "SOFT_CAPS", ())
-    monkeypatch.setattr(head_check, "MAX_DIFFERENCE", 1e9)
+    monkeypatch.setattr(head_check, "MAX_DIFFERENCE", {True: 1e9})
     assert run_type(tmp_path, "recurrent_gemma").gap > 1e-3
 
 
@@ -100,6 +100,11 @@ def test_without_randomness_off(monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "check_model", lambda *args, **named: None)
     trial = run_type(tmp_path, "opt", gradient_checkpointing="true")
     assert trial.gap > 1e-2, trial
+
+
+def test_the_head_of_a_base_in_bf16_is_usable():
+    """As LoRA holds a frozen base under dtype bf16: its weights and fp32 inputs do not multiply without autocast."""
+    assert logprobs.Head(tiny_model("qwen3").bfloat16(), "bf16").usable
 
 
 def test_a_cache_that_does_not_fit_in_memory_is_not_passed_over(monkeypatch):

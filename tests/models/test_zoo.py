@@ -64,6 +64,14 @@ def test_the_table_has_every_type_and_names_no_traceback():
     assert sum(" | yes | " in line for line in lines.values()) >= 150
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_type", [*KINDS, "qwen3_moe", "gpt_oss", "gemma4_text", "jamba"])
+def test_on_a_gpu(model_type, tmp_path):
+    trial = run_type(tmp_path, model_type, device="cuda")
+    assert not trial.refused, trial
+    check(trial)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("model_type", KINDS)
 def test_two_ranks_are_one(model_type, tmp_path):

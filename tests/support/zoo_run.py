@@ -125,7 +125,7 @@ def run_type(folder: Path, model_type: str, **more: object) -> Trial:
         try:
             resolve(str(folder / "base"))
             cfg, _ = load_config(settings(folder, **more))
-            train.train(cfg, start("cpu", 1))
+            train.train(cfg, start(cfg.device, 1))
         except UserError as error:
             trial.refused = reason_of(error)
             return trial
@@ -152,8 +152,8 @@ def measure(trial: Trial, folder: Path, model: PreTrainedModel) -> None:
     steps = [row for row in map(json.loads, lines) if "grad_norm" in row]
     trial.updates = len(steps)
     trial.gap = max(row["sampler_gap/max"] for row in steps)
-    again = load_model(str(folder / "output" / f"checkpoint_{STEPS}"), torch.device("cpu"))
-    ids = torch.arange(3, 20)[None]
+    again = load_model(str(folder / "output" / f"checkpoint_{STEPS}"), model.device)
+    ids = torch.arange(3, 20, device=model.device)[None]
     arguments = accepted(model, {"use_cache": False})
     before, after = (one.eval()(input_ids=ids, **arguments).logits for one in (model, again))
     trial.reload_gap = float((after - before).abs().max())
@@ -173,7 +173,7 @@ def generated(model: PreTrainedModel, prompt: tuple[int, ...]) -> list[int]:
             eos_token_id=0, pad_token_id=0, max_new_tokens=NEW, do_sample=False, use_cache=cached
         )
         with contextlib.suppress(AttributeError, ValueError, RuntimeError):
-            ids = torch.tensor([prompt])
+            ids = torch.tensor([prompt], device=model.device)
             found.append(model.generate(ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :].tolist())
     return found[0]
 
