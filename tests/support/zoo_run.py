@@ -6,8 +6,10 @@ python -m tests.support.zoo_run [TYPE ...] > docs/models.md
 import contextlib
 import io
 import json
+import re
 import sys
 import tempfile
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ import train
 from grpo.config.command_line import load_config
 from grpo.errors import UserError, first_line
 from grpo.forward.arguments import accepted
-from grpo.models.checks import load_model
+from grpo.models.checks import load_model, quiet
 from grpo.models.loading import resolve
 from grpo.rollout import Request
 from grpo.rollout.engine import NativeEngine
@@ -138,11 +140,13 @@ def run_type(folder: Path, model_type: str, **more: object) -> Trial:
 
 
 def reason_of(error: BaseException) -> str:
-    """The part of a message that names the reason, without folders."""
+    """The part of a message that names the reason, without folders and measured values."""
     text = str(error).strip().split("can be trained: ")[-1].split(". Use a decoder")[0]
     if "could not be loaded: " in text:
         text = text.split("could not be loaded: ")[1].split(" Give a ")[0]
-    return first_line(Exception(text))[:110].replace("|", "/")
+    text = re.sub(r"^model: '\S+' is an? ", "a ", text).split(". Use one")[0]
+    text = re.sub(r" \(logits differ by [^)]*\)", "", text)
+    return first_line(Exception(text))[:110].strip(" :").replace("|", "/")
 
 
 @torch.no_grad()
@@ -182,18 +186,19 @@ def table(types: list[str]) -> str:
     """The page docs/models.md."""
     rows = []
     for model_type in types:
-        trials = []
+        trials, began = [], time.perf_counter()
         for more in ({}, {"lora_r": 4}):
             with tempfile.TemporaryDirectory() as name:
                 trials.append(run_type(Path(name), model_type, **more))
             if trials[0].refused:
                 break
         rows.append(trials[0].row(trials[1] if len(trials) > 1 else None))
-        print(rows[-1], file=sys.stderr, flush=True)
+        gaps = "".join(f" gap {trial.gap:.1e}" for trial in trials)
+        print(f"{rows[-1]}{gaps} {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
     head = ["| type | trained | rows decode | prompts in the update | LoRA | why not |", "| --- " * 6 + "|"]
     return HEADER.format(version=transformers.__version__) + "\n".join([*head, *rows]) + "\n"
 
 
 if __name__ == "__main__":
-    transformers.utils.logging.set_verbosity_error()
+    quiet()
     print(table(sys.argv[1:] or list(TYPES)), end="")
