@@ -23,6 +23,7 @@ from grpo.forward.arguments import accepted
 from grpo.forward.flat_rows import flatten_micro_batch
 from grpo.forward.fused_head import HeadLogprobs, plain_matrix
 from grpo.forward.head_check import matches_the_model
+from grpo.forward.modes import set_mode
 from grpo.forward.precision import arithmetic, arithmetic_dtype, host_reads_are_free
 from grpo.forward.shared_attention import can_share
 from grpo.types import Flat, MicroBatch
@@ -103,15 +104,14 @@ class Scorer(nn.Module):
         with arithmetic(cfg.dtype, model.device):
             self.shares_prompts = self.head.usable and can_share(model, self.head.body())
         self.sharded = cfg.backend == "deepspeed" and cfg.zero_stage == 3  # the head is whole in its own forward only
-        # layers that are checkpointed and an adapter's dropout work in training mode only; nothing else needs it
-        self.needs_training_mode = cfg.gradient_checkpointing or cfg.lora_dropout > 0
         self.counts_hits = False  # whether `hits` is computed
         self.hits: Tensor | None = None  # [B, T] bool, of the last forward: the target is the likeliest token
         self.block_tokens = max(1, cfg.logits_chunk_mb * BLOCK_ELEMENTS_PER_MB // self.head.vocab_size)
 
     def train(self, mode: bool = True) -> "Scorer":
-        """Inference mode stays where training mode is not needed: some models behave in other ways in it."""
-        return super().train(mode and self.needs_training_mode)
+        """Training mode for the few modules that need it."""
+        set_mode(self, mode)
+        return self
 
     def forward(self, micro: MicroBatch) -> Tensor:
         """Log-probs [B, T] under the sampling distribution; 0 on tokens that are not trained.

@@ -23,7 +23,7 @@ from grpo.models.hub import fetch_model
 from grpo.models.lora_checks import adapter_problem, is_adapter
 from grpo.models.trial import check_model
 
-RANDOM = re.compile("drop|jitter")  # names of probabilities: dropout, layerdrop, drop_path, router_jitter_noise
+RANDOM = re.compile("drop")  # names of probabilities: attention_dropout, layerdrop, drop_path
 CACHE_LINE = 64  # bytes; torch aligns its own allocations to it
 
 
@@ -115,7 +115,7 @@ def _align(model: PreTrainedModel) -> None:
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Switch off everything random, and attention kernels that ignore the model's soft cap; use shared attention."""
+    """Switch off dropout, and attention kernels that ignore the model's soft cap; use shared attention."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -230,6 +230,8 @@ def fill(model: PreTrainedModel, folder: Path, adapter: str = ACTIVE) -> None:
 class KeyedDropout(nn.Module):
     """Dropout with masks drawn from a key: the same on any rank, in a recomputed forward, and after resuming."""
 
+    needs_training_mode = True  # see forward/modes.py
+
     def __init__(self, share: float, index: int):
         super().__init__()
         self.share = share

@@ -4,7 +4,6 @@
     a later token leaves the logits of earlier ones alone       it is causal
     what stands behind or beside a row leaves its logits alone  micro-batches pad rows on the right
     its backward works
-    training mode computes what inference mode computes         no dropout, layer drop or router noise is left
 
 Whether prompts can be shared, the head applied in blocks and which cache fits is tried where it is used:
 forward/shared_attention.py, forward/logprobs.py, rollout/caches.py. There a slower way is left, with a notice; a model
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from grpo.errors import UserError, first_line
 from grpo.forward.arguments import accepted
+from grpo.forward.modes import set_mode
 from grpo.runtime.out_of_memory import ran_out
 
 LENGTH = 9  # tokens of the row that is tried
@@ -68,15 +68,10 @@ def _problem(model: PreTrainedModel, limit: float) -> str | None:
         if gap:
             return f"a row's logits depend on what stands behind or beside it {gap}"
         _backward(model, row[None])
-        model.train()
-        if gap := differs(_logits(model, row[None])[0], alone):
-            return f"training mode computes other logits than inference mode {gap}"
     except Exception as error:
         if ran_out(error):
             raise
-        return f"padding, its backward or training mode raises {type(error).__name__}: {first_line(error)[:150]}"
-    finally:
-        model.eval()
+        return f"padding or its backward raises {type(error).__name__}: {first_line(error)[:150]}"
     return None
 
 
@@ -94,6 +89,33 @@ def _backward(model: PreTrainedModel, ids: Tensor) -> None:
         hook.remove()
         for parameter in trained:
             parameter.requires_grad_()
+
+
+@torch.no_grad()
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Compute activations again in the backward. Checkpointed layers are in training mode: it must change nothing.
+
+    Raises UserError for a model that cannot, or whose layers draw noise in training mode.
+    """
+    try:
+        # The second name is that of transformers before 5.23. Both default to checkpointing without reentrance.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    except ValueError as error:
+        raise UserError(f"gradient_checkpointing: {first_line(error)[:150]} Set it to false.") from None
+    model.enable_input_require_grads()
+    if not all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+        return  # a frozen base in fewer bits; its own run in fp32 would be tried
+    ids = torch.arange(LENGTH, device=model.device)[None]
+    logits = []
+    for training in (False, True):
+        set_mode(model, training)
+        logits.append(_logits(model, ids))
+    set_mode(model, False)
+    if float((logits[1] - logits[0]).abs().amax()) > MAX_DIFFERENCE * max(float(logits[0].abs().amax()), 1.0):
+        raise UserError(
+            f"gradient_checkpointing: layers of {type(model).__name__} compute other logits in training mode, which it "
+            "needs. Set it to false."
+        )
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:

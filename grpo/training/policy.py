@@ -18,6 +18,7 @@ from grpo.config.settings import Config, updates_per_step
 from grpo.forward.logprobs import Scorer
 from grpo.models.checks import is_lora
 from grpo.models.offload import ActivationOffload, on_device
+from grpo.models.trial import enable_checkpointing
 from grpo.runtime.checksums import checksums, first_difference
 from grpo.runtime.distributed import World
 from grpo.runtime.out_of_memory import FittingSize, OutOfMemory, ran_out
@@ -41,7 +42,7 @@ def learning_rate(cfg: Config, update: int, total_updates: int) -> float:
     """Rate of optimizer step `update` (from 0): linear warmup, then constant, or linear or cosine towards zero.
 
     >>> [learning_rate(Config(lr=18.0, lr_schedule="linear", warmup_ratio=0.1), update, 20) for update in (0, 1, 2, 19)]
-    [9.0, 18.0, 18.0, 1.0]
+    [9.0, 18.0, 18.0, 1.0000000000000004]
     """
     warmup = math.ceil(cfg.warmup_ratio * total_updates)
     if update < warmup:
@@ -65,9 +66,7 @@ class Policy:
         self.counters = Counters()
         self.last_lr = 0.0
         if cfg.gradient_checkpointing:
-            # The second name is that of transformers before 5.23. Both default to checkpointing without reentrance.
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-            model.enable_input_require_grads()
+            enable_checkpointing(model)
         self.reference = None if reference is None else Scorer(reference.requires_grad_(False), cfg)
         self.shares_reference = cfg.beta > 0 and is_lora(model)  # the model itself, without its adapter
         self.activation_offload = ActivationOffload(model)

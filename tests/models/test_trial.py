@@ -5,18 +5,20 @@ import torch
 
 from grpo.errors import UserError
 from grpo.forward import head_check, logprobs
+from grpo.forward.modes import set_mode
 from grpo.models import loading
 from grpo.models.loading import prepare
-from grpo.models.trial import check_model
+from grpo.models.trial import check_model, enable_checkpointing
 from grpo.rollout import cache_choice, engine
 from tests.support.tiny import ARCHITECTURES, tiny_model
 from tests.support.zoo import zoo_model
 from tests.support.zoo_run import run_type
 
+IDS = torch.arange(3, 40)[None]
 REFUSED = {
     "bert": "a later token changes the logits of earlier ones",
     "prophetnet": "a row's logits depend on what stands behind or beside it",
-    "reformer": "padding, its backward or training mode raises AssertionError",
+    "reformer": "padding or its backward raises AssertionError",
     "xmod": "given token ids alone it raises ValueError",
 }
 
@@ -50,12 +52,33 @@ def test_weights_with_nan_pass():
     check_model(model, "folder")
 
 
-def test_probabilities_that_forwards_read_themselves_are_off():
-    """OPT, XGLM and BioGPT call functional dropout; without `prepare` the check finds it."""
-    for model_type in ("opt", "xglm", "biogpt"):
-        with pytest.raises(UserError, match="training mode computes other logits than inference mode"):
-            check_model(zoo_model(model_type), "folder")
-        check_model(prepare(zoo_model(model_type)), "folder")
+@pytest.mark.parametrize("model_type", ["opt", "xglm", "biogpt"])
+def test_probabilities_that_forwards_read_themselves_are_off(model_type):
+    """Their layers call functional dropout; as they were made, training mode computes other logits."""
+    with pytest.raises(UserError, match="compute other logits in training mode"):
+        enable_checkpointing(zoo_model(model_type))
+    enable_checkpointing(prepare(zoo_model(model_type)))
+
+
+def test_routers_stay_in_inference_mode():
+    """Phi-MoE's router samples experts in training mode; only checkpointed layers are put into it."""
+    model = prepare(zoo_model("phimoe"))
+    before = model(input_ids=IDS).logits
+    assert not torch.allclose(model.train()(input_ids=IDS).logits, before, atol=1e-3), "the control"
+    enable_checkpointing(model)
+    set_mode(model, True)
+    assert any(module.training for module in model.modules())
+    torch.testing.assert_close(model(input_ids=IDS).logits, before)
+
+
+def test_a_model_without_checkpointing_is_refused():
+    model = tiny_model("llama")
+    type(model).supports_gradient_checkpointing, before = False, type(model).supports_gradient_checkpointing
+    try:
+        with pytest.raises(UserError, match="Set it to false"):
+            enable_checkpointing(model)
+    finally:
+        type(model).supports_gradient_checkpointing = before
 
 
 # --- controls: one check switched off, and the model that then goes wrong

@@ -28,6 +28,7 @@ SURROUNDINGS = {  # files that a step runs and that its reader may leave for ano
     "grpo/rewards/functions.py": "calls a reward function; only here in the trainer, with reward_workers 0",
     "grpo/rewards/pool.py": "passes the calls to reward workers",
     "grpo/forward/arguments.py": "leaves out arguments that a forward does not take",
+    "grpo/forward/modes.py": "training mode for single modules",
     "grpo/rollout/prefill.py": "lists the distinct prompts for the plain cache",
     "grpo/models/offload.py": "does nothing unless something is offloaded",
     "grpo/training/rollout_metrics.py": "statistics of the table, for the log",
