@@ -28,12 +28,8 @@ def test_F31_a_rank_without_work(arena, record):
     """One micro-batch for two ranks, or none at all: as many collectives on both, in each step as in the first ones."""
     counting = [Fault("count collectives"), Fault("trace")]
     (arena.folder / "one_group.py").write_text(ONE_GROUP)
-    idle = arena.run(
-        rewards={f"{arena.folder}/one_group.py:score": 1.0},
-        micro_batch_tokens=512,
-        save_steps=0,
-        log_completions_steps=0,
-    )
+    rewards = {f"{arena.folder}/one_group.py:score": 1.0}
+    idle = arena.run(rewards=rewards, micro_batch_tokens=512, save_steps=0, log_completions_steps=0)
     idle.finish(faults=counting)
     counts = [[line["collectives"] for line in idle.trace(rank)] for rank in (0, 1)]
     each = [

@@ -126,7 +126,8 @@ def test_a_run_from_the_hub_and_again_without_it(hub, tmp_path):
         "--eval_rows",
         "4",
     )
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    lines = done.stderr.splitlines()  # the random model gets no reward
+    assert done.returncode == 0 and all(line.startswith("warning: nothing was learned") for line in lines), lines
     assert "6 questions kept" in done.stdout and "held-out after 1 steps" in done.stdout
     assert (tmp_path / "checkpoint_1" / "model.safetensors").is_file()
     fetched = [line for line in hub[1] if line.startswith("GET") and "/resolve/" in line]

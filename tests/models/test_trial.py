@@ -10,6 +10,7 @@ from grpo.models import loading
 from grpo.models.loading import prepare
 from grpo.models.trial import check_model, enable_checkpointing
 from grpo.rollout import cache_choice, engine
+from grpo.training import policy
 from tests.support.tiny import ARCHITECTURES, tiny_model
 from tests.support.zoo import zoo_model
 from tests.support.zoo_run import run_type
@@ -120,7 +121,7 @@ def test_without_the_check_of_the_head(monkeypatch, tmp_path):
 @pytest.mark.full
 def test_without_randomness_off(monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "prepare", lambda model: loading.use_shared_attention(model) or model.eval())
-    monkeypatch.setattr(loading, "check_model", lambda *args, **named: None)
+    monkeypatch.setattr(policy, "enable_checkpointing", lambda model: model.activation_checkpointing_enable())
     trial = run_type(tmp_path, "opt", gradient_checkpointing="true")
     assert trial.gap > 1e-2, trial
 
