@@ -29,7 +29,7 @@ def test_F31_a_rank_without_work(arena, record):
     counting = [Fault("count collectives"), Fault("trace")]
     (arena.folder / "one_group.py").write_text(ONE_GROUP)
     rewards = {f"{arena.folder}/one_group.py:score": 1.0}
-    idle = arena.run(rewards=rewards, micro_batch_tokens=512, save_steps=0, log_completions_steps=0)
+    idle = arena.run(rewards=rewards, micro_batch_tokens=512, save_steps=0, log_samples_steps=0)
     idle.finish(faults=counting)
     counts = [[line["collectives"] for line in idle.trace(rank)] for rank in (0, 1)]
     each = [
