@@ -8,8 +8,8 @@ of an adapter (lora_dropout, marked `needs_training_mode`).
 from torch import nn
 
 
-def set_mode(model: nn.Module, training: bool) -> None:
-    """Inference mode, and with `training` training mode for those modules alone."""
+def set_mode(model: nn.Module, training: bool, dropout: bool = True) -> None:
+    """Inference mode, and with `training` training mode for those modules alone. dropout: False leaves it out."""
     for module in model.modules():
-        needs = getattr(module, "gradient_checkpointing", False) or getattr(module, "needs_training_mode", False)
-        module.training = training and needs
+        is_dropout = dropout and getattr(module, "needs_training_mode", False)
+        module.training = training and (is_dropout or getattr(module, "gradient_checkpointing", False))

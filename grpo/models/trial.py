@@ -108,7 +108,7 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     ids = torch.arange(LENGTH, device=model.device)[None]
     logits = []
     for training in (False, True):
-        set_mode(model, training)
+        set_mode(model, training, dropout=False)
         logits.append(_logits(model, ids))
     set_mode(model, False)
     if float((logits[1] - logits[0]).abs().amax()) > MAX_DIFFERENCE * max(float(logits[0].abs().amax()), 1.0):
