@@ -13,7 +13,7 @@ who goes first alternates. So the control stands beside the figures: what a step
     s, floor  seconds a step, medians; `x floor` is their quotient, `bound` what the floor is made of
 
 Phases are the trainer's own clocks; prefill and decode are the engine's calls. On a GPU every clock waits for the
-device first (this benchmark was not yet run on one). The floors are those of whole models: adapters and 4-bit weights are refused.
+device first (not tried). The floors are those of whole models: adapters and 4-bit weights are refused.
 """
 
 import argparse

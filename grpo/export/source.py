@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from grpo.checkpoints.resume import read_state
 from grpo.data.recipe import Recipe, load_recipe
 from grpo.errors import UserError
-from grpo.models.checks import check_vocabulary, load_model
+from grpo.models.checks import check_vocabulary, load_model, stop_token_ids
 from grpo.models.loading import load_tokenizer, resolve
 from grpo.models.lora_checks import is_adapter
 
@@ -83,6 +83,7 @@ class Source:
         else:
             model = load_model(str(self.folder), CPU)
         check_vocabulary(model, self.tokenizer)
+        stop_token_ids(model, self.tokenizer, self.recipe.end_of_turn)  # an adapter's base does not name the last
         for name, tensor in model.state_dict().items():
             if not math.isfinite(float(tensor.abs().max())):  # a maximum is NaN where any value is
                 raise UserError(f"checkpoint: {name} of {self.folder} holds NaN or Inf. Choose an earlier checkpoint.")

@@ -71,7 +71,8 @@ def stop_token_ids(
     """All ids that end a completion: the generation config's, the model config's and the tokenizer's.
 
     end_of_turn: a token that the chat template ends an assistant turn with (Recipe.end_of_turn). A base model may name
-    only <|endoftext|>, and would go on after it; `say` gets a line where it is none of the ids above.
+    only <|endoftext|>, and would go on after it; where it is none of the ids above, `say` gets a line, and the model's
+    generation config gets all ids, so that its checkpoints and exports stop there in other programs too.
 
     Raises UserError for an id that is no token of the model.
     """
@@ -91,6 +92,8 @@ def stop_token_ids(
         own = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(ids)))) or "none"
         say(f"completions also end at {end_of_turn}, which ends a turn in the chat template; the model's own: {own}")
         ids.add(token)
+        if model.generation_config is not None:
+            model.generation_config.eos_token_id = sorted(ids)
     return frozenset(ids)
 
 

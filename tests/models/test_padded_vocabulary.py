@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from grpo.config.settings import Config
 from grpo.forward.logprobs import Scorer
-from grpo.models.checks import check_vocabulary
+from grpo.models.checks import check_vocabulary, stop_token_ids
 from grpo.rollout import Request
 from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import Sampling
@@ -32,6 +33,15 @@ def test_the_count_and_the_line():
     assert check_vocabulary(model, tokenizer, rules=2, say=lines.append) == count
     assert lines == [f"model: 320 embeddings, {count} tokens: ids from {count} on are neither sampled nor trained"]
     assert check_vocabulary(model, tokenizer, rules=1) == EMBEDDINGS, "an older run keeps its rules"
+
+
+def test_checkpoints_name_the_end_of_a_turn_for_other_programs(tmp_path):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    before = stop_token_ids(model, tokenizer)
+    stops = stop_token_ids(model, tokenizer, "<|im_end|>")
+    assert stops - before == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    model.save_pretrained(tmp_path)
+    assert set(GenerationConfig.from_pretrained(tmp_path).eos_token_id) == stops
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])  # shared and padded cache
