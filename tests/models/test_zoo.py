@@ -31,8 +31,8 @@ def documented() -> dict[str, str]:
     }
 
 
-def check(trial) -> None:
-    assert trial.updates == 2 and trial.gap <= 1e-4 and trial.reload_gap <= 1e-6, trial
+def check(trial, reload_gap=0.0) -> None:
+    assert trial.updates == 2 and trial.gap <= 1e-4 and trial.reload_gap <= reload_gap, trial
     assert trial.greedy == 0 and trial.distinct >= 10, trial
 
 
@@ -51,9 +51,10 @@ def test_one_of_each_kind(model_type, tmp_path):
 def test_every_type_trains_or_is_refused(model_type, tmp_path):
     trial = run_type(tmp_path / "full", model_type)
     lora = None if trial.refused else run_type(tmp_path / "lora", model_type, **LORA)
-    for found in (trial, lora):
-        if found is not None and not found.refused:
-            check(found)
+    if not trial.refused:
+        check(trial)
+    if lora is not None and not lora.refused:
+        check(lora, reload_gap=1e-4)  # loading merges the adapter, which rounds
     if transformers.__version__ in (PROJECT / "docs" / "models.md").read_text(encoding="utf-8"):
         assert trial.row(lora) == documented()[model_type]
 
