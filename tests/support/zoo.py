@@ -129,6 +129,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid"], "router_hidden_size": 16},
 }
+SPREAD = {"ctrl": 8.0, "marian": 5.0, "pegasus": 5.0}  # with less, greedy tokens hardly vary
 SPECIAL["qwen4_exp"] = {"text_config": SPECIAL["qwen4_exp_text"]}
 
 
@@ -173,8 +174,8 @@ def _small(name: str, value: Any) -> Any:
     return False if name == "tie_word_embeddings" else SMALL[name]
 
 
-def zoo_model(model_type: str, spread: float = 2.5) -> PreTrainedModel:
-    """A tiny random model of this type; spread: factor on its matrices, so that tokens differ in probability."""
+def zoo_model(model_type: str) -> PreTrainedModel:
+    """A tiny random model of this type, its matrices multiplied so that tokens differ in probability."""
     cls = CONFIG_MAPPING[model_type]
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -184,5 +185,5 @@ def zoo_model(model_type: str, spread: float = 2.5) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
-                parameter.mul_(spread)
+                parameter.mul_(SPREAD.get(model_type, 2.5))
     return model.eval()
