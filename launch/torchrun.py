@@ -25,17 +25,19 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from grpo.config.command_line import load_config, load_sft_config
+from grpo.config.exit_file import output_dir_of
 from grpo.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_STALLED, EXIT_USER, UserError
 
 
 def exit_file(argv: list[str]) -> Path:
     """Where rank 0 will leave its code, given torchrun's arguments: the same reading of the settings as its own."""
     script = next((i for i, arg in enumerate(argv) if arg.endswith(".py") or arg == "grpo.sft"), len(argv))
-    read = load_sft_config if argv[script : script + 1] == ["grpo.sft"] else load_config
-    output_dir = "output"
+    supervised = argv[script : script + 1] == ["grpo.sft"]
+    read = load_sft_config if supervised else load_config
+    output_dir = output_dir_of(argv[script + 1 :], supervised)
     with contextlib.suppress(UserError, SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        output_dir = read(argv[script + 1 :])[0].output_dir
-    return Path(output_dir) / "exit.json"
+        output_dir = Path(read(argv[script + 1 :])[0].output_dir)
+    return output_dir / "exit.json"
 
 
 def told(file: Path) -> int:

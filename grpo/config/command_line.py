@@ -17,6 +17,7 @@ import jsonargparse
 import yaml
 
 from grpo.config.checks import check, field_names
+from grpo.config.exit_file import output_dir_of, write_exit
 from grpo.config.messages import MANY_DIGITS, setting_error
 from grpo.config.settings import DEMO, OLD_NAMES, Config, find_path
 from grpo.config.sft_section import (
@@ -177,7 +178,7 @@ def take_show_prompt(argv: list[str]) -> tuple[list[str], int | None]:
 def refuse_bad_settings(argv: list[str], load: Callable[[list[str]], object] = load_config) -> None:
     """End the process with one line when settings are wrong, before torch is imported, which takes seconds.
 
-    Under a launcher `run_main` does it: there one rank prints, and exit.json holds the code for the launcher.
+    exit.json holds the code. Under a launcher `run_main` does all this, on one rank.
     """
     if "RANK" in os.environ:
         return
@@ -185,6 +186,7 @@ def refuse_bad_settings(argv: list[str], load: Callable[[list[str]], object] = l
         load(argv)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
+        write_exit(output_dir_of(argv, load is load_sft_config), error.code, str(error))
         sys.exit(error.code)
 
 

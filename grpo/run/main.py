@@ -4,13 +4,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from grpo.config.command_line import load_sft_config
+from grpo.config.exit_file import forget_exit, output_dir_of, write_exit
 from grpo.config.settings import Config
 from grpo.data.show_prompt import show_prompt
 from grpo.errors import Preempted, UserError, warn
 from grpo.models.checks import quiet
 from grpo.runtime.distributed import World, start, stop
 from grpo.runtime.heartbeat import die_with_parent
-from grpo.runtime.signals import bugs_noted, forget_exit, write_exit
+from grpo.runtime.signals import bugs_noted
 
 
 def run_main(
@@ -51,7 +53,8 @@ def run_main(
             rank_named = f"rank {rank}: " if error.on_one_rank else ""
             kind = "stopped" if isinstance(error, Preempted) else "error"
             warn(f"{kind}: {rank_named}{error}")
-            write_exit(Path(cfg.output_dir if cfg else "output"), error.code, str(error))
+            folder = Path(cfg.output_dir) if cfg else output_dir_of(argv, load_config is load_sft_config)
+            write_exit(folder, error.code, str(error))
         elif cfg is not None and world is None:  # torch.distributed did not start: each rank may have another reason
             warn(f"error: rank {rank}: {error}")
         return error.code

@@ -20,6 +20,7 @@ from grpo.checkpoints import contents as checkpoint
 from grpo.checkpoints.background import Saver, no_gradient
 from grpo.checkpoints.fingerprints import fingerprints
 from grpo.checkpoints.resume import check_same_run, read_state
+from grpo.config.exit_file import write_exit
 from grpo.config.settings import Config, shards_weights
 from grpo.data.questions import Questions
 from grpo.data.recipe import KEPT, Recipe, load_recipe
@@ -29,7 +30,7 @@ from grpo.run.completions_log import answer_marks
 from grpo.run.log import RunLog
 from grpo.runtime.distributed import World
 from grpo.runtime.heartbeat import Heartbeat, Watchdog
-from grpo.runtime.signals import StopRequest, write_exit
+from grpo.runtime.signals import StopRequest
 from grpo.runtime.startup import OutputLock, check_folder_shared, check_ranks_agree
 from grpo.training import skipped_updates
 from grpo.training.metrics import Tally

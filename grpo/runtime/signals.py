@@ -3,12 +3,9 @@
 Python's own handlers wait for the main thread, which may be in a collective for a long time; here a thread reads the
 wake-up pipe instead. The flag of one rank reaches all ranks in the step's table (scoring.gather), so that all stop at
 the same point. A signal that a launcher sends because another rank died is no stop request: the dead rank is named.
-
-exit.json holds the worker's own exit code, which torchrun turns into 1; the launch scripts return it.
 """
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -17,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from grpo.config.exit_file import write_exit
 from grpo.errors import EXIT_BUG, EXIT_PREEMPTED, UserError, first_line, warn
 from grpo.runtime.heartbeat import Heartbeat
 
@@ -79,20 +77,6 @@ class StopRequest:
         warn(
             f"rank {self.heartbeat.world.rank}: {self.name}: stopping at the next safe point (once more to end at once)"
         )
-
-
-def forget_exit(output_dir: Path) -> None:
-    """Delete an earlier run's exit.json, so that its code is not returned when this run crashes."""
-    with contextlib.suppress(OSError):
-        (output_dir / "exit.json").unlink()
-
-
-def write_exit(output_dir: Path, code: int, reason: str, first: bool = False) -> None:
-    """Write exit.json: the worker's own exit code and the reason. first: only if no rank has written it."""
-    with contextlib.suppress(OSError):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with (output_dir / "exit.json").open("x" if first else "w", encoding="utf-8") as file:
-            file.write(json.dumps({"code": code, "reason": reason}) + "\n")
 
 
 @contextlib.contextmanager
