@@ -51,7 +51,7 @@ def train(cfg: Config, world: World) -> None:
 
     P, G, total = prompts_per_step(cfg), cfg.num_generations, total_steps(cfg, len(task.questions.items))
     first = restore(policy, resumed)
-    run.log.describe(task.questions, total, policy, len(cut_chunks(P, G, cfg.rollout_chunk_rows)))
+    run.log.describe(task.questions, task.held_out, total, policy, len(cut_chunks(P, G, cfg.rollout_chunk_rows)))
 
     def evaluate_if_due(step: int) -> None:
         if task.held_out is None or not run.evaluation_due(step, first, total):

@@ -199,10 +199,14 @@ def _check_yaml(file: Path) -> None:
         if file.stat().st_size > MAX_YAML_BYTES:
             raise UserError(f"config: {file} has more than {MAX_YAML_BYTES} bytes. Give a YAML file of settings.")
         levels: list[_Level] = []
+        is_mapping = False
         for event in yaml.parse(file.read_text(encoding="utf-8"), Loader=LOADER):
             problem = _yaml_problem(event, levels)
             if problem is not None:
                 raise UserError(f"config: {file}, line {event.start_mark.line + 1}: {problem}")
+            is_mapping = is_mapping or isinstance(event, yaml.MappingStartEvent)
+        if not is_mapping:
+            raise UserError(f"config: {file} holds no settings. Give lines such as `lr: 1.0e-6`.")
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(

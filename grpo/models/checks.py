@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,15 @@ def quiet() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints on stdout which one it chose
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs errors that it also raises
+    warnings.formatwarning = _as_one_line
+
+
+def _as_one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning without its place in the source."""
+    kind = "warning" if category is UserWarning else category.__name__
+    return f"{kind}: {first_line(Exception(message))}\n"
 
 
 def load_model(name: str, device: torch.device) -> PreTrainedModel:

@@ -84,21 +84,24 @@ class RunLog:
             found = any(name.startswith("eval/") for metrics in of_step for name in metrics)
         return self.world.any_rank(found)[0]
 
-    def describe_parts(self, questions: Questions, policy: Policy, work: str) -> None:
-        """Print model, data, devices and `work`, the size of the run."""
+    def describe_parts(self, questions: Questions, held_out: Questions | None, policy: Policy, work: str) -> None:
+        """Print model, data, devices and `work`, the size of the run; held-out questions where some were left out."""
         cfg, write_line = self.cfg, self.write_line
         where = f"{self.world.size} x {self.world.device.type} ({torch.get_num_threads()} threads each)"
         write_line(f"model {cfg.model}: {policy.num_parameters / 1e6:.1f}M parameters, {cfg.dtype}, on {where}")
         write_line(f"data {cfg.data}: {length_summary(questions)}")
+        if held_out is not None and any(held_out.drops.values()):
+            write_line(f"held out {cfg.eval_data or cfg.data}: {length_summary(held_out)}")
         curves = f"; curves: tensorboard --logdir {cfg.runs_dir}" if "tensorboard" in tracker_names(cfg) else ""
         write_line(work + curves)
 
-    def describe(self, questions: Questions, total: int, policy: Policy, num_chunks: int) -> None:
+    def describe(
+        self, questions: Questions, held_out: Questions | None, total: int, policy: Policy, num_chunks: int
+    ) -> None:
         """Print what the run trains, on what, and a note when ranks will be idle in the rollout."""
         cfg = self.cfg
-        self.describe_parts(
-            questions, policy, f"{total} steps of {prompts_per_step(cfg)} prompts x {cfg.num_generations} completions"
-        )
+        work = f"{total} steps of {prompts_per_step(cfg)} prompts x {cfg.num_generations} completions"
+        self.describe_parts(questions, held_out, policy, work)
         if num_chunks < self.world.size:
             self.write_line(
                 f"note: {num_chunks} rollout chunks for {self.world.size} processes leave some idle: "

@@ -288,4 +288,5 @@ def test_it_is_added_to_the_stop_tokens_and_said():
         "completions also end at <|im_end|>, which ends a turn in the chat template; the model's own: <|endoftext|>"
     ]
     for nothing_new in (None, "<|endoftext|>", "<|eot_id|>"):
+        model = tiny_model("qwen3")
         assert stop_token_ids(model, tokenizer, nothing_new, said.append) == {0} and len(said) == 1
