@@ -2,7 +2,8 @@
 
 `math_reward` compares readings. A text is read as a whole: one number out of several, or out of `x + 13`, is no answer.
 Text between dollar signs, or in a box, is LaTeX. Elsewhere a word is a word and not the product of its letters, so a
-text that mixes words and mathematics in any other way than as a number with its unit is not read.
+text that mixes words and mathematics in any other way than as a number with its unit is not read; only words that lead
+to the answer (`The answer is`, `Answer:`) are left out.
 
     kind         read from                                   equal when
     words        listen; \\text{Evelyn}; 2024-01-05            the same, whatever their case
@@ -32,6 +33,9 @@ SIGNS |= MINUS
 DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}/\d{1,2}/\d{4}")
 MATHEMATICAL = re.compile(r"[\d=<>+*/^\\{}\[\]|π∞√≤≥≠×·÷∅∈]")
 FORMULA = re.compile(r"[A-Za-z]+\d[A-Za-z\d]*")  # H2O: a word too
+BEFORE = r"[^\d=<>+*/^\\{}\[\]|$]*?"  # words that lead to an answer
+STATED = re.compile(BEFORE + r"\b(?:is|are|get|gets|equals|has|have)\b\s*(.*\d.*?)\.?", re.IGNORECASE | re.DOTALL)
+LED_TO = re.compile(BEFORE + r"[:=]\s*([^:=]+?)\.?")
 WORD = re.compile(r"[^\W\d_]+")
 TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
 NUMBER = re.compile(
@@ -82,7 +86,20 @@ class Reading:
 
 @lru_cache(maxsize=1024)
 def reading(text: str) -> Reading | None:
-    """What a text says; None where it cannot be read as one answer."""
+    """What a text says; None where it cannot be read as one answer. Words that lead to the answer are left out.
+
+    >>> [reading(text) == reading("12") for text in ("It is 12.", "= 12", "It is 12 or 13", "It is not 12")]
+    [True, True, False, False]
+    """
+    text = text[: MAX_LENGTH + 1].strip()
+    if stated := STATED.fullmatch(text):
+        return _whole(stated[1])
+    whole = _whole(text)
+    led_to = LED_TO.fullmatch(text) if whole is None else None
+    return whole if led_to is None else _whole(led_to[1])
+
+
+def _whole(text: str) -> Reading | None:
     if len(text) > MAX_LENGTH:
         return None
     text = _boxed(text.strip().strip("*_` ")).strip()

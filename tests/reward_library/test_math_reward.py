@@ -42,7 +42,15 @@ SAME = [  # gold, answer: 1
     *[("(1, 2) and (3, 4)", "(3,4), (1,2)"), ("[0,1)", "$[0, 1)$"), (r"(-\infty, 3]", "(-∞,3]"), ("A, B", "B, A")],
     # marks around it
     *[(r"\boxed{\frac{1}{2}}", "0.5"), ("3", r"so \boxed{4}, no, \boxed{3}"), (r"\[5\]", r"\(5\)"), ("$$5$$", "**5**")],
-    *[("12", "The answer is $12$."), ("A", "(A)"), (r"\left(0,1\right)", "(0,1)")],
+    # words that lead to it
+    *[("12", "The answer is 12."), ("12", "It is 12"), ("3/4", "So we get 3/4"), ("12", "Answer: 12"), ("12", "= 12")],
+    *[
+        ("1200", "the total is 1,200 dollars"),
+        ("5", "x is 5"),
+        ("12", "The answer is $12$."),
+        ("A", "(A)"),
+        (r"\left(0,1\right)", "(0,1)"),
+    ],
     # words
     *[
         ("listen", "Listen"),
@@ -55,10 +63,11 @@ SAME = [  # gold, answer: 1
 DIFFERENT = [  # gold, answer: 0
     # a part of the answer, or more than it
     *[("x + 13", "13"), ("13", "x + 13"), ("$x+13$", "13"), ("2x", "2"), ("2", "2x"), ("2", "2xy"), ("2ab", "2")],
+    *[("12", "It is 12 or 13"), ("12", "It is not 12"), ("12", "it is 10 and the rest are 12")],
     *[("12", "10 or 12"), ("12", "$10$ or $12$"), ("12", "10, 12"), ("12", "between 10 and 12"), ("12", "12 vs 13")],
     *[("12", "12 or more"), ("12", "not 12"), ("12", "±12"), ("12", "{10, 12}"), ("12", "(10, 12)"), ("12", "10 12")],
     *[("12", "x=10 or x=12"), ("12", "12 (or 10)"), ("12", r"\text{10 or 12}"), ("12", "10=12"), ("12", "$12$ $13$")],
-    *[("12", "$12 and $15"), ("12", "The answer is 12"), ("2x + 3 = 7", "x=2")],
+    *[("12", "$12 and $15"), ("2x + 3 = 7", "x=2")],
     # words are not products of letters
     *[("listen", "silent"), ("$listen$", "$silent$"), ("cat", "act"), ("no", "on"), ("evil", "live"), ("CO2", "2CO")],
     *[("5", "five"), ("1st", "first"), ("巴黎", "伦敦"), (r"\text{yes}", r"\text{yse}")],
