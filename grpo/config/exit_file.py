@@ -17,7 +17,7 @@ MAX_CHARACTERS = 2**20  # of a YAML file that is read for its output_dir
 
 def write_exit(output_dir: Path, code: int, reason: str, first: bool = False) -> None:
     """Write the code and the reason. first: only if no rank has written it."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a name that the locale cannot encode
         output_dir.mkdir(parents=True, exist_ok=True)
         with (output_dir / "exit.json").open("x" if first else "w", encoding="utf-8") as file:
             file.write(json.dumps({"code": code, "reason": reason}) + "\n")
@@ -25,7 +25,7 @@ def write_exit(output_dir: Path, code: int, reason: str, first: bool = False) ->
 
 def forget_exit(output_dir: Path) -> None:
     """Delete an earlier run's exit.json, so that its code is not returned when this run crashes."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a name that the locale cannot encode
         (output_dir / "exit.json").unlink()
 
 
