@@ -178,7 +178,7 @@ def take_show_prompt(argv: list[str]) -> tuple[list[str], int | None]:
 def refuse_bad_settings(argv: list[str], load: Callable[[list[str]], object] = load_config) -> None:
     """End the process with one line when settings are wrong, before torch is imported, which takes seconds.
 
-    exit.json holds the code. Under a launcher `run_main` does all this, on one rank.
+    Where output_dir exists, exit.json holds the code. Under a launcher `run_main` does all this, on one rank.
     """
     if "RANK" in os.environ:
         return
@@ -186,7 +186,10 @@ def refuse_bad_settings(argv: list[str], load: Callable[[list[str]], object] = l
         load(argv)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        write_exit(output_dir_of(argv, load is load_sft_config), error.code, str(error))
+        folder = output_dir_of(argv, load is load_sft_config)
+        with contextlib.suppress(OSError, ValueError):
+            if folder.is_dir():  # an earlier run's code must not stand there; a folder is not made for a mistake
+                write_exit(folder, error.code, str(error))
         sys.exit(error.code)
 
 

@@ -1,5 +1,6 @@
 """What training relies on, tried on a few tokens when a model is loaded.
 
+    its checkpoints can be opened again
     the model reads token ids alone and gives logits [B, L, V]
     a later token leaves the logits of earlier ones alone       it is causal
     what stands behind or beside a row leaves its logits alone  micro-batches pad rows on the right
@@ -12,7 +13,7 @@ that fails here cannot be trained and is refused. NaN weights pass: the guards o
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from grpo.errors import UserError, first_line
 from grpo.forward.arguments import accepted
@@ -37,6 +38,8 @@ def check_model(model: PreTrainedModel, name: str, exact: bool = True) -> None:
 
 
 def _problem(model: PreTrainedModel, limit: float) -> str | None:
+    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return f"transformers opens no checkpoint of it: its config has the type {model.config.model_type!r}"
     vocabulary = int(model.config.get_text_config().vocab_size)
     ids = (torch.arange(LENGTH + PADDING, device=model.device) * 5 + 2) % vocabulary
     row = ids[:LENGTH]

@@ -20,6 +20,7 @@ REFUSED = {
     "bert": "a later token changes the logits of earlier ones",
     "prophetnet": "a row's logits depend on what stands behind or beside it",
     "reformer": "padding or its backward raises AssertionError",
+    "mllama": "transformers opens no checkpoint of it: its config has the type 'mllama_text_model'",
     "xmod": "given token ids alone it raises ValueError",
 }
 
