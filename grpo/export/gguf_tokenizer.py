@@ -14,16 +14,9 @@ from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from grpo.errors import UserError
+from grpo.models.gguf_weights import SPLITS
 
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# (steps of splitting text, whether a word that is a token is used without merging) -> llama.cpp's name for both
-KNOWN = {
-    (("bytes and words",), False): "gpt-2",
-    (("digits", "bytes and words"), False): "smollm",
-    ((WORDS % r"\p{N}", "bytes"), False): "qwen2",
-    ((WORDS % r"\p{N}{1,3}", "bytes"), False): "smaug-bpe",
-    ((WORDS % r"\p{N}{1,3}", "bytes"), True): "llama-bpe",
-}
+KNOWN = {how: name for name, how in SPLITS.items()}
 PROBES = (
     "Tom has 5 eggs. He buys 3, eats 2, finds 1234567890 and sells 1.\n",
     "  two  spaces\tand\ttabs \n\n\n  lines ",

@@ -19,6 +19,7 @@ from grpo.forward.precision import disable_cudnn_attention
 from grpo.forward.shared_attention import use_shared_attention
 from grpo.models.classes import check_class
 from grpo.models.folder_checks import model_problem, weights_problem
+from grpo.models.gguf_weights import find_gguf, open_gguf
 from grpo.models.hub import fetch_model
 from grpo.models.lora_checks import adapter_problem, is_adapter
 from grpo.models.trial import check_model
@@ -28,7 +29,7 @@ CACHE_LINE = 64  # bytes; torch aligns its own allocations to it
 
 
 def resolve(name: str, weights: bool = True) -> str:
-    """A model's folder: the local one, or that of a fetched hub name. Raises UserError when it is not a model.
+    """A model's folder: the local one, or that of a fetched hub name or GGUF file. Raises UserError when it is none.
 
     weights: False fetches no weights, when settings or a tokenizer are enough.
     """
@@ -36,9 +37,13 @@ def resolve(name: str, weights: bool = True) -> str:
     if path is None:
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise UserError(
-                f"model: no such folder {name!r}. Give a model folder, or a hub name like Qwen/Qwen2.5-0.5B."
+                f"model: no such folder {name!r}. Give a model folder, a .gguf file, or a hub "
+                "name like Qwen/Qwen2.5-0.5B."
             )
         path = fetch_model(name, weights)
+    file = find_gguf(path)
+    if file is not None:
+        path = open_gguf(file)
     if not is_adapter(path) and not (path / "config.json").exists():
         raise UserError(f"model: {name!r} holds no config.json. Give a folder written by save_pretrained.")
     problem = adapter_problem(path) if is_adapter(path) else model_problem(path)

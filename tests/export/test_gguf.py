@@ -16,7 +16,8 @@ from grpo.errors import UserError
 from grpo.export import gguf_file
 from grpo.export.gguf_file import check_quants, write_gguf
 from grpo.export.gguf_model import check_architecture, head_dim
-from grpo.export.gguf_tokenizer import WORDS, check_tokenizer, pre_tokenizer_name
+from grpo.export.gguf_tokenizer import check_tokenizer, pre_tokenizer_name
+from grpo.models.gguf_weights import WORDS
 from tests.support.tiny import EOS, tiny_config, tiny_model, tiny_tokenizer
 
 SUPPORTED = ("llama", "qwen2", "qwen3")

@@ -24,8 +24,9 @@ from benchmarks.export_table import (
 )
 from grpo.export import gguf_file, gguf_model, gguf_tokenizer
 from grpo.export.gguf_file import contents, quantize, tokenizer_problem, write_gguf
+from grpo.models.gguf_weights import WORDS
 from grpo.models.loading import load_tokenizer, prepare
-from tests.export.test_gguf import KNOWN, WORDS, tokenizer_with, words
+from tests.export.test_gguf import KNOWN, tokenizer_with, words
 from tests.support.launcher import PROJECT
 from tests.support.tiny import tiny_tokenizer
 
