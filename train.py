@@ -47,7 +47,7 @@ def train(cfg: Config, world: World) -> None:
     check_lengths(policy.model, cfg.max_prompt_length, cfg.max_generate_length)
     policy.limit_tokens(check_vocabulary(policy.model, task.tokenizer, task.recipe.rules, run.log.write_line))
     stop_ids = stop_token_ids(policy.model, task.tokenizer, task.recipe.end_of_turn, run.log.write_line)
-    engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, policy.num_tokens)
+    engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, policy.num_tokens, task.tokenizer)
 
     P, G, total = prompts_per_step(cfg), cfg.num_generations, total_steps(cfg, len(task.questions.items))
     first = restore(policy, resumed)

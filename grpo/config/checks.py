@@ -21,7 +21,7 @@ from grpo.errors import UserError
 
 MAX_WHOLE = 2**31  # sizes and counts stay below; only the seed may be larger
 PATHS = ("output_dir", "runs_dir", "run_name", "model", "data", "eval_data", "chat_template_file", "deepspeed_config")
-MAY_BE_EMPTY = ("system_prompt", "prompt_template")
+MAY_BE_EMPTY = ("system_prompt", "prompt_template", "stop")  # or blank
 IN_WORDS = {
     int: "a whole number",
     float: "a number",
@@ -160,6 +160,8 @@ def _check_data(cfg: Config) -> None:
     _require(cfg, "eval_split_size", 0 <= size < 1 or whole, "a share below 1 or a whole number of rows")
     if size and cfg.eval_data is not None:
         raise UserError(f"eval_split_size: must be 0 beside eval_data {cfg.eval_data!r}, got {size:g}. Choose one.")
+    if any(not text or "\ufffd" in text for text in cfg.stop):  # blanks are a text: a blank line may end a completion
+        raise UserError(f"stop: each text must have characters, and none may be U+FFFD, got {cfg.stop}. Mend the list.")
     if cfg.answer_column is None and longest is not None:
         raise UserError(f"max_answer_length: {longest} needs an answer_column, got null.")
     if cfg.chat_template_file is not None and cfg.chat_template is False:

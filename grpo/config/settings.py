@@ -111,6 +111,8 @@ class Config:
     """Tokens of the answer column's cell; questions with longer ones are left out and counted. null: no limit."""
     max_generate_length: int = 256
     """Most tokens of a completion."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a completion as soon as it contains one; they stay in it, and rewards see them."""
     temperature: float = 1.0
     """Sampling temperature, > 0; log-probs use it too."""
     top_p: float = 1.0

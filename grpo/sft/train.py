@@ -51,7 +51,7 @@ def train_sft(cfg: Config, world: World) -> None:
         grade_answers = None  # greedy accuracy on held-out questions, if there are rewards to score it
         if held_out is not None and cfg.rewards:
             rewards = open_parts.enter_context(closing(open_rewards(cfg, warn if world.is_main else lambda _: None)))
-            engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, num_tokens)
+            engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, num_tokens, tokenizer)
             grade_answers = partial(evaluate, engine, held_out, rewards, tokenizer, cfg, world, warn, pulse=run.pulse)
 
         def evaluate_if_due(step: int) -> None:
