@@ -43,12 +43,14 @@ class Config:
     """Strip white space from both ends of the cells that go into prompt_template."""
     data_rows: int = 0
     """Use only the first so many questions, after the length filters; 0: all."""
-    eval_data: str | None = None
-    """Held-out questions, evaluated greedily before and after training; same forms as data."""
+    eval_data: dict[str, str] | str | None = None
+    """Held-out questions, evaluated before and after training; same forms as data. Several sets: {name: file, …}."""
     eval_split: str = "test"
     """Split of eval_data."""
     eval_rows: int = 0
-    """Use only the first so many held-out questions; 0: all."""
+    """Use only the first so many held-out questions, of each set; 0: all."""
+    eval_generations: int = 0
+    """Answers sampled to each held-out question, as in training: mean, pass@k, maj@k; 0: one greedy answer."""
     eval_steps: int = 0
     """Also evaluate every so many steps; 0: only before and after training."""
     eval_split_size: float = 0.0

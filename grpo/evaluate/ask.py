@@ -24,6 +24,7 @@ from grpo.rollout.stop_strings import StopStrings
 from grpo.runtime.distributed import World
 
 BLOCK_CHUNKS = 8  # chunks cut from one block of sorted prompts; constant, so that no row depends on the ranks
+FIRST_SLOT = 2**62  # of evaluations: those of training count from 0 (grpo/randomness.py)
 FINISHES = ("stop", "length", "error")
 
 
@@ -155,7 +156,7 @@ def _chunks_of(
 ) -> list[list[Request]]:
     """The requests of a block, longest prompts first, so that a chunk's prompts have similar lengths."""
     order = sorted(indices, key=lambda i: (-len(prompts[i]), i))
-    requests = [Request(i * num_each + g, i, g, prompts[i]) for i in order for g in range(num_each)]
+    requests = [Request(i * num_each + g, FIRST_SLOT + i, g, prompts[i]) for i in order for g in range(num_each)]
     return [requests[at : at + batch_rows] for at in range(0, len(requests), batch_rows)]
 
 
