@@ -27,8 +27,8 @@ def eval_sets(cfg: Config) -> dict[str, Config]:
 def eval_tag(name: str, metric: str) -> str:
     """A metric's name, `eval/accuracy`, in the set of this name.
 
-    >>> eval_tag("", "eval/accuracy"), eval_tag("easy", "eval/accuracy")
-    ('eval/accuracy', 'eval/easy/accuracy')
+    >>> eval_tag("", "eval/accuracy"), eval_tag("test-1", "eval/accuracy")
+    ('eval/accuracy', 'eval/test-1/accuracy')
     """
     return metric.replace("eval/", f"eval/{name}/", 1) if name else metric
 
@@ -36,7 +36,7 @@ def eval_tag(name: str, metric: str) -> str:
 def metrics_of_set(name: str, metrics: dict[str, float]) -> dict[str, float]:
     """The metrics of one set, without its name; the reverse of `eval_tag`.
 
-    >>> metrics_of_set("easy", {"eval/easy/accuracy": 0.5, "eval/hard/accuracy": 0.25})
+    >>> metrics_of_set("test-1", {"eval/test-1/accuracy": 0.5, "eval/test-2/accuracy": 0.25})
     {'eval/accuracy': 0.5}
     """
     start = eval_tag(name, "eval/")

@@ -3,12 +3,9 @@
 The rule that the tests compare with decodes the whole completion after every token.
 """
 
-import json
-
 import numpy as np
 import pytest
 import torch
-import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -19,9 +16,8 @@ from grpo.rollout.drawn_tokens import DrawnTokens
 from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import Draw, Sampling
 from grpo.rollout.stop_strings import StopStrings
-from tests.support.launcher import fork_script, metrics_of
 from tests.support.step_tape import record
-from tests.support.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 NEW = 40
 LENGTHS = (3, 9, 5, 14)
@@ -215,72 +211,3 @@ def test_truncated_sampling_keeps_its_support(strings):
     found = engine_of("qwen3", strings).generate(REQUESTS, how)
     same(found, expected)
     assert all(len(one.support) == len(one.token_ids) for one in found)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The same two steps on one, two and three processes, with completions that end at "10" or at a comma."""
-    folder = tmp_path_factory.mktemp("stop")
-    save_tiny(folder / "base", spread=1.5)
-    questions = [{"question": f"{n}+{n}?", "answer": str(2 * n)} for n in range(8)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    (folder / "rewards.py").write_text("def length(completions, **columns):\n    return list(map(len, completions))\n")
-    config = {
-        "model": "base",
-        "data": "rows.jsonl",
-        "eval_split_size": 2,
-        "rewards": {"rewards.py:length": 1.0},
-        "reward_workers": 0,
-        "max_steps": 2,
-        "batch_size": 3,
-        "num_generations": 5,
-        "rollout_chunk_rows": 5,
-        "max_prompt_length": 40,
-        "max_generate_length": 24,
-        "stop": [",", "1"],
-        "deterministic": True,
-        "device": "cpu",
-        "report_to": "none",
-        "log_samples_steps": 1,
-    }
-    (folder / "task.yaml").write_text(yaml.safe_dump(config))
-
-    def train(*more, nproc):
-        own = ("--output_dir", f"output_{nproc}", "--runs_dir", f"runs_{nproc}")
-        return fork_script("train.py", "--config", "task.yaml", *own, *more, nproc=nproc, cwd=folder)
-
-    for nproc in (1, 2, 3):
-        done = train(nproc=nproc)
-        assert done.returncode == 0, done.stderr[-2000:]
-    return folder, train
-
-
-def test_any_number_of_processes_samples_the_same(runs):
-    folder, _ = runs
-    found = []
-    for nproc in (1, 2, 3):
-        files = sorted(folder.glob(f"runs_{nproc}/task/rollouts-rank*.jsonl"))
-        lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-        evaluations = [metrics for metrics in metrics_of(folder / f"runs_{nproc}") if "eval/length_mean" in metrics]
-        found.append((sorted(lines, key=lambda line: (line["step"], line["row"])), evaluations))
-    assert found[0] == found[1] == found[2] and len(found[0][0]) == 60
-    texts = [line["completion"] for line in found[0][0]]
-    assert sum("," in text or "1" in text for text in texts) > 10
-    for line in found[0][0]:
-        assert "," not in line["completion"][:-2] and ("," not in line["completion"] or line["finish"] == "stop")
-
-
-def test_a_checkpoint_is_asked_as_it_was_trained(runs):
-    folder, train = runs
-    recipe = json.loads((folder / "output_1/checkpoint_2/trainer/recipe.json").read_text())
-    assert recipe["stop"] == [",", "1"]
-    changed = train("--stop", '["x"]', nproc=1)
-    assert changed.returncode == 2 and "stop: [',', '1'] there, ['x'] now" in changed.stderr
-    asked = fork_script("inference.py", "--checkpoint", "output_1/checkpoint_2", "--json", "1,2", cwd=folder)
-    told = json.loads(asked.stdout)
-    measure = ("--checkpoint", "output_1/checkpoint_2", "--samples", "16", "--out", "r.jsonl", "--seed", "5")
-    done = fork_script("grpo.evaluate", *measure, cwd=folder)
-    assert asked.returncode == 0 and done.returncode == 0, asked.stderr + done.stderr
-    texts = [json.loads(line)["full"] for line in (folder / "r.jsonl").read_text().splitlines()] + [told["text"]]
-    ended = [text for text in texts if "," in text or "1" in text]
-    assert ended and all("," not in text[:-2] and "1" not in text[:-2] for text in texts)
