@@ -15,6 +15,7 @@ import yaml
 
 from grpo.checkpoints.best import BestCheckpoint
 from grpo.config.checks import check
+from grpo.config.command_line import load_config
 from grpo.config.settings import Config
 from grpo.data.questions import Questions
 from grpo.errors import UserError
@@ -305,6 +306,13 @@ def test_a_checkpoint_is_asked_as_it_was_trained(runs):
 def test_a_wrong_value_is_refused(how, part):
     with pytest.raises(UserError, match=re.escape(part)):
         check(Config(model="m", data="d", rewards={"r": 1.0}, **how))
+
+
+@pytest.mark.parametrize("words", [["--eval_data", "{a: x, b: z, a: y}"], ['--rewards={"a": 1, "a": 2}']])
+def test_a_name_given_twice_on_the_command_line_is_refused(words):
+    """A YAML reader keeps the last one without a word."""
+    with pytest.raises(UserError, match="'a' is set twice"):
+        load_config(["--model", "m", "--data", "d", *words])
 
 
 def test_a_blank_line_may_end_a_completion():
