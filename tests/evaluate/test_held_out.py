@@ -21,6 +21,7 @@ from grpo.data.questions import Questions
 from grpo.errors import UserError
 from grpo.evaluate.held_out import evaluate, evaluate_sets
 from grpo.evaluate.statistics import mean_with_error, of_several_answers
+from grpo.rewards.loading import make_rewards
 from grpo.rewards.pool import InProcess
 from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import sampling_of
@@ -313,6 +314,12 @@ def test_a_name_given_twice_on_the_command_line_is_refused(words):
     """A YAML reader keeps the last one without a word."""
     with pytest.raises(UserError, match="'a' is set twice"):
         load_config(["--model", "m", "--data", "d", *words])
+
+
+def test_a_reward_that_sees_groups_needs_whole_ones_in_an_evaluation_too():
+    cfg = Config(rewards={"r": 1.0}, num_generations=4, eval_generations=16, rollout_chunk_rows=8)
+    with pytest.raises(UserError, match="whole groups of 16, a chunk must hold one, got 8"):
+        make_rewards(cfg, [{"sees_group": True}])
 
 
 def test_a_blank_line_may_end_a_completion():
