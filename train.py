@@ -18,7 +18,7 @@ if __name__ == "__main__":
 from grpo.checkpoints.resume import restore
 from grpo.config.settings import Config, prompts_per_step, total_steps, updates_per_step
 from grpo.errors import warn
-from grpo.evaluate.held_out import evaluate
+from grpo.evaluate.held_out import evaluate_sets
 from grpo.models.checks import check_lengths, check_vocabulary, stop_token_ids
 from grpo.rewards.gold_check import open_checked_rewards
 from grpo.rollout import cut_chunks, rollout
@@ -47,18 +47,18 @@ def train(cfg: Config, world: World) -> None:
     check_lengths(policy.model, cfg.max_prompt_length, cfg.max_generate_length)
     policy.limit_tokens(check_vocabulary(policy.model, task.tokenizer, task.recipe.rules, run.log.write_line))
     stop_ids = stop_token_ids(policy.model, task.tokenizer, task.recipe.end_of_turn, run.log.write_line)
-    engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, policy.num_tokens)
+    engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, policy.num_tokens, task.tokenizer)
 
     P, G, total = prompts_per_step(cfg), cfg.num_generations, total_steps(cfg, len(task.questions.items))
     first = restore(policy, resumed)
     run.log.describe(task.questions, task.held_out, total, policy, len(cut_chunks(P, G, cfg.rollout_chunk_rows)))
 
     def evaluate_if_due(step: int) -> None:
-        if task.held_out is None or not run.evaluation_due(step, first, total):
+        if not task.held_out or not run.evaluation_due(step, first, total):
             return
         run.heartbeat(step, "eval")
         engine.load_weights(policy.weights())
-        metrics = evaluate(engine, task.held_out, rewards, task.tokenizer, cfg, world, warn, pulse=run.pulse)
+        metrics = evaluate_sets(engine, task.held_out, rewards, task.tokenizer, cfg, world, warn, run.pulse)
         if metrics is None:
             run.preempt()
         run.log.log_eval(step, metrics)

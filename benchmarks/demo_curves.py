@@ -10,6 +10,7 @@ evaluation included; seconds of a phase are those of its slowest rank, summed ov
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -98,7 +99,8 @@ def sampled_accuracy(seed: int, extra: list[str]) -> float:
     model = load_model(cfg.model, start().device)
     questions = load_questions(cfg, make_recipe(cfg, tokenizer), tokenizer, held_out=True)
     engine = NativeEngine(model, stop_token_ids(model, tokenizer), cfg.max_generate_length, cfg.seed, cfg.dtype)
-    metrics = evaluate(engine, questions, open_rewards(cfg, print), tokenizer, cfg, start(), print, temperature=1.0)
+    cfg = dataclasses.replace(cfg, eval_generations=1)  # the demo samples at temperature 1
+    metrics = evaluate(engine, questions, open_rewards(cfg, print), tokenizer, cfg, start(), print)
     return metrics["eval/accuracy"]
 
 

@@ -29,7 +29,7 @@ class Completion:
     row: int  # n = p*G + g of the step
     token_ids: np.ndarray  # [C] int32, the EOS included when it was sampled
     sampler_logprobs: np.ndarray  # [C] float32, log-prob of each token under the sampling distribution
-    finish: str  # "stop" (an EOS was sampled), "length" (cut at the limit), "error" (non-finite logits)
+    finish: str  # "stop" (an EOS or a stop string), "length" (cut at the limit), "error" (non-finite logits)
     support: np.ndarray | None = None  # [C, K] int32, ids that each token was drawn from, -1 padded; None: all ids
     clamped: int = 0  # logits that the clamp moved, summed over the tokens
     trained: np.ndarray = None  # type: ignore[assignment]  # [C] bool, tokens that carry loss; None: all

@@ -2,7 +2,8 @@
 
     {"checkpoint": "checkpoint_40", "step": 40, "metric": "eval/accuracy", "value": 0.83}
 
-The metric is the accuracy, or, for a first reward function that is not just right or wrong, its mean: eval/NAME.
+The metric is the accuracy, or, for a first reward function that is not just right or wrong, its mean: eval/NAME. Of
+several held-out sets the first one decides.
 
 Rank 0 writes it atomically when an evaluation improves and that step is saved. `save_total_limit` does not remove the
 checkpoint that it names. It may name one whose save failed, or that was removed since: readers verify the checkpoint.
@@ -13,13 +14,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from grpo.config.held_out import eval_sets, eval_tag
 from grpo.config.settings import Config
 from grpo.errors import UserError
 from grpo.strict_json import read_object
 
 FILE = "best.json"
 METRIC = "eval/accuracy"
-MEASURED_ON = ("eval_data", "eval_split", "eval_rows")  # values on other questions do not compare
+MEASURED_ON = ("eval_split", "eval_rows", "eval_generations")  # values measured in another way do not compare
 
 
 def read_best(output_dir: Path) -> dict[str, Any] | None:
@@ -52,6 +54,11 @@ def best_folder(output_dir: Path) -> Path:
     return output_dir / name
 
 
+def _first_set(eval_data: Any) -> Any:
+    """The set that decides: the only one, or name and path of the first of several."""
+    return next(iter(eval_data.items()), None) if isinstance(eval_data, dict) else eval_data
+
+
 class BestCheckpoint:
     """Keeps best.json of one run up to date. For rank 0."""
 
@@ -59,6 +66,7 @@ class BestCheckpoint:
         """Read best.json; remove it when it belongs to another run, to steps after `done`, or to other questions."""
         self.path = Path(cfg.output_dir) / FILE
         self.value: float | None = None
+        self.first_set = next(iter(eval_sets(cfg)), "")
         self.metric = METRIC
         best = read_best(self.path.parent)
         if best is not None and best["step"] <= done and self._same_questions(cfg, best["checkpoint"]):
@@ -69,7 +77,9 @@ class BestCheckpoint:
     def _same_questions(self, cfg: Config, name: str) -> bool:
         try:
             saved_config = read_object(self.path.parent / name / "trainer" / "state.json")["config"]
-            return all(saved_config.get(key) == getattr(cfg, key) for key in MEASURED_ON)
+            saved = {key: saved_config.get(key, getattr(Config(), key)) for key in MEASURED_ON}
+            same_set = _first_set(saved_config["eval_data"]) == _first_set(cfg.eval_data)
+            return same_set and all(saved[key] == getattr(cfg, key) for key in MEASURED_ON)
         except (OSError, ValueError, KeyError, AttributeError):
             return False  # that checkpoint is missing or damaged
 
@@ -78,7 +88,8 @@ class BestCheckpoint:
 
         A graded reward that happens to be 0 or 1 everywhere is still compared by its mean.
         """
-        return next((name for name in (self.metric, METRIC, f"eval/{first}") if name in metrics), None)
+        tags = [eval_tag(self.first_set, metric) for metric in (METRIC, f"eval/{first}")]
+        return next((tag for tag in (self.metric, *tags) if tag in metrics), None)
 
     def consider(self, step: int, value: float, metric: str = METRIC) -> bool:
         """Point to checkpoint_<step>, which is or will be saved, if `value` is higher or of another metric.

@@ -36,6 +36,7 @@ FREE_TO_CHANGE = {  # settings that do not change what is trained; all others mu
     "eval_split",
     "eval_rows",
     "eval_steps",
+    "eval_generations",
     "num_threads",
     "device",
     "micro_batch_tokens",

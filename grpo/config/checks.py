@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from grpo.config.held_out import check_eval_data, eval_sets
 from grpo.config.settings import Config, prompts_per_step, scales_advantages, tracker_names
 from grpo.errors import UserError
 
 MAX_WHOLE = 2**31  # sizes and counts stay below; only the seed may be larger
-PATHS = ("output_dir", "runs_dir", "run_name", "model", "data", "eval_data", "chat_template_file", "deepspeed_config")
-MAY_BE_EMPTY = ("system_prompt", "prompt_template")
+PATHS = ("output_dir", "runs_dir", "run_name", "model", "data", "chat_template_file", "deepspeed_config")
+MAY_BE_EMPTY = ("system_prompt", "prompt_template", "stop")  # or blank
 IN_WORDS = {
     int: "a whole number",
     float: "a number",
@@ -42,8 +43,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must 
         ">= 1",
     ),
     (
-        "save_steps eval_steps eval_rows log_samples_steps log_completions_steps check_weights_steps top_k seed "
-        "reward_workers data_rows",
+        "save_steps eval_steps eval_rows eval_generations log_samples_steps log_completions_steps check_weights_steps "
+        "top_k seed reward_workers data_rows",
         lambda value: value >= 0,
         ">= 0",
     ),
@@ -76,6 +77,8 @@ def check(cfg: Config) -> None:
         check_kind(name, getattr(cfg, name), kind)
     for name in PATHS:
         _check_encodable(name, getattr(cfg, name))
+    for one in eval_sets(cfg).values():
+        _check_encodable("eval_data", str(one.eval_data or ""))
     for name in cfg.rewards:
         _check_encodable("rewards", name)
     if cfg.run_name is not None and (PurePath(cfg.run_name).is_absolute() or ".." in PurePath(cfg.run_name).parts):
@@ -155,11 +158,17 @@ def _check_data(cfg: Config) -> None:
     """Settings of grpo/data/questions.py and grpo/data/recipe.py."""
     longest = cfg.max_answer_length
     _require(cfg, "max_answer_length", longest is None or longest >= 1, ">= 1, or null")
+    check_eval_data(cfg)
+    if isinstance(cfg.eval_data, str) and cfg.eval_data.startswith("{"):  # a mapping whose values are no texts
+        kind = typing.get_type_hints(Config)["eval_data"]
+        raise UserError(f"eval_data: must be {in_words(kind)}, got {shown(cfg.eval_data)}. Write {{name: file}}.")
     size = cfg.eval_split_size
     whole = size >= 1 and size == int(size) if math.isfinite(size) else False
     _require(cfg, "eval_split_size", 0 <= size < 1 or whole, "a share below 1 or a whole number of rows")
     if size and cfg.eval_data is not None:
         raise UserError(f"eval_split_size: must be 0 beside eval_data {cfg.eval_data!r}, got {size:g}. Choose one.")
+    if any(not text or "\ufffd" in text for text in cfg.stop):  # blanks are a text: a blank line may end a completion
+        raise UserError(f"stop: each text must have characters, and none may be U+FFFD, got {cfg.stop}. Mend the list.")
     if cfg.answer_column is None and longest is not None:
         raise UserError(f"max_answer_length: {longest} needs an answer_column, got null.")
     if cfg.chat_template_file is not None and cfg.chat_template is False:

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import typing
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ def load_sft_config(argv: list[str]) -> tuple[Config, str | None]:
 
 def _parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str, Any]:
     """Settings by name. Raises UserError."""
+    _refuse_repeated_keys(argv)
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -130,6 +132,23 @@ def _parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str, An
     except (jsonargparse.ArgumentError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise setting_error(error, argv, SETTING_KINDS, parser.prog) from None
     return {name: value for name, value in parsed.items() if name != "config"}
+
+
+def _refuse_repeated_keys(argv: list[str]) -> None:
+    """Refuse a mapping that names a key twice, of which a reader would keep the last. Raises UserError."""
+    for before, arg in zip(["", *argv], argv, strict=False):
+        name, _, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
+        if not value.lstrip().startswith("{"):
+            continue
+        try:
+            root = yaml.compose(value, Loader=yaml.SafeLoader)
+        except yaml.YAMLError:
+            continue  # no mapping: said where its type is checked
+        pairs = root.value if isinstance(root, yaml.MappingNode) else []
+        count = Counter(key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, times in count.items() if times > 1]:
+            setting = name.removeprefix("--")[:60]
+            raise UserError(f"{setting}: {twice[0][:60]!r} is set twice, got {value[:60]!r}. Keep one of them.")
 
 
 def _new_names(values: dict[str, Any], argv: list[str]) -> dict[str, Any]:

@@ -43,12 +43,14 @@ class Config:
     """Strip white space from both ends of the cells that go into prompt_template."""
     data_rows: int = 0
     """Use only the first so many questions, after the length filters; 0: all."""
-    eval_data: str | None = None
-    """Held-out questions, evaluated greedily before and after training; same forms as data."""
+    eval_data: dict[str, str] | str | None = None
+    """Held-out questions, evaluated before and after training; same forms as data. Several sets: {name: file, …}."""
     eval_split: str = "test"
     """Split of eval_data."""
     eval_rows: int = 0
-    """Use only the first so many held-out questions; 0: all."""
+    """Use only the first so many held-out questions, of each set; 0: all."""
+    eval_generations: int = 0
+    """Answers sampled to each held-out question, as in training: mean, pass@k, maj@k; 0: one greedy answer."""
     eval_steps: int = 0
     """Also evaluate every so many steps; 0: only before and after training."""
     eval_split_size: float = 0.0
@@ -111,6 +113,8 @@ class Config:
     """Tokens of the answer column's cell; questions with longer ones are left out and counted. null: no limit."""
     max_generate_length: int = 256
     """Most tokens of a completion."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a completion as soon as it contains one; they stay in it, and rewards see them."""
     temperature: float = 1.0
     """Sampling temperature, > 0; log-probs use it too."""
     top_p: float = 1.0

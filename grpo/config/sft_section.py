@@ -37,6 +37,7 @@ OF_ROLLOUTS = frozenset(
         "max_importance_weight",
         "max_reward_failures",
         "reference_offload",
+        "eval_generations",
         "log_samples_steps",
         "log_completions_steps",
     }

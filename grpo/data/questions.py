@@ -71,7 +71,7 @@ def load_questions(
     """
     has_own_data = held_out and cfg.eval_data is not None
     name = cfg.eval_data if has_own_data else cfg.data
-    assert name is not None
+    assert isinstance(name, str), "several sets are loaded one by one (eval_sets)"
     rows = load_rows(name, cfg.eval_split if has_own_data else cfg.data_split, cfg.data_config)
     if has_own_data and cfg.eval_rows:
         rows = rows.select(range(min(cfg.eval_rows, len(rows))))

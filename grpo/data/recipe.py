@@ -44,6 +44,7 @@ class Recipe:
     system_role: str = "system"  # user: the system message is put before the first user turn
     date: str | None = None  # that the chat template prints, of the run's start; None: today's
     end_of_turn: str | None = None  # the token that ends an assistant turn in the chat template: it ends a completion
+    stop: list[str] = field(default_factory=list)  # texts that end a completion
     # 1: the tokenizer adds its special tokens to plain text in any case, and a last assistant turn is closed. In
     # recipes of older checkpoints, which have no such field.
     rules: int = 2
@@ -85,6 +86,7 @@ def make_recipe(cfg: Config, tokenizer: PreTrainedTokenizerBase, kept: Mapping[s
         logit_clamp=cfg.logit_clamp,
         questions=cfg.inference_questions,
         system_role=cfg.system_role,
+        stop=cfg.stop,
         **given,
     )
 
@@ -256,6 +258,7 @@ def _check_recipe(recipe: Recipe) -> None:
         "system_role": recipe.system_role in ("system", "user"),
         "date": recipe.date is None or (isinstance(recipe.date, str) and _is_date(recipe.date)),
         "end_of_turn": recipe.end_of_turn is None or isinstance(recipe.end_of_turn, str),
+        "stop": isinstance(recipe.stop, list) and all(isinstance(text, str) and text for text in recipe.stop),
         "rules": type(recipe.rules) is int and recipe.rules in (1, 2),
     }
     for name, is_valid in checks.items():

@@ -11,5 +11,5 @@ grpo/sft/ use this package.
     report           grading, the printed lines, the JSONL of results
     statistics       intervals and tests of accuracies
     multiple_choice  `inference.py --csv`
-    held_out         the accuracy of the policy during training
+    held_out         the accuracy of the policy during training, on one set or several, greedy or sampled
 """

@@ -20,9 +20,11 @@ from grpo.models.loading import load_tokenizer
 from grpo.rollout import Request
 from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import Sampling
+from grpo.rollout.stop_strings import StopStrings
 from grpo.runtime.distributed import World
 
 BLOCK_CHUNKS = 8  # chunks cut from one block of sorted prompts; constant, so that no row depends on the ranks
+FIRST_SLOT = 2**62  # of evaluations: those of training count from 0 (grpo/randomness.py)
 FINISHES = ("stop", "length", "error")
 
 
@@ -73,7 +75,10 @@ class CheckpointModel:
         check_lengths(model, self.recipe.max_prompt_length, self.max_new_tokens)
         num_tokens = check_vocabulary(model, self.tokenizer, self.recipe.rules)
         stop_ids = stop_token_ids(model, self.tokenizer, self.recipe.end_of_turn)
-        self.engine = NativeEngine(model, stop_ids, self.max_new_tokens, seed, dtype, num_tokens=num_tokens)
+        stop_strings = StopStrings.of(self.tokenizer, self.recipe.stop)
+        self.engine = NativeEngine(
+            model, stop_ids, self.max_new_tokens, seed, dtype, num_tokens=num_tokens, stop_strings=stop_strings
+        )
         self.sampling = Sampling(**sampling, logit_clamp=self.recipe.logit_clamp)
 
     def text_of(self, question: str, columns: dict[str, Any]) -> str:
@@ -151,7 +156,7 @@ def _chunks_of(
 ) -> list[list[Request]]:
     """The requests of a block, longest prompts first, so that a chunk's prompts have similar lengths."""
     order = sorted(indices, key=lambda i: (-len(prompts[i]), i))
-    requests = [Request(i * num_each + g, i, g, prompts[i]) for i in order for g in range(num_each)]
+    requests = [Request(i * num_each + g, FIRST_SLOT + i, g, prompts[i]) for i in order for g in range(num_each)]
     return [requests[at : at + batch_rows] for at in range(0, len(requests), batch_rows)]
 
 
@@ -166,7 +171,10 @@ class OtherModel:
         num_tokens = check_vocabulary(model, self.tokenizer, like.recipe.rules)
         self.positions = max_positions(model)
         stop_ids = stop_token_ids(model, self.tokenizer, like.recipe.end_of_turn)
-        self.engine = NativeEngine(model, stop_ids, like.max_new_tokens, seed, num_tokens=num_tokens)
+        stop_strings = StopStrings.of(self.tokenizer, like.recipe.stop)
+        self.engine = NativeEngine(
+            model, stop_ids, like.max_new_tokens, seed, num_tokens=num_tokens, stop_strings=stop_strings
+        )
 
     def ask(self, question: str, on_text: Callable[[str], None] | None = None) -> Answer:
         """Answer the checkpoint's prompt of a question. Raises UserError when it is too long."""

@@ -17,10 +17,11 @@ from grpo.checkpoints.best import best_folder
 from grpo.checkpoints.choose import choose
 from grpo.checkpoints.resume import read_state
 from grpo.config.checks import check
+from grpo.config.held_out import eval_sets
 from grpo.config.messages import OneLineParser
 from grpo.config.settings import Config
 from grpo.data.questions import load_questions
-from grpo.data.recipe import Recipe
+from grpo.data.recipe import Recipe, load_recipe
 from grpo.errors import UserError, warn
 from grpo.evaluate import arguments, report
 from grpo.evaluate.ask import CheckpointModel
@@ -44,7 +45,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--best", action="store_true", help="the checkpoint that best.json in --output_dir names")
     add("--output_dir", type=Path, default=Path("output"), help="where to look for checkpoints")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two checkpoints, or files written with --out")
-    add("--data", help="file, folder or hub name (default: the run's eval_data)")
+    add(
+        "--data",
+        help="file, folder, hub name, or name of a set in the run's eval_data (default: its only or first set)",
+    )
     add("--limit", type=arguments.whole("limit", 0), default=0, help="questions, from the first on; 0: all")
     add("--split", help="split of a hub dataset or a saved folder")
     add("--data_config", help="configuration of a hub dataset")
@@ -57,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--refusal", type=arguments.REFUSAL, help=refusal)
     samples = arguments.whole("samples", 1, 1024)
     add("--samples", type=samples, default=1, help="completions per question; above 1: pass@k, maj@k")
-    add("--temperature", type=arguments.TEMPERATURE, help="default: 0, or 1 with several samples")
+    add("--temperature", type=arguments.TEMPERATURE, help="default: 0, or the run's with several samples")
     add("--top_p", type=arguments.TOP_P, default=1.0)
     add("--seed", type=arguments.SEED, default=0)
     add("--max_new_tokens", "--max_tokens", type=arguments.MAX_NEW_TOKENS, help="default: as in training")
@@ -68,8 +72,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--num_threads", type=threads, help="CPU threads of each process (default: as num_threads null)")
     add("--out", type=Path, help="JSONL of results: q, gold, pred, full, correct")
     args = parser.parse_args(argv)
-    if args.temperature is None:
-        args.temperature = 1.0 if args.samples > 1 else 0.0
     _check(args)
     return args
 
@@ -99,10 +101,12 @@ def data_settings(folder: Path, args: argparse.Namespace, recipe: Recipe) -> Con
         "max_generate_length": recipe.max_generate_length,
         "eval_rows": args.limit,
     }
-    if args.data is not None:
+    sets = own.get("eval_data")
+    data = sets.get(args.data, args.data) if isinstance(sets, dict) else args.data  # a set's name, or its place
+    if data is not None:
         own["eval_split_size"] = 0.0  # the part of the training data that the run held out is not used
     given = {
-        "eval_data": args.data,
+        "eval_data": data,
         "eval_split": args.split,
         "data_config": args.data_config,
         "dtype": args.dtype,
@@ -112,6 +116,7 @@ def data_settings(folder: Path, args: argparse.Namespace, recipe: Recipe) -> Con
     }
     cfg = Config(**own | {key: value for key, value in given.items() if value is not None})
     check(cfg)
+    cfg = next(iter(eval_sets(cfg).values()), cfg)  # the first of several sets
     if cfg.eval_data is None and not cfg.eval_split_size:
         raise UserError(f"data: none given, and {folder} was trained without eval_data. Use --data FILE.")
     if cfg.answer_column is None:
@@ -127,10 +132,10 @@ def question_of(prompt: Prompt) -> str:
 
 def evaluate_checkpoint(folder: Path, args: argparse.Namespace, world: World) -> report.Graded:
     """Evaluate one checkpoint: lines on stdout, results to --out, from rank 0. Returns the results there, else []."""
-    sampling = {"temperature": args.temperature, "top_p": args.top_p}
-    model = CheckpointModel(folder, world.device, sampling, args.max_new_tokens, args.seed)
-    cfg = data_settings(folder, args, model.recipe)
-    model.engine.dtype = cfg.dtype
+    cfg = data_settings(folder, args, load_recipe(folder / "trainer" / "recipe.json"))
+    greedy = args.samples == 1 if args.temperature is None else args.temperature == 0
+    sampling = {"temperature": 0.0 if greedy else args.temperature or cfg.temperature, "top_p": args.top_p}
+    model = CheckpointModel(folder, world.device, sampling, args.max_new_tokens, args.seed, cfg.dtype)
     questions = load_questions(cfg, model.recipe, model.tokenizer, held_out=True)
     golds = [str(prompt.columns["answer"]) for prompt in questions.items]
     rules = report.Rules(
@@ -141,7 +146,8 @@ def evaluate_checkpoint(folder: Path, args: argparse.Namespace, world: World) ->
     )
     if world.is_main:
         left_out = "".join(f"; {count} left out: {rule}" for rule, count in questions.drops.items() if count)
-        warn(f"checkpoint: {folder}; {len(golds)} questions{left_out}; task {rules.task}, answers in {rules.marks}")
+        count = f"{len(golds)} questions of {cfg.eval_data or cfg.data}{left_out}"
+        warn(f"checkpoint: {folder}; {count}; task {rules.task}, answers in {rules.marks}")
     results: list[report.Result] = []
     num_tokens, began = 0, time.monotonic()
     console, progress = Console(world.is_main), report.Progress(len(golds), rules.language)

@@ -217,6 +217,16 @@ def is_correct(pred: str | None, gold: str, task: Task) -> bool:
     return " ".join(pred.split()) == " ".join(gold.split())
 
 
+def normal_form(answer: str | None, task: Task) -> str | None:
+    """An extracted answer as a vote: 4 and 4.0 are one number, white space is one blank.
+
+    >>> normal_form("4.0", "number"), normal_form("a  b", "number"), normal_form(None, "text")
+    ('4', 'a b', None)
+    """
+    value = number(answer) if answer is not None and task == "number" else None
+    return answer if answer is None else str(value) if value is not None else " ".join(answer.split())
+
+
 def task_of(golds: Sequence[str]) -> Task:
     """The task of a set of gold answers: choice if all are letters A to D, number if all are numbers, else text.
 

@@ -1,6 +1,7 @@
 """The results of an evaluation: a line per question, the figures at the end, the JSONL file, comparing two of them."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,7 @@ from pathlib import Path
 from grpo.errors import UserError
 from grpo.evaluate import statistics
 from grpo.evaluate.ask import Answer
-from grpo.evaluate.extract import Marks, Task, is_correct, lenient, number, strict
+from grpo.evaluate.extract import Marks, Task, is_correct, lenient, normal_form, strict
 from grpo.run.languages import label
 from grpo.strict_json import parse_json
 
@@ -110,31 +111,27 @@ def final_lines(results: Sequence[Result], rules: Rules) -> list[str]:
         shares = {"refused": share(refused, total), "answered": share(exact, answered)}
         lines.append(text("choices", **shares, unreadable=share(unreadable, total)))
     if len(results) > len(firsts):
-        lines.append("; ".join(f"{name}: {value:.2%}" for name, value in sampled(results, rules).items()))
+        figures = sampled(results, rules).items()
+        lines.append("; ".join(f"{name}: {value:.2%}" + with_error(error) for name, (value, error) in figures))
     return lines
 
 
-def sampled(results: Sequence[Result], rules: Rules) -> dict[str, float]:
-    """pass@k for k = 1, 2, 4 … K and maj@K, means over the questions, by strict extraction."""
+def with_error(error: float) -> str:
+    """A standard error behind its value; nothing where one question gives none.
+
+    >>> with_error(0.0312), with_error(math.nan)
+    (' ± 3.12%', '')
+    """
+    return "" if math.isnan(error) else f" ± {error:.2%}"
+
+
+def sampled(results: Sequence[Result], rules: Rules) -> dict[str, tuple[float, float]]:
+    """pass@k and maj@K with their standard errors, by strict extraction."""
     num_each = max(result.index for result in results) + 1  # completions per question
     groups = [results[at : at + num_each] for at in range(0, len(results), num_each)]
-    counts = [sum(result.correct for result in group) for group in groups]
-    ks = sorted({2**i for i in range(num_each.bit_length()) if 2**i <= num_each} | {num_each})
-    figures = {
-        f"pass@{k}": sum(statistics.pass_at_k(num_each, correct, k) for correct in counts) / len(groups) for k in ks
-    }
-    votes = 0
-    for group in groups:
-        winner = statistics.majority([_vote(result.pred, rules.task) for result in group])
-        votes += is_correct(winner, group[0].gold, rules.task)
-    return figures | {f"maj@{num_each}": votes / len(groups)}
-
-
-def _vote(pred: str | None, task: Task) -> str | None:
-    """An answer in a normal form, so that 4 and 4.0 are one vote."""
-    if pred is None or task != "number":
-        return None if pred is None else " ".join(pred.split())
-    return str(number(pred))
+    right = [[result.correct for result in group] for group in groups]
+    votes = [[normal_form(result.pred, rules.task) for result in group] for group in groups]
+    return statistics.of_several_answers(right, votes)
 
 
 def write_results(path: Path, results: Iterable[Result], with_index: bool) -> None:

@@ -1,8 +1,11 @@
 """Intervals of a measured accuracy, and tests of a difference: closed forms, exact where integers allow it."""
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
+V = TypeVar("V", bound=Hashable)
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
 
@@ -66,14 +69,50 @@ def pass_at_k(completions: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(completions - correct, k) / math.comb(completions, k)
 
 
-def majority(votes: Sequence[str | None]) -> str | None:
+def majority(votes: Sequence[V | None]) -> V | None:
     """The answer with the most votes, the first one among equals. None is not a vote; None without any vote.
 
     >>> majority(["3", None, "4", "4", None, None]), majority(["2", "1"]), majority([None])
     ('4', '2', None)
     """
-    counts: dict[str, int] = {}
+    counts: dict[V, int] = {}
     for vote in votes:
         if vote is not None:
             counts[vote] = counts.get(vote, 0) + 1
     return max(counts, key=lambda vote: counts[vote]) if counts else None
+
+
+def of_several_answers(
+    right: Sequence[Sequence[bool]], votes: Sequence[Sequence[Hashable | None]] | None
+) -> dict[str, tuple[float, float]]:
+    """pass@k for k = 1, 2, 4 … n and maj@n over questions with n answers each: the mean, and its standard error.
+
+    pass@1 is the mean share of right answers. maj@n is the share of questions whose majority is right: the answer with
+    the most votes, the first one sampled among equals, judged by the first answer that voted for it. A question without
+    any vote is not answered right. Questions are the independent draws of the standard error, NaN for a single one.
+
+    votes: what each answer says, equal for equal answers, None where nothing was read; None: no maj@n.
+
+    >>> of_several_answers([[True, False], [False, False]], [["4", "5"], [None, None]])
+    {'pass@1': (0.25, 0.25), 'pass@2': (0.5, 0.5), 'maj@2': (0.5, 0.5)}
+    """
+    num_each = len(right[0])
+    ks = sorted({2**i for i in range(num_each.bit_length()) if 2**i <= num_each} | {num_each})
+    shares = {f"pass@{k}": [pass_at_k(num_each, sum(answers), k) for answers in right] for k in ks}
+    if votes is not None:
+        winners = [majority(own) for own in votes]
+        shares[f"maj@{num_each}"] = [
+            float(winner is not None and answers[own.index(winner)])
+            for winner, answers, own in zip(winners, right, votes, strict=True)
+        ]
+    return {name: mean_with_error(values) for name, values in shares.items()}
+
+
+def mean_with_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of independent values and its standard error, NaN for one value.
+
+    >>> mean_with_error([1.0, 0.0, 0.0, 1.0])
+    (0.5, 0.28867513459481287)
+    """
+    mean = statistics.fmean(values)
+    return mean, statistics.stdev(values, mean) / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -76,9 +76,10 @@ def make_rewards(cfg: Config, descriptions: Sequence[dict[str, Any]]) -> list[Re
         Reward(name, weight, **one) for (name, weight), one in zip(cfg.rewards.items(), descriptions, strict=True)
     ]
     grouped = [reward.name for reward in rewards if reward.sees_group]
-    if grouped and cfg.rollout_chunk_rows < cfg.num_generations:
+    size = max(cfg.num_generations, cfg.eval_generations)
+    if grouped and cfg.rollout_chunk_rows < size:
         raise UserError(
-            f"rollout_chunk_rows: {grouped[0]} sees whole groups of {cfg.num_generations}, a chunk must hold one, got "
-            f"{cfg.rollout_chunk_rows}. Raise it to {cfg.num_generations} at least."
+            f"rollout_chunk_rows: {grouped[0]} sees whole groups of {size}, a chunk must hold one, got "
+            f"{cfg.rollout_chunk_rows}. Raise it to {size} at least."
         )
     return rewards

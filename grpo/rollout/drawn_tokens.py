@@ -1,6 +1,6 @@
 """The drawn tokens of a batch: collected step by step while it decodes, and by row when rows leave it."""
 
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 
 import numpy as np
 import torch
@@ -15,12 +15,12 @@ class DrawnTokens:
     """The tokens of a batch's B rows, on the device until a row is finished."""
 
     def __init__(self, max_new_tokens: int, device: torch.device):
-        self.max_new_tokens = max_new_tokens
-        self.device = device
+        self.max_new_tokens, self.device = max_new_tokens, device
         self.requests: list[Request] = []
         self.pending: list[tuple[Draw, Tensor]] = []  # draws and stopped [B] of the steps since the last `flush`
         self.columns: dict[str, Tensor] = {}  # name -> [B, max_new] or [B, max_new, K], what was flushed
         self.counts = torch.zeros(0, dtype=torch.int64, device=device)  # [B] flushed tokens of each row
+        self.histories: dict[int, MutableSequence[int]] = {}  # by row: its tokens on the host, for stop strings
 
     def join(self, requests: Sequence[Request]) -> None:
         """Append rows that start now. Call after `flush`."""
@@ -38,18 +38,16 @@ class DrawnTokens:
         """Write the pending steps into `columns`. Tokens drawn after a row finished are ignored later."""
         if not self.pending:
             return
-        # [B, steps] of each quantity
         draws = [drawn for drawn, _ in self.pending]
-        parts = {
+        parts = {  # [B, steps] of each quantity
             "token_ids": torch.stack([drawn.token_ids.int() for drawn in draws], 1),
             "logprobs": torch.stack([drawn.logprobs for drawn in draws], 1),
             "finite": torch.stack([drawn.finite for drawn in draws], 1),
             "stopped": torch.stack([stopped for _, stopped in self.pending], 1),
         }
-        clamped = [drawn.clamped for drawn in draws]
-        no_clamp = next((torch.zeros_like(counts) for counts in clamped if counts is not None), None)
-        if no_clamp is not None:
-            parts["clamped"] = torch.stack([no_clamp if counts is None else counts for counts in clamped], 1)
+        if any(drawn.clamped is not None for drawn in draws):
+            none = torch.zeros_like(draws[0].token_ids)
+            parts["clamped"] = torch.stack([none if drawn.clamped is None else drawn.clamped for drawn in draws], 1)
         if draws[0].support is not None:
             parts["support"] = torch.stack([drawn.support.int() for drawn in draws if drawn.support is not None], 1)
         # each row continues at its own count
@@ -77,13 +75,12 @@ class DrawnTokens:
         completions = []
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
             drawn = {name: column[i] for name, column in columns.items()}
-            # the first stop token, or the first draw from logits that were not finite
-            broken, ends = np.flatnonzero(~drawn["finite"][:count]), np.flatnonzero(drawn["stopped"][:count])
+            # the first token that ends it, or the first draw from logits that were not finite
+            ends = np.flatnonzero(drawn["stopped"][:count] | ~drawn["finite"][:count])
             length, finish = count, "length"
-            if len(ends) and not (len(broken) and broken[0] <= ends[0]):
-                length, finish = int(ends[0]) + 1, "stop"
-            elif len(broken):
-                length, finish = int(broken[0]), "error"
+            if len(ends):
+                is_finite = bool(drawn["finite"][ends[0]])
+                length, finish = int(ends[0]) + is_finite, "stop" if is_finite else "error"
             completions.append(
                 Completion(
                     self.requests[row].row,

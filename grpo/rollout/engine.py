@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config.settings import Config
 from grpo.forward.logprobs import Head
@@ -25,6 +25,7 @@ from grpo.rollout.cuda_graph import StepGraph
 from grpo.rollout.drawn_tokens import DrawnTokens
 from grpo.rollout.sampling import Draw, Sampling, draw
 from grpo.rollout.shared_cache import SHORT_PROMPT
+from grpo.rollout.stop_strings import StopStrings
 from grpo.runtime.out_of_memory import FittingSize, ran_out
 from grpo.types import Completion, Pulse
 
@@ -48,14 +49,13 @@ class NativeEngine:
         max_tokens: int | None = None,
         cuda_graphs: bool = True,
         num_tokens: int | None = None,
+        stop_strings: StopStrings | None = None,
     ):
         """max_tokens: of prompts and completions in the cache at once; None: no limit. num_tokens: see Head."""
         self.model = model
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
-        self.max_new_tokens = max_new_tokens
-        self.seed = seed
-        self.dtype = dtype
-        self.max_tokens = max_tokens
+        self.stop_strings = stop_strings
+        self.max_new_tokens, self.max_tokens, self.seed, self.dtype = max_new_tokens, max_tokens, seed, dtype
         self.head = Head(model, dtype)
         self.head.num_tokens = num_tokens or self.head.vocab_size
         with torch.no_grad(), arithmetic(dtype, model.device):
@@ -68,10 +68,12 @@ class NativeEngine:
         self.in_flight: Sequence[Request] = ()  # rows that decode now, named when memory runs out
 
     @classmethod
-    def of(cls, cfg: Config, model: PreTrainedModel, stop_ids: Iterable[int], tokens: int) -> "NativeEngine":
-        """An engine with a run's settings."""
+    def of(
+        cls, cfg: Config, model: PreTrainedModel, stop_ids: Iterable[int], tokens: int, reader: PreTrainedTokenizerBase
+    ) -> "NativeEngine":
+        """An engine with a run's settings. reader: the tokenizer, which reads the text for stop strings."""
         settings = (cfg.max_generate_length, cfg.seed, cfg.dtype, cfg.rollout_tokens, cfg.cuda_graphs)
-        return cls(model, stop_ids, *settings, tokens)
+        return cls(model, stop_ids, *settings, tokens, StopStrings.of(reader, cfg.stop))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy the tensors that this engine's model does not already share."""
@@ -156,8 +158,7 @@ class Batch:
     def __init__(self, engine: NativeEngine, queue: Admission, requests: list[Request], sampling: Sampling):
         """requests: all that may join."""
         self.engine, self.queue, self.sampling = engine, queue, sampling
-        self.max_new = engine.max_new_tokens
-        device = engine.model.device
+        self.max_new, device = engine.max_new_tokens, engine.model.device
         graph = engine.graph if engine.graph is not None and engine.graph.usable else None
         self.cache = open_cache(engine.cache_kind, engine.head, requests, self.max_new, engine.fast_llama, graph)
         self.drawn_tokens = DrawnTokens(self.max_new, device)
@@ -193,7 +194,9 @@ class Batch:
                 return
             # rows leave when one has reached max_new, or when a read of `done` shows that enough are finished
             at_limit, have_left = int(self.ages.max()) == self.max_new, False
-            if at_limit or steps % engine.read_done_steps == 0:
+            if at_limit or steps % (1 if on_tokens else engine.read_done_steps) == 0:
+                if engine.stop_strings is not None:
+                    self.done |= engine.stop_strings.mark(drawn_tokens, self.ages)
                 leaving = self.done.cpu().numpy() | (self.ages == self.max_new)
                 count = int(leaving.sum())
                 if at_limit or count >= max(1, self.leave_share * len(leaving)):

@@ -8,10 +8,12 @@ always English, because programs parse them and users quote them when they need 
 from typing import Any
 
 EN = {
-    "held_out": "held-out after {step} steps: {results}",
+    "held_out": "held-out{name} after {step} steps: {results}",
     "held_out_loss": "loss {loss:.4f}, tokens right {right:.1%}",
-    "held_out_accuracy": "accuracy {accuracy:.1%} (greedy), length {length:.1f}",
-    "held_out_reward": "mean {name} {mean} (greedy), length {length:.1f}",
+    "held_out_accuracy": "accuracy {accuracy:.1%} ({how}), length {length:.1f}",
+    "held_out_reward": "mean {name} {mean} ({how}), length {length:.1f}",
+    "greedy": "greedy",
+    "sampled": "mean of {count} samples",
     "completions": "completions of step {step}",
     "question": "question",
     "completion": "completion",
@@ -35,10 +37,12 @@ EN = {
     "case": "[测试 {at}/{total}]",
 }
 ZH = {
-    "held_out": "留出集，第 {step} 步后：{results}",
+    "held_out": "留出集{name}，第 {step} 步后：{results}",
     "held_out_loss": "损失 {loss:.4f}，词元正确率 {right:.1%}",
-    "held_out_accuracy": "准确率 {accuracy:.1%}（贪心解码），长度 {length:.1f}",
-    "held_out_reward": "{name} 平均 {mean}（贪心解码），长度 {length:.1f}",
+    "held_out_accuracy": "准确率 {accuracy:.1%}（{how}），长度 {length:.1f}",
+    "held_out_reward": "{name} 平均 {mean}（{how}），长度 {length:.1f}",
+    "greedy": "贪心解码",
+    "sampled": "{count} 个采样回答的平均",
     "completions": "第 {step} 步的回答",
     "question": "问题",
     "completion": "回答",
@@ -62,10 +66,12 @@ ZH = {
     "case": "[测试 {at}/{total}]",
 }
 ZH_HANT = {
-    "held_out": "保留集，第 {step} 步後：{results}",
+    "held_out": "保留集{name}，第 {step} 步後：{results}",
     "held_out_loss": "損失 {loss:.4f}，詞元正確率 {right:.1%}",
-    "held_out_accuracy": "正確率 {accuracy:.1%}（貪婪解碼），長度 {length:.1f}",
-    "held_out_reward": "{name} 平均 {mean}（貪婪解碼），長度 {length:.1f}",
+    "held_out_accuracy": "正確率 {accuracy:.1%}（{how}），長度 {length:.1f}",
+    "held_out_reward": "{name} 平均 {mean}（{how}），長度 {length:.1f}",
+    "greedy": "貪婪解碼",
+    "sampled": "{count} 個取樣回答的平均",
     "completions": "第 {step} 步的回答",
     "question": "題目",
     "completion": "回答",

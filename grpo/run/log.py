@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from grpo.checkpoints.best import METRIC, BestCheckpoint
+from grpo.config.held_out import eval_sets, metrics_of_set
 from grpo.config.settings import Config, prompts_per_step, tracker_names
 from grpo.data.questions import Questions, length_summary
 from grpo.errors import warn
@@ -84,19 +85,21 @@ class RunLog:
             found = any(name.startswith("eval/") for metrics in of_step for name in metrics)
         return self.world.any_rank(found)[0]
 
-    def describe_parts(self, questions: Questions, held_out: Questions | None, policy: Policy, work: str) -> None:
+    def describe_parts(self, questions: Questions, held_out: dict[str, Questions], policy: Policy, work: str) -> None:
         """Print model, data, devices and `work`, the size of the run; held-out questions where some were left out."""
         cfg, write_line = self.cfg, self.write_line
         where = f"{self.world.size} x {self.world.device.type} ({torch.get_num_threads()} threads each)"
         write_line(f"model {cfg.model}: {policy.num_parameters / 1e6:.1f}M parameters, {cfg.dtype}, on {where}")
         write_line(f"data {cfg.data}: {length_summary(questions)}")
-        if held_out is not None and any(held_out.drops.values()):
-            write_line(f"held out {cfg.eval_data or cfg.data}: {length_summary(held_out)}")
+        for name, one in eval_sets(cfg).items():
+            if any(held_out[name].drops.values()):
+                source = one.eval_data or cfg.data
+                write_line(f"held out {f'{name}, {source}' if name else source}: {length_summary(held_out[name])}")
         curves = f"; curves: tensorboard --logdir {cfg.runs_dir}" if "tensorboard" in tracker_names(cfg) else ""
         write_line(work + curves)
 
     def describe(
-        self, questions: Questions, held_out: Questions | None, total: int, policy: Policy, num_chunks: int
+        self, questions: Questions, held_out: dict[str, Questions], total: int, policy: Policy, num_chunks: int
     ) -> None:
         """Print what the run trains, on what, and a note when ranks will be idle in the rollout."""
         cfg = self.cfg
@@ -164,15 +167,17 @@ class RunLog:
         self.log(step, metrics)
 
     def log_eval(self, step: int, metrics: dict[str, float]) -> None:
-        """Print and log an evaluation; update best.json when this step is saved."""
-        results = []
-        if "eval/loss" in metrics:
-            loss, accuracy = metrics["eval/loss"], metrics["eval/token_accuracy"]
-            results.append(self._label("held_out_loss", loss=rounded(loss, 4), right=accuracy))
+        """Print and log an evaluation, a line for each set; update best.json when this step is saved."""
         first = next(iter(short_names(list(self.cfg.rewards)).values()), "")
-        if "eval/length_mean" in metrics:
-            results.append(self._held_out_reward(metrics, first))
-        self.write_line(self._label("held_out", step=step, results=", ".join(results)))
+        for name in eval_sets(self.cfg) or [""]:
+            of_set, results = metrics_of_set(name, metrics), []
+            if "eval/loss" in of_set:
+                loss, accuracy = of_set["eval/loss"], of_set["eval/token_accuracy"]
+                results.append(self._label("held_out_loss", loss=rounded(loss, 4), right=accuracy))
+            if "eval/length_mean" in of_set:
+                results.append(self._held_out_reward(of_set, first))
+            shown = f" {name}" if name else ""
+            self.write_line(self._label("held_out", name=shown, step=step, results=", ".join(results)))
         self.log(step, metrics)
         metric = self.best.metric_of(metrics, first) if self.best is not None else None
         if self.best is None or metric is None:
@@ -187,12 +192,16 @@ class RunLog:
 
     def _held_out_reward(self, metrics: dict[str, float], first: str) -> str:
         """Accuracy, or the mean of the first reward function; and the length of the answers."""
-        length = metrics["eval/length_mean"]
+        length, how = metrics["eval/length_mean"], self._label("greedy")
+        if num := self.cfg.eval_generations:
+            names = [name for name in (f"pass@{num}", f"maj@{num}") if num > 1 and f"eval/{name}" in metrics]
+            shares = [f"{name} {metrics[f'eval/{name}']:.1%}" for name in names]
+            how = ", ".join([self._label("sampled", count=num), *shares])
         if METRIC in metrics:
-            return self._label("held_out_accuracy", accuracy=metrics[METRIC], length=length)
+            return self._label("held_out_accuracy", accuracy=metrics[METRIC], length=length, how=how)
         mean = metrics.get(f"eval/{first}")
         shown = self._label("none") if mean is None else f"{rounded(mean, 3):.3f}"
-        return self._label("held_out_reward", name=first, mean=shown, length=length)
+        return self._label("held_out_reward", name=first, mean=shown, length=length, how=how)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Send the metrics of a step to all trackers."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from grpo.config.held_out import eval_sets
 from grpo.config.settings import Config
 from grpo.data.questions import Questions, load_questions
 from grpo.data.recipe import Recipe, keep_questions, make_recipe
@@ -19,7 +20,7 @@ class Task:
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe  # with the questions that inference.py offers as built-in cases
     questions: Questions
-    held_out: Questions | None  # None: nothing is evaluated
+    held_out: dict[str, Questions]  # sets by name, see eval_sets; empty: nothing is evaluated
 
 
 def load_task(cfg: Config, kept: Mapping[str, Any] | None = None) -> Task:
@@ -28,6 +29,6 @@ def load_task(cfg: Config, kept: Mapping[str, Any] | None = None) -> Task:
     tokenizer = load_tokenizer(cfg.model)
     recipe = make_recipe(cfg, tokenizer, kept)
     questions = load_questions(cfg, recipe, tokenizer)
-    held_out = load_questions(cfg, recipe, tokenizer, held_out=True) if cfg.eval_data or cfg.eval_split_size else None
-    recipe = keep_questions(recipe, (held_out or questions).first_questions(4))
+    held_out = {name: load_questions(one, recipe, tokenizer, held_out=True) for name, one in eval_sets(cfg).items()}
+    recipe = keep_questions(recipe, next(iter(held_out.values()), questions).first_questions(4))
     return Task(tokenizer, recipe, questions, held_out)

@@ -12,9 +12,10 @@ from functools import partial
 import numpy as np
 
 from grpo.checkpoints.resume import restore
+from grpo.config.held_out import eval_tag
 from grpo.config.settings import Config, prompts_per_step, total_steps
 from grpo.errors import warn
-from grpo.evaluate.held_out import evaluate
+from grpo.evaluate.held_out import evaluate_sets
 from grpo.models.checks import check_lengths, check_vocabulary, stop_token_ids
 from grpo.rewards.pool import open_rewards
 from grpo.rollout.engine import NativeEngine
@@ -40,7 +41,7 @@ def train_sft(cfg: Config, world: World) -> None:
     num_tokens = check_vocabulary(policy.model, tokenizer, recipe.rules)
     stop_ids = stop_token_ids(policy.model, tokenizer, recipe.end_of_turn, run.log.write_line)
     texts = load_texts(cfg, recipe, tokenizer, task.questions, stop_ids)
-    held_out_texts = load_texts(cfg, recipe, tokenizer, held_out, stop_ids) if held_out else None
+    held_out_texts = {name: load_texts(cfg, recipe, tokenizer, one, stop_ids) for name, one in held_out.items()}
 
     P = prompts_per_step(cfg)
     total = total_steps(cfg, len(texts.questions.items))
@@ -49,16 +50,19 @@ def train_sft(cfg: Config, world: World) -> None:
 
     with ExitStack() as open_parts:
         grade_answers = None  # greedy accuracy on held-out questions, if there are rewards to score it
-        if held_out is not None and cfg.rewards:
+        if held_out and cfg.rewards:
             rewards = open_parts.enter_context(closing(open_rewards(cfg, warn if world.is_main else lambda _: None)))
-            engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, num_tokens)
-            grade_answers = partial(evaluate, engine, held_out, rewards, tokenizer, cfg, world, warn, pulse=run.pulse)
+            engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, num_tokens, tokenizer)
+            grade_answers = partial(evaluate_sets, engine, held_out, rewards, tokenizer, cfg, world, warn, run.pulse)
 
         def evaluate_if_due(step: int) -> None:
-            if held_out_texts is None or not run.evaluation_due(step, first, total):
+            if not held_out_texts or not run.evaluation_due(step, first, total):
                 return
             run.heartbeat(step, "eval")
-            metrics = policy.measure(held_out_texts.all())
+            metrics: dict[str, float] = {}
+            for name, held_out_part in held_out_texts.items():
+                of_set = policy.measure(held_out_part.all())
+                metrics |= {eval_tag(name, metric): value for metric, value in of_set.items()}
             if grade_answers is not None:
                 engine.load_weights(policy.weights())
                 accuracy_metrics = grade_answers()

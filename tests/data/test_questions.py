@@ -118,12 +118,13 @@ def test_fill_leaves_other_braces_alone():
 
 
 def test_recipe_round_trip(tmp_path):
-    recipe = Recipe(system_prompt="小明 'quoted' \"twice\"\n", chat=True, questions=["?"])
+    recipe = Recipe(system_prompt="小明 'quoted' \"twice\"\n", chat=True, questions=["?"], stop=["\n\n"])
     (tmp_path / "recipe.json").write_text(recipe_text(recipe))
     assert load_recipe(tmp_path / "recipe.json") == recipe
-    (tmp_path / "recipe.json").write_text('{"unknown": 1}')
-    with pytest.raises(UserError, match="not a prompt recipe"):
-        load_recipe(tmp_path / "recipe.json")
+    for wrong in ('{"unknown": 1}', '{"stop": "abc"}', '{"stop": [""]}', '{"stop": [1]}'):
+        (tmp_path / "recipe.json").write_text(wrong)
+        with pytest.raises(UserError, match="not a prompt recipe"):
+            load_recipe(tmp_path / "recipe.json")
 
 
 def test_special_tokens_are_the_templates_business():

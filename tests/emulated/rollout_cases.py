@@ -11,9 +11,10 @@ from grpo.rollout import Request, row_buffer, shared_cache
 from grpo.rollout.cuda_graph import StepGraph
 from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import Sampling
+from grpo.rollout.stop_strings import StopStrings
 from tests import emulated
 from tests.support.step_tape import record
-from tests.support.tiny import tiny_model
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 NEW = 40
@@ -104,6 +105,19 @@ def test_replayed_steps_sample_the_same_without_a_device_sync(architecture, leng
         same(expected, engine.generate(requests, Sampling()))
         assert engine.graph.replays > 0 and engine.graph.usable
     assert waits and not any(waits), waits
+
+
+def test_stop_strings_end_rows_as_on_the_cpu(device):
+    """The tokens are read with the finished rows, every few steps, outside of what a graph records."""
+    stops = StopStrings(tiny_tokenizer(), ["1", "a", "s,"])
+    requests = requests_of((), SHORT)
+    expected = engine_on(CPU, "qwen3", stop_ids=[], stop_strings=stops).generate(requests, Sampling())
+    assert {one.finish for one in expected} == {"stop", "length"}
+    for budget in (None, 6 * (max(SHORT) + NEW)):
+        engine = engine_on(device, "qwen3", stop_ids=[], stop_strings=stops, max_tokens=budget)
+        engine.graph = StepGraph(record)
+        same(expected, engine.generate(requests, Sampling()))
+        assert engine.graph.replays > 0 and engine.graph.usable
 
 
 @pytest.mark.parametrize("lengths", [SHORT, LONG], ids=["short", "long"])

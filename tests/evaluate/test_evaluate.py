@@ -227,7 +227,8 @@ def test_sampling_reports_pass_and_majority(numbers, capfd, tmp_path):
     """At a temperature near 0 all completions of a question are equal, so every figure is the greedy accuracy."""
     out = tmp_path / "r.jsonl"
     assert evaluate(numbers, "--samples", "3", "--temperature", "1e-3", "--out", str(out)) == 0
-    assert capfd.readouterr().out.splitlines()[-1] == "pass@1: 50.00%; pass@2: 50.00%; pass@3: 50.00%; maj@3: 50.00%"
+    figures = [f"{name}: 50.00% ± 22.36%" for name in ("pass@1", "pass@2", "pass@3", "maj@3")]  # sqrt(0.25 / 5)
+    assert capfd.readouterr().out.splitlines()[-1] == "; ".join(figures)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["sample"] for row in rows] == [0, 1, 2] * 6
     assert [row["full"] for row in rows[::3]] == list(ANSWERS)

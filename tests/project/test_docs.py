@@ -128,7 +128,12 @@ def logged_keys(tmp_path) -> set[str]:
     table = Table(["mine.py:NAME"], scores, scores[:, 0], facts, 2)
     prompt = Prompt(0, "2+2?", (1, 2), {})
     cfg = Config(output_dir=str(tmp_path / "output"), runs_dir=str(tmp_path / "runs"), run_name="r")
-    keys = set(evaluate(Answerer(), Questions([prompt], 0), rewards, tiny_tokenizer(), cfg, ALONE, print))
+    several = dataclasses.replace(cfg, eval_generations=2, prompt_template="<answer> {question}")
+    keys = set()
+    for how in (cfg, several):
+        questions = Questions([prompt, dataclasses.replace(prompt, data_row=1)], 0)
+        keys |= set(evaluate(Answerer(), questions, rewards, tiny_tokenizer(), how, ALONE, print))
+    keys = {re.sub(r"@\d+$", "@K", key) for key in keys}
 
     tally = Tally()
     for name in DECLARED:

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from grpo.checkpoints.best import BestCheckpoint
 from grpo.config.settings import Config
-from grpo.evaluate.held_out import accuracy
+from grpo.evaluate.held_out import right_answers
 from grpo.rewards import Reward
 from grpo.rewards.functions import describe
 from grpo.run.completions_log import Rollout, answer_marks, as_markdown, as_table
@@ -112,7 +112,8 @@ NAN = float("nan")
     ],
 )
 def test_accuracy_is_of_a_reward_that_says_right_or_wrong(scores, how, share):
-    assert accuracy(np.array(scores, dtype=float), Reward("f", 1.0, **how)) == share
+    right = right_answers(np.array(scores, dtype=float), Reward("f", 1.0, **how))
+    assert (None if right is None else right.mean()) == share
 
 
 def run_log(tmp_path, **settings):
