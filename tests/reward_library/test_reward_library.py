@@ -31,7 +31,8 @@ NAMES = json.loads((PROJECT / "docs" / "reward_names.json").read_text(encoding="
 ROWS = (Path(__file__).with_name("reward_golden.jsonl")).read_text(encoding="utf-8").splitlines()
 GOLDEN = [json.loads(line) for line in ROWS]
 WITH_MATH = {"accuracy_reward", "math_correctness_reward", "think_answer_total", "math_reward"}
-PLAIN = sorted(set(library.__all__) - WITH_MATH - {"model_reward"})
+WITH_MATH |= {"boxed_math_reward", "cosine_length_reward"}
+PLAIN = sorted(set(library.__all__) - WITH_MATH - {"model_reward", "unit_test_reward"})
 
 
 def scores(name, *texts, gold="B", **more):
