@@ -15,6 +15,7 @@ from grpo.rewards import Reward, short_names
 from grpo.rewards.pool import Rewards
 from grpo.rollout import Engine, cut_chunks, requests_of
 from grpo.rollout.sampling import Sampling
+from grpo.run.completions_log import user_metrics
 from grpo.runtime.distributed import World
 from grpo.training.scoring import Scoring
 from grpo.types import Completion, Pulse
@@ -49,12 +50,14 @@ def evaluate(
         completions += engine.generate(requests, sampling, scoring.pulse, on_finished=scoring.take)
         if scoring.pulse():
             break
-    scores = scoring.finish(completions).scores
+    scored = scoring.finish(completions)
     # sum the rows of all ranks
     if scoring.pulse():  # answers or scores may be incomplete
         table[-1] = 1
     elif completions:
-        table[[one.row for one in completions]] = np.column_stack([scores, [len(c.token_ids) for c in completions]])
+        table[[one.row for one in completions]] = np.column_stack(
+            [scored.scores, [len(c.token_ids) for c in completions]]
+        )
     table, stop = np.split(world.sum_rows(table), [-1])
     if stop.any():
         return None
@@ -66,7 +69,7 @@ def evaluate(
         column = table[:, k][~np.isnan(table[:, k])]
         if len(column):
             metrics[f"eval/{short}"] = float(column.mean())
-    return metrics
+    return metrics | user_metrics(world, rewards.rewards, scored.logs, "eval/")
 
 
 def accuracy(scores: np.ndarray, reward: Reward) -> float | None:

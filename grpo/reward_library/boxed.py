@@ -1,4 +1,4 @@
-"""Answers in LaTeX boxes, \\boxed{...}, compared as `math_reward` compares; and a reward that also counts the length."""
+"""Answers in LaTeX boxes, \\boxed{...}, compared as `math_reward` compares; and a reward that counts the length too."""
 
 import math
 import re
@@ -11,9 +11,9 @@ from grpo.reward_library.parameters import check_choice, check_number, check_who
 from grpo.rewards import completion_text
 
 PART = re.compile(r"\\(?:boxed|fbox)\s?\{|\\.|[{}]", re.DOTALL)  # \{ is no brace
-NUMBER_WORDS = set(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion".split()
+SPELLED = re.compile(
+    r"\b(?:zero|one|two|three|five|eight|ten|eleven|twelve|(?:four|six|seven|nine)(?:teen)?|(?:thir|fif|eigh)teen|"
+    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|million|billion)\.?\Z"
 )
 RULES = {"math": math_reward, "numeric": numeric_reward, "last_number": last_number_reward}  # and "boxed"
 
@@ -40,8 +40,8 @@ def boxed_math_reward(
 ) -> list[float | None]:
     """1.0 when the content of the last `\\boxed{...}` agrees with the gold, read as `math_reward` reads it, else 0.0.
 
-    With `after` only text behind its last occurrence counts, such as `</think>`; without it in the text 0.0. The gold is
-    an answer, or a text that ends in a box. None for a gold that cannot be read, or that spells a number out.
+    With `after`, such as `</think>`, only text behind its last occurrence counts; without it in the text 0.0. The gold
+    is an answer, or a text that ends in a box. None for a gold that cannot be read, or that spells a number out.
     """
     texts = (_behind(completion_text(c), after) for c in completions)
     return [_score(boxed(text), str(gold)) for text, gold in zip(texts, answer, strict=True)]
@@ -62,7 +62,7 @@ def _score(answer: str | None, gold: str) -> float | None:
 
     inside_gold = boxed(gold)
     known = reading(gold if inside_gold is None else f"\\boxed{{{inside_gold}}}")
-    if known is None or known.words.rstrip(".").rpartition(" ")[2] in NUMBER_WORDS:
+    if known is None or SPELLED.search(known.words):
         return None
     return 1.0 if answer is not None and equal(known, reading(f"\\boxed{{{answer}}}")) else 0.0
 

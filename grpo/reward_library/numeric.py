@@ -159,7 +159,7 @@ NEGATIVE = re.compile(r"(?:\A|[^0-9A-Za-z)\]}])-[^\sA-Za-z0-9-]?\Z")  # a sign, 
 def last_number(text: str) -> Fraction | None:
     """The last number that a text mentions, wherever it stands; a digit behind a Latin letter is no number (H2).
 
-    >>> [str(last_number(text)) for text in ("3 x 4 = 12 eggs.", "#### 1,234", "-$5", "10-7", "is 3/4", "1, 2", "7 km2")]
+    >>> [str(last_number(text)) for text in ("3 x 4 = 12 eggs.", "#### 1,234", "-$5", "10-7", "is 3/4", "1, 2", "km2")]
     ['12', '1234', '-5', '7', '3/4', '2', 'None']
     """
     plain = _plain(text)

@@ -1,11 +1,12 @@
 """Calls and answers, and how they travel between the trainer and a supervisor."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.rewards import RewardInput
 from grpo.rewards.functions import LARGEST, MAX_REASON, Outcome
+from grpo.rewards.logged import is_logged
 from grpo.rewards.protocol import dump, frame, load
 from grpo.rewards.supervisor import ANSWER, LATE
 
@@ -24,6 +25,8 @@ class Answer:
 
     outcomes: list[Outcome]
     timeout: bool = False
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)  # logged by the call: one value for each row
+    metrics: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 class Packed:
@@ -88,8 +91,16 @@ def read_answer(data: bytes, current: Call) -> Answer:
         outcomes = None
     if isinstance(outcomes, str):
         return failed(current, outcomes[:MAX_REASON])
+    columns: Any = {}
+    metrics: Any = {}
+    if isinstance(outcomes, dict):
+        if isinstance(limit_s := outcomes.get("late"), float):
+            return Answer([f"no answer within {limit_s:g} s"] * len(current.rows), timeout=True)
+        columns, metrics = outcomes.get("columns"), outcomes.get("metrics")
+        outcomes = outcomes.get("scores") if is_logged(columns, metrics, len(current.rows)) else None
     if isinstance(outcomes, list) and len(outcomes) == len(current.rows) and all(map(_is_outcome, outcomes)):
-        return Answer([one[:MAX_REASON] if isinstance(one, str) else one for one in outcomes])
+        shown = [one[:MAX_REASON] if isinstance(one, str) else one for one in outcomes]
+        return Answer(shown, columns=columns, metrics=metrics)
     return failed(current, "its worker gave something that is no answer")
 
 

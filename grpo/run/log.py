@@ -13,8 +13,9 @@ from grpo.checkpoints.best import METRIC, BestCheckpoint
 from grpo.config.settings import Config, prompts_per_step, tracker_names
 from grpo.data.questions import Questions, length_summary
 from grpo.errors import warn
-from grpo.rewards import short_names
-from grpo.run.completions_log import RolloutFile, as_markdown, as_table, first_of_all, rollouts_of
+from grpo.rewards import Reward, short_names
+from grpo.rewards.logged import Logs
+from grpo.run.completions_log import RolloutFile, as_markdown, as_table, first_of_all, rollouts_of, user_metrics
 from grpo.run.console import Console, reward_of, rounded, sft_line, step_line
 from grpo.run.languages import label
 from grpo.run.trackers import Tracker, check_trackers, load_trackers
@@ -53,6 +54,7 @@ class RunLog:
         self.best: BestCheckpoint | None = None  # on rank 0
         self.total = 0
         self.marks: tuple[str, str] | None = None  # around the answer in a completion
+        self.of_rewards: Sequence[Reward] = ()
         self.moved = False  # whether any update had a gradient
         self.without_reward = False  # the last step had no reward: said once
         self.extras: Callable[[], dict[str, float]] = dict  # metrics of rank 0 alone, such as the seconds of saves
@@ -117,11 +119,16 @@ class RunLog:
         measured: Reduced,
         norms: Sequence[float],
         policy: Policy,
+        logs: Logs | None = None,
     ) -> dict[str, float]:
-        """Write one step: one line on the console, one point on every curve. Returns the metrics."""
+        """Write one step: one line on the console, one point on every curve. Returns the metrics.
+
+        logs: what reward functions logged on this rank.
+        """
         of_rollouts = rollout_metrics(table, advantages, policy.vocab_size)
         metrics = of_rollouts | self._measured(measured, norms, policy, of_rollouts["completions/tokens"])
         metrics["guards/trust_sampler"] = float(bool(policy.counters.trust_sampler))
+        metrics |= user_metrics(self.world, self.of_rewards, logs or Logs())
         if self.world.is_main:
             self.write_line(step_line(step, total, metrics))
             self.console.advance(reward_of(metrics))

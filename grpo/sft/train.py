@@ -61,6 +61,7 @@ def train_sft(cfg: Config, world: World) -> None:
             metrics = policy.measure(held_out_texts.all())
             if grade_answers is not None:
                 engine.load_weights(policy.weights())
+                rewards.at(step, total)
                 accuracy_metrics = grade_answers()
                 if accuracy_metrics is None:
                     run.preempt()
