@@ -58,8 +58,7 @@ def train(cfg: Config, world: World) -> None:
             return
         run.heartbeat(step, "eval")
         engine.load_weights(policy.weights())
-        graded_by = rewards.at(step, total)
-        metrics = evaluate(engine, task.held_out, graded_by, task.tokenizer, cfg, world, warn, pulse=run.pulse)
+        metrics = evaluate(engine, task.held_out, rewards.at(step, total), task.tokenizer, cfg, world, warn, run.pulse)
         if metrics is None:
             run.preempt()
         run.log.log_eval(step, metrics)

@@ -29,8 +29,8 @@ def evaluate(
     cfg: Config,
     world: World,
     report: Callable[[str], None],
-    temperature: float = 0.0,
     pulse: Pulse = lambda: False,
+    temperature: float = 0.0,
 ) -> dict[str, float] | None:
     """Answer every held-out question once and score the answers. Equal on every rank; None: `pulse` asked to stop.
 

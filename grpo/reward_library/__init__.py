@@ -12,6 +12,8 @@ a function, write it in one of the files, and add its name to `__all__` below an
     boxed             \\boxed{...}, compared by Math-Verify; correctness and length in one
     structured        JSON objects
     mathematics       equality by Math-Verify (an extra: pip install math-verify)
+    unit_tests        the share of unit tests that code passes: unit_test_cases are read from the data; the code runs in
+                      solution_process, and unit_test_remotes stand for it in a test
     model             the score of a sequence classifier
     parameters        checks of the values in reward_parameters
     scanning          finding the text between two marks
@@ -64,6 +66,7 @@ from grpo.reward_library.think_answer import (
     think_answer_total,
     xmlcount_reward,
 )
+from grpo.reward_library.unit_tests import unit_test_reward
 from grpo.reward_library.working_out import (
     check_answer,
     check_numbers,
@@ -108,6 +111,7 @@ __all__ = [
     "tag_count_reward",
     "think_answer_total",
     "think_format_reward",
+    "unit_test_reward",
     "xml_count_reward",
     "xmlcount_reward",
 ]

@@ -12,7 +12,7 @@ from grpo.rewards import completion_text
 
 PART = re.compile(r"\\(?:boxed|fbox)\s?\{|\\.|[{}]", re.DOTALL)  # \{ is no brace
 SPELLED = re.compile(
-    r"\b(?:zero|one|two|three|five|eight|ten|eleven|twelve|(?:four|six|seven|nine)(?:teen)?|(?:thir|fif|eigh)teen|"
+    r"(?<![a-z])(?:zero|one|two|three|five|eight|ten|eleven|twelve|(?:four|six|seven|nine)(?:teen)?|(?:thir|fif|eigh)teen|"
     r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|million|billion)\.?\Z"
 )
 RULES = {"math": math_reward, "numeric": numeric_reward, "last_number": last_number_reward}  # and "boxed"

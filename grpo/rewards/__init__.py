@@ -18,6 +18,7 @@ here.
     functions          importing a file, one call, what counts as a score
     coroutines         awaiting several calls at once
     logged             the trainer's state for functions, and what they log
+    peer_names         names in TRL and open-r1, and ours
     neighbours         the modules beside a reward file, which it imports
     loading            finding the files of the functions; their descriptions as `Reward`
     calls              calls and answers as bytes
@@ -105,6 +106,7 @@ class Reward:
     reads_gold: bool = False  # None from it means that it cannot read the gold answer, whatever the completion is
     marks: tuple[str, str] | None = None  # the answer stands after the last of the first, up to the second
     right: float = 1.0  # its score for a right answer, where it has 0 for any other
+    if_ended: float | None = None  # the score of a call that the code in it ends, late calls included; None: a failure
     takes: Sequence[str] = ()  # which of TRL's further arguments it gets (logged.py)
     is_async: bool = False  # a coroutine: calls of one file are awaited at the same time
 

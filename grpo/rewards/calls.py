@@ -74,8 +74,8 @@ class Packed:
         return header, b"".join(frame(part) for part in parts if isinstance(part, bytes))
 
 
-def read_answer(data: bytes, current: Call) -> Answer:
-    """An answer from its bytes, which are not trusted: a worker may have written anything.
+def read_answer(data: bytes, current: Call, if_ended: float | None = None) -> Answer:
+    """An answer from its bytes, which are not trusted: a worker may have written anything. if_ended: see Reward.
 
     >>> read_answer(b"A[1.0,null]", Call(0, (4, 5))).outcomes
     [1.0, None]
@@ -83,12 +83,16 @@ def read_answer(data: bytes, current: Call) -> Answer:
     ['its worker gave something that is no answer']
     """
     kind, payload = data[:1], data[1:]
+    if kind != ANSWER and if_ended is not None:
+        return Answer([if_ended] * len(current.rows))
     if kind != ANSWER:
         return Answer([payload.decode("utf-8", "replace")[:MAX_REASON]] * len(current.rows), kind == LATE)
     try:
         outcomes = load(payload)
     except (ValueError, RecursionError):
         outcomes = None
+    if isinstance(outcomes, str) and if_ended is not None:
+        return Answer([if_ended] * len(current.rows))
     if isinstance(outcomes, str):
         return failed(current, outcomes[:MAX_REASON])
     columns: Any = {}

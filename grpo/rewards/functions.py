@@ -21,6 +21,7 @@ from typing import Any
 from grpo.rewards import ANSWER_MARKS, REFUSAL_SCORE, REFUSAL_TEXT
 from grpo.rewards.coroutines import is_async, run_together, wait_for
 from grpo.rewards.logged import TAKEN, Log, TrainerState, taken
+from grpo.rewards.peer_names import PEERS
 
 RewardFunction = Callable[..., Sequence[float | None]]
 Outcome = float | str | None  # a score, why there is none, or "does not apply"
@@ -70,6 +71,8 @@ def find(module: ModuleType, function: str) -> RewardFunction | str:
     found = getattr(module, function, None)
     if callable(found):
         return found
+    if function in PEERS:
+        return f"has no function {function!r}. That rule of TRL or open-r1 is here {PEERS[function]}."
     names = sorted(n for n, value in vars(module).items() if callable(value) and _looks_like_a_reward(n, value))
     near = difflib.get_close_matches(function, names, MAX_NAMES, cutoff=0.0)
     if len(near) == len(names):
@@ -128,6 +131,7 @@ def describe(function: RewardFunction, name: str, given: Mapping[str, Any] | Non
         "worth_of_refusal": _worth_of_refusal(function, given or {}),
         "right": float(getattr(function, "right", 1.0)),
         "marks": _answer_marks(function, given or {}),
+        "if_ended": getattr(function, "if_ended", None) if marks["runs_code"] else None,
         "takes": taken(function),
         "is_async": is_async(function),
     }

@@ -269,7 +269,8 @@ class Pool:
         supervisor.splitter.feed(data)
         while supervisor.busy and (answer := supervisor.splitter.next()) is not None:
             i = supervisor.busy.pop(0)
-            self.pending.answers[i] = read_answer(answer, self.pending.calls[i])
+            current = self.pending.calls[i]
+            self.pending.answers[i] = read_answer(answer, current, self.rewards[current.k].if_ended)
             if supervisor.busy:
                 supervisor.time_left_s = self._time_allowed_s(supervisor)
         return bool(data) or not supervisor.busy

@@ -381,9 +381,14 @@ def dangers(text: str) -> list[str]:
     return found
 
 
+# what unit_test_reward runs, each in a process of its own: the code (as a program, or not), and a test of the data
+RUN_UNIT_TESTS = {"grpo/reward_library/solution_process.py": 2, "grpo/reward_library/unit_tests.py": 1}
+
+
 @pytest.mark.parametrize("path", PYTHON, ids=name_of)
 def test_nothing_evaluates_or_unpickles(path):
-    assert dangers(path.read_text(encoding="utf-8")) == []
+    runs_tests = name_of(path) in RUN_UNIT_TESTS
+    assert dangers(path.read_text(encoding="utf-8")) == (["exec"] * RUN_UNIT_TESTS[name_of(path)] if runs_tests else [])
 
 
 def test_dangers_are_seen():

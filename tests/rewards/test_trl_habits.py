@@ -288,7 +288,7 @@ def test_calls_of_one_file_share_a_lane():
     assert Reward("f", 1.0).lane == Reward("b.py:f", 1.0).lane != Reward("f", 1.0, is_async=True).lane
 
 
-RUN_FILE = '''
+RUN_FILE = """
 import asyncio
 
 
@@ -300,7 +300,7 @@ async def varied(completions, trainer_state, log_extra, log_metric, **columns):
     if trainer_state.global_step == 0:
         log_metric("first step only", 1)
     return [float(score + trainer_state.global_step)]
-'''
+"""
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
