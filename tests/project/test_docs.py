@@ -27,6 +27,7 @@ from grpo.data.recipe import make_recipe
 from grpo.evaluate.held_out import evaluate
 from grpo.rewards import RewardInput
 from grpo.rewards.calls import Call
+from grpo.rewards.logged import Logs
 from grpo.rewards.pool import InProcess, open_rewards
 from grpo.run.log import RunLog
 from grpo.runtime.distributed import World
@@ -122,7 +123,7 @@ class Answerer:
 
 def logged_keys(tmp_path) -> set[str]:
     """Every key that the code logs, NAME standing for a reward function's: real tables, and literals in the source."""
-    rewards = InProcess.of({"mine.py:NAME": lambda completions, **columns: [1.0]})
+    rewards = InProcess.of({"mine.py:NAME": lambda completions, log_metric, **columns: [log_metric("NAME", 1) or 1.0]})
     scores = np.ones((4, 1))
     facts = {name: np.ones(4) for name in FACTS}
     table = Table(["mine.py:NAME"], scores, scores[:, 0], facts, 2)
@@ -135,9 +136,12 @@ def logged_keys(tmp_path) -> set[str]:
         if name in tally.counts:
             tally.mean(name, 1.0, 1.0)
     run_log = RunLog(cfg, ALONE, tmp_path)
+    run_log.of_rewards = rewards.rewards
     for norms in ([], [1.0]):
         policy = SimpleNamespace(counters=Counters(), last_lr=0.0, fitting=Answerer.fitting, vocab_size=10)
-        keys |= set(run_log.log_step(1, 2, table, np.ones(4), tally.reduce(ALONE), norms, policy))
+        keys |= set(
+            run_log.log_step(1, 2, table, np.ones(4), tally.reduce(ALONE), norms, policy, Logs({}, {"NAME": [1.0]}))
+        )
     assert keys >= DECLARED
 
     source = "".join(path.read_text(encoding="utf-8") for path in SOURCES)

@@ -6,7 +6,9 @@ import time
 
 import pytest
 
+from grpo.checkpoints.fingerprints import fingerprints
 from grpo.config.settings import Config
+from grpo.data.questions import Questions
 from grpo.errors import UserError
 from grpo.rewards import Reward, RewardInput
 from grpo.rewards.calls import Call, read_answer
@@ -14,7 +16,7 @@ from grpo.rewards.logged import MAX_BYTES, Log, Logs, is_logged, means, taken
 from grpo.rewards.pool import InProcess, open_rewards
 from tests.support.asking_rewards import answers_of
 from tests.support.launcher import fork_script
-from tests.support.tiny import save_tiny
+from tests.support.tiny import save_tiny, tiny_tokenizer
 
 FILE = '''
 import asyncio, os, time
@@ -286,6 +288,16 @@ def test_calls_of_one_file_share_a_lane():
     lanes = [Reward(name, 1.0, is_async=True).lane for name in ("a.py:f", "a.py:g@x", "b.py:f", "f")]
     assert lanes[0] == lanes[1] and len(set(lanes)) == 3
     assert Reward("f", 1.0).lane == Reward("b.py:f", 1.0).lane != Reward("f", 1.0, is_async=True).lane
+
+
+def test_an_older_run_is_not_continued_with_a_state_that_it_did_not_pass():
+    """A function with trainer_state=None got none then; a checkpoint without the fact is refused."""
+    cfg = Config(model="some/model")
+    found = [
+        fingerprints(cfg, Questions([], 0), [Reward("f", 1.0, takes=takes)], tiny_tokenizer())
+        for takes in ((), ("log_extra", "log_metric"), ("trainer_state",))
+    ]
+    assert found[0] == found[1] != found[2] == {**found[0], "reward_arguments": "trainer_state"}
 
 
 RUN_FILE = """
