@@ -629,8 +629,11 @@ def test_several_classifiers_in_one_run(classifiers, workers):
     parameters = {name: {"folder": folder, "label": at} for at, (name, folder) in enumerate(zip(names, folders))}
     cfg = Config(rewards=names, reward_parameters=parameters, reward_workers=workers, reward_timeout_s=60.0)
     inputs = [RewardInput(prompt, completion, [1], {}) for prompt, completion in PAIRS]
+    library.model.load_classifier.cache_clear()
     with closing(open_rewards(cfg, print)) as pool:
+        loaded = library.model.load_classifier.cache_info().currsize
         found = answers_of(pool, inputs, [Call(k, (0, 1, 2, 3)) for k in (0, 1)])
+        assert loaded == library.model.load_classifier.cache_info().misses == (0 if workers else 2)
         sources = {reward.source for reward in pool.rewards}
         assert [reward.weight for reward in pool.rewards] == [0.25, 2.0] and len(sources) == 2
         assert [reward.short for reward in pool.rewards] == ["model_reward.helpful", "model_reward.harmless"]

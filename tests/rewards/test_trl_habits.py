@@ -300,6 +300,18 @@ def test_an_older_run_is_not_continued_with_a_state_that_it_did_not_pass():
     assert found[0] == found[1] != found[2] == {**found[0], "reward_arguments": "trainer_state"}
 
 
+def test_a_function_that_reads_the_length_of_the_run_fixes_it():
+    """Elsewhere a run with a constant rate may be extended: max_steps is not compared then."""
+    by_length = Reward("f", 1.0, takes=("trainer_state",), source="state.global_step / state.max_steps")
+    found = {
+        fingerprints(Config(model="m", max_steps=n), Questions([], 0), [by_length], tiny_tokenizer())[
+            "reward_arguments"
+        ]
+        for n in (10, 20)
+    }
+    assert len(found) == 2
+
+
 RUN_FILE = """
 import asyncio
 
