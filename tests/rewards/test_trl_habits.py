@@ -327,7 +327,7 @@ async def varied(completions, trainer_state, log_extra, log_metric, **columns):
 """
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_whole_run(tmp_path, nproc):
     """The mean that is logged is that of all ranks' completions: the log of completions has each value."""
     save_tiny(tmp_path / "base", "qwen3")
