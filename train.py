@@ -58,7 +58,7 @@ def train(cfg: Config, world: World) -> None:
             return
         run.heartbeat(step, "eval")
         engine.load_weights(policy.weights())
-        metrics = evaluate_sets(engine, task.held_out, rewards, task.tokenizer, cfg, world, warn, run.pulse)
+        metrics = evaluate_sets(engine, task, rewards.at(step, total), cfg, world, warn, run.pulse)
         if metrics is None:
             run.preempt()
         run.log.log_eval(step, metrics)
@@ -71,7 +71,7 @@ def train(cfg: Config, world: World) -> None:
             with tally.phase("rollout"):
                 prompts = task.questions.prompts(step, P)
                 engine.load_weights(policy.weights())
-                scoring = Scoring(cfg, rewards, prompts, task.tokenizer, warn, run.pulse)  # scores during the rollout
+                scoring = Scoring(cfg, rewards.at(step, total), prompts, task.tokenizer, warn, run.pulse)
                 completions = rollout(engine, prompts, step * P, cfg, world, scoring.pulse, scoring.take)  # this rank's
                 tally.add("guards/oom_rollout", engine.fitting.halvings)
 
@@ -96,7 +96,7 @@ def train(cfg: Config, world: World) -> None:
                 norms = policy.train_on(batches, tally, total * updates_per_step(cfg), table.any_broken, on_skip)
 
             measured = tally.reduce(world)  # metrics over all ranks
-            run.log.log_step(step + 1, total, table, advantages, measured, norms, policy)
+            run.log.log_step(step + 1, total, table, advantages, measured, norms, policy, scored.logs)
             run.log.log_samples(step + 1, scored, advantages)
             policy.trust_sampler(measured.sampler_gap)
             policy.counters.step = step + 1

@@ -31,6 +31,9 @@ def fingerprints(
     for prompt in questions.items:
         rows.update(json.dumps([prompt.token_ids, prompt.columns], default=str, sort_keys=True).encode())
     facts = {} if scales_advantages(cfg) or not rewards else {"clip_of_unscaled_advantages": "none"}  # older runs: 10
+    if any("trainer_state" in reward.takes for reward in rewards):  # older runs did not pass it
+        by_length = any("max_steps" in reward.source for reward in rewards)
+        facts["reward_arguments"] = f"trainer_state of {cfg.max_steps}, {cfg.epoch}" if by_length else "trainer_state"
     return facts | {
         "base_model": tree_sha256(path) + adapter_base if path else cfg.model,
         "data": rows.hexdigest(),

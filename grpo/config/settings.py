@@ -74,7 +74,7 @@ class Config:
 
     # --- rewards
     rewards: dict[str, float] = field(default_factory=dict)
-    """Name to weight: a function of reward_func.py, or path.py:function."""
+    """Name to weight: a function of reward_func.py, or path.py:function; f@label and f@other are two uses of one."""
     reward_parameters: dict[str, dict] = field(default_factory=dict)
     """Name as in rewards, to the function's parameters, such as {refusal_reward: {refuse: 0.5}}."""
     reward_inputs: Literal["text", "messages"] = "text"

@@ -12,7 +12,7 @@ neither on the ranks nor on other sets, and are the same in every evaluation and
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,8 @@ from grpo.rewards import Reward, RewardInput, completion_text, short_names
 from grpo.rewards.pool import Rewards
 from grpo.rollout import Engine, Request, cut_chunks
 from grpo.rollout.sampling import Sampling, sampling_of
-from grpo.run.completions_log import answer_marks
+from grpo.run.completions_log import answer_marks, user_metrics
+from grpo.run.task import Task
 from grpo.runtime.distributed import World
 from grpo.training.scoring import Scoring
 from grpo.types import Completion, Prompt, Pulse
@@ -36,9 +37,8 @@ from grpo.types import Completion, Prompt, Pulse
 
 def evaluate_sets(
     engine: Engine,
-    held_out: Mapping[str, Questions],
+    task: Task,
     rewards: Rewards,
-    tokenizer: PreTrainedTokenizerBase,
     cfg: Config,
     world: World,
     report: Callable[[str], None],
@@ -46,8 +46,8 @@ def evaluate_sets(
 ) -> dict[str, float] | None:
     """`evaluate` every set; the metrics of a set that has a name carry it: eval/NAME/accuracy."""
     metrics: dict[str, float] = {}
-    for name, questions in held_out.items():
-        of_set = evaluate(engine, questions, rewards, tokenizer, cfg, world, report, pulse)
+    for name, questions in task.held_out.items():
+        of_set = evaluate(engine, questions, rewards, task.tokenizer, cfg, world, report, pulse)
         if of_set is None:
             return None
         metrics |= {eval_tag(name, metric): value for metric, value in of_set.items()}
@@ -110,7 +110,7 @@ def evaluate(
         column = scores[:, k][~np.isnan(scores[:, k])]
         if len(column):
             metrics[f"eval/{short}"] = float(column.mean())
-    return metrics
+    return metrics | user_metrics(world, rewards.rewards, scored.logs, "eval/")
 
 
 def _requests_of(chunk: Sequence[int], prompts: Sequence[Prompt], num_each: int) -> list[Request]:

@@ -9,8 +9,11 @@ a function, write it in one of the files, and add its name to `__all__` below an
     multiple_choice   a letter, and the refusal
     numeric           numbers in everyday notation, compared as fractions
     shaping           format over several lines, length, repetition, language
+    boxed             \\boxed{...}, compared by Math-Verify; correctness and length in one
     structured        JSON objects
     mathematics       equality by Math-Verify (an extra: pip install math-verify)
+    unit_tests        the share of unit tests that code passes: unit_test_cases are read from the data; the code runs in
+                      solution_process, and unit_test_remotes stand for it in a test
     model             the score of a sequence classifier
     parameters        checks of the values in reward_parameters
     scanning          finding the text between two marks
@@ -26,10 +29,11 @@ loads what is slow to load, and may return text that becomes part of the run's f
 Reward workers import this package, so its modules do not import torch or numpy at module level.
 """
 
+from grpo.reward_library.boxed import boxed_math_reward, cosine_length_reward
 from grpo.reward_library.mathematics import math_reward
 from grpo.reward_library.model import model_reward
 from grpo.reward_library.multiple_choice import multiple_choice_reward, refusal_reward
-from grpo.reward_library.numeric import numeric_reward
+from grpo.reward_library.numeric import last_number_reward, numeric_reward
 from grpo.reward_library.reasoning_answer import (
     int_reward,
     reasoning_answer_total,
@@ -44,6 +48,7 @@ from grpo.reward_library.shaping import (
     multiline_format_reward,
     overlong_reward,
     repetition_reward,
+    think_format_reward,
 )
 from grpo.reward_library.structured import json_reward
 from grpo.reward_library.think_answer import (
@@ -61,6 +66,7 @@ from grpo.reward_library.think_answer import (
     think_answer_total,
     xmlcount_reward,
 )
+from grpo.reward_library.unit_tests import unit_test_reward
 from grpo.reward_library.working_out import (
     check_answer,
     check_numbers,
@@ -70,15 +76,18 @@ from grpo.reward_library.working_out import (
 
 __all__ = [
     "accuracy_reward",
+    "boxed_math_reward",
     "check_answer",
     "check_numbers",
     "correctness_reward",
+    "cosine_length_reward",
     "digit_reward",
     "format_reward",
     "hard_format_reward",
     "int_reward",
     "json_reward",
     "language_reward",
+    "last_number_reward",
     "length_reward",
     "mark_reward",
     "match_format_approximately",
@@ -101,6 +110,8 @@ __all__ = [
     "strict_xml_reward",
     "tag_count_reward",
     "think_answer_total",
+    "think_format_reward",
+    "unit_test_reward",
     "xml_count_reward",
     "xmlcount_reward",
 ]

@@ -7,7 +7,7 @@ checked before it is opened: only safetensors weights, no code.
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def _prompt_text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "".join(f"{message['content']}\n" for message in prompt)
 
 
-@lru_cache(maxsize=1)
+@cache
 def load_classifier(folder: str) -> tuple[Any, Any]:
     """Model and tokenizer, in fp32 with dropout off. Raises UserError or ValueError for a folder that will not do."""
     import torch

@@ -148,3 +148,42 @@ def _score(text: str | None, gold: Fraction | None) -> float | None:
 
 numeric_reward.reads_gold = True  # type: ignore[attr-defined]
 declare(numeric_reward, check_marks)
+
+MENTIONED = re.compile(
+    r"(?<![A-Za-z_0-9])(?<![0-9]\.)"
+    r"(?:[0-9]+ ?/ ?[0-9]+"
+    r"|(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+)?(?<=[0-9])(?:[eE][-+]?[0-9]{1,2})?)"
+)
+NEGATIVE = re.compile(r"(?:\A|[^0-9A-Za-z)\]}])-[^\sA-Za-z0-9-]?\Z")  # a sign, and perhaps a currency sign, before it
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number among the last 400 characters up to the last digit; a digit behind a Latin letter is none (H2).
+
+    >>> [str(last_number(text)) for text in ("3 x 4 = 12 eggs.", "#### 1,234", "-$5", "10-7", "is 3/4", "7 km2")]
+    ['12', '1234', '-5', '7', '3/4', '7']
+    """
+    plain = _plain(text)
+    end = 1 + max(map(plain.rfind, "0123456789"))
+    window = plain[max(0, end - 4 * MAX_LENGTH) : end]
+    found = [*MENTIONED.finditer(window)][-1:]
+    value = number(found[0][0]) if found else None
+    return value if value is None or not NEGATIVE.search(window[: found[0].start()]) else -value
+
+
+def last_number_reward(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float | None]:
+    """1.0 when the last number of the text equals the gold, else 0.0. None for a gold that is no number.
+
+    It asks for no form, so a weak model gets a signal at once. It pays for the number alone: for one that is listed or
+    guessed last, a unit or a step number that happens to be right, an answer without any work.
+
+    >>> last_number_reward(["9 + 20 makes 29 coins.", "29, or 30"], ["29", "29"])
+    [1.0, 0.0]
+    """
+    golds = [number(str(gold)) for gold in answer]
+    texts = map(completion_text, completions)
+    return [None if g is None else float(last_number(text) == g) for text, g in zip(texts, golds, strict=True)]
+
+
+last_number_reward.reads_gold = True  # type: ignore[attr-defined]
+declare(last_number_reward)

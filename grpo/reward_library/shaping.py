@@ -51,6 +51,18 @@ def _is_in_order(text: str, tags: list[str]) -> bool:
     return bool(first and last) and not between
 
 
+def think_format_reward(completions: Sequence[Any], **columns: Any) -> list[float]:
+    """1.0 when the text begins with `<think>`, which stands once, and a `</think>` follows; any text may come after it.
+
+    TRL's rule of this name. Empty thoughts and an empty answer pass.
+
+    >>> think_format_reward(["<think>2+2</think> 4", " <think>2+2</think> 4", "<think>2+2"])
+    [1.0, 0.0, 0.0]
+    """
+    texts = map(completion_text, completions)
+    return [float(text.startswith("<think>") and text.count("<think>") == 1 and "</think>" in text) for text in texts]
+
+
 def overlong_reward(
     completions: Sequence[Any], completion_ids: Sequence[Any], *, max_length: int = 256, buffer: int = 64,
     **columns: Any,

@@ -16,6 +16,9 @@ here.
     supervisor         enforces the deadline and the limits; kills and replaces its worker; runs no user code
     worker             the only process that runs the user's file; functions marked `runs_code` get one process a call
     functions          importing a file, one call, what counts as a score
+    coroutines         awaiting several calls at once
+    logged             the trainer's state for functions, and what they log
+    peer_names         names in TRL and open-r1, and ours
     neighbours         the modules beside a reward file, which it imports
     loading            finding the files of the functions; their descriptions as `Reward`
     calls              calls and answers as bytes
@@ -49,6 +52,10 @@ def completion_text(completion: str | list[dict[str, str]]) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+def _function_and_label(name: str) -> str:
+    return name.rpartition(":")[2].replace("@", ".")
+
+
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Each reward's name in metrics and tables: the function's own, after as much of its path as tells it apart.
 
@@ -56,11 +63,13 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     ['mark_reward', 'f_reward']
     >>> list(short_names(["a/my.py:f_reward", "b/my.py:f_reward", "f_reward"]).values())
     ['a.my.f_reward', 'b.my.f_reward', 'reward_func.f_reward']
+    >>> list(short_names(["model_reward@helpful", "model_reward@harmless"]).values())
+    ['model_reward.helpful', 'model_reward.harmless']
     """
     paths = {}
     for name in names:
-        file, _, function = name.rpartition(":")
-        paths[name] = [*PurePath(file or "reward_func.py").with_suffix("").parts, function]
+        file = name.rpartition(":")[0]
+        paths[name] = [*PurePath(file or "reward_func.py").with_suffix("").parts, _function_and_label(name)]
     shown = {}
     for name, parts in paths.items():
         same = [other for other in paths.values() if other[-1] == parts[-1]]
@@ -97,15 +106,24 @@ class Reward:
     reads_gold: bool = False  # None from it means that it cannot read the gold answer, whatever the completion is
     marks: tuple[str, str] | None = None  # the answer stands after the last of the first, up to the second
     right: float = 1.0  # its score for a right answer, where it has 0 for any other
+    if_ended: float | None = None  # the score of a call that the code in it ends, late calls included; None: a failure
+    takes: Sequence[str] = ()  # which of TRL's further arguments it gets (logged.py)
+    is_async: bool = False  # a coroutine: calls of one file are awaited at the same time
 
     @property
     def short(self) -> str:
         """The function's own name, for metrics.
 
-        >>> Reward("my.py:f_reward", 1.0).short
-        'f_reward'
+        >>> Reward("my.py:f_reward@a", 1.0).short
+        'f_reward.a'
         """
-        return self.name.rpartition(":")[2]
+        return _function_and_label(self.name)
+
+    @property
+    def lane(self) -> tuple[bool, bool, str]:
+        """Calls of one lane may be handed out together: of functions that run code, of plain ones, of coroutines."""
+        together = self.is_async and not self.runs_code
+        return self.runs_code, together, self.name.rpartition(":")[0] if together else ""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Calls and answers, and how they travel between the trainer and a supervisor."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.rewards import RewardInput
 from grpo.rewards.functions import LARGEST, MAX_REASON, Outcome
+from grpo.rewards.logged import is_logged
 from grpo.rewards.protocol import dump, frame, load
 from grpo.rewards.supervisor import ANSWER, LATE
 
@@ -24,6 +25,8 @@ class Answer:
 
     outcomes: list[Outcome]
     timeout: bool = False
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)  # logged by the call: one value for each row
+    metrics: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 class Packed:
@@ -71,8 +74,8 @@ class Packed:
         return header, b"".join(frame(part) for part in parts if isinstance(part, bytes))
 
 
-def read_answer(data: bytes, current: Call) -> Answer:
-    """An answer from its bytes, which are not trusted: a worker may have written anything.
+def read_answer(data: bytes, current: Call, if_ended: float | None = None) -> Answer:
+    """An answer from its bytes, which are not trusted: a worker may have written anything. if_ended: see Reward.
 
     >>> read_answer(b"A[1.0,null]", Call(0, (4, 5))).outcomes
     [1.0, None]
@@ -80,16 +83,28 @@ def read_answer(data: bytes, current: Call) -> Answer:
     ['its worker gave something that is no answer']
     """
     kind, payload = data[:1], data[1:]
+    if kind != ANSWER and if_ended is not None:
+        return Answer([if_ended] * len(current.rows))
     if kind != ANSWER:
         return Answer([payload.decode("utf-8", "replace")[:MAX_REASON]] * len(current.rows), kind == LATE)
     try:
         outcomes = load(payload)
     except (ValueError, RecursionError):
         outcomes = None
+    if isinstance(outcomes, str) and if_ended is not None:
+        return Answer([if_ended] * len(current.rows))
     if isinstance(outcomes, str):
         return failed(current, outcomes[:MAX_REASON])
+    columns: Any = {}
+    metrics: Any = {}
+    if isinstance(outcomes, dict):
+        if isinstance(limit_s := outcomes.get("late"), float):
+            return Answer([f"no answer within {limit_s:g} s"] * len(current.rows), timeout=True)
+        columns, metrics = outcomes.get("columns"), outcomes.get("metrics")
+        outcomes = outcomes.get("scores") if is_logged(columns, metrics, len(current.rows)) else None
     if isinstance(outcomes, list) and len(outcomes) == len(current.rows) and all(map(_is_outcome, outcomes)):
-        return Answer([one[:MAX_REASON] if isinstance(one, str) else one for one in outcomes])
+        shown = [one[:MAX_REASON] if isinstance(one, str) else one for one in outcomes]
+        return Answer(shown, columns=columns, metrics=metrics)
     return failed(current, "its worker gave something that is no answer")
 
 

@@ -4,6 +4,7 @@ The file is imported from the text that was read when the run started, so a work
 run gets the same function even when the file has changed. So are the modules beside it (neighbours.py).
 """
 
+import contextlib
 import difflib
 import importlib.abc
 import importlib.util
@@ -12,11 +13,15 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 from grpo.rewards import ANSWER_MARKS, REFUSAL_SCORE, REFUSAL_TEXT
+from grpo.rewards.coroutines import is_async, run_together, wait_for
+from grpo.rewards.logged import TAKEN, Log, TrainerState, taken
+from grpo.rewards.peer_names import PEERS
 
 RewardFunction = Callable[..., Sequence[float | None]]
 Outcome = float | str | None  # a score, why there is none, or "does not apply"
@@ -25,7 +30,7 @@ LARGEST = 1e100  # squares and weighted sums of scores stay finite
 MAX_REASON = 300  # characters
 MAX_SCORES = 2**16  # read from an iterator, which may have no end
 MAX_NAMES = 8  # functions named in the error about a missing one
-ARGUMENTS = ("prompts", "completions", "completion_ids")  # passed in every call
+ARGUMENTS = ("prompts", "completions", "completion_ids", *TAKEN)  # passed in every call, or to who takes them
 
 
 class TextLoader(importlib.abc.InspectLoader):
@@ -66,6 +71,8 @@ def find(module: ModuleType, function: str) -> RewardFunction | str:
     found = getattr(module, function, None)
     if callable(found):
         return found
+    if function in PEERS:
+        return f"has no function {function!r}. That rule of TRL or open-r1 is here {PEERS[function]}."
     names = sorted(n for n, value in vars(module).items() if callable(value) and _looks_like_a_reward(n, value))
     near = difflib.get_close_matches(function, names, MAX_NAMES, cutoff=0.0)
     if len(near) == len(names):
@@ -124,6 +131,9 @@ def describe(function: RewardFunction, name: str, given: Mapping[str, Any] | Non
         "worth_of_refusal": _worth_of_refusal(function, given or {}),
         "right": float(getattr(function, "right", 1.0)),
         "marks": _answer_marks(function, given or {}),
+        "if_ended": getattr(function, "if_ended", None) if marks["runs_code"] else None,
+        "takes": taken(function),
+        "is_async": is_async(function),
     }
     return {**marks, "source": source, **values}
 
@@ -142,20 +152,74 @@ def _worth_of_refusal(function: RewardFunction, given: Mapping[str, Any]) -> flo
     return float(value) if isinstance(value, (int, float)) else 0.0
 
 
-def call(
-    function: RewardFunction,
-    prompts: list[Any],
-    completions: list[Any],
-    token_ids: list[list[int]],
-    columns: dict[str, list[Any]],
-) -> list[Outcome]:
+@dataclass
+class Arguments:
+    """What a call gets."""
+
+    prompts: list[Any]
+    completions: list[Any]
+    token_ids: list[list[int]]
+    columns: dict[str, list[Any]]
+    state: TrainerState = field(default_factory=TrainerState)
+    log: Log = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.log = Log(len(self.completions))
+
+    def passed(self, takes: Sequence[str]) -> dict[str, Any]:
+        """All by keyword. takes: the names of TRL's further arguments that the function gets."""
+        further = {"trainer_state": self.state, "log_extra": self.log.extra, "log_metric": self.log.metric}
+        own = {"prompts": self.prompts, "completions": self.completions, "completion_ids": self.token_ids}
+        return {**self.columns, **own, **{name: further[name] for name in takes}}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A function as it is called."""
+
+    function: RewardFunction
+    takes: Sequence[str] = ()
+    is_async: bool = False
+    visible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # imports beside its file
+
+    @classmethod
+    def of(cls, function: RewardFunction) -> "Loaded":
+        """Of one that needs nothing beside its file."""
+        return cls(function, taken(function), is_async(function))
+
+
+def call(one: Loaded, arguments: Arguments) -> list[Outcome]:
     """Score completions in one call: one outcome each. A BaseException such as SystemExit passes through."""
-    others = {key: values for key, values in columns.items() if key not in ("prompts", "completions")}
+    wanted = len(arguments.completions)
     try:
-        scores = function(prompts=prompts, completions=completions, **{**others, "completion_ids": token_ids})
-        return weigh(scores, len(completions))
+        with one.visible():
+            scores = one.function(**arguments.passed(one.takes))
+            return weigh(wait_for(scores) if inspect.isawaitable(scores) else scores, wanted)
     except Exception as error:  # a user's function may raise anything; the run decides, not the exception
-        return [raised(error)] * len(completions)
+        return [raised(error)] * wanted
+
+
+def call_together(
+    calls: Sequence[tuple[Loaded, Arguments]],
+    done: Callable[[int, list[Outcome] | None], None],
+    timeouts_s: Sequence[float] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Await coroutines of one file at the same time. See `run_together`."""
+
+    def outcomes(one: Loaded, arguments: Arguments) -> Callable[[], Coroutine[Any, Any, list[Outcome]]]:
+        async def begin() -> list[Outcome]:
+            wanted = len(arguments.completions)
+            try:
+                scores: Any = one.function(**arguments.passed(one.takes))
+                return weigh(await scores, wanted)
+            except BaseException as error:  # SystemExit too: it would end the loop
+                return [raised(error)] * wanted
+
+        return begin
+
+    with calls[0][0].visible():
+        run_together([outcomes(*one) for one in calls], done, timeouts_s, stop)
 
 
 def weigh(scores: Any, wanted: int) -> list[Outcome]:

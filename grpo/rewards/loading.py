@@ -1,6 +1,7 @@
 """Finding reward functions, in the trainer: names to files, files to text, descriptions to rewards."""
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,19 @@ from grpo.rewards.neighbours import texts_beside
 def locate(cfg: Config) -> list[dict[str, Any]]:
     """For each reward its file, the file's text, and its parameters. Raises UserError.
 
-    The file is reward_func.py, or that of `path.py:function`.
+    The file is reward_func.py, or that of `path.py:function`. `function@label` is the function, under another name.
     """
     texts: dict[Path, str] = {}
     modules: dict[Path, str] = {}  # by file; two files of one name are two modules
     functions = []
     for name in cfg.rewards:
-        file, _, function = name.rpartition(":")
+        file, _, labelled = name.rpartition(":")
+        function, at, label = labelled.partition("@")
+        if at and not re.fullmatch(r"[\w-]{1,40}", label):
+            raise UserError(
+                f"rewards: {name[:80]!r}: behind @ stands a label that tells several uses of one function apart, of "
+                "letters, digits, _ and -, such as model_reward@helpful."
+            )
         path = find_path(file) if file else find_path("reward_func.py")
         if path is None or not path.is_file():
             raise UserError(f"rewards: no such file {file!r} in {name!r}. Write path/to/file.py:function.")

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from grpo.rewards.functions import RewardFunction, TextLoader
+from grpo.rewards.functions import TextLoader
 
 NOT_BESIDE = {"grpo", *sys.stdlib_module_names}  # names that always mean these, wherever the file is
 MAX_CHARACTERS = 2**22  # of one file's neighbours; the rest is read when it is imported
@@ -99,12 +99,3 @@ class Neighbours(importlib.abc.MetaPathFinder):
                 if name != self.own and str(getattr(sys.modules[name], "__file__", "")).startswith(self.folder):
                     self.modules[name] = sys.modules.pop(name)
             sys.modules.update(hidden)
-
-    def around(self, function: RewardFunction) -> RewardFunction:
-        """The function, called while they are visible: it may import only then."""
-
-        def called(**arguments: Any) -> Any:
-            with self.visible():
-                return function(**arguments)
-
-        return called

@@ -9,6 +9,7 @@ from grpo.rewards import Reward, RewardInput
 from grpo.rewards.calls import Answer, Call, Packed, failed
 
 MAX_BATCH = 64  # calls handed out together
+Lane = tuple[bool, bool, str]  # see Reward.lane
 
 
 class PendingCalls:
@@ -20,8 +21,8 @@ class PendingCalls:
         self.packed = Packed()
         self.calls: list[Call] = []
         self.answers: list[Answer | None] = []
-        self.waiting: dict[bool, deque[int]] = {False: deque(), True: deque()}  # by runs_code
-        self.batch_size = {False: 1, True: 1}  # by runs_code
+        self.waiting: dict[Lane, deque[int]] = {reward.lane: deque() for reward in rewards}
+        self.batch_size: dict[Lane, int] = {}
 
     def add(self, inputs: Sequence[RewardInput], calls: Sequence[Call]) -> None:
         """Add inputs, and calls on rows of all inputs added so far."""
@@ -33,10 +34,10 @@ class PendingCalls:
             if reason := self.packed.problem(self.calls[i].rows):
                 self.fail(i, reason)
             else:
-                self.waiting[self._runs_code(i)].append(i)
-        for runs_code, waiting in self.waiting.items():  # at least two batches for every worker
-            size = math.ceil(len(waiting) / (2 * self.num_workers))
-            self.batch_size[runs_code] = min(MAX_BATCH, max(1, size))
+                self.waiting[self._lane(i)].append(i)
+        for lane, waiting in self.waiting.items():  # at least two batches for every worker; coroutines wait at once
+            size = math.ceil(len(waiting) / (1 if lane[1] else 2) / self.num_workers)
+            self.batch_size[lane] = min(MAX_BATCH, max(1, size))
 
     @property
     def waits(self) -> bool:
@@ -49,16 +50,16 @@ class PendingCalls:
         return sum(map(len, self.waiting.values())) == len(self.calls) > 0
 
     def next_batch(self) -> list[int]:
-        """Calls to hand out together, earliest rows first; plain functions and `runs_code` apart. One must wait."""
-        kinds = [runs_code for runs_code, waiting in self.waiting.items() if waiting]
-        earliest = min(kinds, key=lambda runs_code: max(self.calls[self.waiting[runs_code][0]].rows))
+        """Calls of one lane to hand out together, earliest rows first. One must wait."""
+        lanes = [lane for lane, waiting in self.waiting.items() if waiting]
+        earliest = min(lanes, key=lambda lane: max(self.calls[self.waiting[lane][0]].rows))
         waiting = self.waiting[earliest]
         return [waiting.popleft() for _ in range(min(self.batch_size[earliest], len(waiting)))]
 
     def put_back(self, batch: Sequence[int]) -> None:
         """Return calls of a batch that were not begun to the front of their queue."""
         for i in reversed(batch):
-            self.waiting[self._runs_code(i)].appendleft(i)
+            self.waiting[self._lane(i)].appendleft(i)
 
     def fail(self, i: int, reason: str) -> None:
         """Answer a call with a failure for all of its rows."""
@@ -67,7 +68,8 @@ class PendingCalls:
     def request(self, batch: Sequence[int]) -> tuple[dict[str, Any], bytes]:
         """Header and body of the request for a batch."""
         header, body = self.packed.request([self.calls[i] for i in batch])
-        return {**header, "runs_code": self._runs_code(batch[0])}, body
+        runs_code, together, _ = self._lane(batch[0])
+        return {**header, "runs_code": runs_code, "together": together}, body
 
-    def _runs_code(self, i: int) -> bool:
-        return self.rewards[self.calls[i].k].runs_code
+    def _lane(self, i: int) -> Lane:
+        return self.rewards[self.calls[i].k].lane

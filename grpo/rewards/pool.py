@@ -17,9 +17,10 @@ from typing import Protocol
 from grpo.config.settings import Config
 from grpo.rewards import Reward, RewardInput
 from grpo.rewards.calls import Answer, Call, read_answer
-from grpo.rewards.functions import RewardFunction, call, describe
+from grpo.rewards.functions import Arguments, Loaded, Outcome, RewardFunction, call, call_together, describe
 from grpo.rewards.loading import locate, make_rewards
-from grpo.rewards.pending_calls import PendingCalls
+from grpo.rewards.logged import TrainerState
+from grpo.rewards.pending_calls import Lane, PendingCalls
 from grpo.rewards.protocol import dump, frame
 from grpo.rewards.supervisor_handle import GRACE_S, IMPORT_S, SupervisorHandle
 from grpo.types import Pulse
@@ -35,6 +36,9 @@ class Rewards(Protocol):
     """The interface that scoring uses: `begin` a round, `submit` its calls, `collect` their answers."""
 
     rewards: list[Reward]
+
+    def at(self, step: int, total: int) -> "Rewards":
+        """Itself, with the trainer's state for functions that ask for it: the steps done, and those of the run."""
 
     @property
     def early(self) -> bool:
@@ -71,15 +75,21 @@ class InProcess:
 
     early = False
 
-    def __init__(self, rewards: list[Reward], functions: Sequence[RewardFunction]):
+    def __init__(self, rewards: list[Reward], functions: Sequence[Loaded]):
         self.rewards, self.functions = rewards, functions
+        self.state = TrainerState()
         self.inputs: list[RewardInput] = []
         self.calls: list[Call] = []
 
     @classmethod
     def of(cls, functions: dict[str, RewardFunction]) -> "InProcess":
         """From imported functions, by name, each with weight 1."""
-        return cls([Reward(name, 1.0, **describe(f, name)) for name, f in functions.items()], list(functions.values()))
+        rewards = [Reward(name, 1.0, **describe(f, name)) for name, f in functions.items()]
+        return cls(rewards, [Loaded.of(f) for f in functions.values()])
+
+    def at(self, step: int, total: int) -> "InProcess":
+        self.state = TrainerState(step, total)
+        return self
 
     def begin(self) -> None:
         self.inputs, self.calls = [], []
@@ -93,20 +103,30 @@ class InProcess:
 
     def collect(self, pulse: Pulse) -> list[Answer | None]:
         answers: list[Answer | None] = [None] * len(self.calls)
+        arguments = [self._arguments(one) for one in self.calls]
+
+        def done(i: int, outcomes: list[Outcome] | None) -> None:
+            log = arguments[i].log
+            answers[i] = Answer(outcomes or [], columns=log.columns, metrics=log.metrics)
+
+        lanes: dict[Lane, list[int]] = {}  # coroutines of one file at the same time
         for i, one in enumerate(self.calls):
-            if pulse():
-                break
-            chosen = [self.inputs[row] for row in one.rows]
-            columns = {key: [each.columns[key] for each in chosen] for key in chosen[0].columns}
-            outcomes = call(
-                self.functions[one.k],
-                [each.prompt for each in chosen],
-                [each.completion for each in chosen],
-                [each.token_ids for each in chosen],
-                columns,
-            )
-            answers[i] = Answer(outcomes)
+            if (lane := self.rewards[one.k].lane)[1]:
+                lanes.setdefault(lane, []).append(i)
+            elif pulse():
+                return answers
+            else:
+                done(i, call(self.functions[one.k], arguments[i]))
+        for places in lanes.values():
+            calls = [(self.functions[self.calls[i].k], arguments[i]) for i in places]
+            call_together(calls, lambda at, outcomes, places=places: done(places[at], outcomes), stop=pulse)  # type: ignore[misc]
         return answers
+
+    def _arguments(self, one: Call) -> Arguments:
+        chosen = [self.inputs[row] for row in one.rows]
+        columns = {key: [each.columns[key] for each in chosen] for key in chosen[0].columns}
+        prompts, completions, ids = zip(*((each.prompt, each.completion, each.token_ids) for each in chosen))
+        return Arguments(list(prompts), list(completions), list(ids), columns, self.state)
 
     def close(self) -> None:
         pass
@@ -119,6 +139,7 @@ class Pool:
         """Start all supervisors at the same time. Raises UserError when a function cannot be found or imported."""
         self.functions = locate(cfg)
         self.cfg = cfg
+        self.state = TrainerState()
         self.supervisors: list[SupervisorHandle] = []
         self.pending = PendingCalls([], cfg.reward_workers)
         self.looked_at = 0.0
@@ -137,6 +158,10 @@ class Pool:
                 "note: this system allows no namespaces: reward workers have network access, and a process that a "
                 "reward starts can hide from its end"
             )
+
+    def at(self, step: int, total: int) -> "Pool":
+        self.state = TrainerState(step, total)
+        return self
 
     def begin(self) -> None:
         """See Rewards. Replaces supervisors that were lost or are still working on dropped calls."""
@@ -204,11 +229,13 @@ class Pool:
                 supervisor.busy = self.pending.next_batch()
                 header, body = self.pending.request(supervisor.busy)
                 supervisor.time_left_s = self._time_allowed_s(supervisor)
-                supervisor.send(frame(dump(header)) + frame(body))
+                state = [self.state.global_step, self.state.max_steps]
+                supervisor.send(frame(dump({**header, "state": state})) + frame(body))
 
     def _time_allowed_s(self, supervisor: SupervisorHandle) -> float:
         current = self.pending.calls[supervisor.busy[0]]
-        return self.cfg.reward_timeout_s * len(current.rows) + IMPORT_S + GRACE_S
+        twice = 2 if self.rewards[current.k].is_async else 1  # with others, and once more alone
+        return twice * (self.cfg.reward_timeout_s * len(current.rows) + IMPORT_S + GRACE_S)
 
     def _take_answers(self, wait_s: float) -> None:
         """Read the answers of busy supervisors, waiting at most `wait_s` for the first. Drops lost supervisors."""
@@ -242,7 +269,8 @@ class Pool:
         supervisor.splitter.feed(data)
         while supervisor.busy and (answer := supervisor.splitter.next()) is not None:
             i = supervisor.busy.pop(0)
-            self.pending.answers[i] = read_answer(answer, self.pending.calls[i])
+            current = self.pending.calls[i]
+            self.pending.answers[i] = read_answer(answer, current, self.rewards[current.k].if_ended)
             if supervisor.busy:
                 supervisor.time_left_s = self._time_allowed_s(supervisor)
         return bool(data) or not supervisor.busy

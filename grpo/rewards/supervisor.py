@@ -23,6 +23,7 @@ from grpo.rewards.protocol import MAX_ANSWER, MAX_REQUEST, Splitter, dump, frame
 TRAINER = 0  # the socket
 TICK_S = 0.05  # how often a running call's processes and memory are counted
 PARENT_DIED = signal.SIGUSR1
+LATER_S = 2.0  # beyond their time limit, which the worker itself keeps for coroutines
 ANSWER, LOST, LATE = b"A", b"L", b"T"  # first byte of what goes to the trainer
 
 
@@ -177,22 +178,26 @@ class Supervisor:
 
     def answer_all(self, request: dict[str, Any], body: bytes) -> None:
         """Make every call of a request, and answer them in its order."""
-        calls, fork_each = request["calls"], request["runs_code"]
+        calls, fork_each, together = request["calls"], request["runs_code"], request["together"]
         while calls:
             # one call at a time where code runs: processes that it left are killed before the next call
             batch = calls[:1] if fork_each else calls
             try:
                 current = self.worker(fork_each)
-                current.send(dump({**request, "calls": batch}), body)
+                current.send(dump({**request, "calls": batch, "together": together}), body)
                 for _, rows in batch:
-                    self.queue(ANSWER + current.answer(self.hello["timeout_s"] * len(rows)))
+                    limit_s = self.hello["timeout_s"] * len(rows) + (LATER_S if together else 0.0)
+                    self.queue(ANSWER + current.answer(limit_s))
                     calls = calls[1:]
                     if not current.splitter.buffer:
                         self.flush()
             except Lost as lost:
+                self.clear()
+                if together and len(calls) > 1:  # any of them may be the cause: each alone will show which one
+                    together = False
+                    continue
                 self.queue(lost.kind + str(lost).encode())
                 calls = calls[1:]
-                self.clear()
             else:
                 if current.unsent or current.splitter.buffer or self.has_leftovers():
                     self.clear()  # the worker wrote more than answers, or left processes behind

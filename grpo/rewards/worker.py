@@ -12,12 +12,24 @@ import select
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo.errors import UserError
 from grpo.rewards import sandbox
-from grpo.rewards.functions import Outcome, RewardFunction, bind, call, describe, find, load_module, raised
+from grpo.rewards.functions import (
+    Arguments,
+    Loaded,
+    Outcome,
+    bind,
+    call,
+    call_together,
+    describe,
+    find,
+    load_module,
+    raised,
+)
+from grpo.rewards.logged import TrainerState
 from grpo.rewards.neighbours import Neighbours
 from grpo.rewards.protocol import MAX_ANSWER, MAX_REQUEST, cut, dump, frame, load, read_frame, write_all
 
@@ -38,25 +50,49 @@ def serve(hello: dict[str, Any], reading: int, writing: int, fork_each: bool) ->
         request = load(header)
         frames = cut(body)
         prompts, rows = frames[: request["num_prompts"]], frames[request["num_prompts"] :]
-        for k, chosen in request["calls"]:
-            pairs = [(prompts[request["prompt_of"][i]], rows[i]) for i in chosen]
+        state = TrainerState(*request["state"])
+        calls = [
+            (functions[k], [(prompts[request["prompt_of"][i]], rows[i]) for i in chosen], state)
+            for k, chosen in request["calls"]
+        ]
+        if request["together"]:
+            answer_together(calls, hello["timeout_s"], writing)
+            continue
+        for one in calls:
 
-            def answer(k: int = k, pairs: list[tuple[bytes, bytes]] = pairs) -> bytes:
-                return dump(make_call(functions[k], pairs))
+            def answer(one: tuple[Loaded, list[tuple[bytes, bytes]], TrainerState] = one) -> bytes:
+                return dump(make_call(*one))
 
             write_all(writing, frame(answer_alone(answer, reading, writing) if fork_each else answer()))
 
 
-def load_functions(
-    wanted: list[dict[str, Any]], only_code: bool = False
-) -> tuple[list[RewardFunction], list[dict[str, Any]]]:
+def answer_together(
+    calls: Sequence[tuple[Loaded, list[tuple[bytes, bytes]], TrainerState]], timeout_s: float, writing: int
+) -> None:
+    """Await coroutines at the same time, and answer in the order of the calls, each as early as that allows."""
+    prepared = [(one, unpack(pairs, state)) for one, pairs, state in calls]
+    ended: dict[int, bytes] = {}
+    num_written = 0
+
+    def done(i: int, outcomes: list[Outcome] | None) -> None:
+        nonlocal num_written
+        limit_s = timeout_s * len(calls[i][1])
+        ended[i] = dump({"late": limit_s} if outcomes is None else prepared[i][1].log.beside(outcomes))
+        while num_written in ended:
+            write_all(writing, frame(ended.pop(num_written)))
+            num_written += 1
+
+    call_together(prepared, done, [timeout_s * len(pairs) for _, pairs, _ in calls])
+
+
+def load_functions(wanted: list[dict[str, Any]], only_code: bool = False) -> tuple[list[Loaded], list[dict[str, Any]]]:
     """Import each file once, set parameters. Returns functions and descriptions; on failure only {"error": reason}.
 
     wanted: see `locate`. only_code: this worker only calls functions that run code, so the others are not prepared.
     """
     modules: dict[str, Any] = {}
     neighbours: dict[str, Neighbours] = {}
-    functions: list[RewardFunction] = []
+    functions: list[Loaded] = []
     descriptions: list[dict[str, Any]] = []
     for one in wanted:
         path = one["path"]
@@ -81,7 +117,7 @@ def load_functions(
             except BaseException as error:  # `prepare` may be the user's: it may raise anything
                 return functions, [{"error": f"{one['name']}: preparing it raised {raised(error)}."}]
             described["source"] += more_source
-        functions.append(beside.around(found))
+        functions.append(Loaded(found, described["takes"], described["is_async"], beside.visible))
         descriptions.append(described)
     return functions, descriptions
 
@@ -95,8 +131,17 @@ def _advice(error: BaseException) -> str:
     return ""
 
 
-def make_call(function: RewardFunction, pairs: list[tuple[bytes, bytes]]) -> list[Outcome]:
-    """One call on (prompt, row) pairs of JSON. Each call gets new copies, so a function may change its arguments."""
+def make_call(one: Loaded, pairs: list[tuple[bytes, bytes]], state: TrainerState) -> Any:
+    """One call on (prompt, row) pairs of JSON: its answer, also as JSON."""
+    arguments = unpack(pairs, state)
+    try:
+        return arguments.log.beside(call(one, arguments))
+    except BaseException as error:  # SystemExit, KeyboardInterrupt, time-outs of libraries: a failure like others
+        return [raised(error)] * len(pairs)
+
+
+def unpack(pairs: list[tuple[bytes, bytes]], state: TrainerState) -> Arguments:
+    """The arguments of a call. Each call gets new copies, so a function may change them."""
     prompts, completions, token_ids = [], [], []
     columns: dict[str, list[Any]] = {}
     for prompt_data, row_data in pairs:
@@ -107,10 +152,7 @@ def make_call(function: RewardFunction, pairs: list[tuple[bytes, bytes]]) -> lis
         token_ids.append(ids)
         for key, value in row_columns.items():
             columns.setdefault(key, []).append(value)
-    try:
-        return call(function, prompts, completions, token_ids, columns)
-    except BaseException as error:  # SystemExit, KeyboardInterrupt, time-outs of libraries: a failure like others
-        return [raised(error)] * len(pairs)
+    return Arguments(prompts, completions, token_ids, columns, state)
 
 
 def answer_alone(answer: Callable[[], bytes], *private: int) -> bytes:

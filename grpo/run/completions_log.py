@@ -8,7 +8,7 @@ the step's first rows, whichever rank sampled them.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rich.text import Text
 from grpo.config.settings import Config
 from grpo.reward_library.scanning import inside
 from grpo.rewards import Reward, completion_text, short_names
+from grpo.rewards.logged import Logs, means
 from grpo.run.console import rounded
 from grpo.run.languages import label
 from grpo.run.trackers.jsonl import open_after
@@ -44,6 +45,7 @@ class Rollout:
     reward: float | None  # the weighted sum
     advantage: float
     extracted: str | None = None  # the answer in the completion; None: not found, or the task marks none
+    extra: dict[str, Any] = field(default_factory=dict)  # column -> value, from log_extra
 
 
 def answer_marks(cfg: Config, rewards: Sequence[Reward]) -> tuple[str, str] | None:
@@ -64,13 +66,24 @@ def answer_marks(cfg: Config, rewards: Sequence[Reward]) -> tuple[str, str] | No
 
 def first_of_all(world: World, rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The first rows of the step, on rank 0; on others an empty list. A collective."""
-    mine = [vars(rollout) for rollout in rollouts if rollout.row < NUM_SHOWN]
-    data = np.frombuffer(json.dumps(mine, default=str).encode(), np.uint8).astype(np.int32)
+    parts = _shared(world, [vars(rollout) for rollout in rollouts if rollout.row < NUM_SHOWN], [0])
+    return sorted((Rollout(**one) for part in parts for one in part), key=lambda rollout: rollout.row)
+
+
+def _shared(world: World, value: Any, to: Sequence[int]) -> list[Any]:
+    """Every rank's value, on the ranks `to`; on others an empty list. As JSON, with two collectives."""
+    data = np.frombuffer(json.dumps(value, default=str).encode(), np.uint8).astype(np.int32)
     sizes = world.gather_rows(np.array([len(data)]))[:, 0].astype(int).tolist()
-    to_rank = [data if rank == 0 else data[:0] for rank in range(world.size)]
-    parts = world.exchange(to_rank, sizes if world.is_main else [0] * world.size)
-    found = [Rollout(**one) for part in parts if len(part) for one in json.loads(part.astype(np.uint8).tobytes())]
-    return sorted(found, key=lambda rollout: rollout.row)
+    to_rank = [data if rank in to else data[:0] for rank in range(world.size)]
+    parts = world.exchange(to_rank, sizes if world.rank in to else [0] * world.size)
+    return [json.loads(part.astype(np.uint8).tobytes()) for part in parts if len(part)]
+
+
+def user_metrics(world: World, rewards: Sequence[Reward], logs: Logs, prefix: str = "") -> dict[str, float]:
+    """What reward functions logged by log_metric, averaged over all ranks; a collective where one of them may log."""
+    if not any("log_metric" in reward.takes for reward in rewards):
+        return {}
+    return means(_shared(world, logs.sums(), range(world.size)), f"{prefix}user/")
 
 
 def rollouts_of(
@@ -94,6 +107,7 @@ def rollouts_of(
                 reward=_none_if_nan(totals[i]),
                 advantage=float(advantages[completion.row]),
                 extracted=inside(text, *marks) if marks else None,
+                extra=scored.logs.columns.get(completion.row, {}),
             )
         )
     return sorted(rollouts, key=lambda rollout: rollout.row)
@@ -113,7 +127,8 @@ class RolloutFile:
     def write(self, rollouts: Sequence[Rollout]) -> None:
         """Write one line per rollout."""
         for rollout in rollouts:
-            self.file.write(json.dumps(vars(rollout), ensure_ascii=False, default=str) + "\n")
+            line = {name: value for name, value in vars(rollout).items() if name != "extra" or value}
+            self.file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -134,6 +149,7 @@ def as_markdown(rollouts: Sequence[Rollout], language: str = "en", extracts: boo
             + f"**{text('gold')}** {rollout.gold}, **{text('rewards')}** {rewards}, "
             f"**{text('sum')}** {_number(rollout.reward, none)}, "
             f"**{text('advantage')}** {rounded(rollout.advantage, 3):+.3f}",
+            *([", ".join(f"**{name}** {value}" for name, value in rollout.extra.items())] if rollout.extra else []),
         )
         blocks.append("\n\n".join(map(_escape, texts)))
     return "\n\n---\n\n".join(blocks)
@@ -149,6 +165,9 @@ def as_table(rollouts: Sequence[Rollout], language: str = "en", extracts: bool =
         if name == "extracted" and not extracts:
             continue
         table.add_column(text(name), ratio=ratio, overflow="fold")
+    logged = sorted({name for rollout in rollouts[:NUM_SHOWN] for name in rollout.extra})
+    for name in logged:
+        table.add_column(Text(_printable(name)), ratio=1, overflow="fold")
     for rollout in rollouts[:NUM_SHOWN]:
         names = short_names(list(rollout.rewards))
         rewards = [f"{names[name]} {_number(value, none)}" for name, value in rollout.rewards.items()]
@@ -156,7 +175,8 @@ def as_table(rollouts: Sequence[Rollout], language: str = "en", extracts: bool =
         advantage = f"{rounded(rollout.advantage, 3):+.3f}"
         extracted = [_shown(rollout.extracted, none)] if extracts else []
         gold = str(rollout.gold)
-        cells = (rollout.question, rollout.completion, *extracted, gold, "\n".join(rewards), advantage)
+        more = [str(rollout.extra.get(name, none)) for name in logged]
+        cells = (rollout.question, rollout.completion, *extracted, gold, "\n".join(rewards), advantage, *more)
         table.add_row(*(Text(_printable(cell)) for cell in cells))
     return table
 

@@ -14,10 +14,12 @@ from grpo.config.held_out import eval_sets, metrics_of_set
 from grpo.config.settings import Config, prompts_per_step, tracker_names
 from grpo.data.questions import Questions, length_summary
 from grpo.errors import warn
-from grpo.rewards import short_names
-from grpo.run.completions_log import RolloutFile, as_markdown, as_table, first_of_all, rollouts_of
+from grpo.rewards import Reward, completion_text, short_names
+from grpo.rewards.logged import Logs
+from grpo.run.completions_log import RolloutFile, as_markdown, as_table, first_of_all, rollouts_of, user_metrics
 from grpo.run.console import Console, reward_of, rounded, sft_line, step_line
 from grpo.run.languages import label
+from grpo.run.reward_notices import notices
 from grpo.run.trackers import Tracker, check_trackers, load_trackers
 from grpo.runtime.distributed import World
 from grpo.training.metrics import Reduced
@@ -54,6 +56,8 @@ class RunLog:
         self.best: BestCheckpoint | None = None  # on rank 0
         self.total = 0
         self.marks: tuple[str, str] | None = None  # around the answer in a completion
+        self.of_rewards: Sequence[Reward] = ()
+        self.noticed = False  # the first completions were compared with what their rewards read
         self.moved = False  # whether any update had a gradient
         self.without_reward = False  # the last step had no reward: said once
         self.extras: Callable[[], dict[str, float]] = dict  # metrics of rank 0 alone, such as the seconds of saves
@@ -120,11 +124,16 @@ class RunLog:
         measured: Reduced,
         norms: Sequence[float],
         policy: Policy,
+        logs: Logs | None = None,
     ) -> dict[str, float]:
-        """Write one step: one line on the console, one point on every curve. Returns the metrics."""
+        """Write one step: one line on the console, one point on every curve. Returns the metrics.
+
+        logs: what reward functions logged on this rank.
+        """
         of_rollouts = rollout_metrics(table, advantages, policy.vocab_size)
         metrics = of_rollouts | self._measured(measured, norms, policy, of_rollouts["completions/tokens"])
         metrics["guards/trust_sampler"] = float(bool(policy.counters.trust_sampler))
+        metrics |= user_metrics(self.world, self.of_rewards, logs or Logs())
         if self.world.is_main:
             self.write_line(step_line(step, total, metrics))
             self.console.advance(reward_of(metrics))
@@ -220,6 +229,10 @@ class RunLog:
 
     def log_samples(self, step: int, scored: Scored, advantages: np.ndarray) -> None:
         """This rank's completions as JSON lines, a few as text and as a table, each when due. advantages: [N]."""
+        if self.world.is_main and scored.inputs and not self.noticed:
+            self.noticed = True
+            for line in notices(self.of_rewards, [completion_text(one.completion) for one in scored.inputs]):
+                warn(line)
         to_file, to_console = (
             every and (step % every == 0 or step == 1)
             for every in (self.cfg.log_samples_steps, self.cfg.log_completions_steps)

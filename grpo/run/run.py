@@ -99,6 +99,7 @@ class Run:
         """
         self.facts = fingerprints(self.cfg, questions, rewards, tokenizer) | more
         self.log.marks = answer_marks(self.cfg, rewards)
+        self.log.of_rewards = rewards
         check_ranks_agree(self.world, self.cfg, self.facts)
 
     @functools.cached_property

@@ -65,6 +65,7 @@ def train_sft(cfg: Config, world: World) -> None:
                 metrics |= {eval_tag(name, metric): value for metric, value in of_set.items()}
             if grade_answers is not None:
                 engine.load_weights(policy.weights())
+                rewards.at(step, total)
                 accuracy_metrics = grade_answers()
                 if accuracy_metrics is None:
                     run.preempt()

@@ -5,7 +5,8 @@ it. All statistics are then computed from the whole table, equally on every rank
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from grpo.config.settings import Config, scales_advantages
 from grpo.errors import UserError
 from grpo.rewards import Failure, Reward, RewardInput
 from grpo.rewards.calls import Call
+from grpo.rewards.logged import Logs
 from grpo.rewards.pool import Rewards
 from grpo.runtime.distributed import World
 from grpo.training.advantages import group_advantages
@@ -33,14 +35,14 @@ class Scored:
     scores: np.ndarray  # [len(completions), K] float64, NaN where a function does not apply
     faults: np.ndarray  # [len(completions), K] 0, FAILED or LATE
     num_rows: int  # of the step, over all ranks
+    logs: Logs = field(default_factory=Logs)  # what reward functions logged
 
 
 class Scoring:
     """Scores of this rank's completions in a step or an evaluation, computed while other rows are still sampled.
 
-    Where rewards are slow (`Rewards.early`), a completion is submitted as soon as `take` gets it, and a group when its
-    last completion has come; `pulse` advances the calls, and `finish` waits for the rest. The result does not depend on
-    when completions came.
+    Where rewards are slow (`Rewards.early`), `take` submits a completion at once, and a group with its last completion;
+    `pulse` advances the calls, and `finish` waits for the rest. The result does not depend on when completions came.
     """
 
     def __init__(
@@ -94,18 +96,16 @@ class Scoring:
         answers = self.rewards.collect(self._stop)
         inputs = [self.inputs.get(c.row) or self._input(c) for c in completions]
         index_of = {c.row: i for i, c in enumerate(completions)}
-        groups: dict[int, list[int]] = {}
-        for row in sorted(index_of):
-            groups.setdefault(row // self.num_generations, []).append(row)
+        groups = [list(rows) for _, rows in groupby(sorted(index_of), lambda row: row // self.num_generations)]
         scores = np.full((len(inputs), len(self.rewards.rewards)), NO_SCORE)
-        faults = np.zeros_like(scores)
+        faults, logs = np.zeros_like(scores), Logs()
         for k, reward in enumerate(self.rewards.rewards):
             failures: list[Failure] = []
-            for rows in groups.values() if reward.sees_group else [[row] for row in index_of]:
+            for rows in groups if reward.sees_group else [[row] for row in index_of]:
                 call = self.call_index.get((k, tuple(rows)))
-                answer = None if call is None else answers[call]
-                if answer is None:  # the run was asked to stop before
+                if call is None or (answer := answers[call]) is None:  # the run was asked to stop before
                     continue
+                logs.add(reward.short, rows, answer.columns, answer.metrics)
                 for row, outcome in zip(rows, answer.outcomes, strict=True):
                     i = index_of[row]
                     if isinstance(outcome, str):
@@ -115,7 +115,7 @@ class Scoring:
                         scores[i, k] = outcome
             for failure in failures[:REPORTED_FAILURES]:
                 self.report(str(failure))
-        return Scored(completions, inputs, scores, faults, len(self.prompts) * self.num_generations)
+        return Scored(completions, inputs, scores, faults, len(self.prompts) * self.num_generations, logs)
 
     def _stop(self) -> bool:
         self.stopped = self.run_pulse() or self.stopped
@@ -180,7 +180,6 @@ def gather(
     """
     names = [reward.name for reward in rewards]
     num_rows, K = scored.num_rows, len(rewards)
-
     # one line per row: scores, facts, faults; below them one per rank: its notices
     table = np.zeros((num_rows + world.size, K + len(FACTS) + K))
     table[num_rows + world.rank, : len(notices)] = notices

@@ -27,6 +27,7 @@ from grpo.data.recipe import make_recipe
 from grpo.evaluate.held_out import evaluate
 from grpo.rewards import RewardInput
 from grpo.rewards.calls import Call
+from grpo.rewards.logged import Logs
 from grpo.rewards.pool import InProcess, open_rewards
 from grpo.run.log import RunLog
 from grpo.runtime.distributed import World
@@ -122,7 +123,7 @@ class Answerer:
 
 def logged_keys(tmp_path) -> set[str]:
     """Every key that the code logs, NAME standing for a reward function's: real tables, and literals in the source."""
-    rewards = InProcess.of({"mine.py:NAME": lambda completions, **columns: [1.0]})
+    rewards = InProcess.of({"mine.py:NAME": lambda completions, log_metric, **columns: [log_metric("NAME", 1) or 1.0]})
     scores = np.ones((4, 1))
     facts = {name: np.ones(4) for name in FACTS}
     table = Table(["mine.py:NAME"], scores, scores[:, 0], facts, 2)
@@ -140,9 +141,12 @@ def logged_keys(tmp_path) -> set[str]:
         if name in tally.counts:
             tally.mean(name, 1.0, 1.0)
     run_log = RunLog(cfg, ALONE, tmp_path)
+    run_log.of_rewards = rewards.rewards
     for norms in ([], [1.0]):
         policy = SimpleNamespace(counters=Counters(), last_lr=0.0, fitting=Answerer.fitting, vocab_size=10)
-        keys |= set(run_log.log_step(1, 2, table, np.ones(4), tally.reduce(ALONE), norms, policy))
+        keys |= set(
+            run_log.log_step(1, 2, table, np.ones(4), tally.reduce(ALONE), norms, policy, Logs({}, {"NAME": [1.0]}))
+        )
     assert keys >= DECLARED
 
     source = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
@@ -386,9 +390,14 @@ def dangers(text: str) -> list[str]:
     return found
 
 
+# what unit_test_reward runs, each in a process of its own: the code (as a program, or not), and a test of the data
+RUN_UNIT_TESTS = {"grpo/reward_library/solution_process.py": 2, "grpo/reward_library/unit_tests.py": 1}
+
+
 @pytest.mark.parametrize("path", PYTHON, ids=name_of)
 def test_nothing_evaluates_or_unpickles(path):
-    assert dangers(path.read_text(encoding="utf-8")) == []
+    runs_tests = name_of(path) in RUN_UNIT_TESTS
+    assert dangers(path.read_text(encoding="utf-8")) == (["exec"] * RUN_UNIT_TESTS[name_of(path)] if runs_tests else [])
 
 
 def test_dangers_are_seen():

@@ -21,6 +21,7 @@ from grpo.errors import UserError
 from grpo.reward_library.numeric import number
 from grpo.rewards import RewardInput
 from grpo.rewards.calls import Call
+from grpo.rewards.peer_names import PEERS
 from grpo.rewards.pool import open_rewards
 from tests.support.asking_rewards import answers_of
 from tests.support.launcher import PROJECT
@@ -31,7 +32,8 @@ NAMES = json.loads((PROJECT / "docs" / "reward_names.json").read_text(encoding="
 ROWS = (Path(__file__).with_name("reward_golden.jsonl")).read_text(encoding="utf-8").splitlines()
 GOLDEN = [json.loads(line) for line in ROWS]
 WITH_MATH = {"accuracy_reward", "math_correctness_reward", "think_answer_total", "math_reward"}
-PLAIN = sorted(set(library.__all__) - WITH_MATH - {"model_reward"})
+WITH_MATH |= {"boxed_math_reward", "cosine_length_reward"}
+PLAIN = sorted(set(library.__all__) - WITH_MATH - {"model_reward", "unit_test_reward"})
 
 
 def scores(name, *texts, gold="B", **more):
@@ -468,6 +470,11 @@ BAD_PARAMETERS = [
     ("multiple_choice_reward", {"min_reasoning": -1}),
     ("model_reward", {}),
     ("math_reward", {"end": 3}),
+    ("boxed_math_reward", {"after": 3}),
+    ("cosine_length_reward", {"rule": "x"}),
+    ("cosine_length_reward", {"max_length": 0}),
+    ("cosine_length_reward", {"min_value_wrong": "a"}),
+    ("cosine_length_reward", {"min_value_correct": 2.0}),
 ]
 
 
@@ -612,6 +619,47 @@ def test_a_classifier_scores_groups(classifiers, name, workers):
     want = expected(classifiers[name], 1)
     assert answers[0].outcomes == pytest.approx(want, abs=1e-5) and len({round(score, 3) for score in want}) == 3
     assert answers[1].outcomes == answers[0].outcomes[::-1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_several_classifiers_in_one_run(classifiers, workers):
+    """Each is loaded when a worker starts, scores as it does alone, and has its weight, name and fingerprint."""
+    folders = [str(classifiers["qwen3"]), str(classifiers["bert"])]
+    names = {"model_reward@helpful": 0.25, "model_reward@harmless": 2.0}
+    parameters = {name: {"folder": folder, "label": at} for at, (name, folder) in enumerate(zip(names, folders))}
+    cfg = Config(rewards=names, reward_parameters=parameters, reward_workers=workers, reward_timeout_s=60.0)
+    inputs = [RewardInput(prompt, completion, [1], {}) for prompt, completion in PAIRS]
+    library.model.load_classifier.cache_clear()
+    with closing(open_rewards(cfg, print)) as pool:
+        loaded = library.model.load_classifier.cache_info().currsize
+        found = answers_of(pool, inputs, [Call(k, (0, 1, 2, 3)) for k in (0, 1)])
+        assert loaded == library.model.load_classifier.cache_info().misses == (0 if workers else 2)
+        sources = {reward.source for reward in pool.rewards}
+        assert [reward.weight for reward in pool.rewards] == [0.25, 2.0] and len(sources) == 2
+        assert [reward.short for reward in pool.rewards] == ["model_reward.helpful", "model_reward.harmless"]
+    for k, folder in enumerate(folders):
+        assert found[k].outcomes == pytest.approx(expected(folder, k), abs=1e-5)
+    assert found[0].outcomes != pytest.approx(found[1].outcomes, abs=1e-3)
+
+
+def test_one_function_several_times():
+    marks = {"start": "<a>", "end": "</a>"}
+    names = {"numeric_reward@tagged": 1.0, "numeric_reward": 0.5}
+    cfg = Config(rewards=names, reward_parameters={"numeric_reward@tagged": marks}, reward_workers=0)
+    with closing(open_rewards(cfg, print)) as rewards:
+        inputs = [RewardInput("q", "<a>4</a>", [1], {"answer": "4"})]
+        found = answers_of(rewards, inputs, [Call(0, (0,)), Call(1, (0,))])
+    assert [answer.outcomes for answer in found] == [[1.0], [0.0]]
+    for wrong in ("numeric_reward@", "numeric_reward@a b", "numeric_reward@a@b"):
+        with pytest.raises(UserError, match=r"behind @ stands a label"):
+            open_rewards(Config(rewards={wrong: 1.0}, reward_workers=0), print)
+
+
+def test_a_name_of_trl_is_answered_with_ours():
+    for theirs, ours in PEERS.items():
+        assert ours.split(",")[0] in library.__all__
+        with pytest.raises(UserError, match=f"is here {re.escape(ours)}"):
+            open_rewards(Config(rewards={theirs: 1.0}, reward_workers=0), print)
 
 
 def test_folders_that_are_no_classifier_are_refused(classifier, tmp_path):
