@@ -86,7 +86,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 def check_same_run(folder: Path, state: dict[str, Any], cfg: Config, facts: dict[str, Any]) -> None:
     """Refuse to resume when a difference would change the trajectory. Raises UserError naming the difference."""
     free = set(FREE_TO_CHANGE)
-    if cfg.lr_schedule == "constant" and not cfg.warmup_ratio:
+    if cfg.lr_schedule in ("constant", "constant_with_warmup") and not cfg.warmup_ratio:
         free |= {"max_steps", "epoch"}  # the rate does not depend on the run's length: it may be extended
     saved = {**dataclasses.asdict(Config()), **state["config"]}  # settings missing in older checkpoints: defaults
     current = dataclasses.asdict(cfg)

@@ -43,7 +43,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must 
     ),
     (
         "save_steps eval_steps eval_rows log_samples_steps log_completions_steps check_weights_steps top_k seed "
-        "reward_workers data_rows",
+        "reward_workers data_rows warmup_steps",
         lambda value: value >= 0,
         ">= 0",
     ),
@@ -63,7 +63,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must 
     ("clip_eps_high", lambda value: value is None or 0 <= value < math.inf, ">= 0, or null"),
     ("reward_memory_mb", lambda value: value >= 64, ">= 64"),
     ("top_p prompt_length_quantile", lambda value: 0 < value <= 1, "in (0, 1]"),
-    ("min_p warmup_ratio adam_beta1 adam_beta2 lora_dropout", lambda value: 0 <= value < 1, "in [0, 1)"),
+    ("min_p warmup_ratio min_lr_ratio adam_beta1 adam_beta2 lora_dropout", lambda value: 0 <= value < 1, "in [0, 1)"),
     ("max_reward_failures", lambda value: 0 <= value <= 1, "in [0, 1]"),
     ("lora_r", lambda value: 0 <= value <= 2**14, f"0 to {2**14}"),
     ("lora_target_modules", bool, "all-linear, or a list of names"),
@@ -113,6 +113,7 @@ def check(cfg: Config) -> None:
             f"offload: {cfg.offload} needs zero_stage >= {3 if cfg.offload == 'all' else 1}, got {cfg.zero_stage}."
         )
     _check_adapter(cfg)
+    _check_schedule(cfg)
     if not scales_advantages(cfg) and cfg.advantage_clip != Config().advantage_clip:
         raise UserError(
             f"advantage_clip: it acts on advantages divided by the group's deviation, got {cfg.advantage_clip:g} with "
@@ -149,6 +150,21 @@ def _check_adapter(cfg: Config) -> None:
         raise UserError(f"{name}: {str(getattr(cfg, name)).lower()} needs --backend ddp or single, got deepspeed.")
     if cfg.reference_offload and (not cfg.beta or cfg.lora_r):
         raise UserError("reference_offload: there is no reference to move, it needs beta > 0 and lora_r 0.")
+
+
+def _check_schedule(cfg: Config) -> None:
+    """Settings of grpo/training/schedule.py."""
+    if cfg.warmup_steps and cfg.warmup_ratio:
+        raise UserError(
+            f"warmup_steps, warmup_ratio: set one, got {cfg.warmup_steps} and {cfg.warmup_ratio:g}. Set the other to 0."
+        )
+    if (cfg.lr_schedule == "cosine_with_min_lr") != (cfg.min_lr_ratio > 0):
+        raise UserError(
+            f"min_lr_ratio: must be above 0 with lr_schedule cosine_with_min_lr and 0 with others, got "
+            f"{cfg.min_lr_ratio:g} with {cfg.lr_schedule}. Such as 0.1 with cosine_with_min_lr."
+        )
+    if cfg.lr_schedule == "constant_with_warmup" and not (cfg.warmup_steps or cfg.warmup_ratio):
+        raise UserError("lr_schedule: constant_with_warmup needs warmup_steps or warmup_ratio, got 0. Or say constant.")
 
 
 def _check_data(cfg: Config) -> None:

@@ -13,6 +13,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 DEMO = PROJECT / "configs" / "demo.yaml"
 
 
+SCALING: dict[bool, Literal["group", "none"]] = {True: "group", False: "none"}  # what booleans of scale_rewards mean
 TrackerName = Literal["tensorboard", "wandb", "swanlab"]  # files of grpo/run/trackers/
 
 
@@ -43,6 +44,8 @@ class Config:
     """Strip white space from both ends of the cells that go into prompt_template."""
     data_rows: int = 0
     """Use only the first so many questions, after the length filters; 0: all."""
+    shuffle: bool = True
+    """Each epoch has an order of its own, drawn from seed. false: the order of the data, also of texts in SFT."""
     eval_data: str | None = None
     """Held-out questions, evaluated greedily before and after training; same forms as data."""
     eval_split: str = "test"
@@ -136,8 +139,8 @@ class Config:
     """Coefficient of the KL to the frozen starting model; 0: no reference is loaded."""
     router_aux_loss_coef: float = 0.0
     """Coefficient of the load-balancing loss of a mixture of experts, over each row (docs/losses.md); 0: off."""
-    scale_rewards: Literal["group", "none"] = "group"
-    """Whether advantages are divided by the group's standard deviation; dr_grpo implies none."""
+    scale_rewards: Literal["group", "none"] | bool = "group"
+    """Divide advantages by the group's standard deviation? true is group, false is none; dr_grpo implies none."""
     advantage_clip: float = 10.0
     """Largest absolute advantage, where it is divided by the group's standard deviation; others are not clipped."""
     logit_clamp: float = 100.0
@@ -148,11 +151,16 @@ class Config:
     # --- optimizer (AdamW)
     lr: float = 1e-6
     """Peak learning rate."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_min_lr", "constant_with_warmup"] = "constant"
     """Rate of update k = 0 to m-1 of the m that follow warmup, with p = k / m. constant: lr. linear: lr (1 - p).
-    cosine: lr (1 + cos(pi p)) / 2. The last one is above 0 (linear: lr / m); 0 would be one update later."""
+    cosine: lr (1 + cos(pi p)) / 2. The last one is above 0 (linear: lr / m); 0 would be one update later.
+    cosine_with_min_lr: cosine from lr to min_lr_ratio lr. constant_with_warmup: constant, and a warmup must be set."""
+    min_lr_ratio: float = 0.0
+    """With cosine_with_min_lr: the rate at the end, as a share of lr, in (0, 1)."""
     warmup_ratio: float = 0.0
     """In [0, 1). Of the run's n optimizer steps the first w = ceil(warmup_ratio n) rise: lr (j + 1) / w, j from 0."""
+    warmup_steps: int = 0
+    """The number w of warmup itself, in place of warmup_ratio; >= 0. Set one of them."""
     weight_decay: float = 0.0
     """AdamW's weight decay, of matrices only."""
     adam_beta1: float = 0.9
@@ -259,6 +267,10 @@ class Config:
     """Language of console texts about completions, in training, evaluation and inference (grpo/run/languages.py)."""
     inference_questions: list[str] = field(default_factory=list)
     """Built-in cases of inference.py, kept in the checkpoint; empty: the first held-out (or training) questions."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale_rewards, bool):
+            object.__setattr__(self, "scale_rewards", SCALING[self.scale_rewards])
 
 
 OLD_NAMES = {"loss": "weighting"}  # of settings, in configurations and checkpoints

@@ -82,7 +82,7 @@ def load_texts(
             f"data: every solution ({dropped}) is longer than max_generate_length {cfg.max_generate_length}. Raise it."
         )
     drops = {**questions.drops, **({TOO_LONG: dropped} if dropped else {})}
-    usable = Questions(items, questions.num_dropped + dropped, questions.seed, drops, questions.num_held_out)
+    usable = dataclasses.replace(questions, items=items, num_dropped=questions.num_dropped + dropped, drops=drops)
     return SftTexts(usable, solutions, own.loss_on == "all")
 
 
