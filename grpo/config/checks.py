@@ -7,6 +7,7 @@ jsonargparse lets pass: null for any setting, true for a number of a Literal, an
 import dataclasses
 import math
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable
@@ -22,6 +23,11 @@ from grpo.errors import UserError
 MAX_WHOLE = 2**31  # sizes and counts stay below; only the seed may be larger
 PATHS = ("output_dir", "runs_dir", "run_name", "model", "data", "eval_data", "chat_template_file", "deepspeed_config")
 MAY_BE_EMPTY = ("system_prompt", "prompt_template")
+TEMPLATE_NAMES = re.compile(  # what every chat template gets, and functions that it calls
+    "messages|tools|documents|conversations|chat_template|add_generation_prompt|continue_final_message|"
+    "return_assistant_tokens_mask|(bos|eos|unk|sep|pad|cls|mask)_token|additional_special_tokens|raise_exception|"
+    "strftime_now|range|dict|lipsum|cycler|joiner|namespace|self"
+)
 IN_WORDS = {
     int: "a whole number",
     float: "a number",
@@ -180,10 +186,27 @@ def _check_data(cfg: Config) -> None:
         raise UserError(f"max_answer_length: {longest} needs an answer_column, got null.")
     if cfg.chat_template_file is not None and cfg.chat_template is False:
         raise UserError(f"chat_template_file: {cfg.chat_template_file!r} has no effect beside chat_template false.")
+    if problem := kwargs_problem(cfg.chat_template_kwargs):
+        raise UserError(f"chat_template_kwargs: {problem}")
+    if cfg.chat_template_kwargs and cfg.chat_template is False:
+        raise UserError(f"chat_template_kwargs: {cfg.chat_template_kwargs} has no effect beside chat_template false.")
     if (cfg.example_question is None) != (cfg.example_answer is None):
         raise UserError("example_question, example_answer: set both, or neither.")
     if len(set(cfg.column_names.values())) != len(cfg.column_names):
         raise UserError(f"column_names: two columns get the same name, got {cfg.column_names}.")
+
+
+def kwargs_problem(kwargs: dict[Any, Any]) -> str | None:
+    """Why these cannot be variables of a chat template; None when they can."""
+    for name, value in kwargs.items():
+        if not isinstance(name, str) or not name.isidentifier() or not _is_json(value):
+            return (
+                f"{ascii(name)[:60]} must be a name, and its value text, a number, true, false, null, or a list or "
+                f"mapping of those, got {ascii(value)[:60]}."
+            )
+        if TEMPLATE_NAMES.fullmatch(name):
+            return f"{name} is given to every template by the trainer. Leave it out."
+    return None
 
 
 def check_kind(name: str, value: Any, kind: Any) -> None:

@@ -68,6 +68,8 @@ class Config:
     """Use the tokenizer's chat template; null: if it has one."""
     chat_template_file: str | None = None
     """A Jinja file that replaces the tokenizer's chat template; saved in every checkpoint."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, such as {enable_thinking: false}; kept in every checkpoint's prompt recipe."""
     example_question: str | None = None
     """One-shot example before the question: the user's turn, not put into prompt_template. Needs example_answer."""
     example_answer: str | None = None

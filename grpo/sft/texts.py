@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config.settings import Config
 from grpo.config.sft_section import SftSettings, own_settings
-from grpo.data.chat_templates import end_renderers, render_chat
+from grpo.data.chat_templates import end_renderers
 from grpo.data.questions import Questions
-from grpo.data.recipe import Recipe, encode_all, fill, is_continued
+from grpo.data.recipe import Recipe, encode_all, fill, is_continued, rendered
 from grpo.errors import UserError
 from grpo.models.checks import stop_token_ids, without_weights
 from grpo.types import Prompt, TrainRow
@@ -154,7 +154,7 @@ def _completion(item: Prompt, solution: str, recipe: Recipe, tokenizer: PreTrain
     if is_continued(recipe, item.messages):
         begun = item.messages[-1]
         turns = [*item.messages[:-1], {**begun, "content": begun["content"] + solution}]
-    text = render_chat(tokenizer.get_chat_template(), tokenizer.special_tokens_map, turns, "closed", recipe.date)
+    text = rendered(recipe, turns, tokenizer, "closed")
     if not text.startswith(item.text):
         raise UserError(
             f"chat_template: question {item.data_row + 1}: rendered with the solution, the conversation does not begin "
