@@ -14,7 +14,7 @@ DEMO = PROJECT / "configs" / "demo.yaml"
 
 
 SCALING: dict[bool, Literal["group", "none"]] = {True: "group", False: "none"}  # what booleans of scale_rewards mean
-TrackerName = Literal["tensorboard", "wandb", "swanlab"]  # files of grpo/run/trackers/
+TrackerName = Literal["tensorboard", "wandb", "swanlab", "trackio"]  # files of grpo/run/trackers/
 
 
 @dataclass(frozen=True)
@@ -258,9 +258,9 @@ class Config:
     report_to: TrackerName | Literal["none"] | list[TrackerName] = "tensorboard"
     """Where metrics go, beside the console, train.log and metrics.jsonl: one, or a list of several."""
     tracker_project: str = "grpo"
-    """Project in wandb and swanlab."""
+    """Project in wandb, swanlab and trackio."""
     tracker_mode: Literal["online", "offline"] = "online"
-    """offline: wandb and swanlab only write to runs_dir/run_name, to be synced later."""
+    """offline: wandb, swanlab and trackio only write to runs_dir/run_name, to be synced later."""
     log_samples_steps: int = 10
     """Write completions with rewards and advantages every so many steps: JSON lines, a few as text; 0: never."""
     log_completions_steps: int = 0
