@@ -17,12 +17,13 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from grpo.config.settings import Config, prompts_per_step, scales_advantages, tracker_names
+from grpo.config.settings import Config, find_path, prompts_per_step, scales_advantages, tracker_names
 from grpo.errors import UserError
 
 MAX_WHOLE = 2**31  # sizes and counts stay below; only the seed may be larger
 PATHS = ("output_dir", "runs_dir", "run_name", "model", "data", "eval_data", "chat_template_file", "deepspeed_config")
 MAY_BE_EMPTY = ("system_prompt", "prompt_template")
+REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]{0,199}", re.A)
 TEMPLATE_NAMES = re.compile(  # what every chat template gets, and functions that it calls
     "messages|tools|documents|conversations|chat_template|add_generation_prompt|continue_final_message|"
     "return_assistant_tokens_mask|(bos|eos|unk|sep|pad|cls|mask)_token|additional_special_tokens|raise_exception|"
@@ -88,6 +89,7 @@ def check(cfg: Config) -> None:
         raise UserError(f"run_name: must be a name below runs_dir, got {cfg.run_name!r}. Choose --runs_dir instead.")
     if cfg.model is None:
         raise UserError("model: none given. Say which: --model <folder or hub name> (nothing at all runs the demo).")
+    _check_revision(cfg.model, cfg.model_revision)
     if cfg.data is None:
         raise UserError("data: none given. Say which: --data <file, folder or hub name>.")
     is_sft = bool(cfg.sft)  # there rewards only evaluate, and may be missing
@@ -130,6 +132,19 @@ def check(cfg: Config) -> None:
             f"num_minibatches: at most one per prompt of a step, {prompts_per_step(cfg)}, got {cfg.num_minibatches}. "
             "Raise batch_size or gradient_accumulation_steps."
         )
+
+
+def _check_revision(model: str, revision: str | None) -> None:
+    if revision is None:
+        return
+    if find_path(model) is not None or model.startswith((".", "/", "~")):
+        raise UserError(
+            f"model_revision: {revision[:60]!r} is of a model on the hub, {model} is a folder. Leave it out."
+        )
+    if "@" in model:
+        raise UserError(f"model_revision: {model!r} names a revision already. Leave one of them out.")
+    if not REVISION.fullmatch(revision):
+        raise UserError(f"model_revision: must be a branch, a tag or a commit, got {revision[:60]!r}.")
 
 
 def _check_encodable(setting: str, path: str | None) -> None:

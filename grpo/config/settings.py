@@ -24,6 +24,8 @@ class Config:
     # --- what is trained, on what
     model: str | None = None
     """Causal language model: a hub name or a local folder."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a model on the hub, tokenizer included; null: its main branch."""
     data: str | None = None
     """Questions: a .jsonl, .json, .csv or .parquet file, a folder of such or saved by datasets, or a hub name."""
     data_config: str | None = None
@@ -285,6 +287,16 @@ def with_new_names(settings: dict[str, Any]) -> dict[str, Any]:
     {'weighting': 'dapo', 'lr': 1e-06}
     """
     return {OLD_NAMES.get(name, name): value for name, value in settings.items()}
+
+
+def model_name(cfg: Config) -> str:
+    """The model as grpo.models takes it, its revision after an @.
+
+    >>> model_name(Config(model="user/tiny", model_revision="v1"))
+    'user/tiny@v1'
+    """
+    assert cfg.model is not None
+    return cfg.model if cfg.model_revision is None else f"{cfg.model}@{cfg.model_revision}"
 
 
 def prompts_per_step(cfg: Config) -> int:

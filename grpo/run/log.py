@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from grpo.checkpoints.best import METRIC, BestCheckpoint
-from grpo.config.settings import Config, prompts_per_step, tracker_names
+from grpo.config.settings import Config, model_name, prompts_per_step, tracker_names
 from grpo.data.questions import Questions, length_summary
 from grpo.errors import warn
 from grpo.rewards import short_names
@@ -88,7 +88,7 @@ class RunLog:
         """Print model, data, devices and `work`, the size of the run; held-out questions where some were left out."""
         cfg, write_line = self.cfg, self.write_line
         where = f"{self.world.size} x {self.world.device.type} ({torch.get_num_threads()} threads each)"
-        write_line(f"model {cfg.model}: {policy.num_parameters / 1e6:.1f}M parameters, {cfg.dtype}, on {where}")
+        write_line(f"model {model_name(cfg)}: {policy.num_parameters / 1e6:.1f}M parameters, {cfg.dtype}, on {where}")
         write_line(f"data {cfg.data}: {length_summary(questions)}")
         if held_out is not None and any(held_out.drops.values()):
             write_line(f"held out {cfg.eval_data or cfg.data}: {length_summary(held_out)}")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config.settings import Config
+from grpo.config.settings import Config, model_name
 from grpo.config.sft_section import SftSettings, own_settings
 from grpo.data.chat_templates import end_renderers
 from grpo.data.questions import Questions
@@ -93,9 +93,12 @@ def texts_to_show(
 
     With `loss_on: all` the prompt's tokens are learned too.
     """
-    assert cfg.model is not None
     texts = load_texts(
-        cfg, recipe, tokenizer, questions, stop_token_ids(without_weights(cfg.model), tokenizer, recipe.end_of_turn)
+        cfg,
+        recipe,
+        tokenizer,
+        questions,
+        stop_token_ids(without_weights(model_name(cfg)), tokenizer, recipe.end_of_turn),
     )
     return texts.questions, [ids.tolist() for ids in texts.solutions]
 
