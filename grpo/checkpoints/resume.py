@@ -55,6 +55,8 @@ FREE_TO_CHANGE = {  # settings that do not change what is trained; all others mu
     "activation_offload",
     "reference_offload",
     "save_in_background",
+    "push_to_hub",
+    "push_timeout_s",
     "check_weights_steps",
     "stall_timeout_s",
     "preempt_grace_s",

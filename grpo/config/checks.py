@@ -23,6 +23,8 @@ from grpo.errors import UserError
 MAX_WHOLE = 2**31  # sizes and counts stay below; only the seed may be larger
 PATHS = ("output_dir", "runs_dir", "run_name", "model", "data", "eval_data", "chat_template_file", "deepspeed_config")
 MAY_BE_EMPTY = ("system_prompt", "prompt_template")
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.A)
+REPOSITORY_IN_WORDS = "user/name of letters, digits, -, _ and ."
 REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]{0,199}", re.A)
 TEMPLATE_NAMES = re.compile(  # what every chat template gets, and functions that it calls
     "messages|tools|documents|conversations|chat_template|add_generation_prompt|continue_final_message|"
@@ -57,7 +59,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must 
     ("max_steps", lambda value: value is None or value >= 0, ">= 0, or null"),
     ("save_total_limit num_threads rollout_tokens", lambda value: value is None or value >= 1, ">= 1, or null"),
     (
-        "lr temperature max_grad_norm logit_clamp advantage_clip max_importance_weight reward_timeout_s",
+        "lr temperature max_grad_norm logit_clamp advantage_clip max_importance_weight reward_timeout_s push_timeout_s",
         lambda value: 0 < value < math.inf,
         "a finite number > 0",
     ),
@@ -90,6 +92,8 @@ def check(cfg: Config) -> None:
     if cfg.model is None:
         raise UserError("model: none given. Say which: --model <folder or hub name> (nothing at all runs the demo).")
     _check_revision(cfg.model, cfg.model_revision)
+    if cfg.push_to_hub is not None and not is_repository(cfg.push_to_hub):
+        raise UserError(f"push_to_hub: must be {REPOSITORY_IN_WORDS}, got {cfg.push_to_hub[:80]!r}.")
     if cfg.data is None:
         raise UserError("data: none given. Say which: --data <file, folder or hub name>.")
     is_sft = bool(cfg.sft)  # there rewards only evaluate, and may be missing
@@ -145,6 +149,16 @@ def _check_revision(model: str, revision: str | None) -> None:
         raise UserError(f"model_revision: {model!r} names a revision already. Leave one of them out.")
     if not REVISION.fullmatch(revision):
         raise UserError(f"model_revision: must be a branch, a tag or a commit, got {revision[:60]!r}.")
+
+
+def is_repository(name: str) -> bool:
+    """Whether a text can be the name of a repository on the hub.
+
+    >>> is_repository("user/name"), is_repository("name"), is_repository("user/a--b")
+    (True, False, False)
+    """
+    ends = (".git", ".", "-")
+    return REPOSITORY.fullmatch(name) is not None and "--" not in name and ".." not in name and not name.endswith(ends)
 
 
 def _check_encodable(setting: str, path: str | None) -> None:

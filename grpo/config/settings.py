@@ -251,6 +251,10 @@ class Config:
     """Checkpoints kept, the newest; null: all."""
     save_in_background: bool = True
     """Write checkpoints while training goes on; costs a copy of weights and optimizer state in CPU memory."""
+    push_to_hub: str | None = None
+    """Hub repository user/name that gets each checkpoint's model and card, in the background; new ones are private."""
+    push_timeout_s: float = 600.0
+    """Seconds that one push may take, and that the run's end waits for the last one; > 0."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: continue from the newest valid checkpoint, if any. must: require one. never: move existing ones aside."""
     runs_dir: str = "./runs"
