@@ -155,18 +155,24 @@ def test_a_push_that_fails_is_one_warning(server, checkpoint, monkeypatch, capfd
     assert not list(checkpoint.parent.glob(".push-*"))
 
 
-def test_a_killed_process_is_one_warning_and_the_next_push_arrives(server, checkpoint, capfd):
+@pytest.mark.parametrize("how", ["killed", "late"])
+def test_a_killed_process_is_one_warning_and_the_next_push_arrives(server, checkpoint, capfd, how):
     server.hang, said = "/commit/", []
-    pusher = pusher_of(checkpoint, said)
+    pusher = pusher_of(checkpoint, said, push_timeout_s=60.0 if how == "killed" else 3.0)
     pusher.saved(checkpoint)
     assert server.hung.wait(60)
-    os.kill(pusher.process.pid, signal.SIGKILL)
-    server.hang = None
+    if how == "killed":
+        os.kill(pusher.process.pid, signal.SIGKILL)
+    server.hang, began = None, time.monotonic()
     while pusher.busy:
+        assert time.monotonic() - began < 20
         time.sleep(0.02)
     pusher.saved(checkpoint)
     pusher.finish(go_on=lambda: True)
-    assert "its process was killed" in capfd.readouterr().err and said == ["pushed checkpoint_3 to mia/tiny"]
+    [line] = capfd.readouterr().err.splitlines()
+    assert ("its process was killed" if how == "killed" else "longer than push_timeout_s 3") in line and said == [
+        "pushed checkpoint_3 to mia/tiny"
+    ]
 
 
 def test_of_checkpoints_saved_meanwhile_the_newest_is_next(server, checkpoint):
