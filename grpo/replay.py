@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.config.messages import OneLineParser
-from grpo.config.settings import Config, with_new_names
+from grpo.config.settings import Config, model_name, with_new_names
 from grpo.errors import UserError, warn
 from grpo.models.checks import load_model, quiet
 from grpo.runtime.distributed import World, pick_device
@@ -83,7 +83,7 @@ def load_policy_of(folder: Path, evidence: Evidence, device: torch.device) -> Po
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     if unexpected or set(missing) - tied - frozen - {name for name, _ in model.named_buffers()}:
         raise UserError(f"replay: {file} is not a copy of {cfg.model}'s weights.")
-    reference = load_model(cfg.model, device) if cfg.beta > 0 and not cfg.lora_r else None
+    reference = load_model(model_name(cfg), device) if cfg.beta > 0 and not cfg.lora_r else None
     policy = (SftPolicy if cfg.sft else Policy)(cfg, World(0, 1, 0, 1, device), model, reference)
     policy.counters.trust_sampler, policy.counters.updates = evidence.trust_sampler, evidence.updates
     if evidence.num_tokens is not None:

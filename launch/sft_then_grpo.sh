@@ -72,4 +72,4 @@ if folder is None:
 print(folder)
 PYTHON
 )
-stage "$root/train.py" ${second[@]+"${second[@]}"} --model "$taught"
+stage "$root/train.py" ${second[@]+"${second[@]}"} --model "$taught" --model_revision null

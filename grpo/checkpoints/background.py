@@ -45,6 +45,7 @@ class Saver:
         self.expected_s = 0.0  # duration of the last write
         self.seconds: dict[str, float] = {}  # for the next line of metrics
         self.tokenizer_files: dict[str, bytes] | None = None  # they never change: made once
+        self.on_saved: Callable[[Path], None] = lambda folder: None  # called on rank 0, in the thread
 
     def save(
         self,
@@ -94,6 +95,8 @@ class Saver:
             self.write_line(f"saved {folder}")
             if policy.world.is_main and is_lora(policy.model):
                 self.write_line(saved_line(folder))
+            if policy.world.is_main:
+                self.on_saved(folder)
         elif policy.world.is_main and not last:
             wrong = "is not written" if self.learned_nothing else "could not be written"
             warn(

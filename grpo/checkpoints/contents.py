@@ -241,8 +241,9 @@ def make_output(output_dir: Path) -> None:
 def prepare_output(output_dir: Path, resume: str) -> None:
     """Remove temporary folders of earlier runs; with resume never, set checkpoints aside. Raises UserError."""
     try:
-        for leftover in [*output_dir.glob(".tmp-checkpoint_*"), *output_dir.glob(".trash-*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        for pattern in (".tmp-checkpoint_*", ".trash-*", ".push-*"):
+            for leftover in output_dir.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
         if resume == "never" and checkpoint_folders(output_dir):
             previous = unused_path(output_dir / "previous")
             previous.mkdir()

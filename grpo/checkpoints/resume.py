@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from grpo.checkpoints.fingerprints import INFORMATIVE
 from grpo.config.settings import Config, with_new_names
 from grpo.errors import UserError
 from grpo.models.folder_checks import TRAINABLE, check_safetensors
@@ -55,6 +56,8 @@ FREE_TO_CHANGE = {  # settings that do not change what is trained; all others mu
     "activation_offload",
     "reference_offload",
     "save_in_background",
+    "push_to_hub",
+    "push_timeout_s",
     "check_weights_steps",
     "stall_timeout_s",
     "preempt_grace_s",
@@ -87,8 +90,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 def check_same_run(folder: Path, state: dict[str, Any], cfg: Config, facts: dict[str, Any]) -> None:
     """Refuse to resume when a difference would change the trajectory. Raises UserError naming the difference."""
     free = set(FREE_TO_CHANGE)
-    if cfg.lr_schedule == "constant" and not cfg.warmup_ratio:
+    if cfg.lr_schedule in ("constant", "constant_with_warmup") and not cfg.warmup_ratio:
         free |= {"max_steps", "epoch"}  # the rate does not depend on the run's length: it may be extended
+    commits = state.get("model_commit"), facts.get("model_commit")
+    if commits[0] is not None and commits[0] == commits[1]:
+        free.add("model_revision")  # two names of one commit
     saved = {**dataclasses.asdict(Config()), **state["config"]}  # settings missing in older checkpoints: defaults
     current = dataclasses.asdict(cfg)
     differences = [
@@ -96,7 +102,13 @@ def check_same_run(folder: Path, state: dict[str, Any], cfg: Config, facts: dict
         for key in current
         if key not in free and saved.get(key) != current[key]
     ]
-    differences += [f"{key} has changed" for key in facts if key != "versions" and state.get(key, "") != facts[key]]
+    differences += [
+        f"{key} has changed" for key in facts if key not in INFORMATIVE and state.get(key, "") != facts[key]
+    ]
+    if None not in commits and commits[0] != commits[1] and (cfg.lora_r or cfg.beta):
+        differences.append(
+            f"model_revision: the base model's commit was {commits[0]}, which is {commits[1]} now: name the first one"
+        )
     if differences:
         raise UserError(
             f"resume: {folder} was trained with other settings ({'; '.join(differences[:3])}). Use the same ones, "

@@ -7,6 +7,7 @@ jsonargparse lets pass: null for any setting, true for a number of a Literal, an
 import dataclasses
 import math
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable
@@ -17,12 +18,20 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from grpo.config.held_out import check_eval_data, eval_sets
-from grpo.config.settings import Config, prompts_per_step, scales_advantages, tracker_names
+from grpo.config.settings import Config, find_path, prompts_per_step, scales_advantages, tracker_names
 from grpo.errors import UserError
 
 MAX_WHOLE = 2**31  # sizes and counts stay below; only the seed may be larger
 PATHS = ("output_dir", "runs_dir", "run_name", "model", "data", "chat_template_file", "deepspeed_config")
 MAY_BE_EMPTY = ("system_prompt", "prompt_template", "stop")  # or blank
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.A)
+REPOSITORY_IN_WORDS = "user/name of letters, digits, -, _ and ."
+REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]{0,199}", re.A)
+TEMPLATE_NAMES = re.compile(  # what every chat template gets, and functions that it calls
+    "messages|tools|documents|conversations|chat_template|add_generation_prompt|continue_final_message|"
+    "return_assistant_tokens_mask|(bos|eos|unk|sep|pad|cls|mask)_token|additional_special_tokens|raise_exception|"
+    "strftime_now|range|dict|lipsum|cycler|joiner|namespace|self"
+)
 IN_WORDS = {
     int: "a whole number",
     float: "a number",
@@ -44,14 +53,14 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must 
     ),
     (
         "save_steps eval_steps eval_rows eval_generations log_samples_steps log_completions_steps check_weights_steps "
-        "top_k seed reward_workers data_rows",
+        "top_k seed reward_workers data_rows warmup_steps",
         lambda value: value >= 0,
         ">= 0",
     ),
     ("max_steps", lambda value: value is None or value >= 0, ">= 0, or null"),
     ("save_total_limit num_threads rollout_tokens", lambda value: value is None or value >= 1, ">= 1, or null"),
     (
-        "lr temperature max_grad_norm logit_clamp advantage_clip max_importance_weight reward_timeout_s",
+        "lr temperature max_grad_norm logit_clamp advantage_clip max_importance_weight reward_timeout_s push_timeout_s",
         lambda value: 0 < value < math.inf,
         "a finite number > 0",
     ),
@@ -64,7 +73,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must 
     ("clip_eps_high", lambda value: value is None or 0 <= value < math.inf, ">= 0, or null"),
     ("reward_memory_mb", lambda value: value >= 64, ">= 64"),
     ("top_p prompt_length_quantile", lambda value: 0 < value <= 1, "in (0, 1]"),
-    ("min_p warmup_ratio adam_beta1 adam_beta2 lora_dropout", lambda value: 0 <= value < 1, "in [0, 1)"),
+    ("min_p warmup_ratio min_lr_ratio adam_beta1 adam_beta2 lora_dropout", lambda value: 0 <= value < 1, "in [0, 1)"),
     ("max_reward_failures", lambda value: 0 <= value <= 1, "in [0, 1]"),
     ("lora_r", lambda value: 0 <= value <= 2**14, f"0 to {2**14}"),
     ("lora_target_modules", bool, "all-linear, or a list of names"),
@@ -85,6 +94,9 @@ def check(cfg: Config) -> None:
         raise UserError(f"run_name: must be a name below runs_dir, got {cfg.run_name!r}. Choose --runs_dir instead.")
     if cfg.model is None:
         raise UserError("model: none given. Say which: --model <folder or hub name> (nothing at all runs the demo).")
+    _check_revision(cfg.model, cfg.model_revision)
+    if cfg.push_to_hub is not None and not is_repository(cfg.push_to_hub):
+        raise UserError(f"push_to_hub: must be {REPOSITORY_IN_WORDS}, got {cfg.push_to_hub[:80]!r}.")
     if cfg.data is None:
         raise UserError("data: none given. Say which: --data <file, folder or hub name>.")
     is_sft = bool(cfg.sft)  # there rewards only evaluate, and may be missing
@@ -116,6 +128,7 @@ def check(cfg: Config) -> None:
             f"offload: {cfg.offload} needs zero_stage >= {3 if cfg.offload == 'all' else 1}, got {cfg.zero_stage}."
         )
     _check_adapter(cfg)
+    _check_schedule(cfg)
     if not scales_advantages(cfg) and cfg.advantage_clip != Config().advantage_clip:
         raise UserError(
             f"advantage_clip: it acts on advantages divided by the group's deviation, got {cfg.advantage_clip:g} with "
@@ -126,6 +139,29 @@ def check(cfg: Config) -> None:
             f"num_minibatches: at most one per prompt of a step, {prompts_per_step(cfg)}, got {cfg.num_minibatches}. "
             "Raise batch_size or gradient_accumulation_steps."
         )
+
+
+def _check_revision(model: str, revision: str | None) -> None:
+    if revision is None:
+        return
+    if find_path(model) is not None or model.startswith((".", "/", "~")):
+        raise UserError(
+            f"model_revision: {revision[:60]!r} is of a model on the hub, {model} is a folder. Leave it out."
+        )
+    if "@" in model:
+        raise UserError(f"model_revision: {model!r} names a revision already. Leave one of them out.")
+    if not REVISION.fullmatch(revision):
+        raise UserError(f"model_revision: must be a branch, a tag or a commit, got {revision[:60]!r}.")
+
+
+def is_repository(name: str) -> bool:
+    """Whether a text can be the name of a repository on the hub.
+
+    >>> is_repository("user/name"), is_repository("name"), is_repository("user/a--b")
+    (True, False, False)
+    """
+    ends = (".git", ".", "-")
+    return REPOSITORY.fullmatch(name) is not None and "--" not in name and ".." not in name and not name.endswith(ends)
 
 
 def _check_encodable(setting: str, path: str | None) -> None:
@@ -154,6 +190,21 @@ def _check_adapter(cfg: Config) -> None:
         raise UserError("reference_offload: there is no reference to move, it needs beta > 0 and lora_r 0.")
 
 
+def _check_schedule(cfg: Config) -> None:
+    """Settings of grpo/training/schedule.py."""
+    if cfg.warmup_steps and cfg.warmup_ratio:
+        raise UserError(
+            f"warmup_steps, warmup_ratio: set one, got {cfg.warmup_steps} and {cfg.warmup_ratio:g}. Set the other to 0."
+        )
+    if (cfg.lr_schedule == "cosine_with_min_lr") != (cfg.min_lr_ratio > 0):
+        raise UserError(
+            f"min_lr_ratio: must be above 0 with lr_schedule cosine_with_min_lr and 0 with others, got "
+            f"{cfg.min_lr_ratio:g} with {cfg.lr_schedule}. Such as 0.1 with cosine_with_min_lr."
+        )
+    if cfg.lr_schedule == "constant_with_warmup" and not (cfg.warmup_steps or cfg.warmup_ratio):
+        raise UserError("lr_schedule: constant_with_warmup needs warmup_steps or warmup_ratio, got 0. Or say constant.")
+
+
 def _check_data(cfg: Config) -> None:
     """Settings of grpo/data/questions.py and grpo/data/recipe.py."""
     longest = cfg.max_answer_length
@@ -173,10 +224,27 @@ def _check_data(cfg: Config) -> None:
         raise UserError(f"max_answer_length: {longest} needs an answer_column, got null.")
     if cfg.chat_template_file is not None and cfg.chat_template is False:
         raise UserError(f"chat_template_file: {cfg.chat_template_file!r} has no effect beside chat_template false.")
+    if problem := kwargs_problem(cfg.chat_template_kwargs):
+        raise UserError(f"chat_template_kwargs: {problem}")
+    if cfg.chat_template_kwargs and cfg.chat_template is False:
+        raise UserError(f"chat_template_kwargs: {cfg.chat_template_kwargs} has no effect beside chat_template false.")
     if (cfg.example_question is None) != (cfg.example_answer is None):
         raise UserError("example_question, example_answer: set both, or neither.")
     if len(set(cfg.column_names.values())) != len(cfg.column_names):
         raise UserError(f"column_names: two columns get the same name, got {cfg.column_names}.")
+
+
+def kwargs_problem(kwargs: dict[Any, Any]) -> str | None:
+    """Why these cannot be variables of a chat template; None when they can."""
+    for name, value in kwargs.items():
+        if not isinstance(name, str) or not name.isidentifier() or not _is_json(value):
+            return (
+                f"{ascii(name)[:60]} must be a name, and its value text, a number, true, false, null, or a list or "
+                f"mapping of those, got {ascii(value)[:60]}."
+            )
+        if TEMPLATE_NAMES.fullmatch(name):
+            return f"{name} is given to every template by the trainer. Leave it out."
+    return None
 
 
 def check_kind(name: str, value: Any, kind: Any) -> None:

@@ -20,7 +20,7 @@ import yaml
 from grpo.config.checks import check, field_names
 from grpo.config.exit_file import output_dir_of, write_exit
 from grpo.config.messages import MANY_DIGITS, setting_error
-from grpo.config.settings import DEMO, OLD_NAMES, Config, find_path
+from grpo.config.settings import DEMO, OLD_NAMES, SCALING, Config, find_path
 from grpo.config.sft_section import (
     OF_ROLLOUTS,
     OWN,
@@ -45,6 +45,13 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         return self.parse_string(Path(path).read_text(encoding="utf-8"), str(path), *args, **kwargs)
+
+    def dump(self, cfg: Any, *args: Any, **kwargs: Any) -> str:
+        """What --print_config prints: a setting that may be written in two ways is shown in one, as Config holds it."""
+        if isinstance(getattr(cfg, "scale_rewards", None), bool):
+            cfg = cfg.clone()
+            cfg.scale_rewards = SCALING[cfg.scale_rewards]
+        return super().dump(cfg, *args, **kwargs)
 
 
 def _parser() -> jsonargparse.ArgumentParser:

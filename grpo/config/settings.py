@@ -13,7 +13,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 DEMO = PROJECT / "configs" / "demo.yaml"
 
 
-TrackerName = Literal["tensorboard", "wandb", "swanlab"]  # files of grpo/run/trackers/
+SCALING: dict[bool, Literal["group", "none"]] = {True: "group", False: "none"}  # what booleans of scale_rewards mean
+TrackerName = Literal["tensorboard", "wandb", "swanlab", "trackio"]  # files of grpo/run/trackers/
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Config:
     # --- what is trained, on what
     model: str | None = None
     """Causal language model: a hub name or a local folder."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a model on the hub, tokenizer included; null: its main branch."""
     data: str | None = None
     """Questions: a .jsonl, .json, .csv or .parquet file, a folder of such or saved by datasets, or a hub name."""
     data_config: str | None = None
@@ -43,6 +46,8 @@ class Config:
     """Strip white space from both ends of the cells that go into prompt_template."""
     data_rows: int = 0
     """Use only the first so many questions, after the length filters; 0: all."""
+    shuffle: bool = True
+    """Each epoch has an order of its own, drawn from seed. false: the order of the data, also of texts in SFT."""
     eval_data: dict[str, str] | str | None = None
     """Held-out questions, evaluated before and after training; same forms as data. Several sets: {name: file, …}."""
     eval_split: str = "test"
@@ -67,6 +72,8 @@ class Config:
     """Use the tokenizer's chat template; null: if it has one."""
     chat_template_file: str | None = None
     """A Jinja file that replaces the tokenizer's chat template; saved in every checkpoint."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, such as {enable_thinking: false}; kept in every checkpoint's prompt recipe."""
     example_question: str | None = None
     """One-shot example before the question: the user's turn, not put into prompt_template. Needs example_answer."""
     example_answer: str | None = None
@@ -140,8 +147,8 @@ class Config:
     """Coefficient of the KL to the frozen starting model; 0: no reference is loaded."""
     router_aux_loss_coef: float = 0.0
     """Coefficient of the load-balancing loss of a mixture of experts, over each row (docs/losses.md); 0: off."""
-    scale_rewards: Literal["group", "none"] = "group"
-    """Whether advantages are divided by the group's standard deviation; dr_grpo implies none."""
+    scale_rewards: Literal["group", "none"] | bool = "group"
+    """Divide advantages by the group's standard deviation? true is group, false is none; dr_grpo implies none."""
     advantage_clip: float = 10.0
     """Largest absolute advantage, where it is divided by the group's standard deviation; others are not clipped."""
     logit_clamp: float = 100.0
@@ -152,11 +159,16 @@ class Config:
     # --- optimizer (AdamW)
     lr: float = 1e-6
     """Peak learning rate."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_min_lr", "constant_with_warmup"] = "constant"
     """Rate of update k = 0 to m-1 of the m that follow warmup, with p = k / m. constant: lr. linear: lr (1 - p).
-    cosine: lr (1 + cos(pi p)) / 2. The last one is above 0 (linear: lr / m); 0 would be one update later."""
+    cosine: lr (1 + cos(pi p)) / 2. The last one is above 0 (linear: lr / m); 0 would be one update later.
+    cosine_with_min_lr: cosine from lr to min_lr_ratio lr. constant_with_warmup: constant, and a warmup must be set."""
+    min_lr_ratio: float = 0.0
+    """With cosine_with_min_lr: the rate at the end, as a share of lr, in (0, 1)."""
     warmup_ratio: float = 0.0
     """In [0, 1). Of the run's n optimizer steps the first w = ceil(warmup_ratio n) rise: lr (j + 1) / w, j from 0."""
+    warmup_steps: int = 0
+    """The number w of warmup itself, in place of warmup_ratio; >= 0. Set one of them."""
     weight_decay: float = 0.0
     """AdamW's weight decay, of matrices only."""
     adam_beta1: float = 0.9
@@ -243,6 +255,10 @@ class Config:
     """Checkpoints kept, the newest; null: all."""
     save_in_background: bool = True
     """Write checkpoints while training goes on; costs a copy of weights and optimizer state in CPU memory."""
+    push_to_hub: str | None = None
+    """Hub repository user/name that gets each checkpoint's model and card, in the background; new ones are private."""
+    push_timeout_s: float = 600.0
+    """Seconds that one push may take, and that the run's end waits for the last one; > 0."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: continue from the newest valid checkpoint, if any. must: require one. never: move existing ones aside."""
     runs_dir: str = "./runs"
@@ -252,9 +268,9 @@ class Config:
     report_to: TrackerName | Literal["none"] | list[TrackerName] = "tensorboard"
     """Where metrics go, beside the console, train.log and metrics.jsonl: one, or a list of several."""
     tracker_project: str = "grpo"
-    """Project in wandb and swanlab."""
+    """Project in wandb, swanlab and trackio."""
     tracker_mode: Literal["online", "offline"] = "online"
-    """offline: wandb and swanlab only write to runs_dir/run_name, to be synced later."""
+    """offline: wandb, swanlab and trackio only write to runs_dir/run_name, to be synced later."""
     log_samples_steps: int = 10
     """Write completions with rewards and advantages every so many steps: JSON lines, a few as text; 0: never."""
     log_completions_steps: int = 0
@@ -263,6 +279,10 @@ class Config:
     """Language of console texts about completions, in training, evaluation and inference (grpo/run/languages.py)."""
     inference_questions: list[str] = field(default_factory=list)
     """Built-in cases of inference.py, kept in the checkpoint; empty: the first held-out (or training) questions."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale_rewards, bool):
+            object.__setattr__(self, "scale_rewards", SCALING[self.scale_rewards])
 
 
 OLD_NAMES = {"loss": "weighting"}  # of settings, in configurations and checkpoints
@@ -275,6 +295,16 @@ def with_new_names(settings: dict[str, Any]) -> dict[str, Any]:
     {'weighting': 'dapo', 'lr': 1e-06}
     """
     return {OLD_NAMES.get(name, name): value for name, value in settings.items()}
+
+
+def model_name(cfg: Config) -> str:
+    """The model as grpo.models takes it, its revision after an @.
+
+    >>> model_name(Config(model="user/tiny", model_revision="v1"))
+    'user/tiny@v1'
+    """
+    assert cfg.model is not None
+    return cfg.model if cfg.model_revision is None else f"{cfg.model}@{cfg.model_revision}"
 
 
 def prompts_per_step(cfg: Config) -> int:

@@ -42,7 +42,8 @@ OF_ROLLOUTS = frozenset(
         "log_completions_steps",
     }
 )
-SUFFIX = "_sft"  # of output_dir and run_name, unless the section or the command line names others
+WARMUP = ("warmup_ratio", "warmup_steps")  # two ways to set the same: one in the section replaces both
+SUFFIX = "_sft"  # of output_dir, run_name and push_to_hub, unless the section or the command line names others
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,13 @@ def stage_values(values: dict[str, Any], section: dict[str, Any]) -> dict[str, A
     ('./output_sft', 'a_sft', 3.0, False)
     """
     shared = {name: value for name, value in values.items() if name in KINDS}
-    for name in ("output_dir", "run_name"):
+    for name in ("output_dir", "run_name", "push_to_hub"):
         if shared.get(name) is not None:
             shared[name] = shared[name].rstrip("/") + SUFFIX
+    if any(section.get(name) for name in WARMUP):
+        shared |= dict.fromkeys(WARMUP, 0)
+    if section.get("lr_schedule", "cosine_with_min_lr") != "cosine_with_min_lr":
+        shared["min_lr_ratio"] = 0.0
     return {**dataclasses.asdict(SftSettings()), **shared, **section}
 
 

@@ -1,7 +1,8 @@
 """Questions: files and hub datasets -> Prompts, and the prompts of each step.
 
 `Questions.prompts(step)` is a pure function of (seed, step): the permutations of all epochs, one after the other, P
-prompts a step. It has no sampler state, so a resumed run starts with the prompts of its step.
+prompts a step; without `shuffle` each epoch has the order of the data. It has no sampler state, so a resumed run starts
+with the prompts of its step.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ class Questions:
     seed: int = 0
     drops: Drops = field(default_factory=dict)  # by each rule
     num_held_out: int = 0  # not dropped: the run is evaluated on them
+    shuffle: bool = True
 
     def first_questions(self, count: int) -> list[str]:
         """The first questions that are plain text."""
@@ -53,6 +55,8 @@ class Questions:
         [0, 0, 1, 1, 2, 2]
         """
         picks = range(step * num_prompts, (step + 1) * num_prompts)
+        if not self.shuffle:
+            return [self.items[i % len(self.items)] for i in picks]
         orders = {epoch: _order(self.seed, epoch, len(self.items)) for epoch in {i // len(self.items) for i in picks}}
         return [self.items[orders[i // len(self.items)][i % len(self.items)]] for i in picks]
 
@@ -89,7 +93,7 @@ def load_questions(
     if not has_own_data:
         items, drops, num_held_out = _choose(cfg, items, drops, held_out, name)
     items = [dataclasses.replace(item, data_row=row) for row, item in enumerate(items)]
-    return Questions(items, sum(drops.values()), cfg.seed, drops, num_held_out)
+    return Questions(items, sum(drops.values()), cfg.seed, drops, num_held_out, cfg.shuffle)
 
 
 def _none_left(cfg: Config, drops: Drops, name: str) -> UserError:

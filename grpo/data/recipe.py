@@ -17,8 +17,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from grpo.config.checks import kwargs_problem
 from grpo.config.settings import Config, find_path
-from grpo.data.chat_templates import TemplateRefused, render_chat
+from grpo.data.chat_templates import Ending, TemplateRefused, render_chat
 from grpo.data.turns import check_reads_text, end_of_turn, fold_system
 from grpo.errors import UserError
 from grpo.strict_json import check_regular, read_object
@@ -45,6 +46,7 @@ class Recipe:
     date: str | None = None  # that the chat template prints, of the run's start; None: today's
     end_of_turn: str | None = None  # the token that ends an assistant turn in the chat template: it ends a completion
     stop: list[str] = field(default_factory=list)  # texts that end a completion
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
     # 1: the tokenizer adds its special tokens to plain text in any case, and a last assistant turn is closed. In
     # recipes of older checkpoints, which have no such field.
     rules: int = 2
@@ -67,11 +69,12 @@ def make_recipe(cfg: Config, tokenizer: PreTrainedTokenizerBase, kept: Mapping[s
             f"chat_template: true, but the tokenizer of {cfg.model!r} has none. Use null or false, and prompt_template."
         )
     chat = has_template and cfg.chat_template is not False
-    given = dict(kept or {})
+    given = {"chat_template_kwargs": cfg.chat_template_kwargs, **(kept or {})}
+    _check_kwargs(cfg, tokenizer, chat)
     if chat and "end_of_turn" not in given:
-        template = _template_of(tokenizer)
-        check_reads_text(template, tokenizer, given.get("date"))
-        given["end_of_turn"] = end_of_turn(template, tokenizer, given.get("date"))
+        template, variables = _template_of(tokenizer), _variables(given["chat_template_kwargs"], tokenizer)
+        check_reads_text(template, variables, given.get("date"))
+        given["end_of_turn"] = end_of_turn(template, variables, tokenizer, given.get("date"))
     if given.get("end_of_turn") in tokenizer.get_added_vocab():  # special: no part of the text that rewards get
         tokenizer.add_tokens([given["end_of_turn"]], special_tokens=True)
     return Recipe(
@@ -89,6 +92,33 @@ def make_recipe(cfg: Config, tokenizer: PreTrainedTokenizerBase, kept: Mapping[s
         stop=cfg.stop,
         **given,
     )
+
+
+def _check_kwargs(cfg: Config, tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
+    """Refuse variables that the chat template does not read, or gets from the tokenizer. Raises UserError."""
+    if cfg.chat_template_kwargs and not chat:
+        raise UserError(
+            f"chat_template_kwargs: the tokenizer of {cfg.model!r} has no chat template that could read "
+            f"{', '.join(cfg.chat_template_kwargs)[:200]}. Leave them out, or give one: --chat_template_file FILE."
+        )
+    for name in cfg.chat_template_kwargs:
+        if name in tokenizer.special_tokens_map:
+            raise UserError(f"chat_template_kwargs: {name} is given to the template by the tokenizer. Leave it out.")
+        if not re.search(rf"\b{re.escape(name)}\b", _template_of(tokenizer)):
+            raise UserError(
+                f"chat_template_kwargs: the chat template of {cfg.model!r} does not read {name[:60]!r}, so it would "
+                "have no effect. Mend the name, or leave it out."
+            )
+
+
+def _variables(kwargs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {**kwargs, **tokenizer.special_tokens_map}
+
+
+def rendered(recipe: Recipe, turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, ending: Ending) -> str:
+    """The text of a conversation by the chat template. Raises UserError, see `render_chat`."""
+    variables = _variables(recipe.chat_template_kwargs, tokenizer)
+    return render_chat(_template_of(tokenizer), variables, turns, ending, recipe.date)
 
 
 def read_template(name: str) -> str:
@@ -150,14 +180,9 @@ def render(recipe: Recipe, messages: list[dict[str, str]], tokenizer: PreTrained
     if not recipe.chat:
         *before, last = [message.get("content") or "" for message in messages]
         return "".join(text if text.endswith("\n") else text + "\n" for text in before) + last
-    template = _template_of(tokenizer)
-    ending = "continued" if is_continued(recipe, messages) else "open"
-
-    def text_of(turns: list[dict[str, str]]) -> str:
-        return render_chat(template, tokenizer.special_tokens_map, turns, ending, recipe.date)  # type: ignore[arg-type]
-
+    ending: Ending = "continued" if is_continued(recipe, messages) else "open"
     try:
-        return text_of(messages)
+        return rendered(recipe, messages, tokenizer, ending)
     except TemplateRefused as refused:
         reason, advice = refused.reason, None
         if "continue_final_message" in reason:
@@ -165,7 +190,7 @@ def render(recipe: Recipe, messages: list[dict[str, str]], tokenizer: PreTrained
             advice = "End the question with a user turn, or try --chat_template false."
         elif "Error" in reason and any(turn["role"] == "system" for turn in messages):
             with contextlib.suppress(UserError):
-                text_of(fold_system(messages))
+                rendered(recipe, fold_system(messages), tokenizer, ending)
                 advice = (
                     "Without the system message it does not: say --system_role user, which puts that message before "
                     "the first user turn, or move system_prompt into prompt_template."
@@ -259,6 +284,8 @@ def _check_recipe(recipe: Recipe) -> None:
         "date": recipe.date is None or (isinstance(recipe.date, str) and _is_date(recipe.date)),
         "end_of_turn": recipe.end_of_turn is None or isinstance(recipe.end_of_turn, str),
         "stop": isinstance(recipe.stop, list) and all(isinstance(text, str) and text for text in recipe.stop),
+        "chat_template_kwargs": isinstance(recipe.chat_template_kwargs, dict)
+        and kwargs_problem(recipe.chat_template_kwargs) is None,
         "rules": type(recipe.rules) is int and recipe.rules in (1, 2),
     }
     for name, is_valid in checks.items():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.command_line import load_config, take_show_prompt
-from grpo.config.settings import Config
+from grpo.config.settings import Config, model_name
 from grpo.data.questions import Questions, length_summary, load_questions
 from grpo.data.recipe import Recipe, make_recipe
 from grpo.errors import UserError, warn
@@ -37,9 +37,9 @@ def show_prompt(
     try:
         _, row = take_show_prompt(argv)
         cfg, _ = load(argv)
-        assert cfg.model is not None and row is not None
+        assert row is not None
         quiet()
-        tokenizer = load_tokenizer(cfg.model)
+        tokenizer = load_tokenizer(model_name(cfg))
         recipe = make_recipe(cfg, tokenizer)
         questions, learned = load_questions(cfg, recipe, tokenizer), None
         if solve is not None:

@@ -1,7 +1,7 @@
 """Turns of a conversation: a system message for templates without that role, and the token that ends a turn."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ def fold_system(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return others
 
 
-def check_reads_text(template: str, tokenizer: PreTrainedTokenizerBase, date: str | None) -> None:
+def check_reads_text(template: str, variables: Mapping[str, Any], date: str | None) -> None:
     """Refuse a template whose prompts do not depend on the user's text, as some that want content in parts do.
 
     Raises UserError. A template that refuses the two prompts compared here will be judged by those of the data.
@@ -36,7 +36,7 @@ def check_reads_text(template: str, tokenizer: PreTrainedTokenizerBase, date: st
     for content in ("?", ANSWER):
         with contextlib.suppress(TemplateRefused):
             turns = [{"role": "user", "content": content}]
-            texts.append(render_chat(template, tokenizer.special_tokens_map, turns, "open", date))
+            texts.append(render_chat(template, variables, turns, "open", date))
     if len(texts) == 2 and texts[0] == texts[1]:
         raise UserError(
             "chat_template: the tokenizer's template leaves the user's text out (templates of vision models want it in "
@@ -44,7 +44,9 @@ def check_reads_text(template: str, tokenizer: PreTrainedTokenizerBase, date: st
         )
 
 
-def end_of_turn(template: str, tokenizer: PreTrainedTokenizerBase, date: str | None) -> str | None:
+def end_of_turn(
+    template: str, variables: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, date: str | None
+) -> str | None:
     """The token that follows an assistant turn in a chat template, such as <|im_end|>; None where there is none.
 
     It is one of the tokenizer's added or special tokens, so that no ordinary text holds it. Where nothing follows the
@@ -53,7 +55,7 @@ def end_of_turn(template: str, tokenizer: PreTrainedTokenizerBase, date: str | N
     user, assistant = {"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}
     for turns in ([user, assistant], [user, assistant, user]):
         try:
-            text = render_chat(template, tokenizer.special_tokens_map, turns, "closed", date)
+            text = render_chat(template, variables, turns, "closed", date)
         except TemplateRefused:  # it wants other turns: the first prompt will show it
             continue
         _, found, rest = text.rpartition(ANSWER)

@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from grpo.checkpoints import card
 from grpo.checkpoints.choose import choose
 from grpo.checkpoints.manifest import CHECKPOINT_NAME, files_in, sync, write_manifest
 from grpo.config.messages import OneLineParser
 from grpo.errors import UserError, warn
-from grpo.export import card, push
+from grpo.export import push
 from grpo.export.folders import (
     DTYPES,
     add_recipe,
@@ -32,6 +33,7 @@ from grpo.export.folders import (
 )
 from grpo.export.source import Source
 from grpo.models.checks import quiet
+from grpo.models.upload import find_token
 
 METHODS = ("merged_16bit", "merged_4bit", "lora", "gguf")
 
@@ -191,13 +193,15 @@ def export(args: argparse.Namespace) -> None:
     check_out(args.out)
     source = Source(choose(args.checkpoint, Path()))
     writers = prepare(source, methods, args)
-    metrics, written = card.read_metrics(source, args.metrics), []
+    metrics, written = card.read_metrics(source.raw_config, source.step, args.metrics), []
     with written_whole(args.out) as folder:
         for method, write in writers:
             written.append(f"{method}: {write(folder if len(writers) == 1 else folder / method)}")
         if not (folder / "MANIFEST.json").exists():
             write_manifest(folder, source.step)
-        (folder / "README.md").write_text(card.card_text(source, methods, metrics), encoding="utf-8")
+        (folder / "README.md").write_text(
+            card.card_text(source.state["config"], source.step, methods, metrics), encoding="utf-8"
+        )
     for line in written:
         print(line, flush=True)
     size = sum(path.stat().st_size for path in files_in(args.out))
@@ -209,7 +213,7 @@ def main(argv: list[str]) -> int:
     try:
         args = parse(argv)
         check(args)
-        token = push.find_token() if args.push and not args.dry_run else None
+        token = find_token("push") if args.push and not args.dry_run else None
         quiet()
         if args.to:
             export(args)

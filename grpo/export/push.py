@@ -1,20 +1,15 @@
-"""Sending an export to a hub. The token comes from HF_TOKEN or from `hf auth login`, and is never shown.
+"""Sending an export to a hub (grpo/models/upload.py). Pushing never changes the export, also when it fails."""
 
-HF_ENDPOINT selects another hub. Pushing never changes the export, also when it fails.
-"""
-
-import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.utils import disable_progress_bars
-
+from grpo.checkpoints.card import LIBRARIES, for_one_method
 from grpo.checkpoints.manifest import MANIFEST, file_sha256
-from grpo.errors import UserError, first_line
-from grpo.export.card import HUB_NAME, LIBRARIES, for_one_method
+from grpo.config.checks import REPOSITORY_IN_WORDS, is_repository
+from grpo.errors import UserError
 from grpo.models.folder_checks import location_problem
 from grpo.models.lora_checks import ADAPTER_CONFIG
+from grpo.models.upload import send, without_token
 from grpo.strict_json import read_object
 
 CARD = "README.md"
@@ -22,17 +17,8 @@ CARD = "README.md"
 
 def check_name(name: str) -> None:
     """Refuse a text that cannot be a repository's name. Raises UserError."""
-    bad = HUB_NAME.fullmatch(name) is None or "--" in name or ".." in name or name.endswith((".git", ".", "-"))
-    if bad:
-        raise UserError(f"push: must be user/name of letters, digits, -, _ and ., got {name[:80]!r}.")
-
-
-def find_token() -> str:
-    """The token of HF_TOKEN or of a login. Raises UserError without one."""
-    token = get_token()
-    if not token:
-        raise UserError("push: no token. Set HF_TOKEN, or run `hf auth login`.")
-    return token
+    if not is_repository(name):
+        raise UserError(f"push: must be {REPOSITORY_IN_WORDS}, got {name[:80]!r}.")
 
 
 def contents(out: Path) -> dict[str, Path | bytes]:
@@ -98,25 +84,15 @@ def push(out: Path, repo: str, private: bool, token: str | None, dry_run: bool) 
                     f"push: {name} names a folder of this machine as its base, which other machines lack. Export "
                     "merged_16bit, or train on the base by its hub name."
                 )
-    disable_progress_bars()
     try:
-        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
-        api.create_repo(repo, private=private, exist_ok=True)
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
-        done = api.create_commit(repo, operations, commit_message="Export")
+        where = send(files, repo, private, token, "Export")
     except Exception as error:  # the client, its HTTP library and its upload library raise many types
         raise UserError(
-            f"push: {repo} refused, or not reached: {_without(token, error)}. The export in {out} is whole; to try "
-            f"again: python -m grpo.export --out {out} --push {repo}"
+            f"push: {repo} refused, or not reached: {without_token(token, error)}. The export in {out} is whole; to "
+            f"try again: python -m grpo.export --out {out} --push {repo}"
         ) from None
-    return f"sent {len(files)} files to {done.repo_url or repo}"
+    return f"sent {len(files)} files to {where}"
 
 
 def _size(content: Path | bytes) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-def _without(token: str | None, error: Exception) -> str:
-    """An error's first line, with the token removed."""
-    line = first_line(error)
-    return (line.replace(token, "***") if token else line)[:300].rstrip(".")

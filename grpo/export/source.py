@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo.checkpoints.card import without_paths
 from grpo.checkpoints.resume import read_state
 from grpo.data.recipe import Recipe, load_recipe
 from grpo.errors import UserError
@@ -88,16 +89,3 @@ class Source:
             if not math.isfinite(float(tensor.abs().max())):  # a maximum is NaN where any value is
                 raise UserError(f"checkpoint: {name} of {self.folder} holds NaN or Inf. Choose an earlier checkpoint.")
         return model
-
-
-def without_paths(value: Any) -> Any:
-    """Settings with absolute paths cut to their last part, because an export is opened on other machines.
-
-    >>> without_paths({"data": "/home/mia/q.jsonl", "rewards": {"~/r.py:f": 1.0}, "model": "demo/base"})
-    {'data': 'q.jsonl', 'rewards': {'r.py:f': 1.0}, 'model': 'demo/base'}
-    """
-    if isinstance(value, dict):
-        return {without_paths(key): without_paths(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [without_paths(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value else value

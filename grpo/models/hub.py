@@ -1,12 +1,14 @@
 """Repositories of the Hugging Face hub, fetched into its cache as local folders.
 
 A model from the hub becomes a local folder before anything opens it, and is checked like any other folder
-(folder_checks.py). One request finds out whether a repository exists; when the hub cannot be reached, the cached copy
-is used, without the minutes of retries of each library.
+(folder_checks.py). Its name may end in @revision: a branch, a tag or a commit. One request finds out whether a
+repository exists; when the hub cannot be reached, the cached copy is used, without the minutes of retries of each
+library.
 """
 
 import functools
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from grpo.errors import UserError, first_line, warn
@@ -36,16 +39,18 @@ def fetch_model(name: str, weights: bool = True) -> Path:
 
     weights: False leaves them out; a tokenizer needs none. Pickles and files for other programs are never fetched.
     """
-    files = _list_files("model", name)
+    repository, _, revision = name.partition("@")
+    files = _list_files("model", repository, revision or None)
+    fetch = functools.partial(snapshot_download, repository, revision=revision or None)
     try:
         if files is None:
-            return Path(snapshot_download(name, local_files_only=True, allow_patterns=["config.json"]))
+            return Path(fetch(local_files_only=True, allow_patterns=["config.json"]))
         adapter = "adapter_config.json" in files and "config.json" not in files  # small, and checked with its weights
         needed = [file for file in files if _is_setting(file)] + (_weights(files, name) if weights or adapter else [])
         if not needed:
             raise UserError(f"model: {name!r} on the hub holds no model. Give another name, or a local folder.")
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log every retry
-        return Path(snapshot_download(name, allow_patterns=needed))
+        return Path(fetch(allow_patterns=needed))
     except UserError:
         raise
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
@@ -53,6 +58,15 @@ def fetch_model(name: str, weights: bool = True) -> Path:
     except Exception as error:  # the client raises exceptions of its HTTP library and of the disk
         reason = first_line(error)[:200]
         raise UserError(f"model: {name!r} could not be fetched from the hub: {reason}. Try again.") from None
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a fetched model's folder; None for other folders.
+
+    >>> commit_of(Path("hub/models--user--tiny/snapshots/" + "0123456789" * 4))
+    '0123456789012345678901234567890123456789'
+    """
+    return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
 
 
 def check_dataset(name: str) -> None:
@@ -68,13 +82,13 @@ def no_cached_dataset(name: str) -> UserError | None:
     return _unreachable("dataset", name) if huggingface_hub.constants.is_offline_mode() else None
 
 
-def _list_files(kind: Literal["model", "dataset"], name: str) -> list[str] | None:
+def _list_files(kind: Literal["model", "dataset"], name: str, revision: str | None = None) -> list[str] | None:
     """Names of a repository's files; None when the hub cannot be reached. Raises UserError when it refuses."""
     what = "data" if kind == "dataset" else "model"
     if huggingface_hub.constants.is_offline_mode():
         return None
     try:
-        repository: Any = huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT_S)
+        repository: Any = huggingface_hub.HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=TIMEOUT_S)
         return [file.rfilename for file in repository.siblings or []]
     except HFValidationError:
         raise UserError(f"{what}: {name!r} is no file, no folder and no name on the hub. Mend it.") from None
@@ -87,6 +101,11 @@ def _list_files(kind: Literal["model", "dataset"], name: str) -> list[str] | Non
         raise UserError(
             f"{what}: there is no {kind} {name!r} on the hub ({huggingface_hub.constants.ENDPOINT}), or it is private. "
             "Mend the name, or log in with `hf auth login`."
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(
+            f"{what}_revision: there is no {revision!r} of {name!r} on the hub ({huggingface_hub.constants.ENDPOINT}). "
+            "Name a branch, a tag or a commit of it."
         ) from None
     except Exception as error:  # no connection, a timeout, a malformed response: exceptions of several libraries
         _go_offline(error)

@@ -35,7 +35,7 @@ def resolve(name: str, weights: bool = True) -> str:
     """
     path = find_path(name)
     if path is None:
-        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        if name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") != 1:
             raise UserError(
                 f"model: no such folder {name!r}. Give a model folder, a .gguf file, or a hub "
                 "name like Qwen/Qwen2.5-0.5B."

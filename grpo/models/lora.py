@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from grpo.config.settings import Config
+from grpo.config.settings import Config, find_path, model_name
 from grpo.errors import UserError
 from grpo.models.loading import load_plain, resolve
 from grpo.models.lora_checks import is_adapter
@@ -99,11 +99,12 @@ def load_lora(cfg: Config, device: torch.device, checkpoint: Path | None = None)
     If `model` is an adapter itself, training continues it, on its base. In bf16 arithmetic the frozen layers are
     stored in bf16: autocast would round them to the same bits in every product.
     """
-    assert cfg.model is not None
-    path = Path(resolve(cfg.model, weights=False))
-    initial = Path(resolve(cfg.model)) if is_adapter(path) else None
+    path = Path(resolve(model_name(cfg), weights=False))
+    initial = Path(resolve(model_name(cfg))) if is_adapter(path) else None
     compute_dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
-    base = load_plain(base_of(initial) if initial else cfg.model, device, compute_dtype if cfg.load_in_4bit else None)
+    base = load_plain(
+        base_of(initial) if initial else model_name(cfg), device, compute_dtype if cfg.load_in_4bit else None
+    )
     stored = None if checkpoint is None else settings_of(checkpoint)["target_modules"]
     model = start_lora(base, cfg, initial, stored)
     if checkpoint is not None:
@@ -137,7 +138,7 @@ def start_lora(
         "lora_dropout": cfg.lora_dropout,
         "target_modules": cfg.lora_target_modules,
     }
-    name = base_of(initial) if initial is not None else str(cfg.model)
+    name = base_of(initial) if initial is not None else model_name(cfg)
     if initial is not None and (scale := _scale(settings_of(initial))) != _scale(settings):
         raise UserError(
             f"lora_alpha: {initial} counts {scale:g} times, got {_scale(settings):g}. Use its own settings."
@@ -168,7 +169,8 @@ def _scale(settings: dict[str, Any]) -> float:
 def _wrap(base: PreTrainedModel, name: str, settings: dict[str, Any]) -> PeftModelForCausalLM:
     """Wrap the model in peft's, with a new adapter. Raises UserError when the target modules do not fit."""
     config = LoraConfig(task_type="CAUSAL_LM", bias="none", **settings)
-    config.base_model_name_or_path = name
+    config.base_model_name_or_path, _, revision = (name, "", "") if find_path(name) else name.partition("@")
+    config.revision = revision or None
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns that Conv1D layers are transposed, and handles it
         try:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from grpo.config.checks import REVISION
 from grpo.models.folder_checks import TRAINABLE, check_entry, check_safetensors
 from grpo.strict_json import read_object
 
@@ -45,7 +46,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     settings = read_object(path)
     rank, alpha, modules = (settings.get(key) for key in ("r", "lora_alpha", "target_modules"))
     dropout, layers = settings.get("lora_dropout", 0.0), settings.get("layers_to_transform")
-    base = settings.get("base_model_name_or_path")
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     wrong = {
         "peft_type": settings.get("peft_type") != "LORA",
         "r": not (type(rank) is int and 1 <= rank <= MAX_RANK),
@@ -55,6 +56,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         "layers_to_transform": layers is not None
         and not (isinstance(layers, list) and all(type(index) is int for index in layers)),
         "use_rslora": type(settings.get("use_rslora", False)) is not bool,
+        "revision": revision is not None and not (isinstance(revision, str) and REVISION.fullmatch(revision)),
         "base_model_name_or_path": not isinstance(base, str) or not base or "\0" in base or len(base) > 4096,
     }
     for key, is_wrong in wrong.items():

@@ -26,8 +26,9 @@ ACTIVE, REFERENCE = "default", "reference"  # names of adapters inside a model
 
 
 def base_of(folder: Path) -> str:
-    """The model that an adapter belongs to: an existing folder or a hub name. Raises UserError."""
-    name = settings_of(folder)["base_model_name_or_path"]
+    """The model that an adapter belongs to: an existing folder or a hub name, with @revision. Raises UserError."""
+    settings = settings_of(folder)
+    name = settings["base_model_name_or_path"]
     path = find_path(name)
     if path is None and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise UserError(
@@ -36,7 +37,7 @@ def base_of(folder: Path) -> str:
         )
     if path is not None and is_adapter(path):
         raise UserError(f"adapter: {folder} belongs to {name!r}, an adapter itself. Merge that one first.")
-    return name
+    return name if path is not None or not settings.get("revision") else f"{name}@{settings['revision']}"
 
 
 def dtype_of_4bit(folder: Path) -> torch.dtype | None:

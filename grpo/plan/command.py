@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from grpo.config.command_line import load_config
 from grpo.config.messages import OneLineParser
-from grpo.config.settings import Config, find_path, is_deepspeed
+from grpo.config.settings import Config, find_path, is_deepspeed, model_name
 from grpo.errors import UserError, warn
 from grpo.models.checks import quiet
 from grpo.models.loading import resolve
@@ -165,7 +165,7 @@ def main(argv: list[str]) -> int:
         assert cfg.model is not None
         try:
             path = find_path(cfg.model)
-            name = base_of(path) if path is not None and is_adapter(path) else cfg.model
+            name = base_of(path) if path is not None and is_adapter(path) else model_name(cfg)
             model_config = AutoConfig.from_pretrained(resolve(name, weights=False), trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())

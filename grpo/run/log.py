@@ -11,7 +11,7 @@ import torch
 
 from grpo.checkpoints.best import METRIC, BestCheckpoint
 from grpo.config.held_out import eval_sets, metrics_of_set
-from grpo.config.settings import Config, prompts_per_step, tracker_names
+from grpo.config.settings import Config, model_name, prompts_per_step, tracker_names
 from grpo.data.questions import Questions, length_summary
 from grpo.errors import warn
 from grpo.rewards import Reward, completion_text, short_names
@@ -93,7 +93,7 @@ class RunLog:
         """Print model, data, devices and `work`, the size of the run; held-out questions where some were left out."""
         cfg, write_line = self.cfg, self.write_line
         where = f"{self.world.size} x {self.world.device.type} ({torch.get_num_threads()} threads each)"
-        write_line(f"model {cfg.model}: {policy.num_parameters / 1e6:.1f}M parameters, {cfg.dtype}, on {where}")
+        write_line(f"model {model_name(cfg)}: {policy.num_parameters / 1e6:.1f}M parameters, {cfg.dtype}, on {where}")
         write_line(f"data {cfg.data}: {length_summary(questions)}")
         for name, one in eval_sets(cfg).items():
             if any(held_out[name].drops.values()):

@@ -28,6 +28,7 @@ from grpo.errors import EXIT_BUG, EXIT_STALLED, Corrupted, Preempted, UserError,
 from grpo.rewards import Reward
 from grpo.run.completions_log import answer_marks
 from grpo.run.log import RunLog
+from grpo.run.pushing import Pusher, check_push
 from grpo.runtime.distributed import World
 from grpo.runtime.heartbeat import Heartbeat, Watchdog
 from grpo.runtime.signals import StopRequest
@@ -59,6 +60,10 @@ class Run:
         self.log = RunLog(cfg, world, self.folder)
         self.saver = Saver(cfg, self.output_dir, self.heartbeat, self.log.write_line)
         self.log.extras = self.saver.take_seconds
+        self.pusher: Pusher | None = None
+        if cfg.push_to_hub is not None and world.is_main:
+            self.pusher = Pusher(cfg, dataclasses.asdict(cfg), self.output_dir, self.log.write_line)
+            self.saver.on_saved = self.pusher.saved
         self.kept_weights = skipped_updates.KeptWeights(self.output_dir / "anomalies", world.rank)
         self.resumed_step = -1
 
@@ -67,6 +72,7 @@ class Run:
         problem = None
         if self.world.is_main:
             try:
+                check_push(self.cfg)
                 checkpoint.make_output(self.output_dir)
                 self.lock = OutputLock(self.output_dir, warn)  # before any file in it is changed
                 checkpoint.prepare_output(self.output_dir, self.cfg.resume)
@@ -158,6 +164,9 @@ class Run:
             try:
                 yield
                 self.saver.finish()
+                if self.pusher is not None:
+                    self.heartbeat(total, "push")
+                    self.pusher.finish(go_on=lambda: not self.pulse())
                 self.heartbeat.leave()
             except UserError as error:
                 if not error.on_one_rank:  # all ranks leave together: let the running save end
@@ -169,6 +178,8 @@ class Run:
                 raise
             finally:
                 watchdog.stop()
+                if self.pusher is not None:
+                    self.pusher.stop()
                 self.log.close()
 
     def _stalled(self, line: str) -> None:

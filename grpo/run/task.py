@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.held_out import eval_sets
-from grpo.config.settings import Config
+from grpo.config.settings import Config, model_name
 from grpo.data.questions import Questions, load_questions
 from grpo.data.recipe import Recipe, keep_questions, make_recipe
 from grpo.models.loading import load_tokenizer
@@ -25,8 +25,7 @@ class Task:
 
 def load_task(cfg: Config, kept: Mapping[str, Any] | None = None) -> Task:
     """Load tokenizer and questions and render the prompts. kept: see `make_recipe`. Raises UserError."""
-    assert cfg.model is not None
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer = load_tokenizer(model_name(cfg))
     recipe = make_recipe(cfg, tokenizer, kept)
     questions = load_questions(cfg, recipe, tokenizer)
     held_out = {name: load_questions(one, recipe, tokenizer, held_out=True) for name, one in eval_sets(cfg).items()}

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config.settings import Config
+from grpo.config.settings import Config, model_name
 from grpo.config.sft_section import SftSettings, own_settings
-from grpo.data.chat_templates import end_renderers, render_chat
+from grpo.data.chat_templates import end_renderers
 from grpo.data.questions import Questions
-from grpo.data.recipe import Recipe, encode_all, fill, is_continued
+from grpo.data.recipe import Recipe, encode_all, fill, is_continued, rendered
 from grpo.errors import UserError
 from grpo.models.checks import stop_token_ids, without_weights
 from grpo.types import Prompt, TrainRow
@@ -82,7 +82,7 @@ def load_texts(
             f"data: every solution ({dropped}) is longer than max_generate_length {cfg.max_generate_length}. Raise it."
         )
     drops = {**questions.drops, **({TOO_LONG: dropped} if dropped else {})}
-    usable = Questions(items, questions.num_dropped + dropped, questions.seed, drops, questions.num_held_out)
+    usable = dataclasses.replace(questions, items=items, num_dropped=questions.num_dropped + dropped, drops=drops)
     return SftTexts(usable, solutions, own.loss_on == "all")
 
 
@@ -93,9 +93,12 @@ def texts_to_show(
 
     With `loss_on: all` the prompt's tokens are learned too.
     """
-    assert cfg.model is not None
     texts = load_texts(
-        cfg, recipe, tokenizer, questions, stop_token_ids(without_weights(cfg.model), tokenizer, recipe.end_of_turn)
+        cfg,
+        recipe,
+        tokenizer,
+        questions,
+        stop_token_ids(without_weights(model_name(cfg)), tokenizer, recipe.end_of_turn),
     )
     return texts.questions, [ids.tolist() for ids in texts.solutions]
 
@@ -154,7 +157,7 @@ def _completion(item: Prompt, solution: str, recipe: Recipe, tokenizer: PreTrain
     if is_continued(recipe, item.messages):
         begun = item.messages[-1]
         turns = [*item.messages[:-1], {**begun, "content": begun["content"] + solution}]
-    text = render_chat(tokenizer.get_chat_template(), tokenizer.special_tokens_map, turns, "closed", recipe.date)
+    text = rendered(recipe, turns, tokenizer, "closed")
     if not text.startswith(item.text):
         raise UserError(
             f"chat_template: question {item.data_row + 1}: rendered with the solution, the conversation does not begin "

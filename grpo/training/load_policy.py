@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from grpo.config.settings import Config, shards_weights
+from grpo.config.settings import Config, model_name, shards_weights
 from grpo.errors import UserError
 from grpo.models.checks import load_model
 from grpo.models.offload import check_device
@@ -15,7 +15,6 @@ from grpo.training.policy import Policy
 
 def load_policy(cfg: Config, world: World, checkpoint: Path | None = None, kind: type[Policy] = Policy) -> Policy:
     """Load the model to be trained, and the base model as the reference when beta > 0. Raises UserError."""
-    assert cfg.model is not None
     check_device(cfg, world.device)
     if cfg.lora_dropout and kind is Policy:
         raise UserError(
@@ -24,18 +23,17 @@ def load_policy(cfg: Config, world: World, checkpoint: Path | None = None, kind:
         )
     reference = None
     if cfg.beta > 0 and not cfg.lora_r:
-        reference = load_model(cfg.model, torch.device("cpu") if cfg.reference_offload else world.device)
+        reference = load_model(model_name(cfg), torch.device("cpu") if cfg.reference_offload else world.device)
     return kind(cfg, world, load_trained(cfg, world.device, checkpoint), reference)
 
 
 def load_trained(cfg: Config, device: torch.device, checkpoint: Path | None = None) -> PreTrainedModel:
     """The model to be trained, with its adapter where it has one. checkpoint: None for a new run. Raises UserError."""
-    assert cfg.model is not None
     if cfg.lora_r:
         from grpo.models.lora import load_lora  # late: peft takes seconds
 
         return load_lora(cfg, device, checkpoint)
-    return load_model(str(checkpoint or cfg.model), device)
+    return load_model(str(checkpoint or model_name(cfg)), device)
 
 
 def load_rollout_model(policy: Policy) -> PreTrainedModel:

@@ -26,6 +26,7 @@ from grpo.training.backends import Backend, load_backend
 from grpo.training.losses import LossInputs, policy_loss
 from grpo.training.metrics import Tally, declare
 from grpo.training.router_balance import RouterBalance
+from grpo.training.schedule import learning_rate
 from grpo.training.skipped_updates import SkippedUpdate, count_skip
 from grpo.training.special_micro_batches import halves
 from grpo.training.user_surrogate import load_surrogate
@@ -36,23 +37,6 @@ Result = TypeVar("Result")
 declare(counts=("guards/oom_update",))
 
 MAX_TRUSTED_GAP = 1e-4  # largest |sampler - trainer| log-prob for sampler log-probs to serve as old ones
-
-
-def learning_rate(cfg: Config, update: int, total_updates: int) -> float:
-    """Rate of optimizer step `update` (from 0): linear warmup, then constant, or linear or cosine towards zero.
-
-    >>> [learning_rate(Config(lr=18.0, lr_schedule="linear", warmup_ratio=0.1), update, 20) for update in (0, 1, 2, 19)]
-    [9.0, 18.0, 18.0, 1.0000000000000004]
-    """
-    warmup = math.ceil(cfg.warmup_ratio * total_updates)
-    if update < warmup:
-        return cfg.lr * (update + 1) / warmup
-    progress = min(1.0, (update - warmup) / max(1, total_updates - warmup))
-    if cfg.lr_schedule == "linear":
-        return cfg.lr * (1 - progress)
-    if cfg.lr_schedule == "cosine":
-        return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return cfg.lr
 
 
 class Policy:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grpo.config.command_line import load_config
-from grpo.config.settings import Config
+from grpo.config.settings import Config, scales_advantages
 from grpo.errors import UserError
 from tests.support.launcher import PROJECT, environment
 
@@ -204,3 +204,29 @@ def test_the_script_refuses_before_it_imports_torch(argv, tmp_path):
     assert done.stderr.startswith("error: ") and "torch was imported" not in done.stderr
     good = subprocess.run([sys.executable, str(PROJECT / "train.py")], text=True, timeout=120, **start)
     assert "torch was imported" in good.stderr
+
+
+@pytest.mark.parametrize(
+    "given, held",
+    [("true", "group"), ("false", "none"), ("group", "group"), ("none", "none"), ("off", "none")],
+)
+def test_scale_rewards_has_two_names_for_each_value_and_one_form(tmp_path, capsys, given, held):
+    """On the command line, in a file, in what --print_config prints and in a Config made by hand."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: m\ndata: d\nrewards: {{mark_reward: 1}}\nscale_rewards: {given}\n")
+    from_file, _ = load_config(["--config", str(file)])
+    from_words, _ = load_config(
+        ["--model", "m", "--data", "d", "--rewards", '{"mark_reward": 1}', "--scale_rewards", given]
+    )
+    by_hand = Config(scale_rewards={"true": True, "false": False}.get(given, held))
+    assert from_file.scale_rewards == from_words.scale_rewards == by_hand.scale_rewards == held
+    assert scales_advantages(from_file) is (held == "group")
+    with pytest.raises(SystemExit) as ended:
+        load_config(["--config", str(file), "--print_config"])
+    assert ended.value.code == 0 and f"\nscale_rewards: {held}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["1", "null", "maybe", "[group]"])
+def test_scale_rewards_takes_nothing_else(given):
+    with pytest.raises(UserError, match=r"^scale_rewards: must be one of group, none, or true or false, got"):
+        load_config(["--config", "configs/demo.yaml", "--scale_rewards", given])

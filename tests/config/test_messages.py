@@ -19,7 +19,8 @@ from grpo.plan import command as plan
 
 BASE = {"model": "m", "data": "d", "rewards": "{r: 1.0}"}
 PARSERS_WORDS = re.compile(r"Parser key|<class|typing\.|Subtypes|usage:|Expected a|NoneType|invalid \w+ value")
-REPORT = "report_to: must be one of tensorboard, wandb, swanlab, none, or a list of tensorboard, wandb, swanlab, got "
+TRACKERS = "tensorboard, wandb, swanlab, trackio"
+REPORT = f"report_to: must be one of {TRACKERS}, none, or a list of {TRACKERS}, got "
 VALUES = {  # setting, value as written, the line but for where it was given and "(see …)"
     "a missing space": ("rewards", "{a:1}", "must be a mapping from names to numbers, got '{a:1}'", "write {a: 1}"),
     "a path": ("rewards", "{r.py:f:1}", "must be a mapping from names to numbers, got", "write {r.py:f: 1}"),

@@ -14,6 +14,7 @@ from grpo.config.settings import Config
 from grpo.data.questions import Questions, length_summary, load_questions
 from grpo.data.recipe import Recipe, build, encode, fill, load_recipe, make_recipe, recipe_text, render
 from grpo.errors import UserError
+from grpo.sft.texts import load_texts
 from grpo.types import Prompt
 from tests.support.tiny import tiny_tokenizer
 
@@ -141,6 +142,42 @@ def test_the_stream_deals_each_row_once_an_epoch(num_rows, num_prompts, seed, nu
         assert sorted(dealt[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
     last = stream.prompts(num_steps - 1, num_prompts)
     assert [p.data_row for p in last] == dealt[-num_prompts:]
+
+
+@given(st.integers(1, 17), st.integers(1, 9), st.integers(0, 40))
+def test_without_shuffle_the_stream_is_the_file_again_and_again(num_rows, num_prompts, step):
+    """By position in the stream; the control: a shuffled stream of this size has another order for some seed."""
+    items = [Prompt(i, "", (), {}) for i in range(num_rows)]
+    stream = Questions(items, 0, seed=3, shuffle=False)
+    wanted = [(step * num_prompts + i) % num_rows for i in range(num_prompts)]
+    assert [p.data_row for p in stream.prompts(step, num_prompts)] == wanted
+    if num_rows > 2:
+        orders = [Questions(items, 0, seed).prompts(0, num_rows) for seed in range(8)]
+        assert any(order != stream.prompts(0, num_rows) for order in orders)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_shuffle_reaches_questions_and_texts(tmp_path, shuffle):
+    """Also where a part is held out and texts are left out: ten are in order by chance once in 3.6 million."""
+    rows = [{"question": f"q{i}", "answer": "a" * (300 if i % 6 == 5 else 2)} for i in range(14)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sft = {"solution_column": "answer"}
+    cfg = Config(
+        model="m",
+        data=str(tmp_path / "rows.jsonl"),
+        shuffle=shuffle,
+        max_generate_length=20,
+        eval_split_size=2,
+        sft=sft,
+    )
+    tokenizer = tiny_tokenizer()
+    recipe = make_recipe(cfg, tokenizer)
+    questions = load_questions(cfg, recipe, tokenizer)
+    texts = load_texts(cfg, recipe, tokenizer, questions, frozenset({0})).questions
+    assert len(texts.items) < len(questions.items) == 12
+    for stream in (questions, texts):
+        numbers = [int(prompt.columns["question"][1:]) for prompt in stream.prompts(0, len(stream.items))]
+        assert (numbers == sorted(numbers)) is not shuffle and len(set(numbers)) == len(stream.items)
 
 
 # --- columns of all kinds

@@ -18,6 +18,7 @@ from grpo.config.checks import check
 from grpo.config.command_line import load_config
 from grpo.config.settings import Config
 from grpo.data.questions import Questions
+from grpo.data.recipe import Recipe
 from grpo.errors import UserError
 from grpo.evaluate.held_out import evaluate, evaluate_sets
 from grpo.evaluate.statistics import mean_with_error, of_several_answers
@@ -25,6 +26,7 @@ from grpo.rewards.loading import make_rewards
 from grpo.rewards.pool import InProcess
 from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import sampling_of
+from grpo.run.task import Task
 from grpo.runtime.distributed import World
 from grpo.types import Completion, Prompt
 from tests.support.launcher import fork_script, metrics_of
@@ -165,13 +167,16 @@ def test_a_set_does_not_change_the_figures_of_another():
     rewards = InProcess.of({"mine.py:right": lambda completions, **columns: [float(len(completions[0]) % 3)]})
     rows = [Prompt(p, "", tuple(range(5, 8 + p)), {"question": "?"}) for p in range(4)]
     engine = NativeEngine(tiny_model("qwen3", len(tokenizer), spread=1.5), [0], 12, 1)
-    how = (rewards, tokenizer, cfg, ALONE, print)
     sets = {"few": Questions(rows[:2], 0), "all": Questions(rows, 0)}
-    both = evaluate_sets(engine, sets, *how)
-    alone = evaluate_sets(engine, {"all": sets["all"]}, *how)
-    turned = evaluate_sets(engine, dict(reversed(sets.items())), *how)
+
+    def of(held_out):
+        task = Task(tokenizer, Recipe(), held_out["all"], held_out)
+        return evaluate_sets(engine, task, rewards, cfg, ALONE, print)
+
+    both, alone, turned = of(sets), of({"all": sets["all"]}), of(dict(reversed(sets.items())))
     assert both == turned and {key: both[key] for key in alone} == alone
-    assert evaluate(engine, sets["all"], *how)["eval/right"] == alone["eval/all/right"]
+    single = evaluate(engine, sets["all"], rewards, tokenizer, cfg, ALONE, print)
+    assert single["eval/right"] == alone["eval/all/right"]
 
 
 def test_the_best_checkpoint_follows_the_first_set(tmp_path):

@@ -1,74 +1,24 @@
 """Sending an export to a hub: a server on this machine that records what it is sent, and answers as hubs do."""
 
-import base64
 import json
 import logging
 import shutil
 import socket
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import yaml
 
+from grpo.checkpoints import card
 from grpo.checkpoints.manifest import write_manifest
-from grpo.export import card, push
 from grpo.export.command import main
-from grpo.export.source import Source
+from grpo.models import upload
+from tests.support.accepting_hub import TOKEN, accepting_hub, sent
 from tests.support.taught import taught_checkpoint
-
-TOKEN = "hf_thisIsNotToBeSeenAnywhere1234"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Accepts what the client of the hub sends for a new repository and one commit; `refuse` answers at a path."""
-
-    def answer(self, status: int, body: dict) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def do_GET(self) -> None:
-        self.take(b"")
-
-    def do_POST(self) -> None:
-        self.take(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-
-    def take(self, body: bytes) -> None:
-        server = self.server
-        server.seen.append((self.path, self.headers.get("Authorization"), body))
-        for part, status in server.refuse.items():
-            if part in self.path:
-                return self.answer(status, {"error": f"no {TOKEN}"})
-        if self.command == "GET" and not server.created:
-            return self.answer(404, {"error": "Repository not found"})
-        if self.path == "/api/repos/create":
-            server.created = True
-            return self.answer(200, {"url": f"http://{self.headers['Host']}/mia/tiny", "id": "mia/tiny"})
-        if "/preupload/" in self.path:
-            files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-                for file in json.loads(body)["files"]
-            ]
-            return self.answer(200, {"files": files})
-        if "/commit/" in self.path:
-            return self.answer(
-                200,
-                {"commitUrl": f"http://{self.headers['Host']}/mia/tiny/commit/1", "commitOid": "1", "success": True},
-            )
-        if self.path == "/api/validate-yaml":
-            return self.answer(200, {"errors": [], "warnings": []})
-        return self.answer(200, {"sha": "1", "id": "mia/tiny", "siblings": [], "tags": []})
-
-    def log_message(self, *_: object) -> None:
-        """Nothing on stderr."""
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +50,9 @@ def out(exported, tmp_path) -> Path:
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.seen, server.refuse, server.created = [], {}, False
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    online(monkeypatch, f"http://127.0.0.1:{server.server_port}")
-    yield server
-    server.shutdown()
-    server.server_close()
+    with accepting_hub() as server:
+        online(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+        yield server
 
 
 def online(monkeypatch, endpoint: str) -> None:
@@ -117,15 +63,6 @@ def online(monkeypatch, endpoint: str) -> None:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def sent(server) -> dict[str, bytes]:
-    """Files of the one commit."""
-    [body] = [body for path, _, body in server.seen if "/commit/" in path]
-    lines = [json.loads(line) for line in body.splitlines()]
-    return {
-        line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
-    }
 
 
 @pytest.mark.parametrize("words", [[], ["--public"]])
@@ -220,7 +157,7 @@ def test_an_error_that_holds_the_token_is_shown_without_it(server, out, capfd, m
     def fail(*_: object, **__: object) -> None:
         raise ValueError(f"header 'Bearer {TOKEN}' is refused\nmore of {TOKEN}")
 
-    monkeypatch.setattr(push.HfApi, "create_repo", fail)
+    monkeypatch.setattr(upload.HfApi, "create_repo", fail)
     assert main(["--out", str(out), "--push", "mia/tiny"]) == 2
     shown = capfd.readouterr()
     assert "header 'Bearer ***' is refused" in shown.err and TOKEN not in shown.out + shown.err
@@ -247,14 +184,14 @@ def test_a_refusal_after_an_export_leaves_it(server, checkpoint, tmp_path, capsy
 
 
 def test_without_a_token_nothing_is_begun(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(push, "get_token", lambda: None)
+    monkeypatch.setattr(upload, "get_token", lambda: None)
     words = ["--checkpoint", str(checkpoint), "--to", "merged_16bit", "--out", str(tmp_path / "new")]
     assert main([*words, "--push", "mia/tiny"]) == 2
     assert "no token. Set HF_TOKEN" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_lists_files_and_card_and_sends_nothing(server, out, capsys, monkeypatch):
-    monkeypatch.setattr(push, "get_token", lambda: pytest.fail("not needed"))
+    monkeypatch.setattr(upload, "get_token", lambda: pytest.fail("not needed"))
     assert main(["--out", str(out), "--push", "mia/tiny", "--dry_run"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in content(out)) and (out / "README.md").read_text() in shown
@@ -289,20 +226,6 @@ def test_paths_of_this_machine_stay_here(out):
 # --- the card
 
 
-class SourceOf(Source):
-    """A checkpoint whose settings are given."""
-
-    def __init__(self, config: dict, step: int = 40):
-        object.__setattr__(self, "folder", Path("nowhere"))
-        self.__dict__["_state"] = {"config": config, "counters": step_of(step)}
-
-
-def step_of(step: int):
-    from grpo.types import Counters
-
-    return Counters(step=step)
-
-
 def front(text: str) -> dict:
     return yaml.safe_load(text.split("---\n")[1])
 
@@ -316,8 +239,8 @@ def test_the_card_says_base_data_rewards_curve_metrics_and_config(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     config = {"model": "Qwen/Qwen2.5-0.5B", "data": "openai/gsm8k", "rewards": {"right": 1.0, "form": 0.5}, "lr": 1e-6}
-    source = SourceOf(config)
-    text = card.card_text(source, ["merged_16bit", "gguf"], card.read_metrics(source, tmp_path / "metrics.jsonl"))
+    found = card.read_metrics(config, 40, tmp_path / "metrics.jsonl")
+    text = card.card_text(config, 40, ["merged_16bit", "gguf"], found)
     assert front(text)["base_model"] == "Qwen/Qwen2.5-0.5B" and front(text)["datasets"] == ["openai/gsm8k"]
     assert "| `form` | `0.5` |" in text and "| `lr` | `1e-06` |" in text
     rows = [line for line in text.splitlines() if line.startswith(("| 1 |", "| 40 |", "| 41 |", "| 60 |"))]
@@ -343,7 +266,7 @@ HOSTILE = [
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_names_stay_names(text):
     config = {"model": text, "data": text, "run_name": text, "rewards": {text: 1.0}, "system_prompt": text, text: text}
-    shown = card.card_text(SourceOf(config), ["gguf"], [])
+    shown = card.card_text(config, 40, ["gguf"], [])
     assert front(shown).keys() == {"library_name", "pipeline_tag", "tags"}
     assert shown.count("\n---\n") == 1
     tables = [line for line in shown.splitlines() if line.startswith("|")]
@@ -359,7 +282,7 @@ def test_hostile_names_stay_names(text):
 def test_a_metrics_file_that_is_none_is_refused(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "reward/mean": 1.0}}\n{line}\n')
     with pytest.raises(card.UserError, match=r"metrics: .* cannot be read"):
-        card.read_metrics(SourceOf({}), tmp_path / "metrics.jsonl")
+        card.read_metrics({}, 40, tmp_path / "metrics.jsonl")
 
 
 def test_the_token_is_no_flag(capsys):

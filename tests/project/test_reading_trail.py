@@ -32,6 +32,7 @@ SURROUNDINGS = {  # files that a step runs and that its reader may leave for ano
     "grpo/forward/modes.py": "training mode for single modules",
     "grpo/rollout/prefill.py": "lists the distinct prompts for the plain cache",
     "grpo/models/offload.py": "does nothing unless something is offloaded",
+    "grpo/training/schedule.py": "the learning rate of an update",
     "grpo/training/rollout_metrics.py": "statistics of the table, for the log",
     "grpo/run/run.py": "folders and notices; not the algorithm",
     "grpo/run/log.py": "writes the step's line and metrics",

@@ -20,7 +20,10 @@ DATED = "{{ strftime_now('%Y-%m-%dT%H:%M:%S') }}\n" + CHATML  # to the second: n
 ALSO = "completions also end at <|im_end|>"
 
 
-def started(folder, template, nproc):
+CALM = "{% if calm %}Calmly, {{ calm }} times.\n{% endif %}"
+
+
+def started(folder, template, nproc, **more):
     """A run of one step on so many processes. Returns how to go on with it on one process."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
@@ -40,6 +43,7 @@ def started(folder, template, nproc):
         "max_generate_length": 8,
         "device": "cpu",
         "report_to": "none",
+        **more,
     }
     (folder / "task.yaml").write_text(yaml.safe_dump(settings))
 
@@ -62,8 +66,11 @@ def forget(folder):
 
 
 def test_the_date_of_the_start_is_kept_by_ranks_resume_and_inference(tmp_path):
-    """Two processes agree, and a resume has the same questions; the control, without the kept date, has others."""
-    train = started(tmp_path, DATED, 2)
+    """Two processes agree, and a resume has the same questions; the control, without the kept date, has others.
+
+    So are the variables of the chat template.
+    """
+    train = started(tmp_path, DATED + CALM, 2, chat_template_kwargs={"calm": 3})
     first = load_recipe(tmp_path / "output" / "checkpoint_1" / "trainer" / "recipe.json")
     shutil.copytree(tmp_path / "output", tmp_path / "kept")
     done = train(2)
@@ -71,7 +78,8 @@ def test_the_date_of_the_start_is_kept_by_ranks_resume_and_inference(tmp_path):
     folder = tmp_path / "output" / "checkpoint_2"
     assert load_recipe(folder / "trainer" / "recipe.json") == first and first.date is not None
     model = CheckpointModel(folder, torch.device("cpu"), {"temperature": 0.0})
-    assert model.text_of("2+2?", {}).startswith(f"{first.date}\n<|im_start|>user\n2+2?")
+    text = model.text_of("2+2?", {})
+    assert text.startswith(f"{first.date}\n<|im_start|>user\n2+2?") and text.endswith("Calmly, 3 times.\n")
     assert model.engine.stop_ids.tolist() == [0, 1]
     shutil.rmtree(tmp_path / "output")
     (tmp_path / "kept").rename(tmp_path / "output")

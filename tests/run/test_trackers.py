@@ -1,11 +1,13 @@
-"""What a run logs: rollouts as JSON lines, text and table; the best checkpoint; wandb and SwanLab offline.
+"""What a run logs: rollouts as JSON lines, text and table; the best checkpoint; wandb, SwanLab and Trackio offline.
 
-wandb and SwanLab are tested for real where they are installed, and skipped where not.
+These three are tested for real where they are installed, and skipped where not.
 """
 
 import importlib.util
 import io
 import json
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from grpo.run.trackers import check_trackers, load_trackers, run_id
 from grpo.training.advantages import group_advantages
 from grpo.training.scoring import Scored
 from grpo.types import Completion
-from tests.support.launcher import fork_script
+from tests.support.launcher import PROJECT, environment, fork_script
 
 HOSTILE = "<script>alert(1)</script>\n\x1b[31mred & [bold]gold[/bold]"
 
@@ -177,9 +179,9 @@ def test_each_tracker_is_a_file_of_its_name():
 
 
 def test_a_missing_package_is_one_line():
-    missing = [name for name in ("wandb", "swanlab") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("wandb", "swanlab", "trackio") if importlib.util.find_spec(name) is None]
     if not missing:
-        pytest.skip("both are installed")
+        pytest.skip("all are installed")
     with pytest.raises(UserError, match=rf"^report_to: {missing[0]} is not installed\. Install it \(pip install"):
         check_trackers(Config(report_to=["tensorboard", *missing]))
     check_trackers(Config(report_to="tensorboard"))
@@ -216,3 +218,51 @@ def test_offline_for_real(name, tmp_path, capfd):
         texts = b"".join(content for path, content in files.items() if "media" in path.parts)
         assert (b"gold** 5 &lt; 6" if name == "wandb" else b"gold** 5 < 6") in texts
         assert any(b"97531" in content for content in files.values()), "the settings are missing"
+
+
+READ_TRACKIO = """
+import json, sys
+from trackio.sqlite_storage import SQLiteStorage
+[run] = SQLiteStorage.get_run_records("grpo")
+of_run = ("grpo", run["name"])
+print(json.dumps([run["name"], SQLiteStorage.get_logs(*of_run), SQLiteStorage.get_run_config(*of_run)]))
+"""
+
+
+def test_trackio_offline_for_real(tmp_path):
+    """Two starts of one run are one run in the database of its folder, beside TensorBoard; no line on stdout.
+
+    In processes of their own: the package reads its folder from the environment when it is imported.
+    """
+    pytest.importorskip("trackio")
+    home = {"HF_HOME": str(tmp_path / "home"), "TRACKIO_SPACE_ID": "user/not-used"}
+    start = (
+        "import sys; from pathlib import Path; from grpo.config.settings import Config\n"
+        "from grpo.run.trackers import load_trackers\n"
+        "cfg = Config(report_to=['tensorboard', 'trackio'], tracker_mode='offline', run_name='offline', seed=97531)\n"
+        "done = int(sys.argv[1])\n"
+        "for tracker in load_trackers(cfg, Path(sys.argv[2]), done):\n"
+        "    tracker.scalars(done + 1, {'reward/mean': 0.25 + done})\n"
+        "    tracker.text(done + 1, 'samples', '**gold** 5 &lt; 6')\n"
+        "    tracker.close()\n"
+    )
+
+    def run(code, *words, **more):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words],
+            cwd=PROJECT,
+            env={**environment(), **home, **more},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    assert [run(start, str(done), str(tmp_path)) for done in (0, 1)] == ["", ""]
+    assert not (tmp_path / "home" / "trackio").exists() and list(tmp_path.glob("events.*"))
+    name, logs, config = json.loads(run(READ_TRACKIO, TRACKIO_DIR=str(tmp_path / "trackio")).splitlines()[-1])
+    assert name == f"offline-{run_id(tmp_path, 'trackio')[:8]}" and config["seed"] == 97531
+    values = sorted((log["step"], log["reward/mean"]) for log in logs if "reward/mean" in log)
+    assert values == [(1, 0.25), (2, 1.25)]
+    assert [log["samples"]["_value"] for log in logs if "samples" in log] == ["**gold** 5 &lt; 6"] * 2

@@ -18,11 +18,20 @@ API = re.compile(r"/api/(models|datasets)/([\w.-]+/[\w.-]+)(?:/(revision|tree|pa
 FILE = re.compile(r"/(?:(datasets)/)?([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)")
 
 
+def commit_of_branch(branch: str) -> str:
+    """The commit at its head."""
+    return hashlib.sha1(branch.encode()).hexdigest()
+
+
 class _Handler(BaseHTTPRequestHandler):
-    """One request. `server.folders`: (models or datasets, name) -> its folder; a name may be gated instead."""
+    """One request. `server.folders`: (models or datasets, name) -> its folder; a name may be gated instead.
+
+    A name with @revision is another branch of it, with a commit of its own.
+    """
 
     protocol_version = "HTTP/1.1"
     server: "_Server"
+    commit = COMMIT
 
     def log_message(self, format: str, *args: object) -> None:
         self.server.asked.append(f"{self.command} {self.path}")
@@ -42,7 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = unquote(urlsplit(self.path).path)
         if match := API.fullmatch(url):
             kind, name, what = match[1], match[2], match[3]
-            folder = self._folder(kind, name)
+            folder = self._folder(kind, name, match[4])
             if folder is not None and what in ("tree", "paths-info"):
                 under = (match[5] or "/").strip("/")
                 self._send(200, json.dumps(_entries(folder, under, paths)).encode())
@@ -51,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
                 about = {
                     "_id": "1",
                     "id": name,
-                    "sha": COMMIT,
+                    "sha": self.commit,
                     "private": False,
                     "gated": False,
                     "disabled": False,
@@ -62,24 +71,34 @@ class _Handler(BaseHTTPRequestHandler):
                 }
                 self._send(200, json.dumps(about).encode())
         elif match := FILE.fullmatch(url):
-            folder = self._folder(match[1] or "models", match[2])
+            folder = self._folder(match[1] or "models", match[2], match[3])
             if folder is not None:
                 self._file(folder, match[4])
         else:
             self._refuse("RepoNotFound", "Repository not found")
 
-    def _folder(self, kind: str, name: str) -> Path | None:
-        """The repository's folder; if there is none, send the hub's refusal."""
+    def _folder(self, kind: str, name: str, revision: str | None) -> Path | None:
+        """The repository's folder at a revision, or None after sending the hub's refusal. Sets its commit."""
         if name in self.server.gated:
             self._refuse("GatedRepo", "Access to it is restricted.")
             return None
         folder = self.server.folders.get((kind, name))
         if folder is None:  # without a login the hub sends the same for private repositories
             self._refuse("RepoNotFound", "Repository not found")
-        return folder
+            return None
+        self.commit = COMMIT
+        if revision in (None, "main", COMMIT):
+            return folder
+        for (other_kind, other), there in self.server.folders.items():
+            branch = other.partition("@")[2]
+            if other_kind == kind and other == f"{name}@{branch}" and revision in (branch, commit_of_branch(branch)):
+                self.commit = commit_of_branch(branch)
+                return there
+        self._refuse("RevisionNotFound", "Invalid rev id", 404)
+        return None
 
-    def _refuse(self, code: str, message: str) -> None:
-        self._send(401, b"{}", {"X-Error-Code": code, "X-Error-Message": message})
+    def _refuse(self, code: str, message: str, status: int = 401) -> None:
+        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": message})
 
     def _file(self, folder: Path, name: str) -> None:
         path = folder / name
@@ -91,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.commit)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         for name, value in (headers or {}).items():

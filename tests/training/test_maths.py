@@ -14,7 +14,6 @@ from grpo.data.gold_answers import hash_answer
 from grpo.forward.logprobs import bounded_logits
 from grpo.training.advantages import equal_groups, group_advantages
 from grpo.training.losses import LossInputs, k3, ppo_clip, row_weights
-from grpo.training.policy import learning_rate
 
 NAN = float("nan")
 
@@ -133,14 +132,6 @@ def test_logit_clamp_centres_first():
 
 def test_temperature_divides_after_the_clamp():
     assert bounded_logits(torch.tensor([[1e4, -1e4]]), 2.0, 100.0)[0].tolist() == [[50.0, -50.0]]
-
-
-def test_learning_rate_schedules():
-    linear = Config(lr=1.0, lr_schedule="linear", warmup_ratio=0.1)
-    assert [learning_rate(linear, i, 20) for i in (0, 1, 2, 11, 19)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 1 / 18])
-    cosine = Config(lr=1.0, lr_schedule="cosine", warmup_ratio=0.1)
-    assert [learning_rate(cosine, i, 20) for i in (0, 1, 2, 11)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
-    assert {learning_rate(Config(lr=1.0), i, 20) for i in range(20)} == {1.0}
 
 
 @pytest.mark.parametrize("text, gold", [("a #### 1,000 ", "1,000"), ("no marker", None), ("#### 1\n#### 2", "2")])

@@ -28,7 +28,7 @@ from grpo.types import MicroBatch
 
 OURS = {  # key that a DeepSpeed JSON may not set -> our setting for it
     "optimizer": "lr, adam_beta1, adam_beta2, weight_decay",
-    "scheduler": "lr_schedule, warmup_ratio",
+    "scheduler": "lr_schedule, warmup_steps, warmup_ratio, min_lr_ratio",
     "fp16": "dtype (fp32 or bf16)",
     "bf16": "dtype (fp32 or bf16)",
     "amp": "dtype (fp32 or bf16)",

@@ -12,37 +12,44 @@ from typing import Any
 
 import yaml
 
+from grpo.config.checks import REPOSITORY
 from grpo.errors import UserError
-from grpo.export.source import Source
 from grpo.strict_json import check_regular
 
 MAX_METRICS_BYTES = 2**28
 MAX_ROWS = 12  # of the curve
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.A)
-LIBRARIES = {"merged_16bit": "transformers", "merged_4bit": "transformers", "lora": "peft", "gguf": "gguf"}
+LIBRARIES = {
+    "checkpoint": "transformers",
+    "merged_16bit": "transformers",
+    "merged_4bit": "transformers",
+    "lora": "peft",
+    "gguf": "gguf",
+}
 CURVE = ("reward/mean", "reward/std", "completions/length_mean", "kl")
 
 
-def read_metrics(source: Source, path: Path | None) -> list[dict[str, Any]]:
+def read_metrics(config: dict[str, Any], step: int, path: Path | None = None) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl up to the checkpoint's step. Without `path`: the run's own file; [] if there is none.
+
+    config: the run's settings, with this machine's paths. A last line that is not written to its end is left out.
 
     Raises UserError for a file that cannot be read or has a line without a step.
     """
     named = path is not None
     if path is None:
-        config = source.raw_config
         path = Path(str(config.get("runs_dir"))) / str(config.get("run_name")) / "metrics.jsonl"
         if not path.is_file():
             return []
     try:
         check_regular(path, MAX_METRICS_BYTES)
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        written, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+        lines = [json.loads(line) for line in written.splitlines()]
         if not all(isinstance(line, dict) and type(line.get("step")) is int for line in lines):
             raise ValueError("a line has no step")
     except (OSError, ValueError, RecursionError) as error:
         advice = "Name another file" if named else "Name the right one with --metrics"
         raise UserError(f"metrics: {path} cannot be read: {str(error)[:120]}. {advice}.") from None
-    return [line for line in lines if line["step"] <= source.step]
+    return [line for line in lines if line["step"] <= step]
 
 
 def code(value: Any) -> str:
@@ -60,13 +67,14 @@ def code(value: Any) -> str:
 
 def is_hub_name(value: Any) -> bool:
     """Whether a setting has the form of a hub name and is not a local folder."""
-    return isinstance(value, str) and HUB_NAME.fullmatch(value) is not None and not Path(value).exists()
+    return isinstance(value, str) and REPOSITORY.fullmatch(value) is not None and not Path(value).exists()
 
 
 def front_matter(config: dict[str, Any], methods: list[str]) -> str:
     """The card's YAML header, which the hub reads."""
     entries: dict[str, Any] = {"library_name": LIBRARIES[methods[0]], "pipeline_tag": "text-generation"}
-    entries["tags"] = ["grpo", "reinforcement-learning", *(["gguf"] if "gguf" in methods else [])]
+    kind = ["sft"] if config.get("sft") else ["grpo", "reinforcement-learning"]
+    entries["tags"] = [*kind, *(["gguf"] if "gguf" in methods else [])]
     if is_hub_name(config.get("model")):
         entries["base_model"] = config["model"]
     if is_hub_name(config.get("data")):
@@ -127,17 +135,17 @@ def _cell(value: Any) -> str:
     return "" if number is None else f"{number:.4g}"
 
 
-def card_text(source: Source, methods: list[str], lines: list[dict[str, Any]]) -> str:
-    """The whole card. lines: metrics up to the checkpoint's step."""
-    config = source.state["config"]
+def card_text(config: dict[str, Any], step: int, methods: list[str], lines: list[dict[str, Any]]) -> str:
+    """The whole card. config: without paths of this machine. lines: metrics up to the checkpoint's step."""
     rewards = config.get("rewards") or {}
     weights = "\n".join(f"| {code(name)} | {code(weight)} |" for name, weight in rewards.items())
+    paper = "[arXiv 2402.03300](https://arxiv.org/abs/2402.03300)"
+    method = "on reference solutions" if config.get("sft") else f"with Group Relative Policy Optimization ({paper})"
     settings = "\n".join(f"| {code(key)} | {code(value)} |" for key, value in sorted(config.items()))
     parts = [
         f"---\n{front_matter(config, methods)}---\n",
         f"# {code(config.get('run_name') or 'model')}\n",
-        f"Trained from {code(config.get('model'))} with Group Relative Policy Optimization "
-        f"([arXiv 2402.03300](https://arxiv.org/abs/2402.03300)), step {source.step}. "
+        f"Trained from {code(config.get('model'))} {method}, step {step}. "
         f"Formats here: {', '.join(methods)}. The licences of the base model and of the data apply.\n",
         f"## Data\n\n{code(config.get('data'))}, question in {code(config.get('question_column'))}, answer in "
         f"{code(config.get('answer_column'))}.\n",
@@ -148,3 +156,16 @@ def card_text(source: Source, methods: list[str], lines: list[dict[str, Any]]) -
         f"## Config\n\n| setting | value |\n| --- | --- |\n{settings}\n",
     ]
     return "\n".join(part if part.endswith("\n") else part + "\n" for part in parts)
+
+
+def without_paths(value: Any) -> Any:
+    """Settings with absolute paths cut to their last part, because an export is opened on other machines.
+
+    >>> without_paths({"data": "/home/mia/q.jsonl", "rewards": {"~/r.py:f": 1.0}, "model": "demo/base"})
+    {'data': 'q.jsonl', 'rewards': {'r.py:f': 1.0}, 'model': 'demo/base'}
+    """
+    if isinstance(value, dict):
+        return {without_paths(key): without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_paths(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value else value
