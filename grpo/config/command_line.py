@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import io
 import os
 import re
@@ -18,7 +17,7 @@ import yaml
 
 from grpo.config.checks import check, field_names
 from grpo.config.exit_file import output_dir_of, write_exit
-from grpo.config.messages import MANY_DIGITS, setting_error
+from grpo.config.messages import MANY_DIGITS, meant, setting_error
 from grpo.config.settings import DEMO, OLD_NAMES, Config, find_path
 from grpo.config.sft_section import (
     OF_ROLLOUTS,
@@ -249,10 +248,9 @@ def _yaml_problem(event: yaml.Event, levels: list[_Level]) -> str | None:
                 return "a key must be a name." if key is None else f"{key[:60]!r} is set twice. Keep one of them."
             top.keys.add(key)
             if len(levels) == 1 and key.split(".")[0] not in [*field_names(), *OLD_NAMES]:
-                near = difflib.get_close_matches(key, field_names(), 1)
-                return (
-                    f"unknown setting {key[:60]!r}{f'; did you mean {near[0]}?' if near else ' (see train.py --help)'}"
-                )
+                end = meant(key, field_names()) or " (see train.py --help)"
+                whole = ". Convert a recipe: python -m grpo.config --from_trl FILE" if end.startswith(":") else ""
+                return f"unknown setting {key[:60]!r}{end}{whole}"
     if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
         if len(levels) >= MAX_YAML_DEPTH:
             return "nested too deeply for any setting."

@@ -1,0 +1,56 @@
+"""Reward functions of TRL and open-r1 by name, and ours where the rule is the same."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What stands here for a reward function of theirs."""
+
+    names: str  # theirs, separated by blanks
+    here: str = ""  # ours; empty: none has that rule
+    parameters: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)  # our parameter -> the option of theirs that sets it
+    reads_gold: bool = False  # from their column `solution`
+    note: str = ""
+
+
+COSINE = {name: f"cosine_{name}" for name in ("min_value_wrong", "max_value_wrong", "min_value_correct")}
+COSINE |= {"max_value_correct": "cosine_max_value_correct", "max_length": "cosine_max_len"}
+NO_TESTS = "unit_test_reward runs Python unit tests from a column; theirs feed inputs and compare outputs."
+
+REWARDS = (
+    Reward("accuracy_reward accuracy", "boxed_math_reward", reads_gold=True, note="accuracy_reward is another rule "
+           "here: it wants <answer> on a line of its own."),
+    Reward("reasoning_accuracy_reward", "math_reward", {"start": "</think>", "end": ""}, reads_gold=True),
+    Reward("think_format_reward", "think_format_reward"),
+    Reward("format_reward format", "format_reward"),
+    Reward("tag_count_reward tag_count", "tag_count_reward"),
+    Reward("reasoning_steps_reward reasoning_steps", "reasoning_steps_reward"),
+    Reward("get_soft_overlong_punishment", "overlong_reward", {"max_length": 1280, "buffer": 256}),
+    Reward("soft_overlong_punishment", "overlong_reward",
+           options={"max_length": "max_completion_len", "buffer": "soft_punish_cache"}),
+    Reward("get_cosine_scaled_reward cosine_scaled_reward cosine", "cosine_length_reward", options=COSINE,
+           reads_gold=True, note="open-r1 measures characters, TRL and this one tokens."),
+    Reward("get_repetition_penalty_reward repetition_penalty_reward repetition_penalty", "repetition_reward",
+           options={"length": "repetition_n_grams"}, note="Runs of words in open-r1, of tokens in TRL and here. The "
+           "largest penalty is the weight."),
+    Reward("len_reward length", note="It compares the group: length_reward here is another rule. Write one with "
+           "sees_group (docs/rewards.md)."),
+    Reward("code_reward code binary_code_reward binary_code ioi_code_reward ioi_code cf_code_reward cf_code "
+           "codeforces", note=NO_TESTS),
+    Reward("code_format_reward code_format", note="format_reward does not look for a code block."),
+)  # fmt: skip
+BY_NAME = {name: reward for reward in REWARDS for name in reward.names.split()}
+OPEN_R1_DEFAULT = ("accuracy", "format", "tag_count")  # where a recipe of open-r1 names none
+
+
+def rewards_table() -> str:
+    """The table of rewards in docs/from_trl.md. Written by `python -m grpo.config --trl_names`."""
+    lines = ["| TRL, open-r1 | here | note |", "| --- | --- | --- |"]
+    for one in REWARDS:
+        given = ", ".join(f"{name}: {value!r}".replace("'", '"') for name, value in one.parameters.items())
+        ours = f"`{one.here}`" + (f" with `{{{given}}}`" if given else "") if one.here else "-"
+        lines.append(f"| {', '.join(f'`{name}`' for name in one.names.split())} | {ours} | {one.note} |")
+    return "\n".join(lines)
