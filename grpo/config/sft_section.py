@@ -85,9 +85,10 @@ def check_section(section: dict[str, Any]) -> None:
         if kind is None:
             if value is None and isinstance(name, str) and ":" in name:
                 raise UserError(f"sft: a space is missing after the colon in {name[:60]!r}. Write name: value.")
-            if meant(str(name), OF_ROLLOUTS).startswith(":"):  # an option of TRL
+            end = meant(str(name), [*KINDS, *OWN])
+            if not end.startswith(":") and meant(str(name), OF_ROLLOUTS).startswith(":"):  # an option of TRL
                 raise UserError(f"sft: {name} has no effect there: no completions are sampled. Leave it out.")
-            hint = meant(str(name), [*KINDS, *OWN]) or " (see python -m grpo.sft --help)"
+            hint = end or " (see python -m grpo.sft --help)"
             raise UserError(f"sft: unknown setting {ascii(name)[:60]}{hint}")
         with _prefixed_errors():
             check_kind(name, value, kind)

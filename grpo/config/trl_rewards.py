@@ -18,6 +18,8 @@ class Reward:
 
 COSINE = {name: f"cosine_{name}" for name in ("min_value_wrong", "max_value_wrong", "min_value_correct")}
 COSINE |= {"max_value_correct": "cosine_max_value_correct", "max_length": "cosine_max_len"}
+COSINE_DEFAULTS = {"min_value_wrong": 0.0, "max_value_wrong": -0.5, "min_value_correct": 0.5}  # open-r1's
+COSINE_DEFAULTS |= {"max_value_correct": 1.0, "max_length": 1000}
 NO_TESTS = "unit_test_reward runs Python unit tests from a column; theirs feed inputs and compare outputs."
 
 REWARDS = (
@@ -29,13 +31,14 @@ REWARDS = (
     Reward("tag_count_reward tag_count", "tag_count_reward"),
     Reward("reasoning_steps_reward reasoning_steps", "reasoning_steps_reward"),
     Reward("get_soft_overlong_punishment", "overlong_reward", {"max_length": 1280, "buffer": 256}),
-    Reward("soft_overlong_punishment", "overlong_reward",
+    Reward("soft_overlong_punishment", "overlong_reward", {"max_length": 16384, "buffer": 4096},
            options={"max_length": "max_completion_len", "buffer": "soft_punish_cache"}),
-    Reward("get_cosine_scaled_reward cosine_scaled_reward cosine", "cosine_length_reward", options=COSINE,
-           reads_gold=True, note="open-r1 measures characters, TRL and this one tokens."),
+    Reward("get_cosine_scaled_reward cosine_scaled_reward cosine", "cosine_length_reward",
+           COSINE_DEFAULTS, COSINE,
+           True, note="open-r1 measures characters, TRL and this one tokens."),
     Reward("get_repetition_penalty_reward repetition_penalty_reward repetition_penalty", "repetition_reward",
-           options={"length": "repetition_n_grams"}, note="Runs of words in open-r1, of tokens in TRL and here. The "
-           "largest penalty is the weight."),
+           {"length": 3}, {"length": "repetition_n_grams"}, note="Runs of words in open-r1, of tokens in TRL "
+           "and here. The largest penalty is the weight."),
     Reward("len_reward length", note="It compares the group: length_reward here is another rule. Write one with "
            "sees_group (docs/rewards.md)."),
     Reward("code_reward code binary_code_reward binary_code ioi_code_reward ioi_code cf_code_reward cf_code "
@@ -46,7 +49,7 @@ BY_NAME = {name: reward for reward in REWARDS for name in reward.names.split()}
 OPEN_R1_DEFAULT = ("accuracy", "format", "tag_count")  # where a recipe of open-r1 names none
 
 
-def rewards_table() -> str:
+def markdown_table() -> str:
     """The table of rewards in docs/from_trl.md. Written by `python -m grpo.config --trl_names`."""
     lines = ["| TRL, open-r1 | here | note |", "| --- | --- | --- |"]
     for one in REWARDS:
