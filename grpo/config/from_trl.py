@@ -91,7 +91,7 @@ def _copy(recipe: Recipe) -> None:
     for name in COPIED:
         setting, default = ROWS[name].here, TRL_DEFAULTS.get(name)
         value = recipe.get(name, default)
-        if value in (None, ""):
+        if value is None or (value == "" and KINDS.get(setting) not in (int, float)):
             continue
         kind = KINDS.get(setting)
         if kind in (int, float, float | None, int | None):
@@ -117,10 +117,11 @@ def _batch(recipe: Recipe) -> None:
     if recipe.has("generation_batch_size") and recipe.has("steps_per_generation"):
         raise UserError("generation_batch_size, steps_per_generation: TRL takes one of them, got both.")
     completions = recipe.number("generation_batch_size", 0, whole=True)
-    if min(per_device, accumulated, group) < 1:
+    passes = recipe.settings.get("num_iterations", 1)
+    if min(per_device, accumulated, group, passes) < 1:
         raise UserError(
-            "per_device_train_batch_size, gradient_accumulation_steps, num_generations: must be >= 1, got "
-            f"{per_device}, {accumulated}, {group}."
+            "per_device_train_batch_size, gradient_accumulation_steps, num_generations, num_iterations: must be >= 1, "
+            f"got {per_device}, {accumulated}, {group}, {passes}."
         )
     if completions % part or completions < 0:
         raise UserError(
@@ -128,7 +129,7 @@ def _batch(recipe: Recipe) -> None:
             f"{recipe.processes}, got {completions}."
         )
     parts = recipe.number("steps_per_generation", completions // part or accumulated, whole=True)
-    if parts < 1 or (parts % accumulated and (accumulated % parts or recipe.settings.get("num_iterations", 1) > 1)):
+    if parts < 1 or (parts % accumulated and (accumulated % parts or passes > 1)):
         raise UserError(
             f"steps_per_generation: {parts} must be a multiple of gradient_accumulation_steps {accumulated}, so that "
             "updates do not mix passes over the samples."
@@ -259,7 +260,7 @@ def _schedule(recipe: Recipe) -> None:
     steps, ratio = recipe.number("warmup_steps", 0), recipe.number("warmup_ratio", 0)
     if 0 < steps < 1:
         steps, ratio = 0, steps
-    lowest = as_number("min_lr", options.pop("min_lr", 0)) / recipe.settings.get("lr", OURS.lr)
+    lowest = as_number("min_lr", options.pop("min_lr", 0)) / (recipe.settings.get("lr") or OURS.lr)
     lowest = as_number("min_lr_rate", options.pop("min_lr_rate", lowest))
     if name == "constant":
         if steps or ratio:
@@ -297,7 +298,7 @@ def _adapter(recipe: Recipe) -> None:
     if recipe.number("lora_dropout", 0.05):
         recipe.changed.append(f"lora_dropout: {recipe.get('lora_dropout', 0.05)} there, TRL's default 0.05; 0 here.")
     layers = recipe.get("lora_target_modules", ["q_proj", "v_proj"])
-    layers = [name.strip(" ,\"'") for name in layers] if isinstance(layers, list) else layers
+    layers = [str(name).strip(" ,\"'") for name in layers] if isinstance(layers, list) else layers
     if layers == ["all-linear"]:
         layers = "all-linear"
     if isinstance(layers, str) and layers != "all-linear":

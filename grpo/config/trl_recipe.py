@@ -1,6 +1,6 @@
 """Options of a recipe of TRL, read one by one, and the settings that they become (from_trl.py)."""
 
-import math
+import contextlib
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ def plain(value: Any) -> Any:
 def as_number(name: str, value: Any, whole: bool = False) -> Any:
     """A number, or its text. Raises UserError."""
     value = plain(value)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and -(10**15) < value < 10**15
     if not is_number or (whole and value != int(value)):
         raise UserError(f"{name}: must be a{' whole' if whole else ''} number, got {shown(value)}.")
     return int(value) if whole else value
@@ -70,7 +70,9 @@ class Recipe:
     def mapping(self, name: str) -> dict[str, Any]:
         """A mapping, perhaps as text. Raises UserError."""
         value = self.get(name, {})
-        value = yaml.safe_load(value) if isinstance(value, str) and value.startswith("{") else value
+        if isinstance(value, str):
+            with contextlib.suppress(yaml.YAMLError):
+                value = yaml.safe_load(value)
         if not isinstance(value, dict):
             raise UserError(f"{name}: must be a mapping, got {shown(value)}.")
         return value

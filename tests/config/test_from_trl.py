@@ -237,7 +237,7 @@ def test_batch_sizes_are_those_of_the_installed_trl(given, batch, minibatches):
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_iterations": 2}, "steps_per_generation: 2"),
         ({"generation_batch_size": 40}, "generation_batch_size: must be a multiple of"),
         ({"generation_batch_size": 64, "steps_per_generation": 4}, "TRL takes one of them, got both"),
-        ({"per_device_train_batch_size": 0}, "must be >= 1, got 0, 1, 8"),
+        ({"per_device_train_batch_size": 0}, "must be >= 1, got 0, 1, 8, 1."),
         ({"per_device_train_batch_size": 1.5}, "per_device_train_batch_size: must be a whole number, got 1.5"),
         ({"learning_rate": "fast"}, "learning_rate: must be a number, got 'fast'"),
         ({"use_peft": "maybe"}, "use_peft: must be true or false, got 'maybe'"),
@@ -253,6 +253,19 @@ def test_batch_sizes_are_those_of_the_installed_trl(given, batch, minibatches):
 def test_what_does_not_fit_is_refused_in_one_line(given, said):
     text = line_of(lambda _: convert(given, 2), [])
     assert said in text
+
+
+@pytest.mark.parametrize("value", [True, -1, 2.5, "", "x", [1], {"a": 1}, "{a: [", float("nan")], ids=repr)
+def test_any_value_of_any_option_gives_settings_or_one_line(value):
+    around = {"use_peft": True, "eval_strategy": "steps", "push_to_hub": True, "reward_funcs": ["cosine"]}
+    outcomes = []
+    for name in ROWS:
+        try:
+            text = as_yaml(convert({**around, name: value}, 2, 1000), "r.yaml")
+            outcomes.append(isinstance(yaml.safe_load(text), dict))
+        except UserError as error:
+            outcomes.append("\n" not in str(error) and name in str(error))
+    assert all(outcomes)
 
 
 def test_steps_are_counted_in_samplings_not_in_updates():
