@@ -234,6 +234,8 @@ def _algorithm(recipe: Recipe) -> None:
         recipe.lose("scale_rewards")
     else:
         recipe.put("scale_rewards", scale, "scale_rewards")
+    if recipe.settings["num_generations"] > 101 and scale == "group" and weighting != "dr_grpo":
+        recipe.settings["advantage_clip"] = float(recipe.settings["num_generations"])  # never binds, as in TRL
     if weighting == "dr_grpo" and scale != "none":
         recipe.changed.append("weighting: dr_grpo implies scale_rewards none here; TRL divides by the deviation.")
     if recipe.flag("use_bias_correction_kl", True) and recipe.settings.get("beta"):

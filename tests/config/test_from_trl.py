@@ -5,6 +5,7 @@ values of their own; NAME.ours.yaml is what each becomes. Batch sizes are comput
 """
 
 import dataclasses
+import re
 import typing
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from grpo.config import __main__ as command
-from grpo.config import from_trl
+from grpo.config import from_trl, trl_names, trl_rewards
 from grpo.config.checks import check
 from grpo.config.command_line import load_config, load_sft_config
 from grpo.config.from_trl import as_yaml, convert
@@ -21,6 +22,7 @@ from grpo.config.sft_section import OWN
 from grpo.config.trl_names import ROWS, VALUES, value_hint
 from grpo.config.trl_rewards import BY_NAME
 from grpo.errors import UserError
+from tests.support.launcher import PROJECT
 
 RECIPES = Path(__file__).parent / "recipes"
 ADDED_TOGETHER = {  # settings and values that are added in the same days; empty afterwards
@@ -338,6 +340,32 @@ def test_what_is_not_carried_over_is_named_and_what_changes_nothing_is_not():
     assert convert({**harmless, "use_bias_correction_kl": False, "repetition_penalty": 1}, 2).lost == []
     tracked = convert({"report_to": ["trackio"]}, 2).settings["report_to"]
     assert tracked == ("trackio" if "trackio" in typing.get_args(TrackerName) else "none")
+
+
+def test_a_large_group_is_not_clipped():
+    """The largest advantage of G completions is (G - 1) / sqrt(G); ours are clipped at 10, TRL's are not."""
+    assert settings_of(num_generations=200, per_device_train_batch_size=200)["advantage_clip"] > 199 / 200**0.5 > 10
+    assert "advantage_clip" not in settings_of(num_generations=100, per_device_train_batch_size=100)
+    none = settings_of(num_generations=200, per_device_train_batch_size=200, scale_rewards=False)
+    assert "advantage_clip" not in none and loadable(none)
+
+
+# --- docs/from_trl.md
+
+
+def test_the_page_has_the_tables_and_the_conversion(tmp_path):
+    """`python -m grpo.config --trl_names` writes the tables; paste them between the comments."""
+    page = (PROJECT / "docs" / "from_trl.md").read_text(encoding="utf-8")
+    shown = re.findall(r"<!-- \w+ table: python -m grpo.config --trl_names -->\n(.*?)\n<!-- end -->", page, re.S)
+    assert shown == [trl_rewards.markdown_table(), trl_names.markdown_table()]
+    recipe, ours = re.findall(r"^```yaml\n(.*?)^```$", page, re.S | re.M)
+    file = tmp_path / "my_recipe.yaml"
+    file.write_text(recipe)
+    text = command.converted(file, 8, 7473)
+    assert [x for x in text.split("\n") if x[:1] == "#"] == [x for x in ours.split("\n") if x[:1] == "#"]
+    settings = yaml.safe_load(ours)
+    assert yaml.safe_load(text) == settings and loadable(settings)
+    assert (settings["batch_size"], settings["num_minibatches"], settings["max_steps"]) == (64, 2, 232)
 
 
 def test_trl_defaults_are_ours_or_written_out():
