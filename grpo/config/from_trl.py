@@ -94,6 +94,7 @@ def _copy(recipe: Recipe) -> None:
         if value is None or (value == "" and KINDS.get(setting) not in (int, float)):
             continue
         kind = KINDS.get(setting)
+        value = recipe.mapping(name) if name == "chat_template_kwargs" else value
         if kind in (int, float, float | None, int | None):
             value = as_number(name, value, whole=kind in (int, int | None))
         elif kind is bool:
@@ -180,13 +181,14 @@ def _rewards(recipe: Recipe) -> None:
     for name, weight in zip(names, weights, strict=True):
         theirs = BY_NAME.get(name)
         ours = theirs.here if theirs and theirs.here else _own_reward(recipe, name)
+        ours = f"{ours}@{name}" if ours in rewards else ours  # a second one of the same rule has a label
         if theirs and theirs.here:
             set_by = {own: recipe.get(option) for own, option in theirs.options.items() if recipe.has(option)}
             parameters |= {ours: {**theirs.parameters, **set_by}} if theirs.parameters else {}
             recipe.changed += [f"{ours}, {name} there: {theirs.note}"] if theirs.note else []
-        if ours == "repetition_reward":
+        if theirs and theirs.here == "repetition_reward":
             weight *= -recipe.number("repetition_max_penalty", -1.0)
-        rewards[ours] = rewards.get(ours, 0.0) + weight
+        rewards[ours] = weight
     if any("." in name for name in names):
         recipe.changed.append(
             "rewards: completions are strings; message lists, as for chats in TRL: reward_inputs: messages."

@@ -20,29 +20,30 @@ COSINE = {name: f"cosine_{name}" for name in ("min_value_wrong", "max_value_wron
 COSINE |= {"max_value_correct": "cosine_max_value_correct", "max_length": "cosine_max_len"}
 COSINE_DEFAULTS = {"min_value_wrong": 0.0, "max_value_wrong": -0.5, "min_value_correct": 0.5}  # open-r1's
 COSINE_DEFAULTS |= {"max_value_correct": 1.0, "max_length": 1000}
-NO_TESTS = "unit_test_reward runs Python unit tests from a column; theirs feed inputs and compare outputs."
 
 REWARDS = (
     Reward("accuracy_reward accuracy", "boxed_math_reward", reads_gold=True, note="accuracy_reward is another rule "
            "here: it wants <answer> on a line of its own."),
-    Reward("reasoning_accuracy_reward", "math_reward", {"start": "</think>", "end": ""}, reads_gold=True),
+    Reward("reasoning_accuracy_reward", "boxed_math_reward", {"after": "</think>"}, reads_gold=True),
     Reward("think_format_reward", "think_format_reward"),
     Reward("format_reward format", "format_reward"),
     Reward("tag_count_reward tag_count", "tag_count_reward"),
     Reward("reasoning_steps_reward reasoning_steps", "reasoning_steps_reward"),
     Reward("get_soft_overlong_punishment", "overlong_reward", {"max_length": 1280, "buffer": 256}),
-    Reward("soft_overlong_punishment", "overlong_reward", {"max_length": 16384, "buffer": 4096},
-           options={"max_length": "max_completion_len", "buffer": "soft_punish_cache"}),
+    Reward("soft_overlong_punishment_reward soft_overlong_punishment", "overlong_reward",
+           {"max_length": 16384, "buffer": 4096}, {"max_length": "max_completion_len", "buffer": "soft_punish_cache"}),
     Reward("get_cosine_scaled_reward cosine_scaled_reward cosine", "cosine_length_reward",
-           COSINE_DEFAULTS, COSINE,
-           True, note="open-r1 measures characters, TRL and this one tokens."),
+           COSINE_DEFAULTS, COSINE, True, "open-r1 counts characters, TRL and this one tokens."),
     Reward("get_repetition_penalty_reward repetition_penalty_reward repetition_penalty", "repetition_reward",
-           {"length": 3}, {"length": "repetition_n_grams"}, note="Runs of words in open-r1, of tokens in TRL "
-           "and here. The largest penalty is the weight."),
+           {"length": 3}, {"length": "repetition_n_grams"}, note="Runs of words in open-r1, of tokens in TRL and here; "
+           "the largest penalty is the weight."),
+    Reward("code_reward code", "unit_test_reward", {"column": "verification_info"}, note="All lines are compared; "
+           "there the shorter output ends the comparison."),
+    Reward("binary_code_reward binary_code", note="unit_test_reward gives the share of tests passed."),
+    Reward("ioi_code_reward ioi_code cf_code_reward cf_code codeforces", note="It asks a judge; unit_test_reward runs "
+           "Python on this machine."),
     Reward("len_reward length", note="It compares the group: length_reward here is another rule. Write one with "
            "sees_group (docs/rewards.md)."),
-    Reward("code_reward code binary_code_reward binary_code ioi_code_reward ioi_code cf_code_reward cf_code "
-           "codeforces", note=NO_TESTS),
     Reward("code_format_reward code_format", note="format_reward does not look for a code block."),
 )  # fmt: skip
 BY_NAME = {name: reward for reward in REWARDS for name in reward.names.split()}

@@ -14,7 +14,7 @@ import yaml
 
 from grpo.config import __main__ as command
 from grpo.config import from_trl, trl_names, trl_rewards
-from grpo.config.checks import check
+from grpo.config.checks import check, has_type
 from grpo.config.command_line import load_config, load_sft_config
 from grpo.config.from_trl import as_yaml, convert
 from grpo.config.settings import Config, TrackerName, prompts_per_step
@@ -78,13 +78,13 @@ def test_every_target_is_a_setting():
 def test_every_value_of_theirs_has_one_of_ours():
     kinds = typing.get_type_hints(Config)
     for setting, values in VALUES.items():
-        assert set(values.values()) <= set(typing.get_args(kinds[setting]))
+        assert all(has_type(value, kinds[setting]) for value in values.values())
 
 
 def test_a_reward_that_is_mapped_is_in_the_library_or_being_added():
     import reward_func
 
-    added = {"boxed_math_reward", "think_format_reward", "cosine_length_reward"}
+    added = {"boxed_math_reward", "think_format_reward", "cosine_length_reward", "unit_test_reward"}
     ours = {reward.here for reward in BY_NAME.values() if reward.here}
     assert {name for name in ours - added if not hasattr(reward_func, name)} == set()
 
@@ -321,8 +321,17 @@ def test_rewards():
     assert recipe.settings["rewards"] == {"repetition_reward": 1.0, "my_rewards.py:cf_code_reward": 1, "a/b.py:own": 1}
     assert recipe.settings["reward_parameters"] == {"repetition_reward": {"length": 4}}
     assert recipe.settings["answer_column"] is None  # none of them reads a gold answer
-    assert [line for line in recipe.lost if line.startswith("reward_funcs: cf_code. unit_test_reward")]
+    assert [line for line in recipe.lost if line.startswith("reward_funcs: cf_code. It asks a judge")]
     assert convert({"reward_funcs": ["accuracy"]}, 2).settings["answer_column"] == "solution"
+    both = convert({"reward_funcs": ["accuracy_reward", "reasoning_accuracy_reward"], "reward_weights": [1, 2]}, 2)
+    assert both.settings["rewards"] == {"boxed_math_reward": 1, "boxed_math_reward@reasoning_accuracy_reward": 2}
+    parameters = both.settings["reward_parameters"]
+    assert parameters == {"boxed_math_reward@reasoning_accuracy_reward": {"after": "</think>"}}
+    length = convert({"reward_funcs": ["cosine"], "cosine_max_len": 300}, 2).settings["reward_parameters"]
+    assert length["cosine_length_reward"] == {
+        "min_value_wrong": 0.0, "max_value_wrong": -0.5, "min_value_correct": 0.5, "max_value_correct": 1.0,
+        "max_length": 300,
+    }  # fmt: skip
     model = convert({"reward_model_name_or_path": "someone/judge"}, 2).settings
     assert model["rewards"] == {"model_reward": 1.0}
     assert model["reward_parameters"] == {"model_reward": {"folder": "someone/judge"}}
