@@ -320,8 +320,8 @@ def _machine(recipe: Recipe) -> None:
     weights = recipe.get("dtype") or recipe.get("torch_dtype", "float32")
     if weights != "float32":
         recipe.changed.append(f"dtype: {weights} was the type of the weights; weights and optimizer state are fp32.")
-    if recipe.flag("use_cpu"):
-        recipe.put("device", "cpu", "use_cpu")
+    if recipe.flag("use_cpu") or recipe.flag("no_cuda"):
+        recipe.put("device", "cpu", "use_cpu", "no_cuda")
     optimizer = str(recipe.get("optim", "adamw_torch_fused"))
     if optimizer in VALUES["optimizer"]:
         recipe.put("optimizer", VALUES["optimizer"][optimizer], "optim")

@@ -33,11 +33,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("dataset_test_split", "eval_split"),
         Row("dataset_prompt_column", "question_column", "TRL reads the column prompt, here it is question."),
         Row("test_split_size", "eval_split_size"),
-        Row("datasets", "data", "One source; write a mixture into one file."),
+        Row("datasets dataset_mixture", "data", "One source; write a mixture into one file."),
         Row("dataset_streaming streaming ignore_bias_buffers", "", "Data are read as a whole.", True),
         Row("remove_unused_columns label_names length_column_name", "", "Rewards get all columns.", True),
         Row("shuffle_dataset", "shuffle"),
-        Row("train_sampling_strategy", "", "Questions come in random order; shuffle false keeps that of the data."),
+        Row("train_sampling_strategy group_by_length", "", "Questions come in random order; shuffle false "
+            "keeps that of the data."),
         Row("data_seed", "seed", "One seed determines the order of the data and every sampled token."),
         Row("seed", "seed", "The same number gives other samples than in TRL."),
         Row("max_prompt_length", "max_prompt_length", "TRL takes prompts of any length (older versions cut them); here "
@@ -69,7 +70,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "end of an epoch; here the next epoch continues there."),
         Row("max_steps", "max_steps", "TRL counts updates of the weights, here each sampling is a step: divide by "
             "num_minibatches x num_iterations. -1 is null."),
-        Row("num_processes", "", "Say torchrun --nproc_per_node N; batch_size does not depend on it.", True),
+        Row("num_processes num_machines", "", "Say torchrun --nproc_per_node N; batch_size does not depend on "
+            "it.", True),
         Row("auto_find_batch_size", "", "After out-of-memory errors micro-batches shrink by themselves.", True),
         Row("average_tokens_across_devices", "", "Always.", True),
     ),
@@ -107,7 +109,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("multi_objective_aggregation", "", "Weighted sum, then group advantages (sum_then_normalize)."),
         Row("importance_sampling_level", "", "Ratios are per token."),
         Row("mask_truncated_completions", "", "Cut completions are trained on; overlong_reward lowers their reward."),
-        Row("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps", "", "The reference is the starting model."),
+        Row("sync_ref_model ref_model_init_kwargs ref_model_mixup_alpha ref_model_sync_steps", "",
+            "The reference is the starting model."),
         Row("sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg",
             "surrogate", "Parameters of losses that are not here.", True),
         Row("top_entropy_quantile off_policy_mask_threshold", "", "All tokens are trained on."),
@@ -153,20 +156,21 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "gradient_checkpointing", "It has no options.", True),
         Row("deepspeed", "deepspeed_config", "With backend: deepspeed. zero_stage and offload do without a file."),
         Row("fsdp fsdp_config", "zero_stage", "With backend: deepspeed; zero_stage 3 shards the weights."),
-        Row("use_cpu", "device", "device: cpu."),
+        Row("use_cpu no_cuda", "device", "device: cpu."),
         Row("full_determinism", "deterministic"),
         Row("ddp_timeout", "stall_timeout_s", "", True),
         Row("torch_compile torch_compile_backend torch_compile_mode tf32 use_liger_kernel liger_kernel_config "
             "torch_empty_cache_steps accelerator_config parallelism_config ddp_backend ddp_bucket_cap_mb "
-            "ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph local_rank", "",
-            "The trainer's own choice. Leave it out.", True),
+            "ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph local_rank use_liger_loss "
+            "use_mps_device jit_mode_eval use_ipex fp16_opt_level fp16_backend half_precision_backend "
+            "accelerate_config env", "", "The trainer's own choice. Leave it out.", True),
         Row("dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
             "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order", "",
             "Prompts are tokenized at the start. Leave it out.", True),
     ),
     "Evaluation": (
-        Row("eval_strategy do_eval", "eval_data eval_steps", "Evaluation happens where eval_data (or eval_split_size) "
-            "is set."),
+        Row("eval_strategy evaluation_strategy do_eval", "eval_data eval_steps", "Evaluation happens where eval_data "
+            "(or eval_split_size) is set."),
         Row("eval_steps", "eval_steps", "Counted as max_steps; before and after training it is always evaluated."),
         Row("num_generations_eval", "eval_generations", "TRL samples as in training; here one greedy answer is the "
             "default."),
@@ -184,7 +188,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("save_strategy", "save_steps", "save_steps 0 saves the last step only."),
         Row("save_steps", "save_steps", "A whole number, counted as max_steps: 500 in TRL, 100 here."),
         Row("save_total_limit", "save_total_limit"),
-        Row("save_only_model save_on_each_node enable_jit_checkpoint ignore_data_skip "
+        Row("save_only_model save_safetensors save_on_each_node enable_jit_checkpoint ignore_data_skip "
             "restore_callback_states_from_checkpoint", "", "Checkpoints hold all that resuming needs.", True),
         Row("report_to", "report_to", "none in TRL, tensorboard here."),
         Row("run_name", "run_name"),
@@ -197,7 +201,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "log_unique_prompts log_multimodal skip_memory_metrics debug do_train do_predict", "",
             "Every step is logged.", True),
         Row("push_to_hub hub_model_id", "push_to_hub", "user/name."),
-        Row("hub_token hub_private_repo hub_strategy hub_always_push hub_revision hub_model_revision "
+        Row("hub_token push_to_hub_token hub_private_repo hub_strategy hub_always_push hub_revision hub_model_revision "
             "push_to_hub_revision overwrite_hub_revision log_completions_hub_repo", "",
             "It pushes at each save, with the token of HF_TOKEN or hf auth login.", True),
     ),

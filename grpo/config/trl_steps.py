@@ -12,6 +12,8 @@ from grpo.config.settings import TrackerName
 from grpo.config.trl_recipe import Recipe
 from grpo.errors import UserError
 
+EVALUATES = ("eval_strategy", "evaluation_strategy")  # the second is the older name
+
 
 @dataclass(frozen=True)
 class Run:
@@ -68,7 +70,7 @@ def length(recipe: Recipe) -> Run:
 
 def evaluation(recipe: Recipe, run: Run) -> None:
     """Write eval_data, eval_split, eval_steps, eval_generations."""
-    strategy = recipe.get("eval_strategy") or "no"
+    strategy = recipe.get("eval_strategy") or recipe.get("evaluation_strategy") or "no"  # YAML reads no as false
     recipe.get("do_eval")
     every = recipe.number("eval_steps", 0) or recipe.number("logging_steps", 10)
     split = recipe.get("dataset_test_split", "test")
@@ -77,17 +79,20 @@ def evaluation(recipe: Recipe, run: Run) -> None:
         return
     steps = run.steps_per_epoch if strategy == "epoch" else run.interval(every)
     if steps is None:
-        recipe.lose("eval_strategy" if strategy == "epoch" else "eval_steps", "With --rows N, eval_steps is written.")
+        recipe.lose(
+            next(filter(recipe.has, EVALUATES)) if strategy == "epoch" else "eval_steps",
+            "With --rows N, eval_steps is written.",
+        )
     else:
-        recipe.put("eval_steps", int(steps), "eval_strategy")
+        recipe.put("eval_steps", int(steps), *EVALUATES)
     if recipe.has("test_split_size"):
         return
     if not recipe.has("dataset_name"):
         recipe.missing.append("eval_data: the recipe evaluates and has no dataset_name.")
         return
-    recipe.put("eval_data", recipe.get("dataset_name"), "eval_strategy")
-    recipe.put("eval_split", split, "eval_strategy")
-    recipe.put("eval_generations", samples, "eval_strategy")
+    recipe.put("eval_data", recipe.get("dataset_name"), *EVALUATES)
+    recipe.put("eval_split", split, *EVALUATES)
+    recipe.put("eval_generations", samples, *EVALUATES)
 
 
 def saving(recipe: Recipe, run: Run) -> None:

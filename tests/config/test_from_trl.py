@@ -282,6 +282,8 @@ def test_steps_are_counted_in_samplings_not_in_updates():
     assert share["save_steps"] == 10
     epochs = settings_of(rows=101, num_train_epochs=2, save_strategy="epoch", gradient_accumulation_steps=5)
     assert (epochs["batch_size"], epochs["max_steps"], epochs["save_steps"]) == (10, 20, 10)
+    older = settings_of(evaluation_strategy="epoch", dataset_name="d", rows=20)
+    assert (older["eval_data"], older["eval_split"], older["eval_steps"]) == ("d", "test", 10)
     unknown = convert({"num_train_epochs": 0.5, "save_strategy": "epoch"}, 2)
     assert unknown.settings["epoch"] == 1 and "save_steps" not in unknown.settings
     assert [line.split(":")[0] for line in unknown.lost] == ["num_train_epochs", "save_strategy"]
