@@ -71,7 +71,7 @@ def as_yaml(recipe: Recipe, source: str) -> str:
         "TRL's defaults that differ from ours, written out": [", ".join(recipe.defaults)] if recipe.defaults else [],
         "Without counterpart, and without effect on what is learned": [", ".join(idle)] if idle else [],
     }
-    lines = [f"# From {source} of TRL, for {recipe.processes} processes."]
+    lines = [f"# From {source}, with the defaults of TRL 1.16, for {recipe.processes} processes."]
     for title, entries in blocks.items():
         lines += [f"# {title}:", *(f"#   {entry}" for entry in entries)] if entries else []
     order = [name for name in KINDS if name in recipe.settings]
