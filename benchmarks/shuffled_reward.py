@@ -8,7 +8,13 @@ Whatever accuracy a run gains with this reward, it did not gain by learning from
 
 import hashlib
 
-from reward_func import final_answer_reward
+from reward_func import final_answer_reward, last_number_reward
+
+
+def shuffled(prompts, scores):
+    """Scores in an order that a hash of the prompt and the position decides."""
+    key = lambda position: hashlib.sha256(f"{prompts[0]}\n{position}".encode()).digest()  # noqa: E731
+    return [scores[position] for position in sorted(range(len(scores)), key=key)]
 
 
 def shuffled_final_answer_reward(prompts, completions, answer, **columns):
@@ -25,9 +31,19 @@ def shuffled_final_answer_reward(prompts, completions, answer, **columns):
     >>> sorted(shuffled_final_answer_reward(["2+2?"] * 3, ["#### 4", "#### 5", "6"], ["4"] * 3))
     [0.0, 0.0, 1.0]
     """
-    scores = final_answer_reward(completions, answer)
-    key = lambda position: hashlib.sha256(f"{prompts[0]}\n{position}".encode()).digest()  # noqa: E731
-    return [scores[position] for position in sorted(range(len(scores)), key=key)]
+    return shuffled(prompts, final_answer_reward(completions, answer))
 
 
 shuffled_final_answer_reward.sees_group = True
+
+
+def shuffled_last_number_reward(prompts, completions, answer, **columns):
+    """The same of last_number_reward.
+
+    >>> sorted(shuffled_last_number_reward(["2+2?"] * 3, ["4", "It is 5", "6"], ["4"] * 3))
+    [0.0, 0.0, 1.0]
+    """
+    return shuffled(prompts, last_number_reward(completions, answer))
+
+
+shuffled_last_number_reward.sees_group = True

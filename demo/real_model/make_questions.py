@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from demo.make_task import is_held_out, write_jsonl  # noqa: E402
+from demo.make_task import is_held_out, write_jsonl
 
 NAMES = ["Ana", "Ben", "Lily", "Max", "Mia", "Noah", "Sam", "Tom", "Zoe", "Leo", "Eva", "Kim"]
 ITEMS = ["apples", "books", "cards", "coins", "eggs", "marbles", "pens", "shells", "stamps", "toys"]

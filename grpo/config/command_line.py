@@ -3,14 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import io
 import os
 import re
 import sys
 import typing
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import yaml
 
 from grpo.config.checks import check, field_names
 from grpo.config.exit_file import output_dir_of, write_exit
-from grpo.config.messages import MANY_DIGITS, setting_error
+from grpo.config.messages import MANY_DIGITS, meant, setting_error
 from grpo.config.settings import DEMO, OLD_NAMES, SCALING, Config, find_path
 from grpo.config.sft_section import (
     OF_ROLLOUTS,
@@ -219,8 +218,10 @@ def refuse_bad_settings(argv: list[str], load: Callable[[list[str]], object] = l
         sys.exit(error.code)
 
 
-def _check_yaml(file: Path) -> None:
+def check_yaml(file: Path, known: Collection[str] | None) -> None:
     """Refuse what a YAML reader accepts or fails on: repeated keys, references, tags, deep nesting.
+
+    known: the names that may stand at the top level; None: any.
 
     Only the stream of events is read; no object is built. Raises UserError.
     """
@@ -230,7 +231,7 @@ def _check_yaml(file: Path) -> None:
         levels: list[_Level] = []
         is_mapping = False
         for event in yaml.parse(file.read_text(encoding="utf-8"), Loader=LOADER):
-            problem = _yaml_problem(event, levels)
+            problem = _yaml_problem(event, levels, known)
             if problem is not None:
                 raise UserError(f"config: {file}, line {event.start_mark.line + 1}: {problem}")
             is_mapping = is_mapping or isinstance(event, yaml.MappingStartEvent)
@@ -255,7 +256,7 @@ class _Level:
     key_follows: bool = True
 
 
-def _yaml_problem(event: yaml.Event, levels: list[_Level]) -> str | None:
+def _yaml_problem(event: yaml.Event, levels: list[_Level], known: Collection[str] | None) -> str | None:
     if isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
         levels.pop()
     if isinstance(event, yaml.AliasEvent):
@@ -274,11 +275,10 @@ def _yaml_problem(event: yaml.Event, levels: list[_Level]) -> str | None:
             if key is None or key in top.keys:
                 return "a key must be a name." if key is None else f"{key[:60]!r} is set twice. Keep one of them."
             top.keys.add(key)
-            if len(levels) == 1 and key.split(".")[0] not in [*field_names(), *OLD_NAMES]:
-                near = difflib.get_close_matches(key, field_names(), 1)
-                return (
-                    f"unknown setting {key[:60]!r}{f'; did you mean {near[0]}?' if near else ' (see train.py --help)'}"
-                )
+            if known is not None and len(levels) == 1 and key.split(".")[0] not in known:
+                end = meant(key, known) or " (see train.py --help)"
+                whole = ". Convert a recipe: python -m grpo.config --from_trl FILE" if end.startswith(":") else ""
+                return f"unknown setting {key[:60]!r}{end}{whole}"
     if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
         if len(levels) >= MAX_YAML_DEPTH:
             return "nested too deeply for any setting."
@@ -298,7 +298,7 @@ def _files_first(argv: list[str]) -> list[str]:
                 raise UserError(
                     f"config: no such file {argv[i + 1][:200]!r}. Give a YAML file, such as configs/gsm8k.yaml."
                 )
-            _check_yaml(file)
+            check_yaml(file, [*field_names(), *OLD_NAMES])
             argv[i + 1] = str(file)
     return argv
 

@@ -9,7 +9,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import yaml
 
 from grpo.config.checks import has_type, in_words, shown
+from grpo.config.trl_names import hint, value_hint
 from grpo.errors import UserError
 
 MAX_SHOWN = 60  # characters of a value
@@ -53,7 +54,8 @@ def setting_error(error: Exception, argv: Sequence[str], kinds: Mapping[str, Any
     if NEEDS_VALUE.search(text):
         return UserError(f"{name}: no value given, must be {in_words(kind)}. Write --{name} VALUE {see}.")
     text = given.text if len(given.text) <= MAX_SHOWN else given.text[:MAX_SHOWN] + "…"
-    advice = _advice(" ".join(given.text.split()), kind)
+    words = " ".join(given.text.split())
+    advice = value_hint(name, words.strip("'\"")) or _advice(words, kind)
     line = f"{name}: must be {in_words(kind)}, got {text!r}{given.where}{advice and '. ' + advice} {see}."
     return UserError("".join(letter if letter.isprintable() else "\ufffd" for letter in line))
 
@@ -105,6 +107,8 @@ def _advice(text: str, kind: Any) -> str:
     if typing.get_origin(kind) is dict:
         return _advice_on_mapping(text, kind)
     kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    if text.lower() in ("null", "none", "~"):
+        return "Leave it out for the default"
     if of_list := next((one for one in kinds if typing.get_origin(one) is list), None):
         words = [word for word in re.split(r"[,\s]+", text.strip("[]")) if word]
         strange = [word for word in words if _choices(of_list) and word not in _choices(of_list)]
@@ -170,8 +174,20 @@ def _unknown(rest: str, names: Mapping[str, Any]) -> str:
     name = word.lstrip("-").partition("=")[0].partition(":")[0]
     if not word.startswith("-"):
         return f"{word[:MAX_SHOWN]!r} belongs to no setting. Write --name value, texts with blanks in quotes"
-    near = [one for one in difflib.get_close_matches(name.replace("-", "_"), names, 2) if f"--{one}" != word]
-    return f"unknown setting {word[:MAX_SHOWN]!r}{f'; did you mean --{near[0]}?' if near else ''}"
+    others = [one for one in names if f"--{one}" != word]
+    return f"unknown setting {word[:MAX_SHOWN]!r}{meant(name, others, '--')}"
+
+
+def meant(name: str, names: Collection[str], dashes: str = "") -> str:
+    """The end of a line about an unknown setting: the one that may be meant; empty when there is none.
+
+    >>> meant("learning_rate", ["lr"]), meant("sed", ["seed"], "--"), meant("x", ["seed"])
+    (": TRL's name, here it is lr", '; did you mean --seed?', '')
+    """
+    if of_trl := hint(name, names):
+        return f": {of_trl}"
+    near = difflib.get_close_matches(name.replace("-", "_"), names, 1)
+    return f"; did you mean {dashes}{near[0]}?" if near else ""
 
 
 class OneLineParser(argparse.ArgumentParser):

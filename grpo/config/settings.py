@@ -35,7 +35,7 @@ class Config:
     question_column: str = "question"
     """Column with the question: text, or a list of messages."""
     answer_column: str | None = "answer"
-    """Column with the gold answer, shown to rewards as `answer`. null: the task has none."""
+    """Column with the gold answer, shown to rewards as `answer`; a.b is key b of column a. null: the task has none."""
     answer_format: Literal["text", "hash", "letter", "number", "json"] = "text"
     """text: the cell. hash: after the last ####. letter: A to D. number: rows without are dropped. json: an object."""
     column_names: dict[str, str] = field(default_factory=dict)

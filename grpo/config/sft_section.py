@@ -7,13 +7,13 @@ within the section they are refused.
 
 import contextlib
 import dataclasses
-import difflib
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from grpo.config.checks import check, check_kind
+from grpo.config.messages import meant
 from grpo.config.settings import OLD_NAMES, Config
 from grpo.errors import UserError
 
@@ -87,8 +87,10 @@ def check_section(section: dict[str, Any]) -> None:
         if kind is None:
             if value is None and isinstance(name, str) and ":" in name:
                 raise UserError(f"sft: a space is missing after the colon in {name[:60]!r}. Write name: value.")
-            near = difflib.get_close_matches(str(name), [*KINDS, *OWN], 1)
-            hint = f"; did you mean {near[0]}?" if near else " (see python -m grpo.sft --help)"
+            end = meant(str(name), [*KINDS, *OWN])
+            if not end.startswith(":") and meant(str(name), OF_ROLLOUTS).startswith(":"):  # an option of TRL
+                raise UserError(f"sft: {name} has no effect there: no completions are sampled. Leave it out.")
+            hint = end or " (see python -m grpo.sft --help)"
             raise UserError(f"sft: unknown setting {ascii(name)[:60]}{hint}")
         with _prefixed_errors():
             check_kind(name, value, kind)

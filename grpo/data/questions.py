@@ -24,9 +24,10 @@ from grpo.config.settings import Config
 from grpo.data.chat_templates import end_renderers
 from grpo.data.filters import Drops, check_unique, keep_short, split
 from grpo.data.gold_answers import gold_answers
+from grpo.data.nested import cells_of, column_of
 from grpo.data.recipe import Recipe, build, encode, render
 from grpo.data.sources import Rows, load_rows
-from grpo.errors import UserError
+from grpo.errors import UserError, warn
 from grpo.randomness import permutation
 from grpo.types import Prompt
 
@@ -125,9 +126,15 @@ def _choose(
 
 
 def rename(rows: datasets.Dataset | Rows, names: Mapping[str, str], source: str) -> datasets.Dataset | Rows:
-    """Rename columns by column_names, unless a column has the new name already. Raises UserError."""
+    """Rename columns by column_names, unless a column has the new name already. Raises UserError.
+
+    A part of a column, such as reward_model.ground_truth, becomes a further column.
+    """
     columns = rows.column_names
     for old, new in names.items():
+        if old not in rows.column_names and new not in rows.column_names and column_of(columns, old):
+            rows = _with_part(rows, old, new, source)
+            continue
         if old in rows.column_names and new in rows.column_names and old != new:
             raise UserError(f"column_names: {source} has both columns {old!r} and {new!r}. Choose another new name.")
         if old in rows.column_names:
@@ -137,20 +144,25 @@ def rename(rows: datasets.Dataset | Rows, names: Mapping[str, str], source: str)
     return rows
 
 
+def _with_part(rows: datasets.Dataset | Rows, old: str, new: str, source: str) -> Rows:
+    cells = {column: _cells(rows, column, source) for column in rows.column_names}
+    try:
+        return Rows({**cells, new: cells_of(cells, old)}, len(rows))
+    except LookupError as error:
+        raise UserError(f"column_names: {source} {error.args[0]}.") from None
+
+
 def _read_columns(cfg: Config, rows: datasets.Dataset | Rows, name: str) -> dict[str, list[Any]]:
     """All columns as Python values. Raises UserError for a column that a setting names and the data lacks."""
-    for setting in ("question_column", "answer_column", "id_column"):
-        column = getattr(cfg, setting)
-        if column is not None and column not in rows.column_names:
-            raise UserError(
-                f"data: {name} has no column {column!r}, only {rows.column_names}. Map it: --{setting} NAME."
-            )
     for column in _in_template(cfg):
         if column not in rows.column_names:
             raise UserError(f"prompt_template: {name} has no column {column!r}, only {rows.column_names}.")
     cells = {column: _cells(rows, column, name) for column in rows.column_names}
+    for setting in ("question_column", "answer_column", "id_column"):
+        if getattr(cfg, setting) is not None:
+            _named(cfg, setting, cells, name)
     if cfg.id_column is not None:
-        check_unique(cells[cfg.id_column], name, cfg.id_column)
+        check_unique(cells_of(cells, cfg.id_column), name, cfg.id_column)
     for column in _in_template(cfg):
         for row, cell in enumerate(cells[column]):
             if cell is None or (isinstance(cell, str) and not cell.strip()):
@@ -159,6 +171,14 @@ def _read_columns(cfg: Config, rows: datasets.Dataset | Rows, name: str) -> dict
                     "Mend or drop the row."
                 )
     return cells
+
+
+def _named(cfg: Config, setting: str, cells: dict[str, list[Any]], name: str) -> list[Any]:
+    """The cells of the column that a setting names. Raises UserError."""
+    try:
+        return cells_of(cells, getattr(cfg, setting))
+    except LookupError as error:
+        raise UserError(f"data: {name} {error.args[0]}. Map it: --{setting} NAME.") from None
 
 
 def _in_template(cfg: Config) -> list[str]:
@@ -182,7 +202,8 @@ def _make_prompts(
 
     Lengths are None unless max_answer_length needs them. Raises UserError naming the row.
     """
-    questions, answers = cells[cfg.question_column], cells.get(cfg.answer_column or "")
+    questions = cells_of(cells, cfg.question_column)
+    answers = None if cfg.answer_column is None else cells_of(cells, cfg.answer_column)
     if cfg.answer_column is not None and answers is not None:
         cells = {**cells, "answer": gold_answers(answers, cfg.answer_format, name, cfg.answer_column)}
     used = [row for row in range(len(questions)) if answers is None or cells["answer"][row] is not None]
@@ -190,6 +211,7 @@ def _make_prompts(
         raise UserError(f"data: {name}, column {cfg.answer_column!r}: no row holds a number. See --answer_format.")
     for row in used:
         _check_question(questions[row], f"{name}, row {row + 1}, column {cfg.question_column!r}")
+    _note_system_turns(cfg, [questions[row] for row in used], name)
     items: list[Prompt] = []
     answer_lengths: list[int | None] = []
     silent = os.environ.get("RANK", "0") != "0" or not get_console().is_terminal
@@ -215,6 +237,12 @@ def _make_prompts(
 
 def _check_question(question: Any, where: str) -> None:
     """Text, or a conversation. Raises UserError."""
+    turns = [turn for turn in question if isinstance(turn, dict)] if isinstance(question, list) else []
+    if any(isinstance(turn.get("content"), list) for turn in turns):
+        raise UserError(
+            f"data: {where}: expected a question, got a turn whose content is a list of parts, and only text is read. "
+            "Join the texts to one; images cannot be used."
+        )
     is_messages = isinstance(question, list) and bool(question) and all(map(_is_turn, question))
     if not is_messages and not (isinstance(question, str) and question.strip()):
         raise UserError(
@@ -225,6 +253,15 @@ def _check_question(question: Any, where: str) -> None:
         raise UserError(
             f"data: {where}: the conversation has no user turn with text, only {[turn['role'] for turn in question]}. "
             "Mend or drop the row."
+        )
+
+
+def _note_system_turns(cfg: Config, questions: list[Any], name: str) -> None:
+    """Say that system_prompt is not used where the data have a system turn of their own."""
+    own = sum(isinstance(one, list) and any(turn["role"] == "system" for turn in one) for one in questions)
+    if own and cfg.system_prompt and os.environ.get("RANK", "0") == "0":
+        warn(
+            f"data {name}: {own} of {len(questions)} questions have a system turn of their own: no system_prompt there"
         )
 
 

@@ -66,11 +66,15 @@ class CheckpointModel:
         max_new_tokens: int | None = None,
         seed: int = 0,
         dtype: str = "fp32",
+        weights: str | None = None,
     ):
-        """sampling: arguments of Sampling, without the recipe's logit clamp. max_new_tokens: None as in training."""
+        """sampling: arguments of Sampling, without the recipe's logit clamp. max_new_tokens: None as in training.
+
+        weights: another model, which is asked in place of the checkpoint's and just as that is.
+        """
         self.recipe: Recipe = load_recipe(folder / "trainer" / "recipe.json")
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(str(folder))
-        model = load_model(str(folder), device)
+        model = load_model(weights or str(folder), device)
         self.max_new_tokens = max_new_tokens or self.recipe.max_generate_length
         check_lengths(model, self.recipe.max_prompt_length, self.max_new_tokens)
         num_tokens = check_vocabulary(model, self.tokenizer, self.recipe.rules)

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import os
 import time
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from grpo.data.recipe import Recipe, load_recipe
 from grpo.errors import UserError, warn
 from grpo.evaluate import arguments, report
 from grpo.evaluate.ask import CheckpointModel
-from grpo.evaluate.extract import marker_of, marks_of, task_of
+from grpo.evaluate.extract import Marks, marker_of, marks_of, task_of
 from grpo.models.checks import quiet
 from grpo.run.console import Console
 from grpo.runtime.distributed import World, start, stop
@@ -44,6 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--checkpoint", "--model_dir", type=Path, help="checkpoint folder (default: the newest valid one)")
     add("--best", action="store_true", help="the checkpoint that best.json in --output_dir names")
     add("--output_dir", type=Path, default=Path("output"), help="where to look for checkpoints")
+    add("--base", help="also evaluate this model, asked with the same prompts, and compare")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two checkpoints, or files written with --out")
     add(
         "--data",
@@ -56,7 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--answer_column")
     add("--answer_format", help="as in the configuration; the gold answer in its column")
     add("--task", choices=["auto", "number", "choice", "text"], default="auto", help="auto: by the gold answers")
-    add("--marks", choices=["auto", "answer", "SOLUTION", "hash"], default="auto", help="auto: by the prompt")
+    add("--marks", choices=["auto", *typing.get_args(Marks)], default="auto", help="auto: by the prompt")
     refusal = "marks a refusal to choose (default: the marker of the run's rewards, or ?)"
     add("--refusal", type=arguments.REFUSAL, help=refusal)
     samples = arguments.whole("samples", 1, 1024)
@@ -82,6 +84,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"samples: {args.samples} greedy completions are all the same. Use --temperature 1.")
     if (args.checkpoint is not None) + args.best + (args.compare is not None) > 1:
         raise UserError("checkpoint, best, compare: choose one.")
+    if args.compare is not None and args.base is not None:
+        raise UserError("base, compare: choose one. --compare takes two checkpoints or files of results.")
     if args.compare is not None and args.out is not None:
         raise UserError("out: --compare writes no results. Evaluate A and B apart, each with --out.")
     for path in args.compare or []:
@@ -130,24 +134,30 @@ def question_of(prompt: Prompt) -> str:
     return question if isinstance(question, str) else prompt.text
 
 
-def evaluate_checkpoint(folder: Path, args: argparse.Namespace, world: World) -> report.Graded:
-    """Evaluate one checkpoint: lines on stdout, results to --out, from rank 0. Returns the results there, else []."""
+def evaluate_checkpoint(
+    folder: Path, args: argparse.Namespace, world: World, weights: str | None = None
+) -> report.Graded:
+    """Evaluate one checkpoint: lines on stdout, results to --out, from rank 0. Returns the results there, else [].
+
+    weights: another model to evaluate in its place, as it is asked; nothing is written.
+    """
     cfg = data_settings(folder, args, load_recipe(folder / "trainer" / "recipe.json"))
     greedy = args.samples == 1 if args.temperature is None else args.temperature == 0
     sampling = {"temperature": 0.0 if greedy else args.temperature or cfg.temperature, "top_p": args.top_p}
-    model = CheckpointModel(folder, world.device, sampling, args.max_new_tokens, args.seed, cfg.dtype)
+    model = CheckpointModel(folder, world.device, sampling, args.max_new_tokens, args.seed, cfg.dtype, weights)
     questions = load_questions(cfg, model.recipe, model.tokenizer, held_out=True)
     golds = [str(prompt.columns["answer"]) for prompt in questions.items]
     rules = report.Rules(
         task_of(golds) if args.task == "auto" else args.task,
-        marks_of(questions.items[0].text) if args.marks == "auto" else args.marks,
+        marks_of(questions.items[0].text, rewards=cfg.rewards) if args.marks == "auto" else args.marks,
         args.refusal or marker_of(dataclasses.asdict(cfg)),
         cfg.console_language,
     )
     if world.is_main:
         left_out = "".join(f"; {count} left out: {rule}" for rule, count in questions.drops.items() if count)
         count = f"{len(golds)} questions of {cfg.eval_data or cfg.data}{left_out}"
-        warn(f"checkpoint: {folder}; {count}; task {rules.task}, answers in {rules.marks}")
+        other = f", with the weights of {weights}" if weights else ""
+        warn(f"checkpoint: {folder}{other}; {count}; task {rules.task}, answers in {rules.marks}")
     results: list[report.Result] = []
     num_tokens, began = 0, time.monotonic()
     console, progress = Console(world.is_main), report.Progress(len(golds), rules.language)
@@ -165,7 +175,7 @@ def evaluate_checkpoint(folder: Path, args: argparse.Namespace, world: World) ->
         return []
     seconds = time.monotonic() - began
     warn(f"{num_tokens} tokens in {seconds:.1f} s: {num_tokens / max(seconds, 1e-9):.0f} tokens/s")
-    if args.out is not None:
+    if args.out is not None and weights is None:
         arguments.write_whole(args.out, lambda path: report.write_results(path, results, args.samples > 1))
     print("\n".join(report.final_lines(results, rules)), flush=True)
     return [(result.question, result.gold, result.correct) for result in results if result.index == 0]
@@ -181,8 +191,11 @@ def graded_of(path: Path, args: argparse.Namespace, world: World) -> report.Grad
 def run(args: argparse.Namespace, world: World) -> None:
     """Evaluate one checkpoint, or compare two."""
     if args.compare is None:
-        folder = best_folder(args.output_dir) if args.best else args.checkpoint
-        evaluate_checkpoint(choose(folder, args.output_dir), args, world)
+        folder = choose(best_folder(args.output_dir) if args.best else args.checkpoint, args.output_dir)
+        before = evaluate_checkpoint(folder, args, world, args.base) if args.base is not None else None
+        after = evaluate_checkpoint(folder, args, world)
+        if before is not None and world.is_main:
+            print(report.comparison([args.base, str(folder)], before, after), flush=True)
         return
     first, second = (graded_of(path, args, world) for path in args.compare)
     if world.is_main:

@@ -1,21 +1,21 @@
 """Reading the answer from a completion: strictly, between the marks that the prompt asks for; leniently, anywhere.
 
 Strict: the text in the last complete pair of tags (<answer>…</answer>, <SOLUTION>…</SOLUTION>), or after the last
-####, must be the answer and nothing else. Lenient: the last number, or the last letter, of the whole text. Numbers are
-compared as numbers (1,450 is 1450.0), choices as letters, anything else as text. Every scan takes time linear in the
-length of the text.
+####, must be the answer and nothing else; where a run's reward asks for no marks, strict is as lenient. Lenient: the
+last number, or the last letter, of the whole text. Numbers are compared as numbers (1,450 is 1450.0), choices as
+letters, anything else as text. Every scan takes time linear in the length of the text.
 """
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
 from grpo.rewards import REFUSAL_TEXT
 
 Task = Literal["number", "choice", "text"]
-Marks = Literal["answer", "SOLUTION", "hash"]
+Marks = Literal["answer", "SOLUTION", "hash", "none"]
 
 MAX_LENGTH = 200  # characters of a number; a bound on the cost of comparing
 UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
@@ -38,13 +38,20 @@ def plain(text: str) -> str:
     return unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2013", "-")
 
 
-def marks_of(*texts: str | None) -> Marks:
-    """The marks that a recipe's texts ask for: <SOLUTION>, else <answer>, else ####.
+def marks_of(*texts: str | None, rewards: Iterable[str] = ()) -> Marks:
+    """The marks that a recipe's texts ask for: <SOLUTION>, else <answer>, else ####; none with last_number_reward.
+
+    rewards: the run's, the first of which says what is right.
 
     >>> marks_of("Think, then <answer>\\n3\\n</answer>"), marks_of(None, "{question}")
     ('answer', 'hash')
+    >>> marks_of("Is it <answer>?", rewards={"mine.py:last_number_reward@a": 1.0})
+    'none'
     """
     whole = "".join(text or "" for text in texts)
+    first = next(iter(rewards), "").partition("@")[0].rpartition(":")[2]
+    if first == "last_number_reward":
+        return "none"
     return "SOLUTION" if "<SOLUTION>" in whole else "answer" if "<answer>" in whole else "hash"
 
 
@@ -56,6 +63,8 @@ def marked(text: str, marks: Marks) -> str | None:
     >>> marked("2+2=4\\n#### 4\\nok", "hash")
     '4'
     """
+    if marks == "none":
+        return text.strip()
     if marks == "hash":
         _, found, rest = text.rpartition("####")
         return rest.strip().partition("\n")[0].strip() if found else None
@@ -76,7 +85,7 @@ def split_reasoning(text: str, marks: Marks) -> tuple[str | None, str]:
     >>> split_reasoning(" It is 4.\\n", "hash")
     (None, 'It is 4.')
     """
-    answer = marked(text, marks)
+    answer = marked(text, marks) if marks != "none" else None
     opening = "####" if marks == "hash" else f"<{marks}>"
     if answer is not None:
         closing = text if marks == "hash" else text.rpartition(f"</{marks}>")[0]
@@ -174,6 +183,8 @@ def strict(text: str, task: Task, marks: Marks, refusal: str = "?") -> str | Non
     >>> strict("<answer>27 apples</answer>", "number", "answer") is None
     True
     """
+    if marks == "none":
+        return lenient(text, task, marks, refusal)
     inside = marked(text, marks)
     if not inside:
         return None
@@ -192,7 +203,7 @@ def lenient(text: str, task: Task, marks: Marks, refusal: str = "?") -> str | No
     """
     if task == "number":
         return last_number(text)
-    exact = strict(text, task, marks, refusal)
+    exact = strict(text, task, marks, refusal) if marks != "none" else None
     if exact is not None:
         return exact
     if task == "choice":

@@ -103,10 +103,6 @@ def _prepare_cosine(rule: Any, max_length: Any, **values: Any) -> None:
     check_whole("max_length", max_length, 1)
     for name, value in values.items():
         check_number(name, value, -math.inf, math.inf, "of any sign")
-    for kind in ("wrong", "correct"):
-        low, high = values[f"min_value_{kind}"], values[f"max_value_{kind}"]
-        if low > high:
-            raise ValueError(f"min_value_{kind} must be at most max_value_{kind}, got {low} and {high}. Exchange them.")
     if rule in ("boxed", "math"):
         need_math_verify()
 

@@ -18,7 +18,6 @@ here.
     functions          importing a file, one call, what counts as a score
     coroutines         awaiting several calls at once
     logged             the trainer's state for functions, and what they log
-    peer_names         names in TRL and open-r1, and ours
     neighbours         the modules beside a reward file, which it imports
     loading            finding the files of the functions; their descriptions as `Reward`
     calls              calls and answers as bytes

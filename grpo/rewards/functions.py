@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from grpo.config.trl_rewards import BY_NAME
 from grpo.rewards import ANSWER_MARKS, REFUSAL_SCORE, REFUSAL_TEXT
 from grpo.rewards.coroutines import is_async, run_together, wait_for
 from grpo.rewards.logged import TAKEN, Log, TrainerState, taken
-from grpo.rewards.peer_names import PEERS
 
 RewardFunction = Callable[..., Sequence[float | None]]
 Outcome = float | str | None  # a score, why there is none, or "does not apply"
@@ -71,8 +71,8 @@ def find(module: ModuleType, function: str) -> RewardFunction | str:
     found = getattr(module, function, None)
     if callable(found):
         return found
-    if function in PEERS:
-        return f"has no function {function!r}. That rule of TRL or open-r1 is here {PEERS[function]}."
+    if function in BY_NAME:
+        return f"has no function {function!r}, a name of TRL or open-r1. {BY_NAME[function].advice()}"
     names = sorted(n for n, value in vars(module).items() if callable(value) and _looks_like_a_reward(n, value))
     near = difflib.get_close_matches(function, names, MAX_NAMES, cutoff=0.0)
     if len(near) == len(names):

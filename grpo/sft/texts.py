@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo.config.settings import Config, model_name
 from grpo.config.sft_section import SftSettings, own_settings
 from grpo.data.chat_templates import end_renderers
+from grpo.data.nested import cell_of
 from grpo.data.questions import Questions
 from grpo.data.recipe import Recipe, encode_all, fill, is_continued, rendered
 from grpo.errors import UserError
@@ -116,10 +117,11 @@ def solution_of(item: Prompt, own: SftSettings, cfg: Config) -> str:
     cells: dict[str, Any] = dict(item.columns)
     column = own.solution_column
     if column is not None:
-        if column != cfg.answer_column and column not in cells:
-            raise UserError(f"solution_column: the data has no column {column!r}, only {sorted(cells)}.")
         own_cell = item.columns["answer"] if isinstance(item.reference, dict) else item.reference  # an object's text
-        cells["solution"] = own_cell if column == cfg.answer_column else cells[column]
+        try:
+            cells["solution"] = own_cell if column == cfg.answer_column else cell_of(cells, column)
+        except LookupError as error:
+            raise UserError(f"solution_column: the data {error.args[0]}.") from None
     template = "{solution}" if own.solution_template is None else own.solution_template
     for name in re.findall(r"\{(\w+)\}", template):
         if name not in cells:

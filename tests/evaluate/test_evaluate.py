@@ -253,6 +253,26 @@ def test_two_checkpoints_are_compared(numbers, capfd, tmp_path):
     assert "did not answer the same questions (6 and 5)" in capfd.readouterr().err
 
 
+def test_a_checkpoint_is_compared_with_what_it_was_trained_from(numbers, capfd, tmp_path):
+    two = str(numbers / "checkpoint_2")
+    assert evaluate(numbers, "--base", two, "--out", str(tmp_path / "r.jsonl")) == 0
+    done = capfd.readouterr()
+    assert f"with the weights of {two}" in done.err
+    assert done.out.splitlines()[-2] == "paired on 6 questions: both right 3, only A 3, only B 0, neither 0"
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [row["full"] for row in rows] == list(ANSWERS)  # the checkpoint's own
+    assert command.main(["--compare", two, two, "--base", two]) == 2
+    assert "base, compare: choose one" in capfd.readouterr().err
+
+
+def test_without_marks_the_last_number_is_the_answer(numbers, capfd):
+    assert evaluate(numbers, "--marks", "none") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[6] == "Final accuracy: 83.33% (5/6)" and lines[3].endswith("Pred: 5 | GT: 5")
+    assert lines[7].split(":")[1] == lines[8].split(":")[1]
+    assert extract.split_reasoning("<think>a</think> It is 4.", "none") == ("a", "It is 4.")
+
+
 @pytest.mark.parametrize(
     "args, error",
     [

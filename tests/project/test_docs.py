@@ -265,6 +265,8 @@ def test_every_flag_exists(name):
     planner = OF_TRAIN | flags_in(PROJECT / "grpo" / "plan" / "command.py")
     everybody = planner | OF_INFERENCE | OF_EVALUATION | OF_EXPORT | OF_OTHERS | OF_SCRIPTS
     owners = {"inference.py": OF_INFERENCE, "grpo.plan": planner, "train.py": OF_TRAIN}
+    owners["grpo.config"] = flags_in(PROJECT / "grpo" / "config" / "__main__.py")
+    everybody |= owners["grpo.config"]
     owners["launch/"] = OF_TRAIN | OF_SCRIPTS
     owners["grpo.evaluate"] = OF_EVALUATION
     owners["grpo.export"] = OF_EXPORT

@@ -1,0 +1,135 @@
+"""Counts of a recipe of TRL, in updates of the weights, as steps here: length, evaluation, saving, trackers.
+
+A step samples once and updates num_minibatches x num_iterations times; TRL counts each update.
+"""
+
+import math
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.config.settings import TrackerName
+from grpo.config.trl_recipe import Recipe
+from grpo.errors import UserError
+
+EVALUATES = ("eval_strategy", "evaluation_strategy")  # the second is the older name
+
+
+@dataclass(frozen=True)
+class Run:
+    """The length of the run, as far as it is known."""
+
+    updates_per_step: int
+    num_steps: int | None = None
+    steps_per_epoch: float | None = None
+
+    def steps(self, updates: float) -> int:
+        """Steps that make so many updates, at least one.
+
+        >>> Run(4).steps(10), Run(4).steps(1)
+        (3, 1)
+        """
+        return max(1, math.ceil(updates / self.updates_per_step))
+
+    def interval(self, every: float) -> int | None:
+        """Steps for an interval in updates, or for a share of the run below 1; None: its length is not known."""
+        if every >= 1:
+            return self.steps(every)
+        return None if self.num_steps is None else max(1, math.ceil(every * self.num_steps))
+
+
+def length(recipe: Recipe) -> Run:
+    """Write max_steps or epoch. Raises UserError."""
+    settings = recipe.settings
+    run = Run(settings.get("num_minibatches", 1) * settings.get("num_iterations", 1))
+    max_steps = recipe.number("max_steps", -1, whole=True)
+    epochs = recipe.number("num_train_epochs", 3.0)
+    if recipe.rows is not None:
+        prompts = settings["batch_size"]
+        if recipe.rows < prompts:
+            raise UserError(f"rows: TRL needs at least one full step of {prompts} questions, got {recipe.rows}.")
+        per_epoch = recipe.rows // prompts
+        run = Run(run.updates_per_step, math.ceil(epochs * per_epoch), per_epoch)
+    if max_steps > 0:
+        run = Run(run.updates_per_step, run.steps(max_steps), run.steps_per_epoch)
+    if max_steps > 0 or run.num_steps is not None:
+        recipe.put("max_steps", run.num_steps, "max_steps", "num_train_epochs")
+    else:
+        recipe.put("epoch", max(1, math.ceil(epochs)), "num_train_epochs")
+        if epochs != int(epochs):
+            recipe.lose("num_train_epochs", "epoch is a whole number; with --rows N, max_steps is written.")
+        recipe.changed.append(
+            "epoch: TRL leaves out what does not fill the last step of an epoch; here the next one continues there."
+        )
+    if run.updates_per_step > 1:
+        recipe.changed.append(
+            f"max_steps, save_steps, eval_steps count steps of {run.updates_per_step} updates; TRL counts updates."
+        )
+    return run
+
+
+def evaluation(recipe: Recipe, run: Run) -> None:
+    """Write eval_data, eval_split, eval_steps, eval_generations."""
+    strategy = recipe.get("eval_strategy") or recipe.get("evaluation_strategy") or "no"  # YAML reads no as false
+    recipe.get("do_eval")
+    every = recipe.number("eval_steps", 0) or recipe.number("logging_steps", 10)
+    split = recipe.get("dataset_test_split", "test")
+    samples = recipe.number("num_generations_eval", recipe.settings["num_generations"], whole=True)
+    if strategy == "no":
+        return
+    steps = run.steps_per_epoch if strategy == "epoch" else run.interval(every)
+    if steps is None:
+        recipe.lose(
+            next(filter(recipe.has, EVALUATES)) if strategy == "epoch" else "eval_steps",
+            "With --rows N, eval_steps is written.",
+        )
+    else:
+        recipe.put("eval_steps", int(steps), *EVALUATES)
+    if recipe.has("test_split_size"):
+        return
+    if not recipe.has("dataset_name"):
+        recipe.missing.append("eval_data: the recipe evaluates and has no dataset_name.")
+        return
+    recipe.put("eval_data", recipe.get("dataset_name"), *EVALUATES)
+    recipe.put("eval_split", split, *EVALUATES)
+    recipe.put("eval_generations", samples, *EVALUATES)
+
+
+def saving(recipe: Recipe, run: Run) -> None:
+    """Write save_steps, resume, push_to_hub."""
+    strategy = recipe.get("save_strategy", "steps") or "no"  # YAML reads no as false
+    every = recipe.number("save_steps", 500)
+    if strategy == "no":
+        recipe.put("save_steps", 0, "save_strategy")
+    elif strategy in ("steps", "epoch"):
+        steps = run.steps_per_epoch if strategy == "epoch" else run.interval(every)
+        if steps is None:
+            recipe.lose("save_strategy" if strategy == "epoch" else "save_steps", "With --rows N, it is computed.")
+        else:
+            recipe.put("save_steps", int(steps), "save_steps", "save_strategy")
+    else:
+        recipe.lose("save_strategy", "save_steps is left as it is.")
+    resumed = recipe.get("resume_from_checkpoint")
+    if resumed and str(resumed).lower() != "false":
+        recipe.put("resume", "must", "resume_from_checkpoint")
+        if str(resumed).lower() != "true":
+            recipe.lose("resume_from_checkpoint", "The newest checkpoint of output_dir is taken.")
+    name = recipe.get("hub_model_id")
+    if recipe.flag("push_to_hub"):
+        if isinstance(name, str) and "/" in name:
+            recipe.put("push_to_hub", name, "push_to_hub")
+        else:
+            recipe.lose("push_to_hub", f"Say push_to_hub: user/{name or 'name'}.")
+
+
+def tracking(recipe: Recipe, run: Run) -> None:
+    """Write report_to, log_completions_steps."""
+    given = recipe.get("report_to", "none")
+    names: list[Any] = given if isinstance(given, list) else [given]
+    known = [name for name in names if name in typing.get_args(TrackerName)]
+    if len(known) < len([name for name in names if name != "none"]):
+        recipe.lose("report_to", f"Trackers here are {', '.join(typing.get_args(TrackerName))}.")
+    recipe.put("report_to", (known if len(known) > 1 else known[0]) if known else "none", "report_to")
+    if recipe.flag("log_completions"):
+        every = run.interval(recipe.number("logging_steps", 10))
+        recipe.put("log_completions_steps", every or 1, "log_completions")
