@@ -1,9 +1,9 @@
 """Write the word problems of the real model: demo/real_model/train.jsonl and test.jsonl.
 
-    Tom has 9 coins and buys 20 more. How many coins does Tom have now?       29
-    Mia has 25 eggs and gives away 8. How many eggs does Mia have now?        17
+    Tom has 9 coins and buys 17 more. How many coins does Tom have now?       26
+    Mia has 15 eggs and gives away 8. How many eggs does Mia have now?         7
 
-One sum or difference, numbers to 30: SmolLM2-135M-Instruct gets about a quarter of them right. A question is held out
+One sum or difference, numbers to 20. A question is held out
 when a hash of its text says so (`is_held_out` in demo/make_task.py), so the two files cannot overlap.
 
     python demo/real_model/make_questions.py
@@ -22,7 +22,7 @@ NAMES = ["Ana", "Ben", "Lily", "Max", "Mia", "Noah", "Sam", "Tom", "Zoe", "Leo",
 ITEMS = ["apples", "books", "cards", "coins", "eggs", "marbles", "pens", "shells", "stamps", "toys"]
 GAINS = ["buys {} more", "finds {} more", "gets {} more", "wins {} more"]
 LOSSES = ["gives away {}", "loses {}", "sells {}", "uses {}"]
-LARGEST = 30
+LARGEST = 20
 TRAIN_ROWS, TEST_ROWS = 1000, 512
 
 

@@ -107,7 +107,7 @@ def _check_space(path: Path, header: GgufHeader, folder: Path) -> None:
 def _convert_apart(path: Path, folder: Path, lock: int) -> None:
     """Convert in a process of its own: its memory is free afterwards, and it is no rank. Raises ValueError.
 
-    With torch.distributed started, save_pretrained would write nothing on ranks other than 0.
+    On ranks other than 0 save_pretrained writes nothing.
     """
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(path), str(folder)],

@@ -65,6 +65,8 @@ def share_passed(code: str, tests: Sequence[Case], timeout_s: float, total_s: fl
     """Run the tests one after the other."""
     if os.getpid() == 1:
         sandbox.hide()
+    else:
+        sandbox.adopt_orphans()  # a process whose parent has ended stays a descendant, and is found
     ends = time.monotonic() + total_s
     num_passed = 0
     for test in tests:
@@ -114,12 +116,18 @@ def _end(process: subprocess.Popen, before: set[int]) -> None:
         with contextlib.suppress(OSError):
             os.kill(-1, signal.SIGKILL)
     else:
+        killed: set[int] = set()
         for _ in range(5):  # they may be forking
             for pid in set(sandbox.descendants()) - before:
+                killed.add(pid)
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pid in killed:
+            with contextlib.suppress(OSError):  # it has been waited for
+                os.waitpid(pid, 0)
     process.wait()
     with contextlib.suppress(OSError):
         while os.getpid() == 1 and os.waitpid(-1, os.WNOHANG)[0]:  # orphans

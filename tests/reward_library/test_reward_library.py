@@ -474,7 +474,6 @@ BAD_PARAMETERS = [
     ("cosine_length_reward", {"rule": "x"}),
     ("cosine_length_reward", {"max_length": 0}),
     ("cosine_length_reward", {"min_value_wrong": "a"}),
-    ("cosine_length_reward", {"min_value_correct": 2.0}),
 ]
 
 

@@ -184,11 +184,14 @@ def test_all_tests_together_have_a_limit(pool):
     assert 2 < time.monotonic() - began < 6
 
 
-def test_in_the_trainer_nothing_is_left(tmp_path):
-    """Without the isolation of workers it still ends what it started."""
-    code = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(4321)\n    os._exit(0)\n" + RIGHT
+@pytest.mark.parametrize("then, score", [("", 1.0), ("os._exit(0)\n", 0.0)])
+def test_in_the_trainer_nothing_is_left(then, score):
+    """Without the isolation of workers it still ends what it started, also where the parent has ended."""
+    code = (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(4321)\n    os._exit(0)\n" + then + RIGHT
+    )
     text = f"```python\n{code}\n```"
-    assert unit_test_reward([text], tests=[SQUARES], timeout_s=2.0) == [1.0]
+    assert unit_test_reward([text], tests=[SQUARES], timeout_s=2.0) == [score]
     marks = [path for path in Path("/proc").glob("[0-9]*/cmdline") if "solution_process" in _read(path)]
     assert marks == [] and os.getpid() != 1
 
