@@ -1,13 +1,15 @@
-"""Wall time until the demo's mean training reward reaches a threshold: this trainer and TRL's GRPOTrainer.
+"""Wall time, and sampled tokens, until the mean training reward reaches a threshold: this trainer and GRPOTrainer.
 
     pip install trl==1.16.0                                            (or --trl_python another/bin/python)
     python -m benchmarks.time_to_reward [--seeds 5] [--sweep 5e-5 1e-4 2e-4 5e-4] [--threshold 0.8] [--max_steps 60]
+    python -m benchmarks.time_to_reward --workload real --model FILE.gguf --seeds 3 --sweep 5e-6 1e-5 2e-5
 
-Both sides are real runs (benchmarks/vs_trl_sides.py) on the demo's base, questions and number reward: 8 prompts a step,
-8 completions each, loss grpo, clip 0.2, beta 0, constant rate, AdamW (0.9, 0.999) without decay, norm clipped at 1.
-Reached: the end of the first step where the mean reward over the last 5 steps is at least the threshold. Seconds are
-those of the steps up to there, start-up left out. The sides take steps in turn, one works at a time; who is done, or
-has had --max_steps steps or --cap_s seconds, leaves the other alone.
+Both sides are real runs (benchmarks/vs_trl_sides.py) on the demo's base, questions and number reward, or (`real`) on
+SmolLM2-135M-Instruct and the task of demo/real_model: 8 prompts a step, 8 completions each, loss grpo, clip 0.2,
+beta 0, constant rate, AdamW (0.9, 0.999) without decay, norm clipped at 1. Reached: the end of the first step where the
+mean reward over the last 5 steps is at least the threshold. Seconds are those of the steps up to there, start-up left
+out. The sides take steps in turn, one works at a time; who is done, or has had --max_steps steps or --cap_s seconds,
+leaves the other alone. With --whole a run goes on after the threshold. --curves writes every step.
 
 First a sweep, one seed, gives each side its own best rate: fewest seconds, or, where none reached it, the highest
 last mean. Then --seeds other seeds at that rate. Control: our side, same rate and as many steps, on rewards shuffled
@@ -16,6 +18,7 @@ within their group (benchmarks/shuffled_reward.py), must not reach it; exit code
 
 import argparse
 import dataclasses
+import json
 import math
 import statistics
 import sys
@@ -30,7 +33,7 @@ from benchmarks.workloads import PROJECT, Workload, make
 WINDOW = 5  # steps of the running mean
 SWEEP_SEED = 1000
 FIRST_SEED = 1
-SHUFFLED = f"{PROJECT / 'benchmarks' / 'shuffled_reward.py'}:shuffled_final_answer_reward"
+SHUFFLED = f"{PROJECT / 'benchmarks' / 'shuffled_reward.py'}:shuffled_"
 NAMES = {"ours": "ours", "trl": "TRL"}
 
 
@@ -41,39 +44,42 @@ class Race:
     threshold: float
     max_steps: int
     cap_s: float
+    whole: bool = False  # go on after it
     rewards: list[float] = dataclasses.field(default_factory=list)  # mean of each step
-    seconds: float = 0.0
+    seconds: list[float] = dataclasses.field(default_factory=list)  # from the start to the end of each step
+    tokens: list[float] = dataclasses.field(default_factory=list)  # sampled from the start to the end of each step
 
-    def add(self, reward: float, seconds: float) -> None:
+    def add(self, reward: float, seconds: float, tokens: float) -> None:
         """A step more."""
         self.rewards.append(reward)
-        self.seconds += seconds
+        self.seconds.append(seconds + (self.seconds[-1] if self.seconds else 0.0))
+        self.tokens.append(tokens + (self.tokens[-1] if self.tokens else 0.0))
+
+    def mean(self, steps: int | None = None) -> float:
+        """Of the last steps up to this one; -inf before there are enough."""
+        known = self.rewards[:steps]
+        return statistics.fmean(known[-WINDOW:]) if len(known) >= WINDOW else -math.inf
 
     @property
-    def mean(self) -> float:
-        """Of the last steps; -inf before there are enough."""
-        return statistics.fmean(self.rewards[-WINDOW:]) if len(self.rewards) >= WINDOW else -math.inf
-
-    @property
-    def reached(self) -> bool:
-        """Whether the last step reached it."""
-        return self.mean >= self.threshold
+    def reached(self) -> int | None:
+        """The first step that reached it; None: none did."""
+        return next((n for n in range(1, len(self.rewards) + 1) if self.mean(n) >= self.threshold), None)
 
     @property
     def over(self) -> bool:
         """Whether no further step is taken."""
-        return self.reached or len(self.rewards) >= self.max_steps or self.seconds >= self.cap_s
+        ended = self.reached is not None and not self.whole
+        return ended or len(self.rewards) >= self.max_steps or bool(self.seconds and self.seconds[-1] >= self.cap_s)
 
-    @property
-    def result_s(self) -> float:
-        """Seconds to the threshold; inf: not reached."""
-        return self.seconds if self.reached else math.inf
+    def at(self, values: list[float]) -> float:
+        """A sum up to the threshold; inf: not reached."""
+        return math.inf if self.reached is None else values[self.reached - 1]
 
     def __str__(self) -> str:
-        steps = len(self.rewards)
-        if self.reached:
-            return f"{self.seconds:7.1f} s {steps:4d} steps"
-        return f"not reached in {steps} steps, {self.seconds:.1f} s (last mean {self.mean:.2f})"
+        end = f"last mean {self.mean():.2f} after {len(self.rewards)} steps, {self.seconds[-1]:.0f} s"
+        if self.reached is None:
+            return f"not reached ({end})"
+        return f"{self.at(self.seconds):7.1f} s {self.reached:4d} steps {self.at(self.tokens):.0f} tokens ({end})"
 
 
 def race(runs: list[tuple[str, str, Workload, list[str]]], args: argparse.Namespace) -> list[Race]:
@@ -83,29 +89,36 @@ def race(runs: list[tuple[str, str, Workload, list[str]]], args: argparse.Namesp
             Side(which, python, work, Path(name) / str(i), args.threads, more)
             for i, (which, python, work, more) in enumerate(runs)
         ]
-        races = [Race(args.threshold, args.max_steps, args.cap_s) for _ in sides]
+        races = [Race(args.threshold, args.max_steps, args.cap_s, args.whole) for _ in sides]
         try:
             turn = 0
             while not all(one.over for one in races):
                 for i in range(len(sides)) if turn % 2 == 0 else reversed(range(len(sides))):
                     if not races[i].over:
                         step = sides[i].run(1)
-                        races[i].add(step["reward"], step["step_s"])
+                        races[i].add(step["reward"], step["step_s"], step["new_tokens"])
                 turn += 1
         finally:
             for side in sides:
                 side.close()
+    if args.curves:
+        with open(args.curves, "a", encoding="utf-8") as file:
+            for (which, _, work, _), one in zip(runs, races, strict=True):
+                told = {"side": which, "lr": work.lr, "seed": work.seed, "reward": work.reward.rpartition(":")[2]}
+                steps = {"rewards": one.rewards, "seconds": one.seconds, "tokens": one.tokens}
+                file.write(json.dumps(told | steps) + "\n")
     return races
 
 
 def best(sweep: dict[float, Race]) -> float:
     """The rate that was fastest; where none reached the threshold, the one that came nearest.
 
-    >>> slow, fast = Race(0.5, 9, 9.0, [0.6] * 5, 4.0), Race(0.5, 9, 9.0, [0.5] * 5, 3.0)
-    >>> best({1e-4: slow, 2e-4: fast, 5e-4: Race(0.5, 5, 9.0, [0.1] * 5, 1.0)})
+    >>> def run(reward, seconds):
+    ...     return Race(0.5, 9, 9.0, False, [reward] * 5, [seconds] * 5, [0.0] * 5)
+    >>> best({1e-4: run(0.6, 4.0), 2e-4: run(0.5, 3.0), 5e-4: run(0.1, 1.0)})
     0.0002
     """
-    return min(sweep, key=lambda lr: (sweep[lr].result_s, -sweep[lr].mean))
+    return min(sweep, key=lambda lr: (sweep[lr].at(sweep[lr].seconds), -sweep[lr].mean()))
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
@@ -122,17 +135,11 @@ def report(results: dict[int, list[Race]], rates: dict[str, float], threshold: f
         print(f"{NAMES[which]:5} at lr {lr:g}")
     for seed, races in results.items():
         print(f"seed {seed}: " + "; ".join(f"{NAMES[which]} {one}" for which, one in zip(rates, races, strict=True)))
-    times = [[races[i].result_s for races in results.values()] for i in range(len(rates))]
-    steps = [
-        [len(races[i].rewards) if races[i].reached else math.inf for races in results.values()]
-        for i in range(len(rates))
-    ]
-    for i, which in enumerate(rates):
-        middle = (statistics.median(times[i]), statistics.median(steps[i]))
-        said = f"{middle[0]:.1f} s, {middle[1]:g} steps" if math.isfinite(middle[0]) else "not reached"
-        print(f"median {NAMES[which]:5} {said}")
-    print(f"TRL / ours, seconds {ratio(*times)}")
-    print(f"TRL / ours, steps   {ratio(*steps)}", flush=True)
+    for what in ("seconds", "tokens"):
+        found = [[races[i].at(getattr(races[i], what)) for races in results.values()] for i in range(len(rates))]
+        middles = [statistics.median(own) for own in found]
+        said = [f"{NAMES[which]} {middle:.1f}" for which, middle in zip(rates, middles, strict=True)]
+        print(f"median {what}: {', '.join(said)}; TRL / ours {ratio(*found)}", flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -144,6 +151,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max_steps", type=int, default=60, help="of a run")
     parser.add_argument("--cap_s", type=float, default=300.0, help="seconds of steps of a run")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workload", choices=["demo", "real"], default="demo")
+    parser.add_argument("--model", help="with real: SmolLM2-135M-Instruct")
+    parser.add_argument("--whole", action="store_true", help="go on after the threshold")
+    parser.add_argument("--curves", help="JSONL file to append every run's steps to")
     return parser.parse_args()
 
 
@@ -151,7 +162,7 @@ def main() -> int:
     """Sweep, race, control."""
     args = arguments()
     with tempfile.TemporaryDirectory() as name:
-        base = make("demo", Path(name))
+        base = make(args.workload, Path(name), model=args.model)
         pythons = {"ours": sys.executable, "trl": args.trl_python}
         at = lambda lr, seed: dataclasses.replace(base, lr=lr, seed=seed)  # noqa: E731
         sweeps: dict[str, dict[float, Race]] = {which: {} for which in pythons}
@@ -165,13 +176,15 @@ def main() -> int:
         for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
             results[seed] = race([(w, python, at(rates[w], seed), []) for w, python in pythons.items()], args)
             print(f"seed {seed} done", flush=True)
-        shuffled = dataclasses.replace(at(rates["ours"], FIRST_SEED), reward=SHUFFLED)
-        [control] = race([("ours", sys.executable, shuffled, ["--answer_format", "hash"])], args)
+        demo = args.workload == "demo"
+        function = "final_answer_reward" if demo else "last_number_reward"
+        shuffled = dataclasses.replace(at(rates["ours"], FIRST_SEED), reward=SHUFFLED + function)
+        [control] = race([("ours", sys.executable, shuffled, ["--answer_format", "hash"] if demo else [])], args)
     report(results, rates, args.threshold)
     print(f"control, rewards shuffled, lr {rates['ours']:g}: {control}")
-    if control.reached:
+    if control.reached is not None:
         print("FAILS: the control reached it")
-    return int(control.reached)
+    return int(control.reached is not None)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ def our_settings(work: Workload, folder: Path, threads: int) -> list[str]:
         "max_generate_length": work.max_new,
         "max_steps": 100_000,
         "lr": work.lr,
+        "temperature": work.temperature,
         "seed": work.seed,
         "save_steps": 0,
         "num_threads": threads,
@@ -195,7 +196,7 @@ def trl(work: Workload, folder: Path, threads: int) -> None:
         beta=0.0,
         disable_dropout=True,
         loss_type="grpo",
-        temperature=1.0,
+        temperature=work.temperature,
         top_k=0,
         top_p=1.0,
     )

@@ -2,7 +2,7 @@
 
 Models are made here: random Qwen3 bodies, or the demo's base. A random model spreads its probability, so lengths are
 decided by the vocabulary: with 96 words one token in 96 ends a completion, which spreads lengths far; with
-150,000 hardly any does. `gpu` has the shape of Qwen3-0.6B, and wants a GPU.
+150,000 hardly any does. `gpu` has the shape of Qwen3-0.6B, and wants a GPU. `real` is the task of demo/real_model.
 """
 
 import json
@@ -50,6 +50,7 @@ class Workload:
     seed: int = 42  # what is sampled, and the order of the questions
     dtype: str = "fp32"  # or bf16
     device: str = "cpu"  # or cuda
+    temperature: float = 1.0
 
 
 def word_model(folder: Path, words: int, **body: int) -> list[str]:
@@ -96,8 +97,35 @@ def demo_questions(folder: Path, shots: int = 0) -> str:
     return write_questions(folder, prompts)
 
 
-def make(name: str, folder: Path, gsm8k: Path | None = None) -> Workload:
+def real_workload(folder: Path, model: str) -> Workload:
+    """The task of demo/real_model with its settings; `model` is SmolLM2-135M-Instruct as train.py takes it."""
+    from grpo.config.command_line import load_config
+    from grpo.data.recipe import build, make_recipe, render
+    from grpo.models.checks import quiet
+    from grpo.models.loading import load_tokenizer, resolve
+
+    quiet()
+    cfg, _ = load_config(["--config", str(PROJECT / "configs" / "smollm2.yaml"), "--model", model])
+    tokenizer = load_tokenizer(model)
+    recipe = make_recipe(cfg, tokenizer)
+    lines = (PROJECT / "demo" / "real_model" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = [
+        {"prompt": render(recipe, build(recipe, row["question"], row), tokenizer), "answer": row["answer"]}
+        for row in map(json.loads, lines)
+    ]
+    data, reward = write_questions(folder, asked), f"{PROJECT / 'reward_func.py'}:last_number_reward"
+    return Workload(
+        resolve(model), data, reward, cfg.batch_size, cfg.num_generations, cfg.max_prompt_length,
+        cfg.max_generate_length, lr=cfg.lr, temperature=cfg.temperature,
+    )  # fmt: skip
+
+
+def make(name: str, folder: Path, gsm8k: Path | None = None, model: str | None = None) -> Workload:
     """Write a workload's files into `folder`."""
+    if name == "real":
+        if model is None:
+            raise SystemExit("real: give --model FILE.gguf, SmolLM2-135M-Instruct (see launch/real_model.sh)")
+        return real_workload(folder, model)
     demo = str(PROJECT / "demo" / "base")
     own = str(folder / "model")
     if name == "demo":
@@ -125,4 +153,4 @@ def make(name: str, folder: Path, gsm8k: Path | None = None) -> Workload:
         make_model(rows, folder / "model")
         asked = [{"prompt": row["question"] + "\n", "answer": row["answer"]} for row in rows[:512]]
         return Workload(own, write_questions(folder, asked), f"{REWARDS}:spread_reward", 8, 8, 320, 96)
-    raise SystemExit(f"no workload {name!r}: demo, easy, long_prompt, heavy_tail, big_vocab, gpu or gsm8k")
+    raise SystemExit(f"no workload {name!r}: demo, easy, long_prompt, heavy_tail, big_vocab, gpu, gsm8k or real")

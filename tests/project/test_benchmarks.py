@@ -124,18 +124,19 @@ def run(rewards, threshold=0.8, max_steps=20, cap_s=100.0):
     one = Race(threshold, max_steps, cap_s)
     for reward in rewards:
         if not one.over:
-            one.add(reward, 1.0)
+            one.add(reward, 1.0, 10.0)
     return one
 
 
 def test_the_threshold_is_that_of_a_mean_over_five_steps():
-    assert not run([1.0] * 4).reached, "four steps are too few"
-    assert run([1.0] * 9).result_s == 5.0
+    assert run([1.0] * 4).reached is None, "four steps are too few"
+    first = run([1.0] * 9)
+    assert (first.reached, first.at(first.seconds), first.at(first.tokens)) == (5, 5.0, 50.0)
     late = run([0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    assert late.reached and len(late.rewards) == 6 and late.result_s == 6.0  # (0 + 4) / 5
+    assert late.reached == len(late.rewards) == 6  # (0 + 4) / 5
     never = run([0.79] * 30)
-    assert not never.reached and len(never.rewards) == 20 and never.result_s == math.inf
-    assert "not reached in 20 steps" in str(never)
+    assert never.reached is None and len(never.rewards) == 20 and never.at(never.seconds) == math.inf
+    assert str(never).startswith("not reached (last mean 0.79 after 20 steps")
     assert len(run([0.0] * 30, cap_s=7.0).rewards) == 7
 
 
