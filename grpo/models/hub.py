@@ -46,6 +46,12 @@ def fetch_model(name: str, weights: bool = True) -> Path:
         if files is None:
             return Path(fetch(local_files_only=True, allow_patterns=["config.json"]))
         adapter = "adapter_config.json" in files and "config.json" not in files  # small, and checked with its weights
+        packed = next((file for file in files if file.endswith(".gguf")), None)
+        if packed is not None and not any(file.endswith(".safetensors") for file in files):
+            raise UserError(
+                f"model: {name!r} on the hub holds GGUF files. Download one, with `hf download {name} {packed}`, and "
+                "give its path."
+            )
         needed = [file for file in files if _is_setting(file)] + (_weights(files, name) if weights or adapter else [])
         if not needed:
             raise UserError(f"model: {name!r} on the hub holds no model. Give another name, or a local folder.")

@@ -61,7 +61,10 @@ def hub(tmp_path_factory):
     trained.peft_config["default"].base_model_name_or_path = "user/tiny"
     trained.save_pretrained(adapter)
     tiny_tokenizer().save_pretrained(adapter)
-    more = {("models", "user/sharded"): sharded, ("models", "user/adapter"): adapter}
+    packed = folder / "packed"
+    packed.mkdir()
+    (packed / "model-q4.gguf").write_bytes(b"GGUF")
+    more = {("models", "user/sharded"): sharded, ("models", "user/adapter"): adapter, ("models", "user/packed"): packed}
     there = {
         ("models", "user/tiny"): model,
         ("models", "user/pickled"): pickled,
@@ -150,6 +153,7 @@ REFUSED = [
     ["data", "user/gated"],
     ["model", "user/pickled"],
     ["model", "user/hostile"],
+    ["model", "user/packed"],
     ["data", "json"],
     ["data", "no such/na me"],
 ]
@@ -186,6 +190,7 @@ def test_refusals(answers):
         "data: 'user/gated' is gated: its owner decides",
         "model: 'user/pickled' on the hub is not opened: its weights are a pickle (pytorch_model.bin), which could run",
         "model: 'user/hostile' is not opened: config.json: it wants to run code of its own (auto_map)",
+        "model: 'user/packed' on the hub holds GGUF files. Download one, with `hf download user/packed model-q4.gguf`",
         "data: there is no dataset 'json' on the hub",
         "data: 'no such/na me' is no file, no folder and no name on the hub",
     ]
