@@ -20,6 +20,7 @@ from pathlib import Path
 from benchmarks.demo_curves import PROJECT, plot
 
 SHUFFLED = {"benchmarks/shuffled_reward.py:shuffled_last_number_reward": 1.0}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 COMPARED = re.compile(r"B - A: ([-+\d.]+) points, 95% interval ([-+\d.]+) to ([-+\d.]+)")
 
 
@@ -62,11 +63,10 @@ def run(model: str, seed: int, shuffled: bool, extra: list[str]) -> Run:
             *places,
         ]
         start_s = time.monotonic()
-        checked(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *settings])
+        checked([*TORCHRUN, "train.py", *settings])
         wall_s = time.monotonic() - start_s
-        compared = checked(
-            ["-m", "grpo.evaluate", "--output_dir", f"{folder}/output", "--base", model, "--marks", "none"]
-        )
+        asked = ["--output_dir", f"{folder}/output", "--base", model, "--marks", "none"]
+        compared = checked([*TORCHRUN, "-m", "grpo.evaluate", *asked])
         [file] = Path(folder).glob("runs/*/metrics.jsonl")
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     found = COMPARED.search(compared)

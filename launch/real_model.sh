@@ -46,7 +46,8 @@ echo "training: torchrun --standalone --nproc_per_node=$nproc train.py ${setting
 "$python" launch/torchrun.py --standalone --nproc_per_node="$nproc" train.py "${settings[@]}"
 
 echo "512 held-out questions, before and after:"
-"$python" -m grpo.evaluate --output_dir "$output" --base "$model" | tail -n 2
+"$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" -m grpo.evaluate --output_dir "$output" \
+    --base "$model" 2>/dev/null | tail -n 2
 question="Ann has 8 apples and finds 7 more. How many apples does Ann have now?"
 echo "ask it: python inference.py --output_dir $output \"$question\""
 "$python" inference.py --output_dir "$output" "$question"
