@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from grpo.checkpoints.best import best_name
-from grpo.checkpoints.manifest import CHECKPOINT_NAME, sync, verify, write_manifest
+from grpo.checkpoints.manifest import CHECKPOINT_NAME, OPTIMIZER, sync, verify, write_manifest
 from grpo.config.settings import Config
 from grpo.data.recipe import Recipe, recipe_text
 from grpo.errors import UserError
@@ -166,7 +166,7 @@ def _check_space(snapshot: Snapshot, output_dir: Path) -> None:
 
 
 def _shard_name(rank: int, world_size: int) -> str:
-    return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
+    return f"{OPTIMIZER}{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def _await_shards(staging: Path, world_size: int, wait_s: float = 30.0) -> None:

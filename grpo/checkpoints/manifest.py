@@ -20,6 +20,7 @@ from grpo.models.lora_checks import adapter_problem, is_adapter
 from grpo.strict_json import read_json, read_object
 
 MANIFEST = "MANIFEST.json"
+OPTIMIZER = "optimizer-"  # how the names of files of optimizer state begin
 CHECKPOINT_NAME = re.compile(r"checkpoint_([0-9]{1,12})")
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from grpo.checkpoints.fingerprints import INFORMATIVE
+from grpo.checkpoints.manifest import OPTIMIZER
 from grpo.config.settings import Config, with_new_names
 from grpo.errors import UserError
 from grpo.models.folder_checks import TRAINABLE, check_safetensors
@@ -121,7 +122,7 @@ class SavedMoments:
 
     def __init__(self, folder: Path):
         self.pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}  # (parameter, moment) -> start, file, key
-        for path in sorted((folder / "trainer").glob("optimizer-*.safetensors")):
+        for path in sorted((folder / "trainer").glob(f"{OPTIMIZER}*.safetensors")):
             try:
                 self._index(path)
             except (OSError, ValueError, SafetensorError) as error:

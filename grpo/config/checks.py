@@ -210,7 +210,10 @@ def _check_data(cfg: Config) -> None:
     longest = cfg.max_answer_length
     _require(cfg, "max_answer_length", longest is None or longest >= 1, ">= 1, or null")
     check_eval_data(cfg)
-    if isinstance(cfg.eval_data, str) and cfg.eval_data.startswith("{"):  # a mapping whose values are no texts
+    if isinstance(cfg.eval_data, str) and (cfg.eval_data[:1], cfg.eval_data[-1:]) in (
+        ("{", "}"),
+        ("[", "]"),
+    ):  # no texts, or no mapping
         kind = typing.get_type_hints(Config)["eval_data"]
         raise UserError(f"eval_data: must be {in_words(kind)}, got {shown(cfg.eval_data)}. Write {{name: file}}.")
     size = cfg.eval_split_size
@@ -220,6 +223,11 @@ def _check_data(cfg: Config) -> None:
         raise UserError(f"eval_split_size: must be 0 beside eval_data {cfg.eval_data!r}, got {size:g}. Choose one.")
     if any(not text or "\ufffd" in text for text in cfg.stop):  # blanks are a text: a blank line may end a completion
         raise UserError(f"stop: each text must have characters, and none may be U+FFFD, got {cfg.stop}. Mend the list.")
+    if escaped := [text for text in cfg.stop if re.fullmatch(r"(\\[nrt])+", text)]:
+        raise UserError(
+            f"stop: {escaped[0]} is {len(escaped[0])} characters, with a backslash, which YAML reads only in double "
+            f'quotes. Write ["{escaped[0]}"], on the command line \'["{escaped[0]}"]\'.'
+        )
     if cfg.answer_column is None and longest is not None:
         raise UserError(f"max_answer_length: {longest} needs an answer_column, got null.")
     if cfg.chat_template_file is not None and cfg.chat_template is False:

@@ -101,8 +101,6 @@ def _copy(recipe: Recipe) -> None:
         recipe.put(setting, value, name)
     if recipe.settings.get("max_grad_norm") == 0:
         recipe.settings["max_grad_norm"] = 1e9
-    if recipe.settings.get("top_k", 0) > OURS.max_support:
-        recipe.settings["max_support"] = recipe.settings["top_k"]
     if recipe.has("activation_checkpointing"):  # the newer name
         recipe.put("gradient_checkpointing", recipe.flag("activation_checkpointing"), "activation_checkpointing")
 
@@ -170,6 +168,7 @@ def _rewards(recipe: Recipe) -> None:
     names = recipe.get("reward_funcs", [])
     names = [names] if not isinstance(names, list) else names
     weights = recipe.get("reward_weights", [1.0] * len(names))
+    weights = [plain(weight) for weight in (weights if isinstance(weights, list) else [weights])]
     if not has_type(weights, list[float]) or not has_type(names, list[str]) or len(weights) != len(names):
         raise UserError(
             f"reward_weights: must be one number for each of the {len(names)} reward_funcs, a list of names, got "
@@ -247,14 +246,21 @@ def _sampling(recipe: Recipe) -> None:
     options = dict(recipe.mapping("generation_kwargs"))
     for name in ("temperature", "top_p", "top_k", "min_p"):
         if name in options:
-            recipe.settings[name] = options.pop(name)
+            recipe.settings[name] = as_number(name, options.pop(name), whole=name == "top_k")
     stop = options.pop("stop", None) or options.pop("stop_strings", None)
     if stop:
         recipe.put("stop", [stop] if isinstance(stop, str) else stop, "generation_kwargs")
     if options:
         recipe.lose("generation_kwargs", f"No setting for {', '.join(map(str, options))}.")
-    if recipe.settings.get("top_p", 1.0) < 1:
-        recipe.changed.append("top_p: at most max_support tokens are kept, and log-probs are those of what is kept.")
+    if recipe.settings.get("top_k", 0) < 0:  # vLLM's way to say that it is off
+        recipe.settings["top_k"] = 0
+    if recipe.settings.get("top_k", 0) > OURS.max_support:
+        recipe.settings["max_support"] = recipe.settings["top_k"]
+    off = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    if on := [name for name, value in off.items() if recipe.settings.get(name, value) != value]:
+        recipe.changed.append(
+            f"{', '.join(on)}: at most max_support tokens are kept, and log-probs are those of what is kept."
+        )
 
 
 def _schedule(recipe: Recipe) -> None:

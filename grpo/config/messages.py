@@ -48,6 +48,9 @@ def setting_error(error: Exception, argv: Sequence[str], kinds: Mapping[str, Any
         return UserError(f"config: {_unknown(text.partition('unrecognized arguments:')[2], kinds)} {see}")
     if kind is None:
         return UserError(f"config: {too_many_digits(argv)}{text if len(text) <= 400 else text[:400] + ' …'} {see}")
+    if (dotted := next((arg for arg in argv if arg.startswith(f"--{name}.")), None)) and dict not in _origins(kind):
+        word = dotted.partition("=")[0][:MAX_SHOWN]
+        return UserError(f"config: unknown setting {word!r}: {name} takes {in_words(kind)}, and has no parts {see}")
     given = _given(name, argv, text)
     if given.name != name and typing.get_origin(kind) is dict:  # --rewards.name value
         name, kind = given.name, typing.get_args(kind)[1]
@@ -58,6 +61,10 @@ def setting_error(error: Exception, argv: Sequence[str], kinds: Mapping[str, Any
     advice = value_hint(name, words.strip("'\"")) or _advice(words, kind)
     line = f"{name}: must be {in_words(kind)}, got {text!r}{given.where}{advice and '. ' + advice} {see}."
     return UserError("".join(letter if letter.isprintable() else "\ufffd" for letter in line))
+
+
+def _origins(kind: Any) -> set[Any]:
+    return {typing.get_origin(one) or one for one in (kind, *typing.get_args(kind))}
 
 
 def too_many_digits(argv: Sequence[str]) -> str:
@@ -115,9 +122,11 @@ def _advice(text: str, kind: Any) -> str:
         as_list = f"[{', '.join(words)}]"
         if strange:
             return _did_you_mean(strange[0], _choices(kind)) or f"{strange[0][:MAX_SHOWN]} is none of them"
-        if as_list != text and has_type(_parsed(as_list), kind):
+        if as_list != text and "\\" not in text and has_type(_parsed(as_list), kind):
             return f"Write {as_list}"
         return "Write a list of texts in quotes"
+    if dict[str, str] in kinds and isinstance(_parsed(text), list):
+        return "Write {name: file, …}"
     if str in kinds and not has_type(_parsed(text), kind):
         return f"Write it in quotes: {chr(34)}{text[:MAX_SHOWN]}{chr(34)}"
     if {int, float} & set(kinds):
@@ -184,9 +193,12 @@ def meant(name: str, names: Collection[str], dashes: str = "") -> str:
     >>> meant("learning_rate", ["lr"]), meant("sed", ["seed"], "--"), meant("x", ["seed"])
     (": TRL's name, here it is lr", '; did you mean --seed?', '')
     """
+    spelt = name.replace("-", "_")
+    if spelt != name and spelt in names:
+        return f"; did you mean {dashes}{spelt}?"
     if of_trl := hint(name, names):
         return f": {of_trl}"
-    near = difflib.get_close_matches(name.replace("-", "_"), names, 1)
+    near = difflib.get_close_matches(spelt, names, 1)
     return f"; did you mean {dashes}{near[0]}?" if near else ""
 
 

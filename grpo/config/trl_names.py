@@ -79,7 +79,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("max_completion_length", "max_generate_length", "512 in TRL, 256 here."),
         Row("temperature", "temperature"),
         Row("top_p", "top_p", "At most max_support tokens are kept; log-probs are those of what is kept."),
-        Row("top_k", "top_k"),
+        Row("top_k", "top_k", "0 is off; -1 is refused."),
         Row("min_p", "min_p", "null in TRL is 0 here."),
         Row("generation_kwargs", "stop", "temperature, top_p, top_k, min_p and stop are settings; others have none."),
         Row("repetition_penalty", "", "Tokens are drawn from the distribution that is trained; try repetition_reward."),
@@ -190,7 +190,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("save_total_limit", "save_total_limit"),
         Row("save_only_model save_safetensors save_on_each_node enable_jit_checkpoint ignore_data_skip "
             "restore_callback_states_from_checkpoint", "", "Checkpoints hold all that resuming needs.", True),
-        Row("report_to", "report_to", "none in TRL, tensorboard here."),
+        Row("report_to", "report_to", "none in TRL, tensorboard here; all is refused."),
         Row("run_name", "run_name"),
         Row("project wandb_project trackio_project", "tracker_project"),
         Row("wandb_entity wandb_run_group wandb_log_unique_prompts trackio_space_id trackio_bucket_id "

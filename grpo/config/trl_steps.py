@@ -12,6 +12,7 @@ from grpo.config.settings import TrackerName
 from grpo.config.trl_recipe import Recipe
 from grpo.errors import UserError
 
+TRACKERS = typing.get_args(TrackerName)
 EVALUATES = ("eval_strategy", "evaluation_strategy")  # the second is the older name
 
 
@@ -126,10 +127,12 @@ def tracking(recipe: Recipe, run: Run) -> None:
     """Write report_to, log_completions_steps."""
     given = recipe.get("report_to", "none")
     names: list[Any] = given if isinstance(given, list) else [given]
-    known = [name for name in names if name in typing.get_args(TrackerName)]
-    if len(known) < len([name for name in names if name != "none"]):
-        recipe.lose("report_to", f"Trackers here are {', '.join(typing.get_args(TrackerName))}.")
-    recipe.put("report_to", (known if len(known) > 1 else known[0]) if known else "none", "report_to")
+    known = [name for name in names if name in TRACKERS]
+    others = [name for name in names if name != "none" and name not in known]
+    known = known or (["tensorboard"] if others else ["none"])  # a recipe that names trackers wants curves
+    if others:
+        recipe.lose("report_to", f"Trackers here are {', '.join(TRACKERS)}; {', '.join(known)} is written.")
+    recipe.put("report_to", known if len(known) > 1 else known[0], "report_to")
     if recipe.flag("log_completions"):
         every = run.interval(recipe.number("logging_steps", 10))
         recipe.put("log_completions_steps", every or 1, "log_completions")

@@ -178,7 +178,8 @@ def _named(cfg: Config, setting: str, cells: dict[str, list[Any]], name: str) ->
     try:
         return cells_of(cells, getattr(cfg, setting))
     except LookupError as error:
-        raise UserError(f"data: {name} {error.args[0]}. Map it: --{setting} NAME.") from None
+        null = "" if setting == "question_column" else ", or null"
+        raise UserError(f"data: {name} {error.args[0]}. Map it: --{setting} NAME{null}.") from None
 
 
 def _in_template(cfg: Config) -> list[str]:

@@ -1,11 +1,12 @@
 """Sending an export to a hub (grpo/models/upload.py). Pushing never changes the export, also when it fails."""
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from grpo.checkpoints.card import LIBRARIES, for_one_method
-from grpo.checkpoints.manifest import MANIFEST, file_sha256
+from grpo.checkpoints.manifest import MANIFEST, OPTIMIZER, file_sha256
 from grpo.config.checks import REPOSITORY_IN_WORDS, is_repository
+from grpo.config.settings import find_path
 from grpo.errors import UserError
 from grpo.models.folder_checks import location_problem
 from grpo.models.lora_checks import ADAPTER_CONFIG
@@ -33,6 +34,7 @@ def contents(out: Path) -> dict[str, Path | bytes]:
         name.removeprefix(f"{out.name}/"): entry for name, entry in above.items() if name.startswith(f"{out.name}/")
     }
     files = _entries(out) if (out / MANIFEST).exists() or not ours else ours
+    _check_is_export(out, [*files])
     try:
         for name, entry in files.items():
             problem = location_problem(out, name)
@@ -50,6 +52,27 @@ def contents(out: Path) -> dict[str, Path | bytes]:
         text = (out.parent / CARD).read_text(encoding="utf-8", errors="replace")
         sent[CARD] = for_one_method(text, out.name).encode()
     return sent
+
+
+def _check_is_export(out: Path, names: list[str]) -> None:
+    """Refuse a checkpoint of a run, whose files hold optimizer state and paths of this machine. Raises UserError."""
+    if any(PurePath(name).name.startswith(OPTIMIZER) for name in names):
+        raise UserError(
+            f"push: {out.name} is a checkpoint of a run, with optimizer state and paths of this machine, no export. "
+            f"Export it: --checkpoint {out} --to merged_16bit --out exported --push USER/NAME."
+        )
+    for name in names:
+        if PurePath(name).name != ADAPTER_CONFIG:
+            continue
+        try:
+            base = str(read_object(out / name).get("base_model_name_or_path"))
+        except (OSError, ValueError) as error:
+            raise _no_export(out, error) from None
+        if base.startswith(("/", ".", "~")) or find_path(base) is not None:
+            raise UserError(
+                f"push: {name} names {base[:80]!r} as its base, a folder of this machine, which other machines lack. "
+                "Export merged_16bit, or train on the base by its hub name."
+            )
 
 
 def _entries(folder: Path) -> dict[str, Any]:
@@ -76,14 +99,6 @@ def push(out: Path, repo: str, private: bool, token: str | None, dry_run: bool) 
         card = found.decode() if isinstance(found, bytes) else found.read_text(encoding="utf-8")
         kind = "private" if private else "public"
         return f"would send {len(files)} files to {repo}, {kind} if new:\n{sizes}\n\n{card}"
-    for name in files:
-        if name.endswith(ADAPTER_CONFIG):
-            base = str(read_object(out / name).get("base_model_name_or_path"))
-            if base.startswith(("/", ".", "~")):
-                raise UserError(
-                    f"push: {name} names a folder of this machine as its base, which other machines lack. Export "
-                    "merged_16bit, or train on the base by its hub name."
-                )
     try:
         where = send(files, repo, private, token, "Export")
     except Exception as error:  # the client, its HTTP library and its upload library raise many types

@@ -108,6 +108,7 @@ class Reward:
     if_ended: float | None = None  # the score of a call that the code in it ends, late calls included; None: a failure
     takes: Sequence[str] = ()  # which of TRL's further arguments it gets (logged.py)
     is_async: bool = False  # a coroutine: calls of one file are awaited at the same time
+    needs: Sequence[str] = ()  # arguments that only a data column can give
 
     @property
     def short(self) -> str:

@@ -133,9 +133,20 @@ def describe(function: RewardFunction, name: str, given: Mapping[str, Any] | Non
         "marks": _answer_marks(function, given or {}),
         "if_ended": getattr(function, "if_ended", None) if marks["runs_code"] else None,
         "takes": taken(function),
+        "needs": [name for name in _needed(function) if name not in (given or {})],
         "is_async": is_async(function),
     }
     return {**marks, "source": source, **values}
+
+
+def _needed(function: RewardFunction) -> list[str]:
+    """Arguments that only a data column can give: without a default, and none that every call passes."""
+    try:
+        arguments = inspect.signature(function, follow_wrapped=False).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    named = [one for one in arguments if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    return [one.name for one in named if one.default is one.empty and one.name not in ARGUMENTS]
 
 
 def _answer_marks(function: RewardFunction, given: Mapping[str, Any]) -> list[str] | None:

@@ -20,6 +20,7 @@ from grpo.run.completions_log import RolloutFile, as_markdown, as_table, first_o
 from grpo.run.console import Console, reward_of, rounded, sft_line, step_line
 from grpo.run.languages import label
 from grpo.run.reward_notices import notices
+from grpo.run.task import held_out_notices
 from grpo.run.trackers import Tracker, check_trackers, load_trackers
 from grpo.runtime.distributed import World
 from grpo.training.metrics import Reduced
@@ -99,6 +100,8 @@ class RunLog:
             if any(held_out[name].drops.values()):
                 source = one.eval_data or cfg.data
                 write_line(f"held out {f'{name}, {source}' if name else source}: {length_summary(held_out[name])}")
+        for line in held_out_notices(cfg, questions, held_out):
+            write_line(line)
         curves = f"; curves: tensorboard --logdir {cfg.runs_dir}" if "tensorboard" in tracker_names(cfg) else ""
         write_line(work + curves)
 

@@ -23,7 +23,7 @@ import huggingface_hub
 
 from grpo.checkpoints.card import card_text, read_metrics, without_paths
 from grpo.checkpoints.contents import step_of
-from grpo.checkpoints.manifest import MANIFEST, file_sha256, manifest_text
+from grpo.checkpoints.manifest import MANIFEST, OPTIMIZER, file_sha256, manifest_text
 from grpo.config.settings import PROJECT, Config, find_path
 from grpo.errors import UserError, warn
 from grpo.models.lora_checks import is_adapter
@@ -58,7 +58,7 @@ def stage(folder: Path, staged: Path, config: dict[str, Any]) -> None:
     """Link what is sent of a checkpoint into a folder. Raises OSError, or KeyError or ValueError for no checkpoint."""
     shutil.rmtree(staged, ignore_errors=True)
     listed = dict(read_object(folder / MANIFEST)["files"])
-    files = {name: entry for name, entry in listed.items() if not name.startswith("trainer/optimizer-")}
+    files = {name: entry for name, entry in listed.items() if not name.startswith(f"trainer/{OPTIMIZER}")}
     for name in files:
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         if name == STATE:

@@ -395,3 +395,46 @@ def test_trl_defaults_are_ours_or_written_out():
     assert ours["batch_size"] == theirs["per_device_train_batch_size"] * 8 / theirs["num_generations"]
     adapter = settings_of(use_peft=True)
     assert (adapter["lora_r"], adapter["lora_alpha"]) == (theirs["lora_r"], theirs["lora_alpha"])
+
+
+# --- values that YAML reads as another kind, and values that mean "off"
+
+
+def test_numbers_within_lists_and_mappings_may_be_written_as_texts():
+    given = {"reward_funcs": ["accuracy", "format"], "reward_weights": [1, "1e-1"]}
+    settings = convert({**given, "generation_kwargs": {"temperature": "7e-1", "top_k": "20"}}, 1).settings
+    assert settings["rewards"] == {"boxed_math_reward": 1, "format_reward": 0.1}
+    assert settings["temperature"] == 0.7 and settings["top_k"] == 20
+    assert convert({"reward_funcs": "accuracy", "reward_weights": 2.0}, 1).settings["rewards"] == {
+        "boxed_math_reward": 2.0
+    }
+    with pytest.raises(UserError, match="reward_weights: must be one number for each"):
+        convert({**given, "reward_weights": [1, "much"]}, 1)
+    with pytest.raises(UserError, match="temperature: must be a number, got 'hot'"):
+        convert({"generation_kwargs": {"temperature": "hot"}}, 1)
+
+
+@pytest.mark.parametrize(
+    "given, ours, lost",
+    [
+        (["all"], "tensorboard", True),
+        ("mlflow", "tensorboard", True),
+        (["wandb", "mlflow"], "wandb", True),
+        ("none", "none", False),
+        (None, "none", False),
+        (["wandb", "tensorboard"], ["wandb", "tensorboard"], False),
+    ],
+)
+def test_a_recipe_that_names_trackers_keeps_curves(given, ours, lost):
+    recipe = convert({"report_to": given} if given else {}, 1)
+    assert recipe.settings["report_to"] == ours
+    assert any(line.startswith("report_to") for line in recipe.lost) is lost
+
+
+@pytest.mark.parametrize("where", ["", "generation_kwargs"])
+@pytest.mark.parametrize("top_k, ours, support", [(-1, 0, None), (50, 50, None), (500, 500, 500)])
+def test_top_k(where, top_k, ours, support):
+    recipe = convert({where: {"top_k": top_k}} if where else {"top_k": top_k}, 1)
+    assert recipe.settings["top_k"] == ours and recipe.settings.get("max_support") == support
+    assert any(line.startswith("top_k: at most max_support") for line in recipe.changed) is (ours > 0)
+    loadable(recipe.settings)

@@ -172,3 +172,39 @@ def test_control_argparse_alone_prints_its_usage(capsys):
     assert "usage:" in capsys.readouterr().err
     with pytest.raises(UserError, match="unknown argument '--x'"):
         OneLineParser(prog="p").parse_args(["--x"])
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--data.train_batch_size 3", "unknown setting '--data.train_batch_size': data takes text or null"),
+        ("--model.path x/y", "unknown setting '--model.path': model takes text or null"),
+        ("--lr.x=3", "unknown setting '--lr.x': lr takes a number"),
+        ("--stop.x 3", "unknown setting '--stop.x': stop takes a list of texts"),
+        ("--num-generations 4", "unknown setting '--num-generations'; did you mean --num_generations?"),
+        ("--learning-rate 4", "TRL's name, here it is lr"),
+        ("--eval_data [a.jsonl,b.jsonl]", "eval_data: must be a mapping"),
+    ],
+)
+def test_parts_of_settings_that_have_none_and_dashes(words, said):
+    line = line_of(
+        load_config, [*(word for name, value in BASE.items() for word in (f"--{name}", value)), *words.split()]
+    )
+    assert said in line
+
+
+def test_several_sets_as_a_list(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\ndata: d\nrewards: {r: 1.0}\neval_data: [a.jsonl, b.jsonl]\n")
+    assert "Write {name: file, …}" in line_of(load_config, ["--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    "value, kept", [(r"[\n\n]", None), (r'["\n\n"]', ["\n\n"]), (r"[\nu]", [r"\nu"]), (r"['\n']", None)]
+)
+def test_a_line_break_in_stop(value, kept):
+    argv = [*(word for name, text in BASE.items() for word in (f"--{name}", text)), "--stop", value]
+    if kept is None:
+        assert "a backslash, which YAML reads only in double quotes" in line_of(load_config, argv)
+    else:
+        assert load_config(argv)[0].stop == kept

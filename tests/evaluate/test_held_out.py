@@ -1,5 +1,6 @@
 """Held-out questions during training: several sets, several sampled answers, the same figures on any ranks."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -26,7 +27,7 @@ from grpo.rewards.loading import make_rewards
 from grpo.rewards.pool import InProcess
 from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import sampling_of
-from grpo.run.task import Task
+from grpo.run.task import Task, held_out_notices, load_task
 from grpo.runtime.distributed import World
 from grpo.types import Completion, Prompt
 from tests.support.launcher import fork_script, metrics_of
@@ -329,3 +330,52 @@ def test_a_reward_that_sees_groups_needs_whole_ones_in_an_evaluation_too():
 
 def test_a_blank_line_may_end_a_completion():
     check(Config(model="m", data="d", rewards={"r": 1.0}, stop=["\n\n", " "], eval_data={"测试.1": "x"}))
+
+
+# --- held-out questions that are trained on, cannot be read, or are lacking
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    """A model's folder, training questions 0 to 3, held-out questions 3 to 5: one is in both."""
+    save_tiny(tmp_path / "model")
+    for name, numbers in (("train", range(4)), ("held", range(3, 6))):
+        rows = [{"question": f"{n}?", "answer": str(n)} for n in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"model": str(tmp_path / "model"), "data": str(tmp_path / "train.jsonl"), "rewards": {"r": 1.0}}
+    return tmp_path, Config(**values)
+
+
+def test_held_out_questions_that_are_trained_on_are_counted(two_files):
+    folder, cfg = two_files
+    sets = {"new": str(folder / "held.jsonl"), "old": str(folder / "train.jsonl")}
+    for eval_data, counts in ((sets["new"], ["1 of the 3"]), (sets, ["1 of the 3", "4 of the 4"])):
+        one = dataclasses.replace(cfg, eval_data=eval_data)
+        task = load_task(one)
+        lines = held_out_notices(one, task.questions, task.held_out)
+        assert [re.search(r"\d+ of the \d+", line)[0] for line in lines] == counts
+    one = dataclasses.replace(cfg, eval_split_size=0.25, eval_steps=3, eval_generations=2)
+    task = load_task(one)
+    assert held_out_notices(one, task.questions, task.held_out) == []
+
+
+def test_settings_of_an_evaluation_without_questions_are_named(two_files):
+    _, cfg = two_files
+    for values, said in (
+        ({}, []),
+        ({"eval_steps": 3}, ["eval_steps"]),
+        ({"eval_generations": 3}, ["eval_generations"]),
+    ):
+        one = dataclasses.replace(cfg, **values)
+        lines = held_out_notices(one, load_task(one).questions, {})
+        assert [line.split(": ")[1] for line in lines] == said
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_held_out_set_that_cannot_be_read_is_named(two_files, named):
+    _, cfg = two_files
+    eval_data = {"a": cfg.data, "b": "none.jsonl"} if named else "none.jsonl"
+    with pytest.raises(UserError, match=rf"^eval_data: {'b: ' if named else ''}no such file 'none.jsonl'"):
+        load_task(dataclasses.replace(cfg, eval_data=eval_data))
+    with pytest.raises(UserError, match=r"^data: no such file 'none.jsonl'"):
+        load_task(dataclasses.replace(cfg, data="none.jsonl", eval_data=cfg.data))

@@ -137,6 +137,31 @@ def test_an_adapter_of_a_local_base_is_not_sent(server, tmp_path, capsys, base, 
     assert bool(server.seen) is not base.startswith("/")
 
 
+def test_an_adapter_of_a_folder_named_like_a_hub_model_is_not_sent(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mia" / "base").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "mia/base"}))
+    write_manifest(tmp_path / "out", 1)
+    for words in ([], ["--dry_run"]):
+        assert main(["--out", "out", "--push", "mia/tiny", *words]) == 2
+        assert "names 'mia/base' as its base, a folder of this machine" in capsys.readouterr().err
+    assert not server.seen
+
+
+@pytest.mark.parametrize("words", [[], ["--dry_run"]])
+def test_a_checkpoint_is_no_export_and_its_optimizer_state_is_not_sent(server, tmp_path, capsys, words):
+    folder = tmp_path / "checkpoint_3"
+    (folder / "trainer").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "trainer" / "optimizer-00001-of-00002.safetensors").write_bytes(b"moments")
+    write_manifest(folder, 3)
+    assert main(["--out", str(folder), "--push", "mia/tiny", *words]) == 2
+    shown = capsys.readouterr()
+    assert not server.seen and not shown.out
+    assert "checkpoint_3 is a checkpoint of a run" in shown.err and "--to merged_16bit" in shown.err
+
+
 @pytest.mark.parametrize("status", [401, 403, 500])
 @pytest.mark.parametrize("at", ["/api/repos/create", "/preupload/", "/commit/"])
 def test_refusals_leave_the_export_and_never_show_the_token(server, out, capfd, caplog, monkeypatch, status, at):

@@ -1,6 +1,7 @@
 """What reward functions do under TRL beside returning scores: coroutines, trainer_state, log_extra, log_metric."""
 
 import contextlib
+import functools
 import json
 import time
 
@@ -12,6 +13,8 @@ from grpo.data.questions import Questions
 from grpo.errors import UserError
 from grpo.rewards import Reward, RewardInput
 from grpo.rewards.calls import Call, read_answer
+from grpo.rewards.functions import describe
+from grpo.rewards.gold_check import check_needed_columns, open_checked_rewards
 from grpo.rewards.logged import MAX_BYTES, Log, Logs, is_logged, means, taken
 from grpo.rewards.pool import InProcess, open_rewards
 from tests.support.asking_rewards import answers_of
@@ -373,3 +376,33 @@ def test_a_whole_run(tmp_path, nproc):
         assert ("user/first step only" in line) == (at == 0)
     assert any("eval/user/score" in line for line in lines)
     assert "score" in done.stdout
+
+
+# --- columns that a function asks for
+
+
+def asks(completions, solution, *, level, trainer_state, limit=3, **columns):
+    return [1.0] * len(completions)
+
+
+@functools.wraps(asks)
+def wrapped(completions, **columns):
+    return asks(completions, "4", level=1, trainer_state=None)
+
+
+def test_a_column_that_a_function_asks_for_is_missed_before_training():
+    rewards = [Reward(one.__name__, 1.0, **describe(one, "f")) for one in (asks, wrapped)]
+    assert [list(reward.needs) for reward in rewards] == [["solution", "level"], []]
+    check_needed_columns(rewards, [{"solution": "4", "level": 1}])
+    check_needed_columns(rewards, [])
+    with pytest.raises(UserError, match="asks asks for the column 'level', which the data lack, only answer, solution"):
+        check_needed_columns(rewards, [{"solution": "4", "answer": "4"}])
+    assert describe(asks, "asks", {"level": 2})["needs"] == ["solution"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_run_says_which_column_is_missing_with_and_without_workers(tmp_path, workers):
+    (tmp_path / "r.py").write_text("def f(completions, solution, **columns):\n    return [1.0]\n")
+    cfg = Config(rewards={f"{tmp_path}/r.py:f": 1.0}, reward_workers=workers)
+    with pytest.raises(UserError, match=r"r\.py:f asks for the column 'solution'.*column_names"):
+        open_checked_rewards(cfg, [{"answer": "4"}], is_main=True)
