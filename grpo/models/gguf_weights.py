@@ -20,14 +20,21 @@ from typing import Any
 import torch
 from huggingface_hub import cached_assets_path
 from tokenizers import Regex, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from grpo.config.settings import PROJECT
-from grpo.errors import UserError, first_line, warn
+from grpo.errors import EXIT_USER, UserError, first_line, warn
 from grpo.models.gguf_header import GgufHeader, is_gguf, read_header
 from grpo.strict_json import read_object
 
-RULES = 1  # part of the cache's key: raised when the same file becomes another folder
+RULES = 2  # part of the cache's key: raised when the same file becomes another folder
 RECORD = "opened_from_gguf.json"
 COMPARED_WITH_LLAMA_CPP = ("gemma3", "llama", "qwen2", "qwen3")
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -112,14 +119,14 @@ def _convert_apart(path: Path, folder: Path, lock: int) -> None:
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(path), str(folder)],
         cwd=PROJECT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"},
         pass_fds=(lock,),
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        last = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise ValueError(done.stdout.strip() or f"its conversion failed: {last}")
+        said = done.stdout if done.returncode == EXIT_USER else "its conversion failed: " + done.stderr
+        raise ValueError((said.strip() or "it gave no reason").splitlines()[-1])
 
 
 def _convert(path: Path, folder: Path) -> None:
@@ -149,7 +156,7 @@ def _convert(path: Path, folder: Path) -> None:
     model.config._name_or_path = ""
     words = _mend_tokenizer(tokenizer, header)
     model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    _save_tokenizer(tokenizer, partial)
     (partial / RECORD).write_text(json.dumps({"file": path.name, "note": _note(header, words)}), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -260,6 +267,26 @@ def _mend_tokenizer(tokenizer: PreTrainedTokenizerBase, header: GgufHeader) -> s
     return unknown
 
 
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save it under the class that reads tokenizer.json as it stands: others make their own rules of splitting text.
+
+    Raises ValueError when the folder does not give the same tokenizer again.
+    """
+    kept = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    whole: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **kept)
+    whole.chat_template = tokenizer.chat_template
+    whole.padding_side = tokenizer.padding_side
+    whole.save_pretrained(folder)
+    saved, again = (
+        json.loads(one.backend_tokenizer.to_str()) for one in (whole, AutoTokenizer.from_pretrained(folder))
+    )
+    if saved["normalizer"] is None and again["normalizer"] == {"type": "NFC"}:
+        again["normalizer"] = None  # Qwen's; files do not name it, and nearly all text is in that form
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model"):
+        if saved[part] != again[part]:
+            raise ValueError(f"its tokenizer cannot be kept: transformers opens it with another {part}")
+
+
 def _step(name: str) -> pre_tokenizers.PreTokenizer:
     """One step of splitting text, by its name in SPLITS."""
     if name == "digits":
@@ -290,4 +317,4 @@ if __name__ == "__main__":
         _convert(Path(sys.argv[1]), Path(sys.argv[2]))
     except (OSError, ValueError) as error:
         print(first_line(error))
-        sys.exit(2)
+        sys.exit(EXIT_USER)

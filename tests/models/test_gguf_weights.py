@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from grpo.errors import UserError
@@ -74,17 +74,18 @@ def llama3(config) -> None:
 
 @pytest.mark.parametrize("architecture, change", [("llama", None), ("qwen2", None), ("qwen3", None), ("llama", llama3)])
 def test_the_model_that_is_opened_computes_what_the_file_was_made_from(tmp_path, architecture, change):
-    file, model = written(tmp_path, architecture, change)
+    tokenizer = taught("qwen2") if architecture == "qwen2" else None  # transformers opens these with no other
+    file, model = written(tmp_path, architecture, change, tokenizer=tokenizer)
     opened = load_plain(str(file), CPU)
     assert torch.allclose(logits(opened), logits(model), atol=2e-5)
     assert opened.config.rope_parameters == model.config.rope_parameters
-    plain = written(tmp_path / "other", architecture)[1]
     if change is not None:
+        plain = written(tmp_path / "other", architecture)[1]
         assert not torch.allclose(logits(opened), logits(plain), atol=2e-3)  # control: the frequencies do matter
 
 
 def test_quantised_weights_are_those_that_gguf_itself_reads(tmp_path):
-    file, _ = written(tmp_path, "qwen2", quant="q8_0")
+    file, _ = written(tmp_path, "llama", quant="q8_0")
     opened = load_plain(str(file), CPU)
     reader = gguf.GGUFReader(file)
     [stored] = [t for t in reader.tensors if t.name == "blk.0.ffn_down.weight"]
@@ -102,7 +103,7 @@ def test_the_folder_is_made_once_and_again_for_another_content(tmp_path, capfd):
     notes = capfd.readouterr().err
     assert notes.count("is dequantised to fp32, once") == 1
     assert notes.count("its matrices are F16") == 2
-    written(tmp_path, "qwen2")
+    written(tmp_path, "llama")
     assert resolve(str(file)) != first
 
 
@@ -117,18 +118,38 @@ def test_an_interrupted_conversion_is_begun_again(tmp_path, cache):
     assert not left.exists()
 
 
+TEXTS = ("has  12 coins,  9\n\n\n x", "It's DON'T 1234567 \t end  ", "naïve 小明 😀", "x=3*(y+1)/2;   40  500")
+
+
+def taught(name):
+    """A tokenizer whose merges were learned with these rules, blanks and digits among them."""
+    steps, whole_words = SPLITS[name]
+    backend = Tokenizer(models.BPE(ignore_merges=whole_words))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([_step(step) for step in steps])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([text * 20 for text in TEXTS], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
+
+
 @pytest.mark.parametrize("name", SPLITS)
 def test_text_is_split_as_the_file_says(tmp_path, name):
-    steps, whole_words = SPLITS[name]
-    backend: Tokenizer = Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([_step(step) for step in steps])
-    backend.model.ignore_merges = whole_words
-    own = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tiny_tokenizer().eos_token)
+    """Other rules than those that the merges were learned with give other tokens."""
+    own = taught(name)
     file, _ = written(tmp_path, tokenizer=own)
     opened = load_tokenizer(str(file))
-    for text in ("has  12 coins,  9\n\n\n x", "It's DON'T 1234567 \t end  ", "naïve 小明 😀"):
+    for text in TEXTS:
         assert opened(text)["input_ids"] == own(text)["input_ids"], text
     assert opened.chat_template == own.chat_template
+
+
+def test_a_tokenizer_that_transformers_opens_otherwise_is_refused(tmp_path):
+    file, _ = written(tmp_path, "qwen2", tokenizer=taught("gpt-2"))
+    with pytest.raises(UserError, match="its tokenizer cannot be kept: transformers opens it with another pre_token"):
+        resolve(str(file))
 
 
 def test_a_bos_is_added_when_the_file_says_so(tmp_path):
