@@ -63,22 +63,27 @@ unit_test_reward.if_ended = 0.0  # type: ignore[attr-defined]
 
 def share_passed(code: str, tests: Sequence[Case], timeout_s: float, total_s: float, memory_mb: int) -> float:
     """Run the tests one after the other."""
-    if os.getpid() == 1:
+    inside = os.getpid() == 1  # a namespace, which ends all
+    if inside:
         sandbox.hide()
     else:
         sandbox.adopt_orphans()  # a process whose parent has ended stays a descendant, and is found
-    ends = time.monotonic() + total_s
-    num_passed = 0
-    for test in tests:
-        left_s = min(timeout_s, ends - time.monotonic())
-        if left_s <= 0:
-            break
-        what = {"code": code, "as_program": test.code is None, "seconds": int(left_s) + 1, "memory_mb": memory_mb}
-        verdict = (_run_program if test.code is None else _run_test)(what, test, left_s)
-        num_passed += verdict == PASSED
-        if verdict == UNUSABLE:
-            break
-    return num_passed / len(tests)
+    try:
+        ends = time.monotonic() + total_s
+        num_passed = 0
+        for test in tests:
+            left_s = min(timeout_s, ends - time.monotonic())
+            if left_s <= 0:
+                break
+            what = {"code": code, "as_program": test.code is None, "seconds": int(left_s) + 1, "memory_mb": memory_mb}
+            verdict = (_run_program if test.code is None else _run_test)(what, test, left_s)
+            num_passed += verdict == PASSED
+            if verdict == UNUSABLE:
+                break
+        return num_passed / len(tests)
+    finally:
+        if not inside:
+            sandbox.adopt_orphans(False)
 
 
 def _start(what: dict[str, Any], stdin: Any, stdout: Any, pipes: tuple[int, ...] = ()) -> subprocess.Popen:

@@ -61,9 +61,9 @@ def die_with(parent: int, number: int) -> None:
         os._exit(1)
 
 
-def adopt_orphans() -> None:
-    """Become the parent of descendants whose parents die, so that they can be found and reaped."""
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+def adopt_orphans(wanted: bool = True) -> None:
+    """Become the parent of descendants whose parents die, so that they can be found and reaped; False: no longer."""
+    _prctl(PR_SET_CHILD_SUBREAPER, int(wanted))
 
 
 def hide() -> None:

@@ -6,6 +6,7 @@ Every attack's score is 0, or what its right part deserves; none is a failure, w
 import json
 import os
 import re
+import subprocess
 import time
 from contextlib import closing
 from pathlib import Path
@@ -194,6 +195,11 @@ def test_in_the_trainer_nothing_is_left(then, score):
     assert unit_test_reward([text], tests=[SQUARES], timeout_s=2.0) == [score]
     marks = [path for path in Path("/proc").glob("[0-9]*/cmdline") if "solution_process" in _read(path)]
     assert marks == [] and os.getpid() != 1
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert not [pid for pid in children if ") Z " in _read(Path(f"/proc/{pid}/stat"))]
+    subprocess.run(["sh", "-c", "sleep 0.2 & exit"])  # an orphan of others is not ours any more
+    time.sleep(0.4)
+    assert Path(f"/proc/self/task/{os.getpid()}/children").read_text().split() == children
 
 
 def _read(path):
