@@ -3,7 +3,7 @@
     python benchmarks/head_memory.py [--pairs 5] [--chunk_mb 256] [--vocab 150000] [--tokens 2048]
 
     naive     logits [B, T, V] of the completion positions, log_softmax, gather, backward
-    chunked   grpo.forward.logprobs.token_logprobs, backward
+    chunked   grpo.forward.logprobs.Scorer, backward
     idle      nothing: the same imports, the same model and batch
 
 Every measurement is a process of its own, naive and chunked in turn. Memory is the process's highest resident
@@ -80,26 +80,20 @@ def naive_logprobs(model, micro):
     return torch.log_softmax(logits.float(), dim=-1).gather(-1, micro.target_ids[..., None])[..., 0]
 
 
-def chunked_logprobs(head, micro, chunk_mb: int):
-    """[B, T] by the trainer's head."""
-    from grpo.forward.logprobs import token_logprobs
-
-    return token_logprobs(head, micro, temperature=1.0, clamp=100.0, chunk_mb=chunk_mb)
-
-
 def backward(logprobs, micro) -> None:
     (-logprobs * micro.advantages[:, None] * micro.weights).sum().backward()
 
 
 def measure(what: str, args: argparse.Namespace) -> dict[str, float]:
     """One measurement, in this process."""
-    from grpo.forward.logprobs import Head
+    from grpo.config.settings import Config
+    from grpo.forward.logprobs import Scorer
 
     model, micro, one_row = build(args.vocab, args.tokens)
-    head = Head(model)
+    scorer = Scorer(model, Config(model="none", logits_chunk_mb=args.chunk_mb))
     forward = {
         "naive": lambda batch: naive_logprobs(model, batch),
-        "chunked": lambda batch: chunked_logprobs(head, batch, args.chunk_mb),
+        "chunked": scorer,
     }
     if what == "idle":
         return {"peak_mb": peak_mb()}

@@ -1,27 +1,38 @@
-"""Attention of several completions to their shared prompt and to themselves, with its own backward.
+"""Attention of several completions to their shared prompt and to themselves, with scores in memory.
 
     out = exp(s_prompt - lse) V_prompt + exp(s_own - lse) V_own,   lse = logaddexp(lse_prompt, lse_own)
 
-The backward computes the scores again from lse instead of keeping them (FlashAttention, arXiv 2205.14135, algorithm 4).
-The simple path is one row per completion through the model's own attention: `can_share` (shared_attention.py) compares
-the two when a model is loaded.
+The exact way where no fused kernel fits (fused_attention.py): windows that hide keys, and devices without one. The
+backward computes the scores again from lse instead of keeping them (FlashAttention, arXiv 2205.14135, algorithm 4).
 
 Shapes: H heads, kvh key heads, r = H / kvh, d head width, Lp tokens of the prompt, n tokens of all completions, b
-completions of at most c tokens. Padded rows [b, c] hold the n tokens as `PaddedIndex` describes.
+completions of at most c tokens. Padded rows [b, c] hold the n tokens as `Run` describes.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+MAX_SCORES = 2**26  # attention scores in memory at once, unless a single head has more: 256 MB
+SPARED_SCORES = 2**16  # padded scores per head that a separate run of shorter completions must save
 
 
-class PaddedIndex(NamedTuple):
-    """The n tokens of b completions, one behind the other, as padded rows [b, c], and back."""
+class Run(NamedTuple):
+    """Completions of one prompt, of similar lengths: their n tokens as padded rows [b, c], and back."""
 
-    to_padded: Tensor  # [b, c] int64, which of the n tokens stands at [b, c]; padding: 0
+    tokens: slice  # where they stand in the flat row, one behind the other
+    source: Tensor  # [b, c] int64, which of the n tokens stands at [b, c]; padding: 0
     mask: Tensor  # [b, c] bool, False: padding
-    to_tokens: Tensor  # [n] int64, where in the flattened [b c] each token stands
+    inverse: Tensor  # [n] int64, where in the flattened [b c] each token stands
+
+    @classmethod
+    def of(cls, tokens: slice, source: Tensor, mask: Tensor, inverse: Tensor) -> "Run":
+        """From the arrays of `padded_arrays` on the device."""
+        return cls(tokens, source, mask.bool(), inverse)
 
 
 class BranchAttention(torch.autograd.Function):
@@ -29,7 +40,7 @@ class BranchAttention(torch.autograd.Function):
 
     Values and the result may have another width than keys (multi-head latent attention).
 
-    index, mask, inverse: a `PaddedIndex`, in its order. window: how many of the last keys a token sees, itself
+    index, mask, inverse: those of a `Run`. window: how many of the last keys a token sees, itself
     included; None: all. The softmax is fp32.
     """
 
@@ -141,3 +152,95 @@ def _to_padded(tokens: Tensor, index: Tensor) -> Tensor:
 def _to_tokens(padded: Tensor, inverse: Tensor) -> Tensor:
     """[kvh, r, b, c, ...] -> [kvh, r, n, ...]."""
     return padded.flatten(2, 3).index_select(2, inverse)  # a boolean mask would be a device sync
+
+
+def attend_by_branches(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_length: int,
+    prompts: Sequence[slice],
+    completions: Sequence[Sequence[Run]],
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """query [1, H, S, d], key and value [1, kvh, S, d] of a flat row (shared_attention.py) -> [1, S, H, d]."""
+    prefix = slice(0, prefix_length)
+    causal = lambda part: _causal(query[:, :, part], key[:, :, part], value[:, :, part], scale, window)  # noqa: E731
+    after = lambda earlier, run: _attend_after(earlier, run, query, key, value, scale, window)  # noqa: E731
+    parts = [causal(prefix)] if prefix_length else []
+    for prompt in prompts:
+        if prefix_length:  # a prompt attends as the single completion of the prefix
+            order = torch.arange(prompt.stop - prompt.start, device=query.device)
+            alone = Run(prompt, order[None], order[None] >= 0, order)
+            parts.append(after([prefix], alone))
+        else:
+            parts.append(causal(prompt))
+    for prompt, runs in zip(prompts, completions, strict=True):
+        earlier = [prefix, prompt] if prefix_length else [prompt]
+        parts += [after(earlier, run) for run in runs if run.tokens.start < run.tokens.stop]
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _attend_after(
+    earlier: Sequence[slice], run: Run, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """Attention of the completions in `run`, which all continue the tokens in `earlier`: [1, H, n, d]."""
+    tokens = run.tokens
+    earlier_keys, earlier_values = (
+        torch.cat([tensor[0, :, part] for part in earlier], dim=1) for tensor in (key, value)
+    )
+    keys_values = (earlier_keys, earlier_values, key[0, :, tokens], value[0, :, tokens])
+    # heads are independent, so that as many are computed at once as MAX_SCORES allows
+    kv, repeats = key.shape[1], query.shape[1] // key.shape[1]
+    num_tokens, longest = tokens.stop - tokens.start, run.source.shape[1]
+    scores_per_head = repeats * (run.source.numel() * longest + num_tokens * earlier_keys.shape[1])
+    step = max(1, MAX_SCORES // max(1, scores_per_head))
+    outputs = [
+        BranchAttention.apply(
+            query[0, first * repeats : (first + step) * repeats, tokens],
+            *(part[first : first + step] for part in keys_values),
+            *run[1:],
+            scale,
+            window,
+        )
+        for first in range(0, kv, step)
+    ]
+    return torch.cat(outputs)[None]
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    """Ordinary causal attention, [1, H, L, d]."""
+    repeats, length = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = (tensor.repeat_interleave(repeats, dim=1) if repeats > 1 else tensor for tensor in (key, value))
+    if window is None or window >= length:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    place = torch.arange(length, device=query.device)
+    visible = (place[:, None] >= place) & (place[:, None] - place < window)
+    return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+
+
+def cut_runs(start: int, completion_lengths: Sequence[int]) -> list[tuple[slice, tuple[int, ...]]]:
+    """Completions from token `start` on, in runs of similar lengths: where each run stands, and its lengths.
+
+    >>> [(run.start, run.stop, lengths) for run, lengths in cut_runs(4, (600, 500, 20, 9))]
+    [(4, 1104, (600, 500)), (1104, 1133, (20, 9))]
+    """
+    runs: list[list[int]] = []
+    for i, length in enumerate(completion_lengths):
+        longest = max(runs[-1]) if runs else 0
+        spared = sum(longest**2 - other**2 for other in completion_lengths[i:])
+        if not runs or (2 * length <= longest and spared >= SPARED_SCORES):
+            runs.append([])
+        runs[-1].append(length)
+    ends = (start + np.cumsum([sum(run) for run in runs])).tolist()
+    return [(slice(end - sum(run), end), tuple(run)) for end, run in zip(ends, runs, strict=True)]
+
+
+def padded_arrays(completion_lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """index, mask and inverse of a `Run`."""
+    lengths = np.array(completion_lengths, dtype=np.int64)
+    steps = np.arange(lengths.max(initial=0))
+    mask = steps[None] < lengths[:, None]
+    index = np.where(mask, (np.cumsum(lengths) - lengths)[:, None] + steps[None], 0)
+    return index, mask, np.flatnonzero(mask)

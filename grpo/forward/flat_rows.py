@@ -1,6 +1,6 @@
 """A micro-batch as one row without padding, each prompt once, for grpo/forward/shared_attention.py.
 
-    rows    [prompt A, a1, a2]          flat    [A, a1, a2, b1, C, c1]
+    rows    [prompt A, a1, a2]          flat    [A, C, a1, a2, b1, c1]
             [prompt A, b1,  - ]
             [prompt C, c1,  - ]
 
@@ -34,31 +34,29 @@ def flatten(
     """
     if position_ids is not None:
         return _flatten_texts(input_ids, positions, lengths, device, position_ids)
-    groups: list[PromptGroup] = []
-    tokens: list[np.ndarray] = []
+    prompt_lengths = positions[:, 0] + 1  # the first target is predicted by the prompt's last token
+    prefix = common_prefix([row[:length] for row, length in zip(input_ids, prompt_lengths, strict=True)])
+    # adjacent rows with the same prompt are a group
+    firsts: list[int] = []  # the first row of each group
+    for b, length in enumerate(prompt_lengths.tolist()):
+        last = input_ids[firsts[-1], : prompt_lengths[firsts[-1]]] if firsts else None
+        if last is None or not np.array_equal(input_ids[b, :length], last):
+            firsts.append(b)
+    groups = []
+    tokens = [input_ids[0, :prefix], *(input_ids[b, prefix : prompt_lengths[b]] for b in firsts)]
+    prompt_end, end = prefix, sum(map(len, tokens))
     flat_positions = np.zeros_like(positions)
-    prompt = np.zeros(0, input_ids.dtype)
-    completion_lengths: list[int] = []
-    prefix = common_prefix([row[: at[0] + 1] for row, at in zip(input_ids, positions, strict=True)])
-    tokens.append(input_ids[0, :prefix])
-    start = end = prefix
-    for b, count in enumerate(lengths.tolist()):
-        row = input_ids[b]
-        prompt_length = int(positions[b, 0]) + 1  # the first target is predicted by the prompt's last token
-        # another prompt than the row before: close its group, begin one
-        if b == 0 or not np.array_equal(row[:prompt_length], prompt):
-            if b:
-                groups.append(PromptGroup(start, len(prompt) - prefix, tuple(completion_lengths)))
-            prompt, completion_lengths, start = row[:prompt_length], [], end
-            tokens.append(prompt[prefix:])
-            end += prompt_length - prefix
-        # the first target is predicted by the prompt, the others by the completion's tokens but the last
-        flat_positions[b, 0] = start + prompt_length - prefix - 1
-        flat_positions[b, 1:count] = np.arange(end, end + count - 1)
-        tokens.append(row[prompt_length : prompt_length + count - 1])
-        completion_lengths.append(count - 1)
-        end += count - 1
-    groups.append(PromptGroup(start, len(prompt) - prefix, tuple(completion_lengths)))
+    for first, stop in zip(firsts, [*firsts[1:], len(input_ids)], strict=True):
+        prompt_end += int(prompt_lengths[first]) - prefix
+        for b in range(first, stop):
+            # the first target is predicted by the prompt, the others by the completion's tokens but the last
+            own = int(lengths[b]) - 1
+            flat_positions[b, 0] = prompt_end - 1
+            flat_positions[b, 1 : own + 1] = np.arange(end, end + own)
+            tokens.append(input_ids[b, prompt_lengths[b] : prompt_lengths[b] + own])
+            end += own
+        own_lengths = tuple((lengths[first:stop] - 1).tolist())
+        groups.append(PromptGroup(int(prompt_lengths[first]) - prefix, own_lengths))
     return _to_device(groups, tokens, flat_positions, device, prefix)
 
 
@@ -99,7 +97,7 @@ def _flatten_texts(
         used = int(positions[b, :count].max()) + 1
         flat_positions[b, :count] = end + positions[b, :count]
         starts = np.flatnonzero(position_ids[b, :used] == 0).tolist()
-        groups += [PromptGroup(end + i, j - i) for i, j in zip(starts, [*starts[1:], used], strict=True)]
+        groups += [PromptGroup(j - i) for i, j in zip(starts, [*starts[1:], used], strict=True)]
         tokens.append(input_ids[b, :used])
         end += used
     return _to_device(groups, tokens, flat_positions, device)

@@ -1,76 +1,50 @@
 """Attention without padding, where each prompt is computed once for all its completions.
 
-A `PromptGroup` is a prompt and the completions that continue it. Groups stand one behind the other in a flat row of
-tokens [1, S]. Linear layers and norms work on each token alone; only attention needs to know which tokens belong
-together:
+A `PromptGroup` is a prompt and the completions that continue it. All texts stand in one flat row of tokens [1, S]:
+
+    common prefix | prompt A | prompt B | completions of A | completions of B
+
+Linear layers and norms work on each token alone; only attention needs to know which tokens belong together:
 
     common prefix      what all prompts begin with, such as a system prompt: sees itself, causally
     prompt token       sees the prefix, and its prompt up to itself
     completion token   sees the prefix, its whole prompt, and its own completion up to itself
 
 A model of transformers that calls the registered attention interface calls `dispatch`. It computes this attention where
-a `SharedPrompts` is among the arguments of the model's forward, and is transformers' own SDPA otherwise. The products
-and their backward are in branch_attention.py. The simple path is one padded row per completion through the model's own
-forward; `can_share` compares the two on a few tokens of the model when it is loaded.
+a `SharedPrompts` is among the arguments of the model's forward, and is transformers' own SDPA otherwise. The arithmetic
+is in fused_attention.py, or in branch_attention.py where no fused kernel fits. The simple path is one padded row per
+completion through the model's own forward; `can_share` compares the two on a few tokens of the model when it is loaded.
 """
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from grpo.forward.branch_attention import BranchAttention, PaddedIndex
+from grpo.forward.attention_kernels import Part
+from grpo.forward.branch_attention import Run, attend_by_branches, cut_runs, padded_arrays
+from grpo.forward.fused_attention import FusedAttention, fused_kernel, offsets_of, parts_of
 
 NAME = "grpo_shared_prompts"
-MAX_SCORES = 2**26  # attention scores in memory at once, unless a single head has more: 256 MB
-SPARED_SCORES = 2**16  # padded scores per head that a separate run of shorter completions must save
 MAX_DIFFERENCE = {False: 1e-4, True: 5e-2}  # relative, to the model's own hidden states; True: under bf16 autocast
 
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """A prompt and its completions in the flat row: the prompt's tokens after the common prefix, then completions."""
+    """Tokens of a prompt after the common prefix, and of the completions that continue it."""
 
-    start: int
     prompt_length: int
     completion_lengths: tuple[int, ...] = ()
-
-    @property
-    def prompt(self) -> slice:
-        """Where the prompt's tokens after the common prefix stand in the flat row."""
-        return slice(self.start, self.start + self.prompt_length)
-
-    @property
-    def completions(self) -> slice:
-        """Where all completions stand in the flat row."""
-        return slice(self.prompt.stop, self.prompt.stop + sum(self.completion_lengths))
-
-    @property
-    def runs(self) -> list[tuple[slice, tuple[int, ...]]]:
-        """The completions in runs of similar lengths: where each run stands in the flat row, and its lengths.
-
-        >>> [(run.start, run.stop, lengths) for run, lengths in PromptGroup(0, 4, (600, 500, 20, 9)).runs]
-        [(4, 1104, (600, 500)), (1104, 1133, (20, 9))]
-        """
-        runs: list[list[int]] = []
-        for i, length in enumerate(self.completion_lengths):
-            longest = max(runs[-1]) if runs else 0
-            spared = sum(longest**2 - other**2 for other in self.completion_lengths[i:])
-            if not runs or (2 * length <= longest and spared >= SPARED_SCORES):
-                runs.append([])
-            runs[-1].append(length)
-        ends = (self.completions.start + np.cumsum([sum(run) for run in runs])).tolist()
-        return [(slice(end - sum(run), end), tuple(run)) for end, run in zip(ends, runs, strict=True)]
 
 
 class SharedPrompts:
@@ -86,6 +60,12 @@ class SharedPrompts:
         self.device = device
         self.calls = 0  # of `attend`; still 0 after a forward: the model does not use the attention interface
         self.keys_values: dict[int, tuple[Tensor, Tensor]] | None = None  # layer -> [1, kvh, S, d] each; {}: collect
+        self.longest = prefix_length + max(g.prompt_length + max(g.completion_lengths, default=0) for g in groups)
+        self.prompts = _behind(prefix_length, [group.prompt_length for group in groups])  # slices of the flat row
+        self.completions = _behind(self.prompts[-1].stop, [sum(group.completion_lengths) for group in groups])
+        self._parts = parts_of(
+            prefix_length, [group.prompt_length for group in groups], [group.completion_lengths for group in groups]
+        )
         self._indices: list[Tensor] | None = None
 
     @property
@@ -94,28 +74,44 @@ class SharedPrompts:
         return self.copy_indices()[0]
 
     @cached_property
-    def padded_index(self) -> list[list[tuple[slice, PaddedIndex]]]:
-        """For each group and run: where the run stands in the flat row, and its completions as padded rows."""
-        tensors = iter(self.copy_indices()[1:])
+    def parts(self) -> list[Part]:
+        """The parts of fused attention."""
+        if self.device.type == "cpu":
+            return self._parts
+        offsets = self.copy_indices()[1 : 1 + len(self._parts)]
+        return [replace(part, offsets=both.int()) for part, both in zip(self._parts, offsets, strict=True)]
+
+    @cached_property
+    def runs(self) -> list[list[Run]]:
+        """The completions of each group, for branch_attention.py."""
+        tensors: Iterator[Tensor] = iter(self.copy_indices()[1 + len(self._parts) :])
         return [
-            [(run, PaddedIndex(next(tensors), next(tensors).bool(), next(tensors))) for run, _ in group.runs]
-            for group in self.groups
+            [Run.of(where, next(tensors), next(tensors), next(tensors)) for where, _ in runs] for runs in self._runs
+        ]
+
+    @cached_property
+    def _runs(self) -> list[list[tuple[slice, tuple[int, ...]]]]:
+        return [
+            cut_runs(where.start, group.completion_lengths)
+            for where, group in zip(self.completions, self.groups, strict=True)
         ]
 
     def copy_indices(self) -> list[Tensor]:
-        """Copy `position_ids` and the tensors of every `PaddedIndex` to the device, once: all int64.
+        """Copy the position ids and the index tensors of `parts` and `runs` to the device, once: all int64.
 
         It is one copy for all, and a device sync. Called when a micro-batch is made, it does not stall an update.
         """
         if self._indices is not None:
             return self._indices
-        parts = [np.arange(self.prefix_length)]
-        for group in self.groups:
-            parts.append(self.prefix_length + np.arange(group.prompt_length))
-            parts += [self.prefix_length + group.prompt_length + np.arange(n) for n in group.completion_lengths]
-        arrays = [np.concatenate(parts)[None]]
-        for group in self.groups:
-            arrays += [array for _, lengths in group.runs for array in _padded_index(lengths)]
+        prompts = [self.prefix_length + np.arange(group.prompt_length) for group in self.groups]
+        own = [
+            self.prefix_length + group.prompt_length + np.arange(length)
+            for group in self.groups
+            for length in group.completion_lengths
+        ]
+        arrays = [np.concatenate([np.arange(self.prefix_length), *prompts, *own])[None]]
+        arrays += [offsets_of(part) for part in self._parts]
+        arrays += [array for runs in self._runs for _, lengths in runs for array in padded_arrays(lengths)]
         values = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]).astype(np.int64)).to(self.device)
         split = values.split([array.size for array in arrays])
         self._indices = [part.view(array.shape) for part, array in zip(split, arrays, strict=True)]
@@ -140,79 +136,21 @@ class SharedPrompts:
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if self.keys_values is not None:
             self.keys_values[layer] = (key, value)
-        # the common prefix
-        prefix = slice(0, self.prefix_length)
-        parts = []
-        if self.prefix_length:
-            parts.append(_causal(query[:, :, prefix], key[:, :, prefix], value[:, :, prefix], scale, window))
-        for group, runs in zip(self.groups, self.padded_index, strict=True):
-            # the group's prompt; after a prefix it attends as a single completion of that prefix
-            prompt = group.prompt
-            if self.prefix_length:
-                order = torch.arange(group.prompt_length, device=self.device)
-                padded = PaddedIndex(order[None], order[None] >= 0, order)
-                parts.append(self._attend_after([prefix], prompt, padded, query, key, value, scale, window))
-            else:
-                parts.append(_causal(query[:, :, prompt], key[:, :, prompt], value[:, :, prompt], scale, window))
-            # its completions, run by run
-            for run, padded in runs:
-                if run.start < run.stop:
-                    earlier = [prefix, prompt] if self.prefix_length else [prompt]
-                    parts.append(self._attend_after(earlier, run, padded, query, key, value, scale, window))
-        return torch.cat(parts, dim=2).transpose(1, 2)
-
-    def _attend_after(
-        self,
-        earlier: list[slice],
-        run: slice,
-        padded: PaddedIndex,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
-        """Attention of the completions in `run`, which all continue the tokens in `earlier`: [1, H, n, d]."""
-        earlier_keys, earlier_values = (
-            torch.cat([tensor[0, :, part] for part in earlier], dim=1) for tensor in (key, value)
-        )
-        keys_values = (earlier_keys, earlier_values, key[0, :, run], value[0, :, run])
-        # heads are independent, so that as many are computed at once as MAX_SCORES allows
-        kv, repeats = key.shape[1], query.shape[1] // key.shape[1]
-        num_tokens, longest = run.stop - run.start, padded.to_padded.shape[1]
-        scores_per_head = repeats * (padded.to_padded.numel() * longest + num_tokens * earlier_keys.shape[1])
-        step = max(1, MAX_SCORES // max(1, scores_per_head))
-        outputs = [
-            BranchAttention.apply(
-                query[0, first * repeats : (first + step) * repeats, run],
-                *(part[first : first + step] for part in keys_values),
-                *padded,
-                scale,
-                window,
-            )
-            for first in range(0, kv, step)
-        ]
-        return torch.cat(outputs)[None]
+        if window is None or window >= self.longest:
+            width = max(query.shape[-1], value.shape[-1])
+            kernel = fused_kernel(query.device, query.dtype, query.shape[1], key.shape[1], width)
+            if kernel is not None:
+                # values as wide as keys: zeros change neither scores nor the columns that are kept
+                padded = (pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (query, key, value))
+                out = FusedAttention.apply(*padded, self.parts, kernel, scale)
+                return out[..., : value.shape[-1]].transpose(1, 2)
+        return attend_by_branches(query, key, value, self.prefix_length, self.prompts, self.runs, scale, window)
 
 
-def _padded_index(completion_lengths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The arrays of a `PaddedIndex`."""
-    lengths = np.array(completion_lengths, dtype=np.int64)
-    steps = np.arange(lengths.max(initial=0))
-    mask = steps[None] < lengths[:, None]
-    index = np.where(mask, (np.cumsum(lengths) - lengths)[:, None] + steps[None], 0)
-    return index, mask, np.flatnonzero(mask)
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """Ordinary causal attention, [1, H, L, d]."""
-    repeats, length = query.shape[1] // key.shape[1], query.shape[2]
-    key, value = (tensor.repeat_interleave(repeats, dim=1) if repeats > 1 else tensor for tensor in (key, value))
-    if window is None or window >= length:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    place = torch.arange(length, device=query.device)
-    visible = (place[:, None] >= place) & (place[:, None] - place < window)
-    return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+def _behind(start: int, lengths: Sequence[int]) -> list[slice]:
+    """Slices of these lengths, one behind the other."""
+    ends = (start + np.cumsum(lengths)).tolist()
+    return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
 
 def dispatch(
@@ -262,7 +200,7 @@ def can_share(model: PreTrainedModel, body: nn.Module) -> bool:
         body(input_ids=torch.cat([prompt, completion])[None], use_cache=False).last_hidden_state[0, 4:]
         for completion in completions
     ]
-    shared_prompts = SharedPrompts([PromptGroup(0, 4, (3, 4))], model.device)
+    shared_prompts = SharedPrompts([PromptGroup(4, (3, 4))], model.device)
     problem = ""
     try:
         flat = torch.cat([prompt, *completions])[None]

@@ -47,14 +47,14 @@ def prefill(head: Head, prompts: Sequence[tuple[int, ...]], prefix_length: int) 
     padded: dict[int, list[KeysValues]] = {}  # layer -> keys, values of each part
     for part in _parts(rests):
         # one flat row: the prefix, then the prompts of this part
-        groups = _groups(part, prefix_length)
+        shared_prompts = SharedPrompts([PromptGroup(len(ids)) for ids in part], device, prefix_length)
         row = torch.tensor([*prompts[0][:prefix_length], *(token for ids in part for token in ids)], device=device)
-        ends = torch.tensor([group.prompt.stop for group in groups], device=device)
-        starts = torch.tensor([group.start for group in groups], device=device)
+        ends = torch.tensor([prompt.stop for prompt in shared_prompts.prompts], device=device)
+        starts = torch.tensor([prompt.start for prompt in shared_prompts.prompts], device=device)
         if len(part) == 1 and len(row) > PREFILL_TOKENS:
             hidden, keys_values = _by_pieces(head, row)
         else:
-            hidden, keys_values = _at_once(head, row, SharedPrompts(groups, device, prefix_length), ends - 1)
+            hidden, keys_values = _at_once(head, row, shared_prompts, ends - 1)
         logits.append(head.logits(hidden))
         # cut the row's keys and values into the prefix and padded prompts
         index = torch.minimum(starts[:, None] + places, ends[:, None] - 1)  # [P, Lp]
@@ -127,10 +127,3 @@ def _parts(prompts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
             parts.append([])
         parts[-1].append(ids)
     return parts
-
-
-def _groups(prompts: list[tuple[int, ...]], prefix_length: int) -> list[PromptGroup]:
-    groups: list[PromptGroup] = []
-    for ids in prompts:
-        groups.append(PromptGroup(groups[-1].prompt.stop if groups else prefix_length, len(ids)))
-    return groups

@@ -235,15 +235,15 @@ def test_an_update_with_a_tensor_left_on_the_cpu_is_refused(forgotten, device, m
         moved = lambda *args: dataclasses.replace(plain(*args), positions=plain(*args).positions.cpu())  # noqa: E731
         monkeypatch.setattr("grpo.training.collate.flatten", moved)
     elif forgotten == "padded index":
-        plain_index = attention.SharedPrompts.padded_index.func
+        plain_runs = attention.SharedPrompts.runs.func
 
         def on_cpu(shared_prompts):
             return [
-                [(run, attention.PaddedIndex(*(tensor.cpu() for tensor in padded))) for run, padded in runs]
-                for runs in plain_index(shared_prompts)
+                [attention.Run(run.tokens, *(tensor.cpu() for tensor in run[1:])) for run in runs]
+                for runs in plain_runs(shared_prompts)
             ]
 
-        monkeypatch.setattr(attention.SharedPrompts, "padded_index", property(on_cpu))
+        monkeypatch.setattr(attention.SharedPrompts, "runs", property(on_cpu))
     minibatch = minibatch_of(policy, cfg)
     if forgotten == "mask":
         minibatch = [dataclasses.replace(micro, trained=micro.trained.cpu()) for micro in minibatch]

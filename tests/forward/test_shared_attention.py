@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from grpo.config.settings import Config
+from grpo.forward import attention_kernels, branch_attention
 from grpo.forward import shared_attention as attention
 from grpo.forward.branch_attention import BranchAttention
 from grpo.forward.flat_rows import flatten, flatten_micro_batch
@@ -39,14 +40,25 @@ def texts(*lengths, seed=0):
 
 
 def by_rows(body, prompts, completions):
-    """Hidden states in the flat order, each row computed alone."""
-    parts = []
+    """Hidden states in the flat order, prompts and then completions, each row computed alone."""
+    parts = [body(input_ids=prompt[None], use_cache=False).last_hidden_state[0] for prompt in prompts]
     for prompt, own in zip(prompts, completions, strict=True):
-        parts.append(body(input_ids=prompt[None], use_cache=False).last_hidden_state[0])
         for completion in own:
             row = torch.cat([prompt, completion])[None]
             parts.append(body(input_ids=row, use_cache=False).last_hidden_state[0, len(prompt) :])
     return torch.cat(parts)
+
+
+def flat_row(prompts, completions):
+    return torch.cat([*prompts, *(completion for own in completions for completion in own)])
+
+
+@pytest.fixture(params=["fused", "branches"])
+def arithmetic(request, monkeypatch):
+    """Which of the two computes attention without windows."""
+    if request.param == "branches":
+        monkeypatch.setattr(attention, "fused_kernel", lambda *args: None)
+    return request.param
 
 
 def gradient(model, hidden):
@@ -61,47 +73,48 @@ def distance(ours, theirs):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("spared", [0, attention.SPARED_SCORES], ids=["in runs", "whole"])
+@pytest.mark.parametrize("spared", [0, branch_attention.SPARED_SCORES], ids=["in runs", "whole"])
 @pytest.mark.parametrize("architecture", SHARING)
-def test_shared_prompts_equal_rows_in_value_and_gradient(architecture, spared, checkpointing, monkeypatch):
-    monkeypatch.setattr(attention, "SPARED_SCORES", spared)
+def test_shared_prompts_equal_rows_in_value_and_gradient(architecture, spared, checkpointing, arithmetic, monkeypatch):
+    monkeypatch.setattr(branch_attention, "SPARED_SCORES", spared)
+    monkeypatch.setattr(attention_kernels, "SPARED_SCORES", spared)
     model = model_of(architecture)  # gemma3 and gpt2 among them: windows of 8, learned positions
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
     body = Head(model).body()
     prompts, completions = texts(13, 3, 4), [texts(11, 5, 1, seed=1), texts(2, seed=2), []]
-    groups = [PromptGroup(0, 13, (11, 5, 1)), PromptGroup(30, 3, (2,)), PromptGroup(35, 4)]
-    flat = torch.cat([part for prompt, own in zip(prompts, completions, strict=True) for part in (prompt, *own)])[None]
+    groups = [PromptGroup(13, (11, 5, 1)), PromptGroup(3, (2,)), PromptGroup(4)]
+    flat = flat_row(prompts, completions)[None]
     shared_prompts = SharedPrompts(groups, model.device)
     ours = body(input_ids=flat, **shared_prompts.inputs()).last_hidden_state[0]
-    assert shared_prompts.calls > 0 and len(shared_prompts.padded_index[0]) == (3 if spared == 0 else 1)
+    assert shared_prompts.calls > 0 and len(shared_prompts.runs[0]) == (3 if spared == 0 else 1)
     ours, mine = ours.detach(), gradient(model, ours)
     theirs = by_rows(body, prompts, completions)
     assert distance(ours, theirs.detach()) < LIMIT
     assert distance(mine, gradient(model, theirs)) < LIMIT
     # Control: the second completion continues the first.
-    wrong = SharedPrompts([PromptGroup(0, 13, (16, 1)), *groups[1:]], model.device)
+    wrong = SharedPrompts([PromptGroup(13, (16, 1)), *groups[1:]], model.device)
     seen = body(input_ids=flat, **wrong.inputs()).last_hidden_state[0]
     assert distance(seen.detach(), theirs.detach()) > BROKEN
 
 
 @pytest.mark.parametrize("architecture", SHARING)
-def test_a_common_prefix_stands_once_and_changes_nothing(architecture, reading):
+def test_a_common_prefix_stands_once_and_changes_nothing(architecture, reading, arithmetic):
     model = model_of(architecture)
     head = Head(model)
     prefix, *rests = texts(17, 3, 1, 9)
     completions = [texts(4, 2, seed=1), [], texts(5, seed=2)]
-    groups = [PromptGroup(17, 3, (4, 2)), PromptGroup(26, 1), PromptGroup(27, 9, (5,))]
+    groups = [PromptGroup(3, (4, 2)), PromptGroup(1), PromptGroup(9, (5,))]
     shared_prompts = SharedPrompts(groups, model.device, prefix_length=17)
-    flat = torch.cat([prefix, *(part for rest, own in zip(rests, completions, strict=True) for part in (rest, *own))])
+    flat = torch.cat([prefix, flat_row(rests, completions)])
     ours = head.body()(input_ids=flat[None], **shared_prompts.inputs()).last_hidden_state[0, 17:]
     ours, mine = ours.detach(), gradient(model, ours)
     whole = [torch.cat([prefix, rest]) for rest in rests]
     found = by_rows(head.body(), whole, completions)
-    lengths = [n for group in groups for n in (17 + group.prompt_length, *group.completion_lengths)]
-    starts = {0, 3, 4}  # the parts that are prompts: their prefix is left out of the comparison
-    theirs = torch.cat([part[17:] if i in starts else part for i, part in enumerate(found.split(lengths))])
+    lengths = [*map(len, whole), *(len(completion) for own in completions for completion in own)]
+    # the prompts' prefix is left out of the comparison
+    theirs = torch.cat([part[17:] if i < len(whole) else part for i, part in enumerate(found.split(lengths))])
     assert distance(ours, theirs.detach()) < LIMIT
     assert distance(mine, gradient(model, theirs)) < LIMIT
     # The same prompts in the engine's cache.
@@ -123,12 +136,12 @@ def test_a_common_prefix_stands_once_and_changes_nothing(architecture, reading):
 def test_the_gradient_of_branch_attention_by_finite_differences():
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)  # noqa: E731
-    [[(_, padded)]] = SharedPrompts([PromptGroup(0, 3, (2, 0, 3))], torch.device("cpu")).padded_index
+    [[run]] = SharedPrompts([PromptGroup(3, (2, 0, 3))], torch.device("cpu")).runs
     inputs = (draw(4, 5, 2), draw(2, 3, 2), draw(2, 3, 2), draw(2, 5, 2), draw(2, 5, 2))
     for window in (None, 2, 4):
         # The softmax is fp32, so steps are wide and the bound loose; a term left out is off by tenths.
         torch.autograd.gradcheck(
-            lambda *tensors, window=window: BranchAttention.apply(*tensors, *padded, 0.7, window),
+            lambda *tensors, window=window: BranchAttention.apply(*tensors, *run[1:], 0.7, window),
             inputs,
             eps=1e-2,
             atol=2e-3,
@@ -201,9 +214,9 @@ def test_a_shared_prompt_stands_once_and_targets_point_at_their_predictors():
     ids = torch.tensor([[5, 6, 7, 1], [5, 6, 7, 0], [8, 4, 0, 0]]).numpy()
     positions = torch.tensor([[2, 3], [2, 0], [0, 1]]).numpy()
     flat = flatten(ids, positions, torch.tensor([2, 1, 2]).numpy(), torch.device("cpu"))
-    assert flat.input_ids.tolist() == [[5, 6, 7, 1, 8, 4]]
-    assert flat.positions.tolist() == [[2, 3], [2, 0], [4, 5]]
-    assert flat.shared_prompts.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert flat.input_ids.tolist() == [[5, 6, 7, 8, 1, 4]]
+    assert flat.positions.tolist() == [[2, 4], [2, 0], [3, 5]]
+    assert flat.shared_prompts.position_ids.tolist() == [[0, 1, 2, 0, 3, 1]]
     # the same after a common prefix of 20 tokens: it stands once, for both prompts
     prefix = torch.arange(100, 120)
     longer = torch.cat([prefix.expand(3, 20), torch.from_numpy(ids)], 1).numpy()
@@ -213,9 +226,9 @@ def test_a_shared_prompt_stands_once_and_targets_point_at_their_predictors():
         torch.tensor([2, 1, 2]).numpy(),
         torch.device("cpu"),
     )
-    assert flat.input_ids.tolist() == [[*range(100, 120), 5, 6, 7, 1, 8, 4]]
-    assert flat.positions[flat.positions > 0].tolist() == [22, 23, 22, 24, 25]
-    assert flat.shared_prompts.position_ids[0, 20:].tolist() == [20, 21, 22, 23, 20, 21]
+    assert flat.input_ids.tolist() == [[*range(100, 120), 5, 6, 7, 8, 1, 4]]
+    assert flat.positions[flat.positions > 0].tolist() == [22, 24, 22, 23, 25]
+    assert flat.shared_prompts.position_ids[0, 20:].tolist() == [20, 21, 22, 20, 23, 21]
 
 
 @pytest.fixture(params=["shared", "by row", "by row at the end"], autouse=False)
