@@ -21,7 +21,7 @@ from grpo.errors import warn
 from grpo.evaluate.held_out import evaluate_sets
 from grpo.models.checks import check_lengths, check_vocabulary, stop_token_ids
 from grpo.rewards.gold_check import open_checked_rewards
-from grpo.rollout import cut_chunks, rollout
+from grpo.rollout import rollout
 from grpo.rollout.engine import NativeEngine
 from grpo.run.main import run_main
 from grpo.run.run import Run
@@ -49,9 +49,9 @@ def train(cfg: Config, world: World) -> None:
     stop_ids = stop_token_ids(policy.model, task.tokenizer, task.recipe.end_of_turn, run.log.write_line)
     engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, policy.num_tokens, task.tokenizer)
 
-    P, G, total = prompts_per_step(cfg), cfg.num_generations, total_steps(cfg, len(task.questions.items))
+    P, total = prompts_per_step(cfg), total_steps(cfg, len(task.questions.items))
     first = restore(policy, resumed)
-    run.log.describe(task.questions, task.held_out, total, policy, len(cut_chunks(P, G, cfg.rollout_chunk_rows)))
+    run.log.describe(task.questions, task.held_out, total, policy, rewards.rewards)
 
     def evaluate_if_due(step: int) -> None:
         if not task.held_out or not run.evaluation_due(step, first, total):
@@ -72,7 +72,7 @@ def train(cfg: Config, world: World) -> None:
                 prompts = task.questions.prompts(step, P)
                 engine.load_weights(policy.weights())
                 scoring = Scoring(cfg, rewards.at(step, total), prompts, task.tokenizer, warn, run.pulse)
-                completions = rollout(engine, prompts, step * P, cfg, world, scoring.pulse, scoring.take)  # this rank's
+                completions = rollout(engine, prompts, step * P, cfg, world, scoring)  # this rank's
                 tally.add("guards/oom_rollout", engine.fitting.halvings)
 
             with tally.phase("reward"):

@@ -82,8 +82,7 @@ class Side:
         prompts = [Prompt(p, f"q{p}", tuple(range(9 + p, 29 + p)), {"answer": "4"}) for p in range(count)]
         start_s = time.perf_counter()
         scoring = Scoring(self.cfg, self.rewards, prompts, self.tokenizer, print)
-        told = (scoring.pulse, scoring.take) if early else ()
-        completions = rollout(self.engine, prompts, step, self.cfg, self.world, *told)
+        completions = rollout(self.engine, prompts, step, self.cfg, self.world, scoring if early else None)
         sampled_s = time.perf_counter()
         scored = scoring.finish(completions)
         return time.perf_counter() - start_s, time.perf_counter() - sampled_s, scored

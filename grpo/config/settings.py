@@ -217,9 +217,9 @@ class Config:
     reference_offload: bool = False
     """Keep the reference (beta > 0, no LoRA) in CPU memory except while it scores; CUDA only."""
     micro_batch_tokens: int = 4096
-    """Tokens of one backward, a shared prompt counted once: memory and speed only. Smaller: more even over ranks."""
+    """Most tokens of one backward, a prompt counted once: memory and speed only. Fewer, to keep all ranks busy."""
     rollout_chunk_rows: int = 64
-    """Completions that a process samples at once: memory and speed only. Smaller: more even over ranks."""
+    """Most completions that a process samples at once: memory and speed only. Fewer, to keep all ranks busy."""
     rollout_tokens: int | None = None
     """Most tokens in the KV cache of a process, counting prompts and the longest possible completions; null: those of
     rollout_chunk_rows. Rows wait until others end, so a large chunk keeps the batch full in little memory."""

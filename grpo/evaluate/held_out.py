@@ -26,11 +26,13 @@ from grpo.evaluate.statistics import of_several_answers
 from grpo.reward_library.scanning import inside
 from grpo.rewards import Reward, RewardInput, completion_text, short_names
 from grpo.rewards.pool import Rewards
-from grpo.rollout import Engine, Request, cut_chunks
+from grpo.rollout import Engine, Request
+from grpo.rollout.chunks import cut_chunks
 from grpo.rollout.sampling import Sampling, sampling_of
 from grpo.run.completions_log import answer_marks, user_metrics
 from grpo.run.task import Task
 from grpo.runtime.distributed import World
+from grpo.runtime.shares import shares_of
 from grpo.training.scoring import Scoring
 from grpo.types import Completion, Prompt, Pulse
 
@@ -77,8 +79,9 @@ def evaluate(
     num_rewards = len(rewards.rewards)
     # one line per answer: scores, length, vote; the last line: asked to stop
     table = np.zeros((len(prompts) * num_each + 1, num_rewards + 2))
-    chunks = cut_chunks(len(prompts), num_each, cfg.rollout_chunk_rows)
     scoring = Scoring(cfg, rewards, prompts, tokenizer, report, pulse, num_generations=num_each)
+    shares = shares_of(cfg, world.size)
+    chunks = cut_chunks(len(prompts), num_each, cfg.rollout_chunk_rows, shares, scoring.grouped)
     completions: list[Completion] = []
     # sample and score this rank's chunks
     for i in world.deal(len(chunks)):

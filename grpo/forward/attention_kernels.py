@@ -172,8 +172,10 @@ class CpuFlash:
             else:
                 queries, keys = call
                 own_gradient, own_query, own_out, own_lse = (x[:, :, queries] for x in (gradient, query, out, lse))
-                inputs = (own_gradient, own_query, key[:, :, keys], value[:, :, keys], own_out, own_lse)
-                found = flash(*inputs, 0.0, part.causal, scale=scale)
+                own_keys, own_values = key[:, :, keys], value[:, :, keys]
+                found = flash(
+                    own_gradient, own_query, own_keys, own_values, own_out, own_lse, 0.0, part.causal, scale=scale
+                )
                 for grad, own, where in zip(grads, found, (queries, keys, keys), strict=True):
                     grad[:, :, where] = own
         return grads

@@ -13,8 +13,9 @@ from transformers import PreTrainedConfig
 
 from grpo.config.settings import Config, is_deepspeed, prompts_per_step, shards_weights, updates_per_step
 from grpo.plan.model_size import BF16_BYTES, FP32_BYTES, ModelSize, ModelStates, model_size, model_states
-from grpo.rollout import cut_chunks
+from grpo.rollout.chunks import cut_chunks
 from grpo.rollout.sampling import sampling_of
+from grpo.runtime.shares import next_multiple, shares_of
 from grpo.training.backends.gradient_sums import BUCKET_ELEMENTS
 
 MEMORY_PHASES = ("start-up", "rollout", "update", "optimizer")
@@ -147,14 +148,17 @@ def work_of(cfg: Config, ranks: int) -> Work:
     """Sizes of a step when every row is as long as it may be.
 
     >>> work_of(Config(batch_size=4, gradient_accumulation_steps=1, max_prompt_length=100, max_generate_length=100), 2)
-    Work(row_tokens=200, micro_rows=16, micro_batches=1, decode_rows=16, cache_tokens=3200, rank_rows=16)
+    Work(row_tokens=200, micro_rows=8, micro_batches=1, decode_rows=8, cache_tokens=1600, rank_rows=8)
     """
     row_tokens = cfg.max_prompt_length + cfg.max_generate_length
     rows = prompts_per_step(cfg) * cfg.num_generations
     per_update = math.ceil(prompts_per_step(cfg) / cfg.num_minibatches) * cfg.num_generations
-    micro_rows = min(per_update, max(1, cfg.micro_batch_tokens // row_tokens))
+    shares = shares_of(cfg, ranks)
+    most = max(1, cfg.micro_batch_tokens // row_tokens)  # rows of a micro-batch
+    micro_rows = math.ceil(per_update / next_multiple(math.ceil(per_update / most), shares))
     micro_batches = math.ceil(math.ceil(per_update / micro_rows) / ranks)
-    chunk = len(cut_chunks(prompts_per_step(cfg), cfg.num_generations, cfg.rollout_chunk_rows)[0])
+    chunks = cut_chunks(prompts_per_step(cfg), cfg.num_generations, cfg.rollout_chunk_rows, shares)
+    chunk = max(map(len, chunks))
     limit = cfg.rollout_tokens or chunk * row_tokens
     decode_rows = min(chunk, max(1, limit // cfg.max_generate_length))  # a prompt counts once for many rows
     cache_tokens = min(decode_rows * row_tokens, max(limit, row_tokens))

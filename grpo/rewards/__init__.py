@@ -126,6 +126,11 @@ class Reward:
         return self.runs_code, together, self.name.rpartition(":")[0] if together else ""
 
 
+def see_groups(rewards: Sequence[Reward]) -> bool:
+    """Whether one of them is called with whole groups, so that one rank has to sample all completions of a prompt."""
+    return any(reward.sees_group for reward in rewards)
+
+
 @dataclass(frozen=True)
 class Failure:
     """A call that gave no usable score for a completion."""

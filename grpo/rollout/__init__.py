@@ -11,9 +11,9 @@ An engine is a class with two methods:
 
 `engine.py` is the native engine, on transformers' models; another engine (vLLM) is another file with these methods.
 
-The N = P*G rows of a step are cut into chunks of `rollout_chunk_rows`, whole groups where G fits; the cut does not
-depend on the number of ranks. Ranks take the next chunk whenever they are free, so that they finish together; what a
-chunk samples does not depend on the rank that takes it.
+The N = P*G rows of a step are cut into chunks of at most `rollout_chunk_rows`, as many for each rank. Ranks take the
+next chunk whenever they are free, so that they finish together. What a row samples depends neither on its chunk nor on
+the rank that takes it, up to rounding; with `deterministic` the cut is the same for any number of ranks.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,9 +23,11 @@ from typing import Protocol
 from torch import Tensor
 
 from grpo.config.settings import Config
+from grpo.rollout.chunks import cut_chunks
 from grpo.rollout.sampling import Sampling, sampling_of
 from grpo.runtime.distributed import World
 from grpo.runtime.out_of_memory import FittingSize
+from grpo.runtime.shares import shares_of
 from grpo.types import Completion, Prompt, Pulse
 
 OnFinished = Callable[[list[Completion]], None]
@@ -63,20 +65,17 @@ class Engine(Protocol):
         """
 
 
-def cut_chunks(num_prompts: int, num_generations: int, chunk_rows: int) -> list[list[int]]:
-    """Cut the rows 0 … P*G-1 into chunks; whole groups where G fits.
+class Listener(Protocol):
+    """Who hears of completions while others are still sampled: `Scoring`."""
 
-    >>> cut_chunks(3, 2, 4)
-    [[0, 1, 2, 3], [4, 5]]
-    >>> cut_chunks(1, 4, 3)
-    [[0, 1, 2], [3]]
-    """
-    rows = range(num_prompts * num_generations)
-    if chunk_rows < num_generations:  # a group is cut, and no chunk holds rows of two
-        groups = [rows[i : i + num_generations] for i in range(0, len(rows), num_generations)]
-        return [list(group[i : i + chunk_rows]) for group in groups for i in range(0, num_generations, chunk_rows)]
-    whole = chunk_rows - chunk_rows % num_generations
-    return [list(rows[i : i + whole]) for i in range(0, len(rows), whole)]
+    grouped: bool
+    """Whether one rank has to sample all completions of a prompt."""
+
+    def pulse(self) -> bool:
+        """As Engine.generate's."""
+
+    def take(self, completions: list[Completion]) -> None:
+        """As Engine.generate's on_finished."""
 
 
 def requests_of(chunk: list[int], prompts: Sequence[Prompt], num_generations: int, first_slot: int) -> list[Request]:
@@ -93,15 +92,15 @@ def rollout(
     first_slot: int,
     cfg: Config,
     world: World,
-    pulse: Pulse = lambda: False,
-    on_finished: OnFinished | None = None,
+    listener: Listener | None = None,
 ) -> list[Completion]:
-    """Sample this rank's part of a step's completions, chunk after chunk, until none is left or `pulse` returns True.
+    """Sample this rank's part of a step's completions, chunk after chunk, until none is left or a pulse is True.
 
-    first_slot: step * P, what the random numbers of prompts[0] are keyed by. `on_finished`: see Engine; it sees the
-    completions of every chunk.
+    first_slot: step * P, what the random numbers of prompts[0] are keyed by.
     """
-    chunks = cut_chunks(len(prompts), cfg.num_generations, cfg.rollout_chunk_rows)
+    pulse, on_finished = (lambda: False, None) if listener is None else (listener.pulse, listener.take)
+    shares, grouped = shares_of(cfg, world.size), listener is not None and listener.grouped
+    chunks = cut_chunks(len(prompts), cfg.num_generations, cfg.rollout_chunk_rows, shares, grouped)
     completions: list[Completion] = []
     for i in world.deal(len(chunks)):
         requests = requests_of(chunks[i], prompts, cfg.num_generations, first_slot)

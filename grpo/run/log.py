@@ -14,7 +14,7 @@ from grpo.config.held_out import eval_sets, metrics_of_set
 from grpo.config.settings import Config, model_name, prompts_per_step, tracker_names
 from grpo.data.questions import Questions, length_summary
 from grpo.errors import warn
-from grpo.rewards import Reward, completion_text, short_names
+from grpo.rewards import Reward, completion_text, see_groups, short_names
 from grpo.rewards.logged import Logs
 from grpo.run.completions_log import RolloutFile, as_markdown, as_table, first_of_all, rollouts_of, user_metrics
 from grpo.run.console import Console, reward_of, rounded, sft_line, step_line
@@ -106,16 +106,22 @@ class RunLog:
         write_line(work + curves)
 
     def describe(
-        self, questions: Questions, held_out: dict[str, Questions], total: int, policy: Policy, num_chunks: int
+        self,
+        questions: Questions,
+        held_out: dict[str, Questions],
+        total: int,
+        policy: Policy,
+        rewards: Sequence[Reward],
     ) -> None:
         """Print what the run trains, on what, and a note when ranks will be idle in the rollout."""
         cfg = self.cfg
         work = f"{total} steps of {prompts_per_step(cfg)} prompts x {cfg.num_generations} completions"
         self.describe_parts(questions, held_out, policy, work)
-        if num_chunks < self.world.size:
+        most_busy = prompts_per_step(cfg) * (1 if see_groups(rewards) else cfg.num_generations)
+        if most_busy < self.world.size:
             self.write_line(
-                f"note: {num_chunks} rollout chunks for {self.world.size} processes leave some idle: "
-                "lower --rollout_chunk_rows"
+                f"note: only {most_busy} of {self.world.size} processes can sample: raise --batch_size or "
+                "--num_generations, or use fewer processes"
             )
 
     def log_step(

@@ -1,17 +1,19 @@
 """The plan of a step: which rows form a minibatch (one optimizer step), which a micro-batch, and which rank owns it.
 
-Every rank computes the same plan from the same lengths. Micro-batches are cut by a token budget and do not depend on
-the number of ranks; only their owners do. Rows whose gradient is exactly zero are not computed, but the denominators
-count them.
+Every rank computes the same plan from the same lengths. Micro-batches hold at most a budget of tokens, and less where
+that keeps more ranks busy; with `deterministic` the cut is the same for any number of ranks, only the owners differ.
+Rows whose gradient is exactly zero are not computed, but the denominators count them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from grpo.config.settings import Config
-from grpo.training.shared_prompt_batches import plan_shared_prompts
+from grpo.runtime.shares import cut_for, shares_of, split_evenly
+from grpo.training.shared_prompt_batches import SharedPromptCut
 from grpo.types import Prompt
 
 
@@ -27,16 +29,6 @@ class Minibatch:
     def of_rank(self, rank: int) -> list[tuple[int, ...]]:
         """The rows of each micro-batch of one rank."""
         return [micro for micro, owner in zip(self.micro_batches, self.owners, strict=True) if owner == rank]
-
-
-def split_evenly(num_items: int, num_parts: int) -> list[range]:
-    """Contiguous parts whose sizes differ by at most one.
-
-    >>> split_evenly(5, 2)
-    [range(0, 2), range(2, 5)]
-    """
-    edges = [num_items * part // num_parts for part in range(num_parts + 1)]
-    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def cut_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[tuple[int, ...]]:
@@ -90,13 +82,16 @@ def make_plan(
     every = cfg.beta > 0 or cfg.router_aux_loss_coef > 0  # rows with advantage 0 carry gradient, too
     carries = [bool(count > 0 and (every or gain != 0)) for count, gain in zip(counts, advantages, strict=True)]
     plan = []
+    shares = shares_of(cfg, world_size)
     for groups in split_evenly(len(prompts), cfg.num_minibatches):
         rows = range(groups.start * group, groups.stop * group)
         computed = [n for n in rows if carries[n]]
         if shares_prompts:
-            micro_batches, costs = plan_shared_prompts(computed, prompts_of, lengths_of, group, cfg.micro_batch_tokens)
+            cut = SharedPromptCut(prompts_of, lengths_of, group)
+            micro_batches = cut_for(shares, cfg.micro_batch_tokens, partial(cut.micro_batches, computed))
+            costs = [cut.cost(micro) for micro in micro_batches]
         else:
-            micro_batches = cut_micro_batches(computed, row_tokens, cfg.micro_batch_tokens)
+            micro_batches = cut_for(shares, cfg.micro_batch_tokens, partial(cut_micro_batches, computed, row_tokens))
             costs = [len(micro) * row_tokens[micro[0]] for micro in micro_batches]
         plan.append(Minibatch(tuple(rows), tuple(micro_batches), tuple(assign(costs, world_size)), shares_prompts))
     return plan

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config.settings import Config, scales_advantages
 from grpo.errors import UserError
-from grpo.rewards import Failure, Reward, RewardInput
+from grpo.rewards import Failure, Reward, RewardInput, see_groups
 from grpo.rewards.calls import Call
 from grpo.rewards.logged import Logs
 from grpo.rewards.pool import Rewards
@@ -62,6 +62,7 @@ class Scoring:
         self.rewards, self.prompts, self.tokenizer, self.report = rewards, prompts, tokenizer, report
         self.num_generations = num_generations or cfg.num_generations
         self.as_messages = cfg.reward_inputs == "messages"
+        self.grouped = see_groups(rewards.rewards)  # one rank has to sample all completions of a prompt
         self.run_pulse = pulse
         self.stopped = False
         self.submitted: dict[int, Completion] = {}  # by row, like the next two

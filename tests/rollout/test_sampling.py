@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo.config.settings import Config
 from grpo.randomness import hash_keys, permutation, uniforms
-from grpo.rollout import cut_chunks
+from grpo.rollout.chunks import cut_chunks
 from grpo.rollout.sampling import Sampling, draw, kept_support
 
 
@@ -101,10 +102,23 @@ def test_hash_separates_its_keys():
     assert len({int(hash_keys(a, b)) for a in range(30) for b in range(30)}) == 900
 
 
-@given(st.integers(1, 9), st.integers(2, 9), st.integers(1, 40))
-def test_chunks_cover_every_row_once(num_prompts, group, chunk_rows):
-    chunks = cut_chunks(num_prompts, group, chunk_rows)
+@given(st.integers(1, 9), st.integers(2, 9), st.integers(1, 40), st.integers(1, 5), st.booleans())
+def test_chunks_cover_every_row_once(num_prompts, group, chunk_rows, ranks, whole_groups):
+    whole_groups &= chunk_rows >= group
+    chunks = cut_chunks(num_prompts, group, chunk_rows, ranks, whole_groups)
     assert [n for chunk in chunks for n in chunk] == list(range(num_prompts * group))
-    assert max(map(len, chunks)) <= max(chunk_rows, 1)
-    if chunk_rows >= group:
-        assert all(len(chunk) % group == 0 and chunk[0] % group == 0 for chunk in chunks)
+    assert min(map(len, chunks)) >= 1 and max(map(len, chunks)) <= chunk_rows
+    whole = all(len(chunk) % group == 0 and chunk[0] % group == 0 for chunk in chunks)
+    assert whole or not whole_groups
+    units = num_prompts if whole_groups else num_prompts * group
+    assert len(chunks) >= min(ranks, units)
+    assert len(chunks) % ranks == 0 or len(chunks) == units
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_prompts", [1, 2, 8])
+def test_no_rank_waits_where_completions_are_equally_long(num_prompts, ranks):
+    """Defaults, 8, 16 and 64 rows: every rank decodes once, as many rows. Control: the cut for one rank."""
+    sizes = [len(chunk) for chunk in cut_chunks(num_prompts, 8, Config.rollout_chunk_rows, ranks)]
+    assert sizes == [num_prompts * 8 // ranks] * ranks
+    assert len(cut_chunks(num_prompts, 8, Config.rollout_chunk_rows)) == 1
