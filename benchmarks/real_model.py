@@ -6,7 +6,8 @@
 The control trains on shuffled rewards (shuffled_reward.py). Accuracy is greedy, on the 512 held-out questions; gains
 are paired by question. Such an interval speaks of the choice of questions and not of the chance in training, which
 moves a model in a direction of its own with every seed: hence also Student's interval over the seeds. It holds when the
-latter contains 0 for the control, and every other run gains 15 points at least. Results are appended to --results, and those that stand there are not measured again.
+latter contains 0 for the control, and every other run gains 15 points at least. Results are appended to --results, and
+those that stand there are not measured again.
 """
 
 import argparse
