@@ -90,6 +90,8 @@ def test_rewards_get_what_was_sampled_and_the_begun_turn_in_the_prompt(tmp_path,
     questions = load_questions(cfg, make_recipe(cfg, tokenizer), tokenizer)
 
     class Rewards:
+        rewards = ()
+
         def begin(self):
             pass
 
