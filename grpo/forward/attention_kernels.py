@@ -165,7 +165,6 @@ class CpuFlash:
         for call in part.calls:
             if isinstance(call, Rows):
                 row_grad, *inputs, row_lse = (_gather(x, call) for x in (gradient, query, key, value, out, lse))
-                row_grad.masked_fill_(call.padding[:, None, :, None], 0)
                 row_lse.masked_fill_(call.padding[:, None], torch.inf)  # probability 0, whatever stands there
                 for grad, row in zip(grads, flash(row_grad, *inputs, row_lse, 0.0, True, scale=scale), strict=True):
                     _scatter(grad, row, call)
