@@ -73,9 +73,11 @@ def trained(smollm2, tmp_path_factory):
 
     of_task = ("--config", "configs/smollm2.yaml", "--eval_data", "null")
     supervised = (*of_task, "--model", smollm2, "--data", str(folder / "texts.jsonl"), "--solution_column", "solution")
-    succeeded(fork_script("grpo.sft", *supervised, "--max_steps", "4", *places("sft"), nproc=2, timeout=900))
+    succeeded(
+        fork_script("grpo.sft", *supervised, "--lr", "1e-5", "--max_steps", "4", *places("sft"), nproc=2, timeout=900)
+    )
     short = (*of_task, "--batch_size", "4", "--max_steps", "2", "--save_steps", "2")
-    after = ("--model", str(folder / "sft" / "checkpoint_4"))
+    after = ("--model", str(folder / "sft" / "checkpoint_4"), "--lr", "1e-5")
     succeeded(fork_script("train.py", *short, *after, *places("grpo"), nproc=2, timeout=900))
     adapter = ("--model", smollm2, "--lora_r", "8", "--lr", "1e-4")
     succeeded(fork_script("train.py", *short, *adapter, *places("lora"), nproc=2, timeout=900))
