@@ -107,6 +107,7 @@ def our_settings(work: Workload, folder: Path, threads: int) -> list[str]:
         "runs_dir": folder / "runs",
         "resume": "never",
         "report_to": "none",
+        "stall_timeout_s": 86_400,  # waiting for the other side's turn is no stall
         "dtype": work.dtype,
         "device": work.device,
     }
