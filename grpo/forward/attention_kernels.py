@@ -101,26 +101,26 @@ def _rows(segments: list[slice]) -> Rows:
     return Rows(*map(torch.from_numpy, arrays))
 
 
+class Saved(NamedTuple):
+    """What a backward takes; the result and the log-sum-exp may be those of several parts merged."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    lse: Tensor
+    others: tuple[Tensor, ...]  # a kernel's own, from its forward
+
+
 class Kernel(Protocol):
-    """A fused kernel. `others` is what its backward needs beside the result and the log-sum-exp."""
+    """A fused kernel."""
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Result, log-sum-exp, others."""
+        """Result, log-sum-exp, and `Saved.others`."""
 
-    def backward(
-        self,
-        gradient: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        others: tuple[Tensor, ...],
-        part: Part,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, gradient: Tensor, saved: Saved, part: Part, scale: float) -> Gradients:
         """Gradients of query, key and value."""
 
 
@@ -146,19 +146,9 @@ class CpuFlash:
                 out[:, :, queries], lse[:, :, queries] = flash(*inputs, 0.0, part.causal, scale=scale)
         return out, lse, ()
 
-    def backward(
-        self,
-        gradient: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        others: tuple[Tensor, ...],
-        part: Part,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, gradient: Tensor, saved: Saved, part: Part, scale: float) -> Gradients:
         """See Kernel."""
+        query, key, value, out, lse, _ = saved
         new = torch.empty_like if part.causal else torch.zeros_like  # a prompt may have no completion that sees it
         grads = (new(query), new(key), new(value))
         flash = ATEN._scaled_dot_product_flash_attention_for_cpu_backward
@@ -201,20 +191,10 @@ class CudaFlash:
         )
         return out.transpose(0, 1)[None], lse[None], tuple(others[:2])
 
-    def backward(
-        self,
-        gradient: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        others: tuple[Tensor, ...],
-        part: Part,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, gradient: Tensor, saved: Saved, part: Part, scale: float) -> Gradients:
         """See Kernel."""
-        inputs = (tensor[0].transpose(0, 1) for tensor in (gradient, query, key, value, out))
+        *tensors, lse, others = saved
+        inputs = (tensor[0].transpose(0, 1) for tensor in (gradient, *tensors))
         grads = ATEN._flash_attention_backward(
             *inputs, lse[0].contiguous(), *self._lengths(part), 0.0, part.causal, *others, scale=scale
         )
@@ -246,19 +226,9 @@ class CudaEfficient:
         lse = row_lse.transpose(0, 1)[:, rows[0], rows[1]]  # [segments, H, longest] -> [H, n]
         return out.transpose(1, 2), lse[None], (*others[:2], row_lse)
 
-    def backward(
-        self,
-        gradient: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        others: tuple[Tensor, ...],
-        part: Part,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, gradient: Tensor, saved: Saved, part: Part, scale: float) -> Gradients:
         """See Kernel."""
+        query, key, value, out, lse, others = saved
         rows, kvh, repeats = self._rows(part), key.shape[1], query.shape[1] // key.shape[1]
         seed, offset, plain_lse = others
         row_lse = plain_lse.clone()  # infinite on padding, as the kernel left it

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from grpo.forward import attention_kernels
-from grpo.forward.attention_kernels import Kernel, Part
+from grpo.forward.attention_kernels import Kernel, Part, Saved
 
 LIMITS = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative difference in the check; other types: OTHER_LIMIT
 OTHER_LIMIT = 3e-2
@@ -60,9 +60,9 @@ class FusedAttention(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         grads: tuple[Tensor, ...] = ()
         for part, extra in zip(ctx.parts, ctx.extras, strict=True):
-            own = [tensor[:, :, part.queries] for tensor in (gradient, query, out, lse)]
-            inputs = (*own[:2], key[:, :, part.keys], value[:, :, part.keys], *own[2:])
-            part_grads = ctx.kernel.backward(*inputs, extra, part, ctx.scale)
+            own_gradient, own_query, own_out, own_lse = (x[:, :, part.queries] for x in (gradient, query, out, lse))
+            saved = Saved(own_query, key[:, :, part.keys], value[:, :, part.keys], own_out, own_lse, extra)
+            part_grads = ctx.kernel.backward(own_gradient, saved, part, ctx.scale)
             if not grads:
                 grads = part_grads
                 continue

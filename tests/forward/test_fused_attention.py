@@ -91,9 +91,9 @@ def test_values_of_another_width_than_keys(widths):
 class UnmergedBackward(CpuFlash):
     """A kernel whose backward ignores what it is told of the other parts."""
 
-    def backward(self, gradient, query, key, value, out, lse, others, part, scale):
-        out, lse, others = self.forward(query, key, value, part, scale)
-        return super().backward(gradient, query, key, value, out, lse, others, part, scale)
+    def backward(self, gradient, saved, part, scale):
+        out, lse, _ = self.forward(saved.query, saved.key, saved.value, part, scale)
+        return super().backward(gradient, saved._replace(out=out, lse=lse), part, scale)
 
 
 class WrongValues(CpuFlash):
