@@ -2,6 +2,7 @@
 
     python -m benchmarks.attention                             on CPU, one thread, the table of RESULTS.md
     python -m benchmarks.attention --device cuda --dtype bf16 --cases 1x8x512x4096
+    python -m benchmarks.attention --window 512                a sliding window, as Gemma 3 has it
     python -m benchmarks.attention --cases 1x4x128x256         groups x completions x prompt x tokens of a completion
 
     ours      the flat row through grpo.forward.shared_attention
@@ -36,7 +37,7 @@ def tensors(case: tuple[int, ...], args: argparse.Namespace, device, dtype):
     return *(tensor.detach().requires_grad_() for tensor in found), draw(args.heads).to(device, dtype)
 
 
-def sides(case: tuple[int, ...], device):
+def sides(case: tuple[int, ...], device, window: int | None):
     """Functions from query, key, value to the result [1, tokens, heads, width]."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -49,7 +50,7 @@ def sides(case: tuple[int, ...], device):
     start = groups * prompt
 
     def ours(query, key, value):
-        return shared_prompts.attend(0, query, key, value, query.shape[-1] ** -0.5, None)
+        return shared_prompts.attend(0, query, key, value, query.shape[-1] ** -0.5, window)
 
     def scores(query, key, value):
         shared_attention.fused_kernel = lambda *shape: None
@@ -62,7 +63,14 @@ def sides(case: tuple[int, ...], device):
             return torch.cat([prompts, own], 3).flatten(1, 2).transpose(0, 1)
 
         gqa = query.shape[1] != key.shape[1]
-        out = scaled_dot_product_attention(*map(rows, (query, key, value)), is_causal=True, enable_gqa=gqa)
+        queries, keys, values = map(rows, (query, key, value))
+        mask = None
+        if window is not None and window < prompt + length:  # as transformers builds it, once for all layers
+            place = torch.arange(prompt + length, device=device)
+            distance = place[:, None] - place
+            mask = (distance >= 0) & (distance < window)
+        causal = mask is None
+        out = scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, enable_gqa=gqa)
         out = out.transpose(0, 1).unflatten(1, (groups, completions))  # [H, groups, completions, prompt + length, d]
         prompts, own = out[:, :, 0, :prompt].flatten(1, 2), out[:, :, :, prompt:].flatten(1, 3)
         return torch.cat([prompts, own], 1).transpose(0, 1)[None]
@@ -79,12 +87,12 @@ def measure(side: str, case: tuple[int, ...], args: argparse.Namespace) -> dict[
     on_cuda = device.type == "cuda"
 
     def once(side, inputs, gradient):
-        out = sides(case, device)[side](*inputs)
+        out = sides(case, device, args.window)[side](*inputs)
         return [out.detach(), *torch.autograd.grad(out, inputs, gradient)]
 
     small = (1, 2, 3, 4)
     *inputs, gradient = tensors(small, args, device, dtype)
-    sides_of_small = sides(small, device)
+    sides_of_small = sides(small, device, args.window)
     torch.autograd.grad(sides_of_small[side if side in SIDES else "ours"](*inputs), inputs, gradient)  # warm
     *inputs, gradient = tensors(case, args, device, dtype)
     if side == "idle":
@@ -97,7 +105,7 @@ def measure(side: str, case: tuple[int, ...], args: argparse.Namespace) -> dict[
             for name in ("ours", "repeated")
         }
     if on_cuda:
-        way = sides(case, device)[side]
+        way = sides(case, device, args.window)[side]
         run = lambda: torch.autograd.grad(way(*inputs), inputs, gradient)  # noqa: E731
         run()
         torch.cuda.reset_peak_memory_stats()
@@ -132,6 +140,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv", type=int, default=8, help="key heads")
     parser.add_argument("--width", type=int, default=64, help="of a head")
+    parser.add_argument("--window", type=int, help="how many of the last tokens a token sees")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)

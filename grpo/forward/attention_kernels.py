@@ -10,95 +10,17 @@ Their backward takes the result and the log-sum-exp as arguments, so that both m
 Shapes: query [1, H, n, d], key and value [1, kvh, m, d], result [1, H, n, d], log-sum-exp [1, H, n] fp32.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from grpo.forward.attention_parts import Part, Rows
+
 ATEN = torch.ops.aten
-ALONE = 256  # tokens from which a segment is a CPU call of its own, and not a padded row among others
-SPARED_SCORES = 2**16  # padded scores per head that a call of its own for shorter segments must save
 NO_MASK, CAUSAL = 0, 1  # mask types of memory-efficient attention
 
 Gradients = tuple[Tensor, Tensor, Tensor]
-
-
-class Rows(NamedTuple):
-    """Segments as padded rows [b, c] of one call, and back."""
-
-    source: Tensor  # [b c] int64, which token of the flat row stands there; padding: the first segment's first
-    padding: Tensor  # [b, c] bool
-    tokens: Tensor  # [n] int64, the tokens of the flat row in the order of the rows
-    places: Tensor  # [n] int64, where in [b c] each stands
-
-
-@dataclass(frozen=True)
-class Part:
-    """Pairs of segments: the queries of segment i see the keys of segment i, all of them or causally.
-
-    queries, keys: where the segments stand in the flat row, one behind the other. Causal: both are the same.
-    """
-
-    queries: slice
-    keys: slice
-    query_lengths: tuple[int, ...]
-    key_lengths: tuple[int, ...]
-    causal: bool
-    offsets: Tensor | None = None  # [2, segments + 1] int32 on the device, cumulative lengths; CPU: None
-
-    @cached_property
-    def pairs(self) -> list[tuple[slice, slice]]:
-        """Segments as (queries, keys), counted from the start of `queries` and of `keys`; none is empty."""
-        query_ends, key_ends = np.cumsum(self.query_lengths).tolist(), np.cumsum(self.key_lengths).tolist()
-        ends = zip(query_ends, self.query_lengths, key_ends, self.key_lengths, strict=True)
-        return [(slice(i - n, i), slice(j - m, j)) for i, n, j, m in ends if n and m]
-
-    @cached_property
-    def calls(self) -> list[tuple[slice, slice] | Rows]:
-        """The calls of the CPU kernel: pairs of segments, and rows of short segments that see themselves."""
-        if not self.causal:
-            return list(self.pairs)
-        length_of = lambda pair: pair[0].stop - pair[0].start  # noqa: E731
-        ordered = sorted(self.pairs, key=length_of, reverse=True)
-        short = [pair[0] for pair in ordered if length_of(pair) < ALONE]
-        calls: list[tuple[slice, slice] | Rows] = [pair for pair in ordered if length_of(pair) >= ALONE]
-        for run in similar([segment.stop - segment.start for segment in short]):
-            segments = short[run]
-            calls.append(_rows(segments) if len(segments) > 1 else (segments[0], segments[0]))
-        return calls
-
-
-def similar(lengths: list[int]) -> list[slice]:
-    """Lengths in descending order, cut into runs where padding to the longest would cost more than another call.
-
-    >>> similar([600, 500, 20, 9])
-    [slice(0, 2, None), slice(2, 4, None)]
-    """
-    if not lengths:
-        return []
-    starts: list[int] = []
-    squares = np.square(np.array(lengths, dtype=np.int64))
-    after = squares[::-1].cumsum()[::-1].tolist()  # sum of squares from here on
-    for i, length in enumerate(lengths):
-        longest = lengths[starts[-1]] if starts else 0
-        spared = longest**2 * (len(lengths) - i) - after[i]
-        if not starts or (2 * length <= longest and spared >= SPARED_SCORES):
-            starts.append(i)
-    return [slice(i, j) for i, j in zip(starts, [*starts[1:], len(lengths)], strict=True)]
-
-
-def _rows(segments: list[slice]) -> Rows:
-    lengths = np.array([segment.stop - segment.start for segment in segments])
-    starts = np.array([segment.start for segment in segments])
-    steps = np.arange(lengths.max())
-    padding = steps >= lengths[:, None]
-    index = np.where(padding, starts[0], starts[:, None] + steps)
-    places = np.flatnonzero(~padding)
-    arrays = (index.ravel(), padding, index.ravel()[places], places)
-    return Rows(*map(torch.from_numpy, arrays))
 
 
 class Saved(NamedTuple):
@@ -128,11 +50,11 @@ class CpuFlash:
     """Flash attention on CPU: a call for each long segment, padded rows for short ones."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float) -> Any:
-        """See Kernel."""
+        """See Kernel. A query that no call has: result 0, log-sum-exp -inf."""
         _, heads, length, width = query.shape
-        out = query.new_empty(1, length, heads, width).transpose(1, 2)  # as the model reads it: heads side by side
+        out = query.new_zeros(1, length, heads, width).transpose(1, 2)  # as the model reads it: heads side by side
         lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        lse = query.new_empty(1, heads, length, dtype=lse_dtype)
+        lse = query.new_full((1, heads, length), -torch.inf, dtype=lse_dtype)
         flash = ATEN._scaled_dot_product_flash_attention_for_cpu
         for call in part.calls:
             if isinstance(call, Rows):
@@ -141,16 +63,16 @@ class CpuFlash:
                 _scatter(out, row_out, call)
                 _scatter(lse, row_lse, call)
             else:
-                queries, keys = call
+                queries, keys, mask = call.queries, call.keys, call.mask(query.dtype)
                 inputs = (query[:, :, queries], key[:, :, keys], value[:, :, keys])
-                out[:, :, queries], lse[:, :, queries] = flash(*inputs, 0.0, part.causal, scale=scale)
+                found = flash(*inputs, 0.0, call.causal, attn_mask=mask, scale=scale)
+                out[:, :, queries], lse[:, :, queries] = found
         return out, lse, ()
 
     def backward(self, gradient: Tensor, saved: Saved, part: Part, scale: float) -> Gradients:
         """See Kernel."""
         query, key, value, out, lse, _ = saved
-        new = torch.empty_like if part.causal else torch.zeros_like  # a prompt may have no completion that sees it
-        grads = (new(query), new(key), new(value))
+        grads = (torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value))
         flash = ATEN._scaled_dot_product_flash_attention_for_cpu_backward
         for call in part.calls:
             if isinstance(call, Rows):
@@ -159,14 +81,12 @@ class CpuFlash:
                 for grad, row in zip(grads, flash(row_grad, *inputs, row_lse, 0.0, True, scale=scale), strict=True):
                     _scatter(grad, row, call)
             else:
-                queries, keys = call
+                queries, keys, mask = call.queries, call.keys, call.mask(query.dtype)
                 own_gradient, own_query, own_out, own_lse = (x[:, :, queries] for x in (gradient, query, out, lse))
-                own_keys, own_values = key[:, :, keys], value[:, :, keys]
-                found = flash(
-                    own_gradient, own_query, own_keys, own_values, own_out, own_lse, 0.0, part.causal, scale=scale
-                )
+                inputs = [own_query, key[:, :, keys], value[:, :, keys], own_out, own_lse]
+                found = flash(own_gradient, *inputs, 0.0, call.causal, attn_mask=mask, scale=scale)
                 for grad, own, where in zip(grads, found, (queries, keys, keys), strict=True):
-                    grad[:, :, where] = own
+                    grad[:, :, where] += own
         return grads
 
 

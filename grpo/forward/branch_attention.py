@@ -2,7 +2,7 @@
 
     out = exp(s_prompt - lse) V_prompt + exp(s_own - lse) V_own,   lse = logaddexp(lse_prompt, lse_own)
 
-The exact way where no fused kernel fits (fused_attention.py): windows that hide keys, and devices without one. The
+The exact way where no fused kernel fits (fused_attention.py): on a GPU windows that hide keys, devices without one. The
 backward computes the scores again from lse instead of keeping them (FlashAttention, arXiv 2205.14135, algorithm 4).
 
 Shapes: H heads, kvh key heads, r = H / kvh, d head width, Lp tokens of the prompt, n tokens of all completions, b

@@ -14,19 +14,19 @@ Shapes: H heads, kvh key heads, S tokens of the flat row, d width of a head.
 """
 
 import warnings
-from collections.abc import Sequence
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from grpo.forward import attention_kernels
-from grpo.forward.attention_kernels import Kernel, Part, Saved
+from grpo.forward.attention_kernels import Kernel, Saved
+from grpo.forward.attention_parts import Part, offsets_of, parts_of, positions_of, windowed_parts
 
 LIMITS = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative difference in the check; other types: OTHER_LIMIT
 OTHER_LIMIT = 3e-2
 LENGTHS = (2, [37, 3], [(70, 1, 33), ()])  # of the check: a prefix, two prompts, their completions
+WINDOW = 50  # of the check, in tokens
 
 
 class FusedAttention(torch.autograd.Function):
@@ -71,36 +71,20 @@ class FusedAttention(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def parts_of(prefix: int, prompts: Sequence[int], completions: Sequence[Sequence[int]]) -> list[Part]:
-    """The parts of a row [prefix | prompts | completions], from lengths in tokens; completions: those of each prompt.
-
-    Every segment sees itself causally, a completion sees its prompt, and all see the prefix.
-    """
-    own = [length for lengths in completions for length in lengths]
-    start = prefix + sum(prompts)
-    total = start + sum(own)
-    segments = tuple(length for length in (prefix, *prompts, *own) if length)
-    parts = [Part(slice(0, total), slice(0, total), segments, segments, True)]
-    if total > start:
-        groups = tuple(sum(lengths) for lengths in completions)
-        parts.append(Part(slice(start, total), slice(prefix, start), groups, tuple(prompts), False))
-    if 0 < prefix < total:
-        parts.append(Part(slice(prefix, total), slice(0, prefix), (total - prefix,), (prefix,), False))
-    return parts
-
-
-def offsets_of(part: Part) -> np.ndarray:
-    """Cumulative lengths of the segments' queries and keys, [2, segments + 1]."""
-    return np.cumsum([(0, *part.query_lengths), (0, *part.key_lengths)], axis=1)
-
-
 @cache
-def fused_kernel(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int) -> Kernel | None:
-    """The kernel for these heads, compared with plain attention; None, with a warning, where there is none."""
+def fused_kernel(
+    device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int, windowed: bool = False
+) -> Kernel | None:
+    """The kernel for these heads, compared with plain attention; None, with a warning, where there is none.
+
+    windowed: a window hides keys (attention_parts.py).
+    """
     problem = ""
     try:
+        if windowed and device.type != "cpu":
+            raise NotImplementedError("a window hides keys")
         kernel = attention_kernels.choose(device, dtype)
-        gap = difference(kernel, device, dtype, heads, key_heads, width)
+        gap = difference(kernel, device, dtype, heads, key_heads, width, WINDOW if windowed else None)
         if not gap <= LIMITS.get(dtype, OTHER_LIMIT):
             problem = f"torch's kernel differs from plain attention by {gap:.1e}"
     except torch.OutOfMemoryError:
@@ -119,7 +103,13 @@ def fused_kernel(device: torch.device, dtype: torch.dtype, heads: int, key_heads
 
 @torch.inference_mode(False)
 def difference(
-    kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int
+    kernel: Kernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    key_heads: int,
+    width: int,
+    window: int | None = None,
 ) -> float:
     """The largest relative difference of result and gradients from plain attention in float64, on a few tokens."""
     parts = [_on(part, device) for part in parts_of(*LENGTHS)]
@@ -132,6 +122,10 @@ def difference(
         for queries, keys in part.pairs:
             block = visible[part.queries, part.keys][queries, keys]
             block |= torch.ones_like(block).tril() if part.causal else True
+    if window is not None:
+        positions = torch.from_numpy(positions_of(*LENGTHS))
+        visible &= positions[:, None] - positions < window
+        parts = windowed_parts(*LENGTHS, window)
     results = []
     for exact in (False, True):
         *inputs, gradient = (tensor.double() if exact else tensor for tensor in drawn)

@@ -20,7 +20,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -31,9 +31,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from grpo.forward.attention_kernels import Part
+from grpo.forward.attention_parts import Part, behind, offsets_of, parts_of, positions_of, windowed_parts
 from grpo.forward.branch_attention import Run, attend_by_branches, cut_runs, padded_arrays
-from grpo.forward.fused_attention import FusedAttention, fused_kernel, offsets_of, parts_of
+from grpo.forward.fused_attention import FusedAttention, fused_kernel
 
 NAME = "grpo_shared_prompts"
 MAX_DIFFERENCE = {False: 1e-4, True: 5e-2}  # relative, to the model's own hidden states; True: under bf16 autocast
@@ -61,11 +61,11 @@ class SharedPrompts:
         self.calls = 0  # of `attend`; still 0 after a forward: the model does not use the attention interface
         self.keys_values: dict[int, tuple[Tensor, Tensor]] | None = None  # layer -> [1, kvh, S, d] each; {}: collect
         self.longest = prefix_length + max(g.prompt_length + max(g.completion_lengths, default=0) for g in groups)
-        self.prompts = _behind(prefix_length, [group.prompt_length for group in groups])  # slices of the flat row
-        self.completions = _behind(self.prompts[-1].stop, [sum(group.completion_lengths) for group in groups])
-        self._parts = parts_of(
-            prefix_length, [group.prompt_length for group in groups], [group.completion_lengths for group in groups]
-        )
+        self.prompts = behind(prefix_length, [group.prompt_length for group in groups])  # slices of the flat row
+        self.completions = behind(self.prompts[-1].stop, [sum(group.completion_lengths) for group in groups])
+        self._lengths = [group.prompt_length for group in groups], [group.completion_lengths for group in groups]
+        self._parts = parts_of(prefix_length, *self._lengths)
+        self.windowed_parts = cache(partial(windowed_parts, prefix_length, *self._lengths))  # of a window, on CPU
         self._indices: list[Tensor] | None = None
 
     @property
@@ -103,13 +103,7 @@ class SharedPrompts:
         """
         if self._indices is not None:
             return self._indices
-        prompts = [self.prefix_length + np.arange(group.prompt_length) for group in self.groups]
-        own = [
-            self.prefix_length + group.prompt_length + np.arange(length)
-            for group in self.groups
-            for length in group.completion_lengths
-        ]
-        arrays = [np.concatenate([np.arange(self.prefix_length), *prompts, *own])[None]]
+        arrays = [positions_of(self.prefix_length, *self._lengths)[None]]
         arrays += [offsets_of(part) for part in self._parts]
         arrays += [array for runs in self._runs for _, lengths in runs for array in padded_arrays(lengths)]
         values = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]).astype(np.int64)).to(self.device)
@@ -136,21 +130,16 @@ class SharedPrompts:
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if self.keys_values is not None:
             self.keys_values[layer] = (key, value)
-        if window is None or window >= self.longest:
-            width = max(query.shape[-1], value.shape[-1])
-            kernel = fused_kernel(query.device, query.dtype, query.shape[1], key.shape[1], width)
-            if kernel is not None:
-                # values as wide as keys: zeros change neither scores nor the columns that are kept
-                padded = (pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (query, key, value))
-                out = FusedAttention.apply(*padded, self.parts, kernel, scale)
-                return out[..., : value.shape[-1]].transpose(1, 2)
+        hides = window is not None and window < self.longest
+        width = max(query.shape[-1], value.shape[-1])
+        kernel = fused_kernel(query.device, query.dtype, query.shape[1], key.shape[1], width, hides)
+        if kernel is not None:
+            # values as wide as keys: zeros change neither scores nor the columns that are kept
+            padded = (pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (query, key, value))
+            parts = self.windowed_parts(window) if hides else self.parts
+            out = FusedAttention.apply(*padded, parts, kernel, scale)
+            return out[..., : value.shape[-1]].transpose(1, 2)
         return attend_by_branches(query, key, value, self.prefix_length, self.prompts, self.runs, scale, window)
-
-
-def _behind(start: int, lengths: Sequence[int]) -> list[slice]:
-    """Slices of these lengths, one behind the other."""
-    ends = (start + np.cumsum(lengths)).tolist()
-    return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
 
 def dispatch(

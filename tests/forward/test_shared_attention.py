@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grpo.config.settings import Config
-from grpo.forward import attention_kernels, branch_attention
+from grpo.forward import attention_parts, branch_attention
 from grpo.forward import shared_attention as attention
 from grpo.forward.branch_attention import BranchAttention
 from grpo.forward.flat_rows import flatten, flatten_micro_batch
@@ -55,7 +55,7 @@ def flat_row(prompts, completions):
 
 @pytest.fixture(params=["fused", "branches"])
 def arithmetic(request, monkeypatch):
-    """Which of the two computes attention without windows."""
+    """Which of the two computes attention."""
     if request.param == "branches":
         monkeypatch.setattr(attention, "fused_kernel", lambda *args: None)
     return request.param
@@ -77,7 +77,7 @@ def distance(ours, theirs):
 @pytest.mark.parametrize("architecture", SHARING)
 def test_shared_prompts_equal_rows_in_value_and_gradient(architecture, spared, checkpointing, arithmetic, monkeypatch):
     monkeypatch.setattr(branch_attention, "SPARED_SCORES", spared)
-    monkeypatch.setattr(attention_kernels, "SPARED_SCORES", spared)
+    monkeypatch.setattr(attention_parts, "SPARED_SCORES", spared)
     model = model_of(architecture)  # gemma3 and gpt2 among them: windows of 8, learned positions
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
