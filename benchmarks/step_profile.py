@@ -229,13 +229,14 @@ def main() -> int:
     parser.add_argument("--workload", required=True)
     parser.add_argument("--steps", type=int, default=5, help="pairs of steps, with probes and without")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--gsm8k", type=Path)
+    parser.add_argument("--gsm8k", type=Path, help="train.jsonl, for gsm8k and smollm2")
+    parser.add_argument("--model", help="for smollm2 and real")
     parser.add_argument("--json", action="store_true", help="also one line of JSON")
     args, more = parser.parse_known_args()
     more = [word for word in more if word != "--"]
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as said:
         folder = Path(name)
-        words = our_settings(make(args.workload, folder, args.gsm8k), folder, args.threads) + more
+        words = our_settings(make(args.workload, folder, args.gsm8k, args.model), folder, args.threads) + more
         cfg, _ = load_config(words)
         world = start(cfg.device, cfg.num_threads)
         ceilings = floors.measure(world.device, torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)

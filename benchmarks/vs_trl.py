@@ -2,6 +2,7 @@
 
     pip install trl==1.16.0                                            (or --trl_python another/bin/python)
     python -m benchmarks.vs_trl --workload demo [--pairs 7] [--steps 2] [--gsm8k train.jsonl] [-- --our_setting value]
+    python -m benchmarks.vs_trl --workload smollm2 --model FILE.gguf --gsm8k train.jsonl [--quick]
 
 Both sides are real training runs in processes of their own; only one works at a time. A pair is `steps` steps of
 one and then of the other, who goes first alternates; the first pair warms up and is not counted. The learning rate is
@@ -120,15 +121,19 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of both sides; default: the workload's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gsm8k", type=Path)
+    parser.add_argument("--model", help="of the workloads smollm2 and real")
+    parser.add_argument("--quick", action="store_true", help="2 pairs of one step, half of the prompts")
     parser.add_argument("--control", action="store_true", help="TRL against TRL")
     args, more = parser.parse_known_args()
     more = [word for word in more if word != "--"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        work = make(args.workload, folder, args.gsm8k)
-        work = dataclasses.replace(
-            work, trl_rows=args.trl_rows or work.trl_rows, dtype=args.dtype or work.dtype, device=args.device
-        )
+        work = make(args.workload, folder, args.gsm8k, args.model)
+        if args.quick:
+            args.pairs, args.steps = 2, 1
+            work = dataclasses.replace(work, prompts=max(1, work.prompts // 2))
+        rows = min(args.trl_rows or work.trl_rows, work.prompts * work.group)
+        work = dataclasses.replace(work, trl_rows=rows, dtype=args.dtype or work.dtype, device=args.device)
         first = ("trl", args.trl_python) if args.control else ("ours", sys.executable)
         sides = [
             Side(*first, work, folder / "first", args.threads, more),

@@ -2,12 +2,14 @@
 
 Models are made here: random Qwen3 bodies, or the demo's base. A random model spreads its probability, so lengths are
 decided by the vocabulary: with 96 words one token in 96 ends a completion, which spreads lengths far; with
-150,000 hardly any does. `gpu` has the shape of Qwen3-0.6B, and wants a GPU. `real` is the task of demo/real_model.
+150,000 hardly any does. `long_completion` has 2,048 words and as many tokens at most: a third of the rows is cut there,
+a quarter ends before a quarter of it; `long_completion_8k` has four times as many. `gpu` has the shape of Qwen3-0.6B,
+and wants a GPU. `smollm2` and `real` are SmolLM2-135M-Instruct, with questions of GSM8K and those of demo/real_model.
 """
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ BODY = {
     "num_key_value_heads": 2,
     "head_dim": 64,
 }
+SIX_MILLION = {"num_hidden_layers": 7, "intermediate_size": 768}
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def word_model(folder: Path, words: int, **body: int) -> list[str]:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=words,
-        max_position_embeddings=4096,
+        max_position_embeddings=16_384,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=0,
@@ -97,35 +100,43 @@ def demo_questions(folder: Path, shots: int = 0) -> str:
     return write_questions(folder, prompts)
 
 
-def real_workload(folder: Path, model: str) -> Workload:
-    """The task of demo/real_model with its settings; `model` is SmolLM2-135M-Instruct as train.py takes it."""
+def smollm2(folder: Path, model: str | None, file: Path, question: str, reward: str) -> Workload:
+    """SmolLM2-135M-Instruct, as train.py takes it, with the settings of configs/smollm2.yaml and chat prompts.
+
+    question: the column of `file` that holds it.
+    """
     from grpo.config.command_line import load_config
     from grpo.data.recipe import build, make_recipe, render
     from grpo.models.checks import quiet
     from grpo.models.loading import load_tokenizer, resolve
 
+    if model is None:
+        raise SystemExit("give --model FILE.gguf, SmolLM2-135M-Instruct (see launch/real_model.sh)")
     quiet()
     cfg, _ = load_config(["--config", str(PROJECT / "configs" / "smollm2.yaml"), "--model", model])
     tokenizer = load_tokenizer(model)
     recipe = make_recipe(cfg, tokenizer)
-    lines = (PROJECT / "demo" / "real_model" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     asked = [
-        {"prompt": render(recipe, build(recipe, row["question"], row), tokenizer), "answer": row["answer"]}
-        for row in map(json.loads, lines)
+        {"prompt": render(recipe, build(recipe, row[question], row), tokenizer), "answer": row["answer"]}
+        for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())
     ]
-    data, reward = write_questions(folder, asked), f"{PROJECT / 'reward_func.py'}:last_number_reward"
     return Workload(
-        resolve(model), data, reward, cfg.batch_size, cfg.num_generations, cfg.max_prompt_length,
-        cfg.max_generate_length, lr=cfg.lr, temperature=cfg.temperature,
+        resolve(model), write_questions(folder, asked), reward, cfg.batch_size, cfg.num_generations,
+        cfg.max_prompt_length, cfg.max_generate_length, lr=cfg.lr, temperature=cfg.temperature,
     )  # fmt: skip
 
 
 def make(name: str, folder: Path, gsm8k: Path | None = None, model: str | None = None) -> Workload:
     """Write a workload's files into `folder`."""
     if name == "real":
-        if model is None:
-            raise SystemExit("real: give --model FILE.gguf, SmolLM2-135M-Instruct (see launch/real_model.sh)")
-        return real_workload(folder, model)
+        reward = f"{PROJECT / 'reward_func.py'}:last_number_reward"
+        return smollm2(folder, model, PROJECT / "demo" / "real_model" / "train.jsonl", "question", reward)
+    if name in ("smollm2", "gsm8k") and gsm8k is None:
+        raise SystemExit(f"{name}: give --gsm8k train.jsonl")
+    if name == "smollm2":
+        assert gsm8k is not None
+        work = smollm2(folder, model, gsm8k, "question", f"{REWARDS}:spread_reward")
+        return replace(work, prompts=2, max_prompt=320, max_new=96, temperature=1.0, lr=1e-12)
     demo = str(PROJECT / "demo" / "base")
     own = str(folder / "model")
     if name == "demo":
@@ -144,13 +155,20 @@ def make(name: str, folder: Path, gsm8k: Path | None = None, model: str | None =
     if name == "gpu":
         data = random_questions(folder, word_model(folder, 151_936, **QWEN3_06B), 200, 256)
         return Workload(own, data, f"{REWARDS}:spread_reward", 32, 8, 256, 512, trl_rows=32, dtype="bf16")
+    if name in ("long_completion", "long_completion_8k"):
+        length = 2048 if name == "long_completion" else 8192
+        data = random_questions(folder, word_model(folder, length, **SIX_MILLION), 100, 128)
+        prompts = 2 if name == "long_completion" else 1
+        return Workload(own, data, f"{REWARDS}:spread_reward", prompts, 8, 128, length, trl_rows=4)
     if name == "gsm8k":
-        if gsm8k is None:
-            raise SystemExit("gsm8k: give --gsm8k train.jsonl")
+        assert gsm8k is not None
         from benchmarks.gsm8k_random import make_model
 
         rows = [json.loads(line) for line in gsm8k.read_text(encoding="utf-8").splitlines()]
         make_model(rows, folder / "model")
         asked = [{"prompt": row["question"] + "\n", "answer": row["answer"]} for row in rows[:512]]
         return Workload(own, write_questions(folder, asked), f"{REWARDS}:spread_reward", 8, 8, 320, 96)
-    raise SystemExit(f"no workload {name!r}: demo, easy, long_prompt, heavy_tail, big_vocab, gpu, gsm8k or real")
+    raise SystemExit(
+        f"no workload {name!r}: demo, easy, long_prompt, heavy_tail, big_vocab, long_completion, long_completion_8k, "
+        "gpu, gsm8k, smollm2 or real"
+    )
