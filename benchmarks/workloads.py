@@ -136,7 +136,7 @@ def make(name: str, folder: Path, gsm8k: Path | None = None, model: str | None =
     if name == "smollm2":
         assert gsm8k is not None
         work = smollm2(folder, model, gsm8k, "question", f"{REWARDS}:spread_reward")
-        return replace(work, prompts=2, max_prompt=320, max_new=96, temperature=1.0, lr=1e-12)
+        return replace(work, prompts=2, max_prompt=320, max_new=96, trl_rows=4, temperature=1.0, lr=1e-12)
     demo = str(PROJECT / "demo" / "base")
     own = str(folder / "model")
     if name == "demo":
