@@ -51,7 +51,7 @@ def ours(folder: Path, threads: int):
     import numpy as np
 
     from grpo.config.settings import Config
-    from grpo.models.loading import load_model
+    from grpo.models.checks import load_model
     from grpo.runtime.distributed import start
     from grpo.training.exchange import deliver
     from grpo.training.metrics import Tally
@@ -61,7 +61,7 @@ def ours(folder: Path, threads: int):
 
     cfg = Config(model=str(folder), batch_size=1, gradient_accumulation_steps=1, num_generations=GROUP, lr=1e-12)
     world = start("cpu", threads)
-    policy = Policy(cfg, world, load_model(cfg, world.device))
+    policy = Policy(cfg, world, load_model(str(folder), world.device))
 
     def step(length: int) -> None:
         prompt, completions, gains = rows(length)

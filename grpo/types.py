@@ -1,7 +1,7 @@
 """The data that travels between the parts of a step. Frozen, but for the counters: a change makes a new object."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,10 @@ class Completion:
 
     def __post_init__(self) -> None:
         _fill_trained(self)
+
+    def without_loss(self) -> "Completion":
+        """The same with no token that carries loss."""
+        return replace(self, trained=np.zeros_like(self.trained))
 
 
 def _fill_trained(row: Any) -> None:
@@ -78,6 +82,7 @@ class Table:
     num_generations: int
     notices: Notices = Notices(np.zeros((0, 2)))
     faults: np.ndarray = None  # type: ignore[assignment]  # [N, K] 0, FAILED or LATE (training/scoring.py); None: all 0
+    reward_weights: tuple[float, ...] = ()  # [K]
 
     def __post_init__(self) -> None:
         if self.faults is None:

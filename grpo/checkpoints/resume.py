@@ -22,6 +22,7 @@ from grpo.training.policy import Policy
 from grpo.types import Counters
 
 FREE_TO_CHANGE = {  # settings that do not change what is trained; all others must match on resume
+    "algorithm",  # what it fills in is compared
     "output_dir",
     "save_steps",
     "save_total_limit",

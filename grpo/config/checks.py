@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from grpo.config.algorithm import check_algorithm
 from grpo.config.held_out import check_eval_data, eval_sets
 from grpo.config.settings import Config, find_path, prompts_per_step, scales_advantages, tracker_names
 from grpo.errors import UserError
@@ -129,9 +130,10 @@ def check(cfg: Config) -> None:
         )
     _check_adapter(cfg)
     _check_schedule(cfg)
+    check_algorithm(cfg)
     if not scales_advantages(cfg) and cfg.advantage_clip != Config().advantage_clip:
         raise UserError(
-            f"advantage_clip: it acts on advantages divided by the group's deviation, got {cfg.advantage_clip:g} with "
+            f"advantage_clip: it acts on advantages divided by a standard deviation, got {cfg.advantage_clip:g} with "
             f"scale_rewards {cfg.scale_rewards}, weighting {cfg.weighting}. Leave it out."
         )
     if cfg.num_minibatches > prompts_per_step(cfg):

@@ -9,13 +9,14 @@ import re
 import sys
 import typing
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import yaml
 
+from grpo.config.algorithm import PRESETS, preset_notice
 from grpo.config.checks import check, field_names
 from grpo.config.exit_file import output_dir_of, write_exit
 from grpo.config.messages import MANY_DIGITS, meant, setting_error
@@ -102,14 +103,16 @@ def load_config(argv: list[str]) -> tuple[Config, str | None]:
         notice = "No --config, --model or --data given: running the demo, configs/demo.yaml."
         argv = ["--config", str(DEMO), *argv]
     argv = _files_first(argv)
-    values = _new_names(_parse(_parser(), argv), argv)
+    parser = _parser()
+    parser.set_defaults(PRESETS.get(_last_value("algorithm", argv), {}))
+    values = _new_names(_parse(parser, argv), argv)
     _name_run(values, argv, "grpo")
     section = values.pop("sft")
     config = Config(**values)
     check(config)
     if section:
         check_stage(values, section)
-    return config, notice
+    return config, "\n".join(filter(None, [notice, preset_notice(config)])) or None
 
 
 def load_sft_config(argv: list[str]) -> tuple[Config, str | None]:
@@ -159,11 +162,7 @@ def _refuse_repeated_keys(argv: list[str]) -> None:
 
 def _new_names(values: dict[str, Any], argv: list[str]) -> dict[str, Any]:
     """Settings that were given by an old name, under the present one. Raises UserError when both names were used."""
-    given = {arg.removeprefix("--").partition("=")[0] for arg in argv}
-    for before, arg in zip(argv, argv[1:]):
-        if before == "--config":
-            root = yaml.compose(Path(arg).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-            given |= {key.value for key, _ in root.value} if isinstance(root, yaml.MappingNode) else set()
+    given = {name for name, _ in _given(argv)}
     for old, new in OLD_NAMES.items():
         if old not in values:
             continue
@@ -172,6 +171,26 @@ def _new_names(values: dict[str, Any], argv: list[str]) -> dict[str, Any]:
             raise UserError(f"{old}: it is the old name of {new}, got {value} and {values[new]}. Set one of them.")
         values[new] = value
     return values
+
+
+def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """Names and texts of the settings that files and the command line have, in the order in which they win."""
+    for arg, after in zip(argv, [*argv[1:], ""]):
+        name, equals, value = arg.removeprefix("--").partition("=")
+        if arg == "--config":
+            try:
+                root = yaml.compose(Path(after).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+            except yaml.YAMLError:
+                continue  # said where the file is parsed
+            pairs = root.value if isinstance(root, yaml.MappingNode) else []
+            yield from ((key.value, str(value.value)) for key, value in pairs)
+        elif arg.startswith("--"):
+            yield name, value if equals else after
+
+
+def _last_value(name: str, argv: list[str]) -> str:
+    """The text that a setting has; empty: it is not given."""
+    return ([""] + [value for given, value in _given(argv) if given == name])[-1]
 
 
 def _name_run(values: dict[str, Any], argv: list[str], default: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from grpo.config.algorithm import USED_BY
 from grpo.config.checks import check, has_type, shown
 from grpo.config.settings import Config
 from grpo.config.trl_names import ROWS, VALUES
@@ -22,9 +23,9 @@ COPIED = [  # options whose value is also ours
     "model_name_or_path", "dataset_name", "dataset_config", "dataset_train_split", "dataset_prompt_column",
     "chat_template_kwargs", "system_prompt", "shuffle_dataset", "max_prompt_length", "test_split_size",
     "num_generations", "num_iterations", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "epsilon",
-    "epsilon_high", "beta", "router_aux_loss_coef", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2",
-    "max_grad_norm", "gradient_checkpointing", "seed", "full_determinism", "output_dir", "save_total_limit",
-    "run_name", "project", "wandb_project", "trackio_project",
+    "epsilon_high", "delta", "sapo_temperature_pos", "sapo_temperature_neg", "beta", "router_aux_loss_coef",
+    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "gradient_checkpointing", "seed",
+    "full_determinism", "output_dir", "save_total_limit", "run_name", "project", "wandb_project", "trackio_project",
 ]  # fmt: skip
 TRL_DEFAULTS: dict[str, Any] = {  # of copied options, where ours differ
     "num_generations": 8,
@@ -222,24 +223,41 @@ def _flow(value: Any) -> str:
 
 def _algorithm(recipe: Recipe) -> None:
     loss = recipe.get("loss_type", "dapo")
-    weighting = loss if loss in ("grpo", "dapo", "dr_grpo") else "dapo"
+    surrogate = loss if loss in ("cispo", "sapo") else "ppo_clip"
+    weighting = "grpo" if loss == "sapo" else loss if loss in ("grpo", "dapo", "dr_grpo") else "dapo"
     recipe.put("weighting", weighting, "loss_type")
+    if surrogate != "ppo_clip":
+        recipe.settings["surrogate"] = surrogate
     if loss == "bnpo":
         recipe.changed.append("weighting: bnpo takes the mean over the tokens of a process's part, dapo over all.")
-    elif loss != weighting:
+    elif loss not in (weighting, surrogate):
         recipe.lose("loss_type", "PPO's clip with dapo is written; for this one write surrogate: path.py:function.")
-    scale = str(recipe.get("scale_rewards", "group")).lower()
-    scale = VALUES["scale_rewards"].get(scale, scale)
-    if scale not in ("group", "none"):
-        recipe.lose("scale_rewards")
+    if surrogate == "cispo":  # theirs is the bound of the weight itself
+        bound = float(recipe.get("epsilon_high", recipe.get("epsilon", 0.2)))
+        recipe.settings["clip_eps_high"] = max(0.0, round(bound - 1, 9))
+    for setting, users in USED_BY.items():  # theirs are ignored where they have no effect
+        if surrogate not in users:
+            recipe.settings.pop(setting, None)
+    if recipe.get("importance_sampling_level", "token") == "sequence":
+        recipe.put("ratio", "sequence", "importance_sampling_level")
+    if recipe.get("multi_objective_aggregation", "sum_then_normalize") == "normalize_then_sum":
+        recipe.put("normalize_each_reward", True, "multi_objective_aggregation")
+        recipe.settings |= {"baseline": "batch", "scale_rewards": "batch"}
     else:
-        recipe.put("scale_rewards", scale, "scale_rewards")
-    if recipe.settings["num_generations"] > 101 and scale == "group" and weighting != "dr_grpo":
-        recipe.settings["advantage_clip"] = float(recipe.settings["num_generations"])  # never binds, as in TRL
-    if weighting == "dr_grpo" and scale != "none":
-        recipe.changed.append("weighting: dr_grpo implies scale_rewards none here; TRL divides by the deviation.")
+        scale = str(recipe.get("scale_rewards", "group")).lower()
+        scale = VALUES["scale_rewards"].get(scale, scale)
+        if scale in ("group", "none") or (scale == "batch" and weighting != "dr_grpo"):
+            recipe.put("scale_rewards", scale, "scale_rewards")
+        else:
+            recipe.lose("scale_rewards")
+        if weighting == "dr_grpo" and scale != "none":
+            recipe.changed.append("weighting: dr_grpo implies scale_rewards none here; TRL divides by the deviation.")
+        if recipe.settings["num_generations"] > 101 and scale == "group" and weighting != "dr_grpo":
+            recipe.settings["advantage_clip"] = float(recipe.settings["num_generations"])  # never binds, as in TRL
+    if recipe.flag("mask_truncated_completions", False):
+        recipe.put("truncated", "mask", "mask_truncated_completions")
     if recipe.flag("use_bias_correction_kl", True) and recipe.settings.get("beta"):
-        recipe.changed.append("beta: TRL multiplies the KL by the ratio (use_bias_correction_kl), here it is plain k3.")
+        recipe.settings["kl_estimator"] = "k3_weighted"
 
 
 def _sampling(recipe: Recipe) -> None:

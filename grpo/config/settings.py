@@ -134,27 +134,51 @@ class Config:
     """Most tokens kept by top_p, top_k or min_p; part of the distribution, and stored for each sampled token."""
 
     # --- the algorithm
+    algorithm: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "reinforce_pp", "gdpo"] | None = None
+    """Fills settings below as a paper has them (docs/losses.md); those that you give win. null: none."""
     surrogate: str = "ppo_clip"
-    """Loss of each token: ppo_clip, or a function of your own as path.py:function (docs/losses.md)."""
+    """Loss of each token: ppo_clip, cispo, sapo, reinforce, or your own path.py:function (docs/losses.md)."""
+    ratio: Literal["token", "sequence", "sequence_token"] = "token"
+    """Probability ratio of each token, or of the sequence (GSPO); sequence_token: the latter, gradients by token."""
     weighting: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
     """grpo: mean over rows of the row's token mean. dapo: global token mean. dr_grpo: sum over a constant length.
     Its old name is loss."""
     clip_eps: float = 0.2
     """PPO clip below: ratio >= 1 - clip_eps."""
     clip_eps_high: float | None = None
-    """PPO clip above: ratio <= 1 + clip_eps_high; null: clip_eps."""
+    """PPO clip above: ratio <= 1 + clip_eps_high; null: clip_eps. With cispo: the largest weight is 1 + this."""
+    clip_ratio_max: float | None = None
+    """With ppo_clip: largest ratio where the advantage is negative (dual clip; TRL's delta); null: none."""
+    sapo_temperature: float = 1.0
+    """With sapo: temperature of the gate where the advantage is positive, > 0."""
+    sapo_temperature_negative: float = 1.05
+    """With sapo: the same where it is negative, > 0."""
     beta: float = 0.0
     """Coefficient of the KL to the frozen starting model; 0: no reference is loaded."""
+    kl_estimator: Literal["k3", "k2", "k3_weighted"] = "k3"
+    """Estimate of that KL (docs/losses.md); k3_weighted: k3 times the ratio, TRL's use_bias_correction_kl."""
     router_aux_loss_coef: float = 0.0
     """Coefficient of the load-balancing loss of a mixture of experts, over each row (docs/losses.md); 0: off."""
-    scale_rewards: Literal["group", "none"] | bool = "group"
-    """Divide advantages by the group's standard deviation? true is group, false is none; dr_grpo implies none."""
+    baseline: Literal["group", "leave_one_out", "batch"] = "group"
+    """What advantages are measured from: the mean reward of the group, of its others (RLOO), or of all rows."""
+    scale_rewards: Literal["group", "batch", "none"] | bool = "group"
+    """Divide advantages by the rewards' standard deviation? In the group (true), over all rows, or not (false); dr_grpo
+    implies none."""
+    normalize_each_reward: bool = False
+    """Centre and scale each reward in its group before the weighted sum (GDPO)."""
     advantage_clip: float = 10.0
-    """Largest absolute advantage, where it is divided by the group's standard deviation; others are not clipped."""
+    """Largest absolute advantage, where it is divided by a standard deviation; others are not clipped."""
+    truncated: Literal["train", "mask"] = "train"
+    """mask: completions cut at max_generate_length carry no loss; their rewards still count in their group."""
     logit_clamp: float = 100.0
     """Logits are centred on their mid-range and clamped to this size, in sampling and in scoring."""
+    sampler_correction: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"] = (
+        "token_truncate"
+    )
+    """Importance weight that corrects a sampler whose log-probs differ from the trainer's: of a token or a sequence,
+    cut at max_importance_weight, or 0 outside 1 / max_importance_weight to max_importance_weight (docs/losses.md)."""
     max_importance_weight: float = 2.0
-    """Upper limit of the importance weight that corrects a sampler whose log-probs differ from the trainer's."""
+    """Limit of the importance weight; > 0, with a mask > 1."""
 
     # --- optimizer (AdamW)
     lr: float = 1e-6
@@ -335,8 +359,8 @@ def updates_per_step(cfg: Config) -> int:
 
 
 def scales_advantages(cfg: Config) -> bool:
-    """Whether advantages are divided by their group's standard deviation."""
-    return cfg.scale_rewards == "group" and cfg.weighting != "dr_grpo"
+    """Whether advantages are divided by a standard deviation, that of their group or of all rows."""
+    return cfg.scale_rewards != "none" and cfg.weighting != "dr_grpo"
 
 
 def is_deepspeed(cfg: Config) -> bool:

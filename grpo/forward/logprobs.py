@@ -28,7 +28,7 @@ from grpo.forward.precision import arithmetic, arithmetic_dtype, host_reads_are_
 from grpo.forward.shared_attention import can_share
 from grpo.types import Flat, MicroBatch
 
-FLAT_BELOW = 0.7  # of the padded tokens; above, padded rows in few attention calls are faster than a flat row in many
+FLAT_BELOW = 0.95  # of the padded tokens; above, padded rows in few attention calls are faster than a flat row in many
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 BLOCK_ELEMENTS_PER_MB = 2**20 // 4  # fp32 logits
 

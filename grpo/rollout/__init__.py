@@ -107,4 +107,4 @@ def rollout(
         completions += engine.generate(requests, sampling_of(cfg), pulse, on_finished=on_finished)
         if pulse():
             break
-    return completions
+    return [c.without_loss() if cfg.truncated == "mask" and c.finish == "length" else c for c in completions]

@@ -5,7 +5,7 @@
 Differs from the paper: the standard deviation is the unbiased one, as in TRL; a group whose rewards are all equal gets
 exactly 0 (rounding in the mean would otherwise give all its rows one sign), and so does a group whose standard
 deviation is below 1e-6; divided advantages are clipped; `scale=False` (Dr. GRPO, arXiv 2503.20783) leaves both out.
-The variance is computed in two passes, in float64.
+The variance is computed in two passes, in float64. Other baselines and scales: other_advantages.py.
 """
 
 import numpy as np

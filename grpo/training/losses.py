@@ -3,12 +3,13 @@
     loss    = sum over rows n and trained tokens t of  w_n * (s_nt * c_nt + beta * k3_nt + router_aux_loss_coef * a_nt)
     a_nt    load-balancing loss of a mixture of experts                  router_balance.py
     k3_t    = exp(ref_t - logp_t) - (ref_t - logp_t) - 1                 DeepSeekMath, arXiv 2402.03300, eq. 4
-    c_t     = min(exp(old_t - sampler_t), max_importance_weight)         1 where old_t is sampler_t
+    c_t     = min(exp(old_t - sampler_t), max_importance_weight)         sampler_correction.py
 
-`surrogate` chooses s, `weighting` chooses w; each is a small table below. Surrogates:
+`surrogate` chooses s, here or in surrogates.py, and `weighting` w; `kl_estimator` may put k2, or k3 times the ratio, in
+k3's place (docs/losses.md). `ratio` chooses whether r_t is of the token or of its row (GSPO, arXiv 2507.18071, eq. 7).
 
-    ppo_clip  -min(ratio_t * A, clip(ratio_t, 1 - eps_low, 1 + eps_high) * A)          arXiv 2402.03300, eq. 3
-              ratio_t = exp(clamp(logp_t - old_t, +-20))
+    ppo_clip  -min(min(r_t, r_max) * A, clip(r_t, 1 - eps_low, 1 + eps_high) * A)          arXiv 2402.03300, eq. 3
+              r_t = exp(clamp(logp_t - old_t, +-20)), r_max = clip_ratio_max               arXiv 1912.09729, eq. 5
 
 Weightings, for N rows of the minibatch over all ranks, C_n trained tokens of row n, C_max = max_generate_length:
 
@@ -18,11 +19,7 @@ Weightings, for N rows of the minibatch over all ranks, C_n trained tokens of ro
 
 The gradient contract: what `backward` gets is divided by the global denominator; backends *sum* over ranks.
 
-Differs from the paper: the log-ratio is clamped before exp; the truncated importance weight c corrects a sampler whose
-log-probs are not the trainer's (arXiv 2503.14476 has none).
-
-A new surrogate is a function with the signature of `ppo_clip` and its entry in SURROGATES, a new weighting an entry in
-WEIGHTINGS and in the annotation of the setting. A user's own surrogate needs neither (user_surrogate.py).
+Differs from the paper: the log-ratio is clamped before exp; c corrects a sampler whose log-probs are not the trainer's.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,8 +30,7 @@ from torch import Tensor
 
 from grpo.config.settings import Config
 from grpo.training.metrics import declare
-
-LOG_RATIO_CLAMP = 20.0
+from grpo.training.sampler_correction import LOG_RATIO_CLAMP, correction
 
 declare(
     means=("kl", "kl_old", "clip/low", "clip/high", "clip/importance", "sampler_gap/mean"),
@@ -67,6 +63,15 @@ Surrogate = Callable[[LossInputs, Config], tuple[Tensor, dict[str, Tensor]]]
 """-> unweighted loss of each token [B, T], and named metrics [B, T]. Values outside `trained` are ignored."""
 
 
+def ratio_of(inputs: LossInputs, cfg: Config) -> Tensor:
+    """Ratio of the policy to the old one, [B, T], of each token or of its row."""
+    gap = torch.where(inputs.trained, inputs.logprobs - inputs.old_logprobs, 0.0)
+    if cfg.ratio != "token":
+        mean = gap.sum(-1, keepdim=True) / inputs.trained.sum(-1, keepdim=True).clamp(min=1)
+        gap = mean.expand_as(gap) if cfg.ratio == "sequence" else mean.detach() + gap - gap.detach()
+    return gap.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+
+
 def ppo_clip(inputs: LossInputs, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate with separate widths below and above.
 
@@ -77,15 +82,12 @@ def ppo_clip(inputs: LossInputs, cfg: Config) -> tuple[Tensor, dict[str, Tensor]
     ([[-1.2000000476837158, -0.5]], [[True, False]])
     """
     low, high = cfg.clip_eps, cfg.clip_eps if cfg.clip_eps_high is None else cfg.clip_eps_high
-    log_ratio = torch.where(inputs.trained, inputs.logprobs - inputs.old_logprobs, 0.0)
-    ratio = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
-    gain = inputs.advantages[:, None]
-    loss = -torch.minimum(ratio * gain, ratio.clamp(1 - low, 1 + high) * gain)
+    ratio, gain = ratio_of(inputs, cfg), inputs.advantages[:, None]
+    bounded = ratio if cfg.clip_ratio_max is None else ratio.clamp(max=cfg.clip_ratio_max)
+    loss = -torch.minimum(bounded * gain, ratio.clamp(1 - low, 1 + high) * gain)
     ratio = ratio.detach()
     return loss, {"clip/low": (ratio < 1 - low) & (gain < 0), "clip/high": (ratio > 1 + high) & (gain > 0)}
 
-
-SURROGATES: dict[str, Surrogate] = {"ppo_clip": ppo_clip}
 
 RowWeight = Callable[[int, Sequence[int], int], float]
 
@@ -134,13 +136,17 @@ def policy_loss(
     # importance weight, where the sampler's distribution is not the trainer's
     log_weight = torch.where(trained, old - inputs.sampler_logprobs, 0.0)
     if not trust_sampler:
-        importance = log_weight.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
-        token_loss = token_loss * importance.clamp(max=cfg.max_importance_weight)
+        importance = correction(log_weight, cfg)
+        token_loss = token_loss * importance
 
     # KL against the reference
     if inputs.ref_logprobs is not None:
-        measured.means["kl"] = k3(logprobs, torch.where(trained, inputs.ref_logprobs, logprobs.detach()))
-        token_loss = token_loss + cfg.beta * measured.means["kl"]
+        reference = torch.where(trained, inputs.ref_logprobs, logprobs.detach())
+        measured.means["kl"] = k3(logprobs, reference)
+        kl = (reference - logprobs).square() / 2 if cfg.kl_estimator == "k2" else measured.means["kl"]
+        if cfg.kl_estimator == "k3_weighted":
+            kl = kl * ratio_of(inputs, cfg)
+        token_loss = token_loss + cfg.beta * kl
 
     # mask before weights: values outside `trained` may be NaN
     token_loss = torch.where(trained, token_loss, 0.0) * weights
@@ -157,5 +163,5 @@ def policy_loss(
         measured.maxima["sampler_gap/max"] = measured.sampler_gap
         measured.maxima["ratio_gap"] = (gap.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp() - 1).abs().amax()
         if not trust_sampler:
-            measured.means["clip/importance"] = log_weight.exp() > cfg.max_importance_weight
+            measured.means["clip/importance"] = importance != log_weight.exp()
     return token_loss, measured

@@ -19,6 +19,7 @@ from grpo.rewards.logged import Logs
 from grpo.rewards.pool import Rewards
 from grpo.runtime.distributed import World
 from grpo.training.advantages import group_advantages
+from grpo.training.other_advantages import other_advantages
 from grpo.types import FACTS, Completion, Notices, Prompt, Pulse, Table
 
 REPORTED_FAILURES = 3  # of one function in a step, on each rank
@@ -191,9 +192,9 @@ def gather(
     table, notices_table = np.split(world.sum_rows(table), [num_rows])
     all_scores, facts_table, all_faults = np.split(table, [K, K + len(FACTS)], axis=1)
     check_failures(cfg, all_faults, names)
-    totals = combine(all_scores, [reward.weight for reward in rewards])
-    columns = dict(zip(FACTS, facts_table.T, strict=True))
-    return Table(names, all_scores, totals, columns, cfg.num_generations, Notices(notices_table), all_faults)
+    weights = tuple(reward.weight for reward in rewards)
+    totals, columns = combine(all_scores, weights), dict(zip(FACTS, facts_table.T, strict=True))
+    return Table(names, all_scores, totals, columns, cfg.num_generations, Notices(notices_table), all_faults, weights)
 
 
 def _facts_of(completion: Completion, faults: np.ndarray, rank: int) -> dict[str, float]:
@@ -224,4 +225,6 @@ def check_failures(cfg: Config, faults: np.ndarray, names: Sequence[str]) -> Non
 
 def advantages_of(table: Table, cfg: Config) -> np.ndarray:
     """[N] advantages over whole groups; 0 for rows without a reward."""
-    return group_advantages(table.grouped, scales_advantages(cfg), cfg.advantage_clip).ravel()
+    if cfg.baseline == "group" and cfg.scale_rewards != "batch" and not cfg.normalize_each_reward:
+        return group_advantages(table.grouped, scales_advantages(cfg), cfg.advantage_clip).ravel()
+    return other_advantages(table, cfg).ravel()

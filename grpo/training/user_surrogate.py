@@ -1,4 +1,4 @@
-"""The setting `surrogate`: a name of the table in losses.py, or a function of the user's own.
+"""The setting `surrogate`: a name of the table in surrogates.py, or a function of the user's own.
 
     def my_surrogate(logprobs, old_logprobs, ref_logprobs, sampler_logprobs, advantages, mask):
         ...
@@ -20,8 +20,9 @@ from torch import Tensor
 from grpo.config.settings import Config, find_path
 from grpo.errors import UserError
 from grpo.rewards.functions import load_module
-from grpo.training.losses import SURROGATES, LossInputs, Surrogate
+from grpo.training.losses import LossInputs, Surrogate
 from grpo.training.metrics import declare
+from grpo.training.surrogates import SURROGATES
 
 METRIC_NAME = re.compile(r"[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*)*")
 

@@ -228,5 +228,5 @@ def test_scale_rewards_has_two_names_for_each_value_and_one_form(tmp_path, capsy
 
 @pytest.mark.parametrize("given", ["1", "null", "maybe", "[group]"])
 def test_scale_rewards_takes_nothing_else(given):
-    with pytest.raises(UserError, match=r"^scale_rewards: must be one of group, none, or true or false, got"):
+    with pytest.raises(UserError, match=r"^scale_rewards: must be one of group, batch, none, or true or false, got"):
         load_config(["--config", "configs/demo.yaml", "--scale_rewards", given])

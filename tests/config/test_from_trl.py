@@ -99,7 +99,8 @@ HINTS = {
     "num_train_epochs": "TRL's name, here it is epoch",
     "use_vllm": "TRL's, there is none here. The trainer samples with its own engine",
     "dataloader_num_workers": "TRL's, there is none here. Prompts are tokenized at the start",
-    "importance_sampling_level": "TRL's, there is none here. Ratios are per token",
+    "importance_sampling_level": "TRL's name, here it is ratio",
+    "top_entropy_quantile": "TRL's, there is none here. All tokens are trained on",
     "model_name_or_path": "TRL's name, here it is model",
 }
 
@@ -335,8 +336,8 @@ def test_rewards():
 
 
 def test_what_is_not_carried_over_is_named_and_what_changes_nothing_is_not():
-    recipe = convert({"delta": 4.0, "foo": 1, "fp16": True, "optim": "lion_32bit", "report_to": "all"}, 2)
-    assert {line.split(":")[0] for line in recipe.lost} == {"delta", "foo", "fp16", "optim", "report_to"}
+    recipe = convert({"entropy_coef": 0.1, "foo": 1, "fp16": True, "optim": "lion_32bit", "report_to": "all"}, 2)
+    assert {line.split(":")[0] for line in recipe.lost} == {"entropy_coef", "foo", "fp16", "optim", "report_to"}
     harmless = {
         "delta": None,
         "top_entropy_quantile": 1.0,
@@ -346,6 +347,32 @@ def test_what_is_not_carried_over_is_named_and_what_changes_nothing_is_not():
     assert convert({**harmless, "use_bias_correction_kl": False, "repetition_penalty": 1}, 2).lost == []
     tracked = convert({"report_to": ["trackio"]}, 2).settings["report_to"]
     assert tracked == ("trackio" if "trackio" in typing.get_args(TrackerName) else "none")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (
+            {"loss_type": "cispo", "epsilon_high": 5.0},
+            {"surrogate": "cispo", "weighting": "dapo", "clip_eps_high": 4.0},
+        ),
+        ({"loss_type": "sapo", "epsilon": 0.1}, {"surrogate": "sapo", "weighting": "grpo", "clip_eps": None}),
+        ({"importance_sampling_level": "sequence", "epsilon": 3e-4}, {"ratio": "sequence", "clip_eps": 3e-4}),
+        ({"delta": 4.0}, {"clip_ratio_max": 4.0}),
+        ({"beta": 0.1}, {"kl_estimator": "k3_weighted"}),
+        ({"beta": 0.1, "use_bias_correction_kl": False}, {"kl_estimator": None}),
+        ({"scale_rewards": "batch"}, {"scale_rewards": "batch"}),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum"},
+            {"normalize_each_reward": True, "baseline": "batch", "scale_rewards": "batch"},
+        ),
+        ({"mask_truncated_completions": True}, {"truncated": "mask"}),
+    ],
+)
+def test_variations_are_carried_over(theirs, ours):
+    recipe = convert({"num_generations": 8, "per_device_train_batch_size": 8, **theirs}, 8)
+    assert recipe.lost == [] and loadable(recipe.settings)
+    assert {name: recipe.settings.get(name) for name in ours} == ours
 
 
 def test_a_large_group_is_not_clipped():

@@ -17,9 +17,10 @@ from grpo.errors import UserError
 from grpo.runtime.distributed import World
 from grpo.training import backends
 from grpo.training.exchange import Payload, deliver, payload_of
-from grpo.training.losses import SURROGATES, WEIGHTINGS, LossInputs, policy_loss
+from grpo.training.losses import WEIGHTINGS, LossInputs, policy_loss
 from grpo.training.metrics import MEANS, Tally
 from grpo.training.minibatches import make_plan
+from grpo.training.surrogates import SURROGATES
 from grpo.training.user_surrogate import load_surrogate
 from grpo.types import Completion
 from tests.support.launcher import PROJECT, fork_script, metrics_of

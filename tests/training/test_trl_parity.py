@@ -9,6 +9,8 @@ are left out, several micro-batches and the denominators are part of the compari
 denominator, or a missing KL term, is off by more than 1e-2, which each test asserts too.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -17,11 +19,12 @@ from grpo.config.settings import Config, updates_per_step
 from grpo.models.checks import load_model
 from grpo.models.loading import load_tokenizer
 from grpo.runtime.distributed import start
-from grpo.training.advantages import group_advantages
+from grpo.training import other_advantages
 from grpo.training.exchange import deliver
 from grpo.training.metrics import Tally
 from grpo.training.minibatches import make_plan
 from grpo.training.policy import Policy
+from grpo.training.scoring import advantages_of
 from grpo.types import Completion, Prompt
 from tests.support.rank_jobs import table_of
 from tests.support.tiny import save_tiny
@@ -58,10 +61,11 @@ def rollouts(tokenizer):
     prompts = [Prompt(p, text, tuple(tokenizer(text)["input_ids"]), {}) for p, text in enumerate(QUESTIONS)]
     lengths = rng.integers(1, MAX_LENGTH + 1, len(prompts) * G)
     lengths[0] = MAX_LENGTH
-    completions = [
-        Completion(n, rng.integers(3, len(tokenizer), length).astype(np.int32), np.zeros(length, np.float32), "length")
-        for n, length in enumerate(lengths)
-    ]
+    completions = []
+    for n, length in enumerate(lengths):  # every third one has ended by itself
+        ids = rng.integers(3, len(tokenizer), length).astype(np.int32)
+        ids[-1] = tokenizer.eos_token_id if n % 3 == 0 else ids[-1]
+        completions.append(Completion(n, ids, np.zeros(length, np.float32), "length" if n % 3 else "stop"))
     rewards = rng.normal(size=len(completions))
     rewards[G : 2 * G] = 0.5
     return prompts, completions, rewards
@@ -77,8 +81,8 @@ def start_model(base):
     return model, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def trl_movement(base, out, loss, beta, num_updates=1):
-    """TRL's SGD on the injected rollouts."""
+def trl_movement(base, out, loss, beta, num_updates=1, **more):
+    """TRL's SGD on the injected rollouts. more: options of GRPOConfig."""
     tokenizer = load_tokenizer(str(base))
     prompts, completions, rewards = rollouts(tokenizer)
     ids_of = {p.text: [completions[p.data_row * G + g].token_ids.tolist() for g in range(G)] for p in prompts}
@@ -100,8 +104,7 @@ def trl_movement(base, out, loss, beta, num_updates=1):
         output_dir=str(out),
         loss_type=loss,
         beta=beta,
-        use_bias_correction_kl=False,
-        scale_rewards="none",
+        **{"use_bias_correction_kl": False, "scale_rewards": "none"} | more,
         num_generations=G,
         per_device_train_batch_size=6,
         gradient_accumulation_steps=2,
@@ -133,7 +136,7 @@ def trl_movement(base, out, loss, beta, num_updates=1):
     return movement(model, before)
 
 
-def our_movement(base, loss, beta, num_updates=1):
+def our_movement(base, loss, beta, num_updates=1, **more):
     """SGD with our gradients: the plan, delivery, log-probs and loss of training, in several micro-batches.
 
     Also returns the share of tokens that the last pass clipped.
@@ -141,14 +144,14 @@ def our_movement(base, loss, beta, num_updates=1):
     cfg = Config(
         weighting=loss,
         beta=beta,
-        scale_rewards="none",
+        **{"scale_rewards": "none"} | more,
         num_generations=G,
         batch_size=len(QUESTIONS),
         gradient_accumulation_steps=1,
         num_iterations=num_updates,
         max_generate_length=MAX_LENGTH,
         temperature=TEMPERATURE,
-        micro_batch_tokens=100,
+        micro_batch_tokens=50,
         logits_chunk_mb=1,
         device="cpu",
     )
@@ -158,8 +161,13 @@ def our_movement(base, loss, beta, num_updates=1):
     policy = Policy(cfg, world, model, load_model(str(base), world.device) if beta else None)
     lengths = np.array([len(c.token_ids) for c in completions])
     table = table_of(cfg, lengths, np.zeros(len(lengths)))
-    advantages = group_advantages(rewards.reshape(-1, G), False, cfg.advantage_clip).ravel()
-    plan = make_plan(cfg, prompts, lengths, advantages, world.size)
+    if cfg.truncated == "mask":
+        completions = [c.without_loss() if c.finish == "length" else c for c in completions]
+    trained = np.array([np.count_nonzero(c.trained) for c in completions])
+    table = dataclasses.replace(table, facts=table.facts | {"trained": trained})
+    table = dataclasses.replace(table, rewards=rewards)
+    advantages = advantages_of(table, cfg)
+    plan = make_plan(cfg, prompts, lengths, advantages, world.size, num_trained=trained)
     assert len(plan[0].micro_batches) > 1
     [minibatch] = policy.annotate(deliver(world, cfg, plan, prompts, completions, table, advantages))
     policy.counters.trust_sampler = True  # no correction for the sampler: its log-probs are made up
@@ -175,7 +183,7 @@ def our_movement(base, loss, beta, num_updates=1):
             for parameter, gradient in zip(parameters, summed, strict=True):
                 parameter.sub_(LR * gradient)
     metrics = tally.reduce(world).metrics
-    return movement(model, before), metrics["clip/low"] + metrics["clip/high"]
+    return movement(model, before), metrics.get("clip/low", 0.0) + metrics.get("clip/high", 0.0)
 
 
 def apart(ours, theirs):
@@ -205,3 +213,30 @@ def test_a_second_pass_over_the_same_rows_clips_as_trl_does(base, tmp_path, loss
     print(f"\n{loss:8} beta 0.04, two passes: {apart(ours, theirs):.1e}, {clipped:.1%} of the tokens clipped")
     assert clipped > 0.05
     assert apart(ours, theirs) <= TOLERANCE
+
+
+PPO = {"surrogate": "ppo_clip"}
+VARIATIONS = {  # weighting here, our settings, TRL's loss_type and options, our settings of a broken control
+    "cispo": ("dapo", {"surrogate": "cispo", "clip_eps_high": 0.3}, "cispo", {"epsilon_high": 1.3}, PPO),
+    "sapo": ("grpo", {"surrogate": "sapo"}, "sapo", {}, PPO),
+    "gspo": ("grpo", {"ratio": "sequence"}, "grpo", {"importance_sampling_level": "sequence"}, {"ratio": "token"}),
+    "delta": ("grpo", {"clip_ratio_max": 1.3}, "grpo", {"delta": 1.3}, {"clip_ratio_max": None}),
+    "KL": ("grpo", {"kl_estimator": "k3_weighted"}, "grpo", {"use_bias_correction_kl": True}, {"kl_estimator": "k3"}),
+    "batch": ("grpo", {"scale_rewards": "batch"}, "grpo", {"scale_rewards": "batch"}, {"scale_rewards": "none"}),
+    "cut": ("dapo", {"truncated": "mask"}, "dapo", {"mask_truncated_completions": True}, {"truncated": "train"}),
+}
+
+
+@pytest.mark.parametrize("num_updates", [1, 2])
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_variations_move_the_weights_as_trl_does(name, num_updates, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(other_advantages, "STD_EPS", 1e-4)  # theirs
+    weighting, settings, loss, options, broken = VARIATIONS[name]
+    theirs = trl_movement(base, tmp_path, loss, 0.4, num_updates, **options)
+    ours, clipped = our_movement(base, weighting, 0.4, num_updates, **settings)
+    other, _ = our_movement(base, weighting, 0.4, num_updates, **settings | broken)
+    same, control = apart(ours, theirs), apart(other, theirs)
+    print(f"\n{name}, {num_updates} passes: {same:.1e}, control {control:.1e}, {clipped:.1%} clipped")
+    assert same <= TOLERANCE
+    on_policy = num_updates == 1 and name in ("cispo", "sapo", "gspo", "delta")  # ratios are 1: equal gradients
+    assert on_policy or control > BROKEN

@@ -1,0 +1,77 @@
+"""Settings of the algorithm: presets, what each setting needs, and combinations that make no sense."""
+
+import math
+from typing import Any
+
+from grpo.config.settings import Config
+from grpo.errors import UserError
+
+PRESETS: dict[str, dict[str, Any]] = {  # what the setting `algorithm` sets; docs/losses.md has the papers
+    "grpo": {},
+    "dr_grpo": {"weighting": "dr_grpo", "scale_rewards": "none"},
+    "dapo": {"weighting": "dapo", "clip_eps_high": 0.28},
+    "gspo": {"ratio": "sequence", "clip_eps": 3e-4, "clip_eps_high": 4e-4},
+    "cispo": {"surrogate": "cispo", "weighting": "dapo", "clip_eps_high": 4.0},
+    "sapo": {"surrogate": "sapo"},
+    "rloo": {"baseline": "leave_one_out", "scale_rewards": "none", "weighting": "dr_grpo"},
+    "reinforce_pp": {"baseline": "batch", "scale_rewards": "batch", "weighting": "dapo"},
+    "gdpo": {"normalize_each_reward": True, "baseline": "batch", "scale_rewards": "batch"},
+}
+TABLE = ("ppo_clip", "cispo", "sapo", "reinforce")  # surrogates by name; others are the user's own
+USED_BY = {  # settings of the surrogates that read them
+    "clip_eps": ("ppo_clip", "cispo"),
+    "clip_eps_high": ("ppo_clip", "cispo"),
+    "clip_ratio_max": ("ppo_clip",),
+    "sapo_temperature": ("sapo",),
+    "sapo_temperature_negative": ("sapo",),
+    "ratio": ("ppo_clip", "cispo", "sapo"),
+}
+
+
+def preset_notice(cfg: Config) -> str | None:
+    """What the preset of a run has set, and what was given otherwise; None: there is no preset.
+
+    >>> preset_notice(Config(algorithm="gspo", ratio="sequence", clip_eps=3e-4, clip_eps_high=0.1))
+    'algorithm gspo: ratio sequence, clip_eps 0.0003. Given otherwise: clip_eps_high 0.1.'
+    """
+    if cfg.algorithm is None:
+        return None
+    preset = PRESETS[cfg.algorithm]
+    same = [f"{name} {value}" for name, value in preset.items() if getattr(cfg, name) == value]
+    others = [f"{name} {getattr(cfg, name)}" for name, value in preset.items() if getattr(cfg, name) != value]
+    said = f"algorithm {cfg.algorithm}: {', '.join(same) or 'the defaults'}."
+    return said + (f" Given otherwise: {', '.join(others)}." if others else "")
+
+
+def check_algorithm(cfg: Config) -> None:
+    """Raises UserError for a setting without effect, or beyond what it can be."""
+    default = Config()
+    for name, users in USED_BY.items():
+        value = getattr(cfg, name)
+        own_clip = cfg.surrogate not in TABLE and name.startswith("clip_eps")  # may be read by the function's author
+        if value != getattr(default, name) and cfg.surrogate not in users and not own_clip:
+            raise UserError(
+                f"{name}: it acts with surrogate {' or '.join(users)}, got {value} with {cfg.surrogate[:60]}. "
+                "Leave it out."
+            )
+    for name in ("sapo_temperature", "sapo_temperature_negative"):
+        if not 0 < getattr(cfg, name) < math.inf:
+            raise UserError(f"{name}: must be a finite number > 0, got {getattr(cfg, name)}.")
+    high = 1 + (cfg.clip_eps if cfg.clip_eps_high is None else cfg.clip_eps_high)
+    if cfg.clip_ratio_max is not None and not high < cfg.clip_ratio_max < math.inf:
+        raise UserError(
+            f"clip_ratio_max: must be above 1 + clip_eps_high, {high:g}, or null, got {cfg.clip_ratio_max:g}."
+        )
+    if cfg.kl_estimator != "k3" and not cfg.beta:
+        raise UserError(f"kl_estimator: {cfg.kl_estimator} needs beta > 0, got 0. Leave it out.")
+    if cfg.kl_estimator == "k3_weighted" and cfg.surrogate not in USED_BY["ratio"]:
+        raise UserError(
+            f"kl_estimator: k3_weighted is weighted by the ratio, which {cfg.surrogate[:60]} has not. Say k3 or k2."
+        )
+    if cfg.sampler_correction.endswith("mask") and cfg.max_importance_weight <= 1:
+        raise UserError(
+            f"max_importance_weight: must be above 1 with sampler_correction {cfg.sampler_correction}, got "
+            f"{cfg.max_importance_weight:g}: weights outside 1 / it to it are 0."
+        )
+    if cfg.weighting == "dr_grpo" and cfg.scale_rewards == "batch":
+        raise UserError("scale_rewards: weighting dr_grpo implies none, got batch. Leave one of them out.")

@@ -1,0 +1,30 @@
+"""Importance weights of tokens whose sampler's log-probs are not the trainer's: the setting `sampler_correction`.
+
+token_truncate     min(u_t, m)             u_t = exp(old_t - sampler_t), m = max_importance_weight
+token_mask         u_t within 1 / m to m, else 0                                                   IcePop
+sequence_*         the same of the product of u over the row's trained tokens
+"""
+
+import torch
+from torch import Tensor
+
+from grpo.config.settings import Config
+
+LOG_RATIO_CLAMP = 20.0
+
+
+def correction(log_weight: Tensor, cfg: Config) -> Tensor:
+    """Importance weight [B, T] of tokens whose sampler's log-probs are `log_weight` below the old ones.
+
+    >>> log_weights, ways = torch.tensor([[3.0, 0.25]]).log(), ("token_truncate", "token_mask", "sequence_mask", "none")
+    >>> [correction(log_weights, Config(sampler_correction=way)).tolist()[0] for way in ways]
+    [[2.0, 0.25], [0.0, 0.0], [0.75, 0.75], [1.0, 1.0]]
+    """
+    if cfg.sampler_correction == "none":
+        return torch.ones_like(log_weight)
+    if cfg.sampler_correction.startswith("sequence"):
+        log_weight = log_weight.sum(-1, keepdim=True).expand_as(log_weight)
+    weight, limit = log_weight.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp(), cfg.max_importance_weight
+    if cfg.sampler_correction.endswith("truncate"):
+        return weight.clamp(max=limit)
+    return torch.where((weight <= limit) & (weight * limit >= 1), weight, 0.0)
