@@ -44,7 +44,9 @@ def test_the_default_given_by_hand_also_wins():
 
 def test_the_supervised_stage_reads_the_same_file(tmp_path):
     file = tmp_path / "c.yaml"
-    file.write_text("model: m\ndata: d\nrewards: {mark_reward: 1}\nalgorithm: cispo\nsft: {lr: 1.0e-4, solution_column: answer}\n")
+    file.write_text(
+        "model: m\ndata: d\nrewards: {mark_reward: 1}\nalgorithm: cispo\nsft: {lr: 1.0e-4, solution_column: answer}\n"
+    )
     assert load_config(["--config", str(file)])[0].surrogate == "cispo"
     assert load_sft_config(["--config", str(file)])[0].lr == 1e-4
 
