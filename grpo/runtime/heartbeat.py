@@ -129,6 +129,7 @@ class Heartbeat:
                 if beat["host"] == socket.gethostname()
                 and beat["phase"] != ENDED
                 and state_of(int(beat["pid"])) in ("gone", "Z")
+                and (self.read(beat["rank"]) or beat)["phase"] != ENDED  # its last word, after `beat` was read
             ]
             if lines or time.monotonic() > deadline:
                 return lines

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from grpo.runtime import heartbeat as heartbeats
 from grpo.runtime.distributed import World
 from grpo.runtime.heartbeat import ENDED, Heartbeat, Watchdog
 
@@ -54,3 +55,21 @@ def test_who_is_gone_and_who_has_left(tmp_path):
     assert heartbeat.gone(wait_s=0.0) == ["rank 1 is gone, last in phase update, step 7"]
     file.write_text(file.read_text().replace("update", ENDED))
     assert heartbeat.gone(wait_s=0.0) == []
+
+
+def test_a_rank_that_leaves_while_it_is_looked_at_is_not_gone(tmp_path, monkeypatch):
+    """Its file was read before its last word, and its process after that."""
+    heartbeat = Heartbeat(tmp_path, World(0, 2, 0, 2, torch.device("cpu")))
+    other = Heartbeat(tmp_path, World(1, 2, 1, 2, torch.device("cpu")))
+    heartbeat(0, "start")
+    other(0, "start")
+    leaving = []
+
+    def state_of(pid):
+        leaving.append(pid)
+        if len(leaving) == 2:  # of the other rank
+            other.leave()
+        return "Z" if len(leaving) == 2 else "R"
+
+    monkeypatch.setattr(heartbeats, "state_of", state_of)
+    assert heartbeat.gone(wait_s=0.0) == [] and len(leaving) == 2
