@@ -10,7 +10,8 @@ One optimizer step on four completions of one prompt of 128 tokens, equal length
            log_softmax, the same loss, clipping, AdamW
 
 Each measurement is a process of its own, sides in turn. Seconds are CPU seconds of all threads; of ours also those
-outside the attention kernels, which grow with the square of the length. Memory is the highest resident size above
+outside our attention kernels, which grow with the square of the length; where rows are padded, because a flat row would
+spare too little, attention is transformers' own and is not left out. Memory is the highest resident size above
 the same process after a step of 16 tokens, when weights, gradients and moments are in memory. The slope is that of log
 against log, least squares, over the upper half of the lengths and over all: 1 is linear, 2 quadratic.
 """
