@@ -16,7 +16,7 @@ if __name__ == "__main__":
     refuse_bad_settings(sys.argv[1:])  # before the imports below, which take seconds
 
 from grpo.checkpoints.resume import restore
-from grpo.config.settings import Config, prompts_per_step, total_steps, updates_per_step
+from grpo.config.settings import Config, total_steps, updates_per_step
 from grpo.errors import warn
 from grpo.evaluate.held_out import evaluate_sets
 from grpo.models.checks import check_lengths, check_vocabulary, stop_token_ids
@@ -27,10 +27,11 @@ from grpo.run.main import run_main
 from grpo.run.run import Run
 from grpo.run.task import load_task
 from grpo.runtime.distributed import World
+from grpo.training.draws import Draws, Stream
 from grpo.training.exchange import deliver
 from grpo.training.load_policy import load_policy, load_rollout_model
 from grpo.training.minibatches import make_plan
-from grpo.training.scoring import Scoring, advantages_of, gather
+from grpo.training.scoring import Scoring, gather
 from grpo.training.user_surrogate import load_surrogate
 
 
@@ -49,60 +50,60 @@ def train(cfg: Config, world: World) -> None:
     stop_ids = stop_token_ids(policy.model, task.tokenizer, task.recipe.end_of_turn, run.log.write_line)
     engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, policy.num_tokens, task.tokenizer)
 
-    P, total = prompts_per_step(cfg), total_steps(cfg, len(task.questions.items))
+    total, stream = total_steps(cfg, len(task.questions.items)), Stream(cfg, task.questions, policy)
     first = restore(policy, resumed)
     run.log.describe(task.questions, task.held_out, total, policy, rewards.rewards)
 
-    def evaluate_if_due(step: int) -> None:
-        if not task.held_out or not run.evaluation_due(step, first, total):
-            return
-        run.heartbeat(step, "eval")
+    def evaluate(step: int) -> dict[str, float] | None:
         engine.load_weights(policy.weights())
-        metrics = evaluate_sets(engine, task, rewards.at(step, total), cfg, world, warn, run.pulse)
-        if metrics is None:
-            run.preempt()
-        run.log.log_eval(step, metrics)
+        return evaluate_sets(engine, task, rewards.at(step, total), cfg, world, warn, run.pulse)
 
     with closing(rewards), run.training(total, first, policy, task.tokenizer, task.recipe):
         for step in range(first, total):
-            evaluate_if_due(step)
+            run.evaluate_if_due(step, first, total, evaluate)
             tally = run.tally(step + 1)
 
-            with tally.phase("rollout"):
-                prompts = task.questions.prompts(step, P)
-                engine.load_weights(policy.weights())
-                scoring = Scoring(cfg, rewards.at(step, total), prompts, task.tokenizer, warn, run.pulse)
-                completions = rollout(engine, prompts, step * P, cfg, world, scoring)  # this rank's
-                tally.add("guards/oom_rollout", engine.fitting.halvings)
+            draws = Draws(stream, policy.counters.drawn)  # the step's groups
+            while draws.wanted:  # one round of P prompts; with filter_groups resample until P groups are kept
+                with tally.phase("rollout"):
+                    prompts, slots = draws.next_prompts()
+                    engine.load_weights(policy.weights())
+                    scoring = Scoring(cfg, rewards.at(step, total), prompts, task.tokenizer, warn, run.pulse)
+                    completions = rollout(engine, prompts, slots, cfg, world, scoring)  # this rank's
+                    tally.add("guards/oom_rollout", engine.fitting.halvings)
 
-            with tally.phase("reward"):
-                scored = scoring.finish(completions)  # waits for the missing scores
+                with tally.phase("reward"):
+                    scored = scoring.finish(completions)  # waits for the missing scores
+
+                with tally.phase("exchange"):
+                    table = gather(world, cfg, rewards.rewards, scored, run.notices(policy, step))  # on every rank
+                    run.act_on_notices(table.notices)  # may end the run, on all ranks
+                    draws.add(prompts, scored, table)
 
             with tally.phase("exchange"):
-                notices = run.notices(policy, step)  # of this rank: a stop signal, changed memory
-                table = gather(world, cfg, rewards.rewards, scored, notices)  # [N], the same on every rank
-                run.act_on_notices(table.notices)  # may end the run, on all ranks
-                advantages = advantages_of(table, cfg)  # [N], over whole groups
+                prompts, scored, table = draws.prompts, draws.scored, draws.table  # of all rounds
+                advantages = draws.advantages()  # [N], over whole groups
+                shares_prompts, num_trained = policy.scorer.shares_prompts, table.num_trained
                 plan = make_plan(
-                    cfg, prompts, table.lengths, advantages, world.size, policy.scorer.shares_prompts, table.num_trained
+                    cfg, prompts, table.lengths, advantages, world.size, shares_prompts, num_trained, draws.chosen
                 )
-                batches = deliver(world, cfg, plan, prompts, completions, table, advantages, policy.even_block)
+                batches = deliver(world, cfg, plan, prompts, scored.completions, table, advantages, policy.even_block)
 
             with tally.phase("logprobs"):
                 batches = policy.annotate(batches)  # + old and reference log-probs
 
             with tally.phase("update"):
-                on_skip = partial(run.quarantine, (prompts, completions))
+                on_skip = partial(run.quarantine, (prompts, scored.completions))
                 norms = policy.train_on(batches, tally, total * updates_per_step(cfg), table.any_broken, on_skip)
 
+            draws.finish(policy.counters, tally)
             measured = tally.reduce(world)  # metrics over all ranks
             run.log.log_step(step + 1, total, table, advantages, measured, norms, policy, scored.logs)
             run.log.log_samples(step + 1, scored, advantages)
             policy.trust_sampler(measured.sampler_gap)
             policy.counters.step = step + 1
-            if run.due(step + 1, total):
-                run.save(last=step + 1 == total)
-        evaluate_if_due(total)
+            run.save_if_due(step + 1, total)
+        run.evaluate_if_due(total, first, total, evaluate)
     run.finish(first, total)
 
 

@@ -113,9 +113,9 @@ class Profile:
         Run.tally, train.load_policy, train.make_plan = tally, load_policy, make_plan
         Questions.prompts = lambda questions, step, count: plain_prompts(questions, step // 2, count)
 
-        def rollout(engine, prompts, first_slot, *rest):
-            step = first_slot // len(prompts)
-            return plain_rollout(engine, prompts, step // 2 * len(prompts), *rest)
+        def rollout(engine, prompts, slots, *rest):
+            first = slots[0] // len(prompts) // 2 * len(prompts)
+            return plain_rollout(engine, prompts, range(first, first + len(prompts)), *rest)
 
         train.rollout = rollout
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.config.messages import OneLineParser
-from grpo.config.settings import Config, model_name, with_new_names
+from grpo.config.names import model_name, with_new_names
+from grpo.config.settings import Config
 from grpo.errors import UserError, warn
 from grpo.models.checks import load_model, quiet
 from grpo.runtime.distributed import World, pick_device

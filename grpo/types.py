@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -176,3 +176,14 @@ class Counters:
     skipped_updates: int = 0
     consecutive_skips: int = 0
     trust_sampler: bool | None = None  # sampler log-probs serve as old log-probs; None: not measured yet
+    drawn: int = 0  # prompts taken from the run's stream
+
+
+class Extra(Protocol):
+    """More state that checkpoints keep: trainer/NAME.safetensors, see Policy.extras."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """A copy, on CPU. Called on rank 0."""
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The inverse, on every rank. Raises ValueError for tensors of something else."""

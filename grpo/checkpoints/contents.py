@@ -6,6 +6,7 @@
       trainer/optimizer-R-of-W.safetensors                moments by parameter name, fp32, one shard per rank
       trainer/state.json                                  counters, config, fingerprints, versions
       trainer/recipe.json                                 how prompts are built (grpo/data/recipe.py)
+      trainer/NAME.safetensors                            what some settings need beside these (Policy.extras)
       MANIFEST.json                                       size and sha256 of every file; written last
 
 Everything is written into a staging folder, synced to disk, and committed by one rename. A reader accepts a folder
@@ -19,7 +20,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,13 +76,15 @@ class Snapshot:
     weights: dict[str, torch.Tensor]  # rank 0: the whole state dict (or the adapter) on CPU; other ranks: empty
     moments: dict[str, torch.Tensor]  # this rank's shard of the optimizer state, on CPU
     files: dict[str, bytes]  # rank 0: path -> content of the other files
+    extras: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # rank 0: Policy.extras by name
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole checkpoint, over all ranks: moments are twice the weights. Valid on rank 0 only."""
         unique = {id(tensor): tensor for tensor in self.weights.values()}  # tied weights have several names
         weights = sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
-        return weights * (3 if self.moments else 1)
+        extras = sum(tensor.nbytes for tensors in self.extras.values() for tensor in tensors.values())
+        return weights * (3 if self.moments else 1) + extras
 
 
 def take_snapshot(
@@ -99,7 +102,8 @@ def take_snapshot(
         "trainer/recipe.json": recipe_text(recipe).encode(),
     }
     weights = streamed if is_lora(policy.model) else _full_state_dict(policy.model, streamed)
-    return Snapshot(step, policy.model, weights, moments, tokenizer_files | files)
+    extras = {name: extra.tensors() for name, extra in policy.extras.items()}
+    return Snapshot(step, policy.model, weights, moments, tokenizer_files | files, extras)
 
 
 def write_snapshot(
@@ -125,6 +129,8 @@ def write_snapshot(
         sync(shard)  # by the rank that wrote it: on a network disk no other rank can
         if world.is_main:
             problem = _write_model(snapshot, staging)
+            for name, tensors in snapshot.extras.items():
+                save_file(tensors, staging / "trainer" / f"{name}.safetensors")
             for name, content in snapshot.files.items():
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 (staging / name).write_bytes(content)

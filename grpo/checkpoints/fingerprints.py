@@ -12,7 +12,8 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from grpo.checkpoints.manifest import tree_sha256
-from grpo.config.settings import Config, find_path, scales_advantages
+from grpo.config.names import find_path
+from grpo.config.settings import Config, scales_advantages
 from grpo.data.questions import Questions
 from grpo.models.hub import commit_of
 from grpo.models.lora_checks import check_adapter, is_adapter

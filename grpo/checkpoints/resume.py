@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from grpo.checkpoints.fingerprints import INFORMATIVE
 from grpo.checkpoints.manifest import OPTIMIZER
-from grpo.config.settings import Config, with_new_names
+from grpo.config.names import with_new_names
+from grpo.config.settings import Config
 from grpo.errors import UserError
 from grpo.models.folder_checks import TRAINABLE, check_safetensors
 from grpo.strict_json import read_object
@@ -73,15 +75,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     """trainer/state.json of a checkpoint. Raises UserError."""
     try:
         state = read_object(folder / "trainer" / "state.json")
+        if not isinstance(state["config"], dict):
+            raise ValueError("config must be an object")
         counters = Counters(**state["counters"])
+        if "drawn" not in state["counters"]:  # an older version: every step drew P
+            batch = {**dataclasses.asdict(Config()), **state["config"]}
+            counters.drawn = counters.step * batch["batch_size"] * batch["gradient_accumulation_steps"]
         for name, value in vars(counters).items():
             if name == "trust_sampler":
                 if not (value is None or isinstance(value, bool)):
                     raise ValueError(f"counters: {name} must be true, false or null, got {value!r}")
             elif type(value) is not int or not 0 <= value < 2**62:
                 raise ValueError(f"counters: {name} must be a whole number >= 0, got {value!r}")
-        if not isinstance(state["config"], dict):
-            raise ValueError("config must be an object")
         return {**state, "counters": counters, "config": with_new_names(state["config"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -173,4 +178,11 @@ def restore(policy: Policy, folder: Path | None) -> int:
     if folder is not None:
         policy.counters = read_state(folder)["counters"]
         policy.backend.load_moments(SavedMoments(folder).read, policy.counters.updates)
+        for name, extra in policy.extras.items():
+            path = folder / "trainer" / f"{name}.safetensors"
+            try:
+                check_safetensors(path)
+                extra.load(load_file(path))
+            except (OSError, ValueError, SafetensorError) as error:
+                raise UserError(f"checkpoint: {path} cannot be used ({error}). Use --resume never.") from None
     return policy.counters.step

@@ -73,5 +73,20 @@ def check_algorithm(cfg: Config) -> None:
             f"max_importance_weight: must be above 1 with sampler_correction {cfg.sampler_correction}, got "
             f"{cfg.max_importance_weight:g}: weights outside 1 / it to it are 0."
         )
+    _check_choice_of_rows(cfg)
     if cfg.weighting == "dr_grpo" and cfg.scale_rewards == "batch":
         raise UserError("scale_rewards: weighting dr_grpo implies none, got batch. Leave one of them out.")
+
+
+def _check_choice_of_rows(cfg: Config) -> None:
+    """Settings of grpo/training/draws.py."""
+    default = Config()
+    if cfg.max_rounds < 2:
+        raise UserError(f"max_rounds: must be >= 2, got {cfg.max_rounds}. For one round say filter_groups drop.")
+    if cfg.max_rounds != default.max_rounds and cfg.filter_groups != "resample":
+        raise UserError(f"max_rounds: it acts with filter_groups resample, got {cfg.filter_groups}. Leave it out.")
+    ends = cfg.difficulty_range
+    if ends is None and cfg.difficulty_rest != default.difficulty_rest:
+        raise UserError(f"difficulty_rest: it needs difficulty_range, got {cfg.difficulty_rest}. Leave it out.")
+    if ends is not None and not (len(ends) == 2 and -math.inf < ends[0] < ends[1] < math.inf):
+        raise UserError(f"difficulty_range: must be [low, high] with low < high, or null, got {ends}. Such as [0, 1].")

@@ -19,7 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from grpo.config.algorithm import check_algorithm
 from grpo.config.held_out import check_eval_data, eval_sets
-from grpo.config.settings import Config, find_path, prompts_per_step, scales_advantages, tracker_names
+from grpo.config.names import find_path, tracker_names
+from grpo.config.settings import Config, prompts_per_step, scales_advantages
 from grpo.errors import UserError
 
 MAX_WHOLE = 2**31  # sizes and counts stay below; only the seed may be larger
@@ -48,7 +49,8 @@ IN_WORDS = {
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must hold of each, in words
     (
         "batch_size gradient_accumulation_steps epoch num_minibatches num_iterations max_prompt_length "
-        "max_generate_length max_support max_bad_steps micro_batch_tokens rollout_chunk_rows logits_chunk_mb",
+        "max_generate_length max_support max_bad_steps micro_batch_tokens rollout_chunk_rows logits_chunk_mb "
+        "difficulty_rest",
         lambda value: value >= 1,
         ">= 1",
     ),

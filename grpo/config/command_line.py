@@ -20,7 +20,8 @@ from grpo.config.algorithm import PRESETS, preset_notice
 from grpo.config.checks import check, field_names
 from grpo.config.exit_file import output_dir_of, write_exit
 from grpo.config.messages import MANY_DIGITS, meant, setting_error
-from grpo.config.settings import DEMO, OLD_NAMES, SCALING, Config, find_path
+from grpo.config.names import OLD_NAMES, find_path
+from grpo.config.settings import DEMO, SCALING, Config
 from grpo.config.sft_section import (
     OF_ROLLOUTS,
     OWN,

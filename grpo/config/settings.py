@@ -170,6 +170,15 @@ class Config:
     """Largest absolute advantage, where it is divided by a standard deviation; others are not clipped."""
     truncated: Literal["train", "mask"] = "train"
     """mask: completions cut at max_generate_length carry no loss; their rewards still count in their group."""
+    filter_groups: Literal["keep", "drop", "resample"] = "keep"
+    """Groups whose rewards are all equal: keep them in the denominators, drop them, or draw others in their place until
+    a step has its P groups (DAPO's dynamic sampling)."""
+    max_rounds: int = 10
+    """With resample: most rounds of drawing in a step, >= 2; then it trains on the groups that there are."""
+    difficulty_range: list[float] | None = None
+    """[low, high]: a question rests while its running mean of the first reward's score is not between; null: none."""
+    difficulty_rest: int = 1
+    """With difficulty_range: epochs that such a question rests, >= 1."""
     logit_clamp: float = 100.0
     """Logits are centred on their mid-range and clamped to this size, in sampling and in scoring."""
     sampler_correction: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"] = (
@@ -309,28 +318,6 @@ class Config:
             object.__setattr__(self, "scale_rewards", SCALING[self.scale_rewards])
 
 
-OLD_NAMES = {"loss": "weighting"}  # of settings, in configurations and checkpoints
-
-
-def with_new_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as an older version wrote them, under their present names.
-
-    >>> with_new_names({"loss": "dapo", "lr": 1e-6})
-    {'weighting': 'dapo', 'lr': 1e-06}
-    """
-    return {OLD_NAMES.get(name, name): value for name, value in settings.items()}
-
-
-def model_name(cfg: Config) -> str:
-    """The model as grpo.models takes it, its revision after an @.
-
-    >>> model_name(Config(model="user/tiny", model_revision="v1"))
-    'user/tiny@v1'
-    """
-    assert cfg.model is not None
-    return cfg.model if cfg.model_revision is None else f"{cfg.model}@{cfg.model_revision}"
-
-
 def prompts_per_step(cfg: Config) -> int:
     """P, prompts per step over all processes."""
     return cfg.batch_size * cfg.gradient_accumulation_steps
@@ -341,16 +328,6 @@ def total_steps(cfg: Config, num_rows: int) -> int:
     if cfg.max_steps is not None:
         return cfg.max_steps
     return math.ceil(cfg.epoch * num_rows / prompts_per_step(cfg))
-
-
-def tracker_names(cfg: Config) -> list[str]:
-    """The trackers of `report_to`, without none.
-
-    >>> tracker_names(Config(report_to="none")), tracker_names(Config(report_to=["wandb", "tensorboard"]))
-    ([], ['wandb', 'tensorboard'])
-    """
-    names = [cfg.report_to] if isinstance(cfg.report_to, str) else list(cfg.report_to)
-    return [name for name in names if name != "none"]
 
 
 def updates_per_step(cfg: Config) -> int:
@@ -371,19 +348,3 @@ def is_deepspeed(cfg: Config) -> bool:
 def shards_weights(cfg: Config) -> bool:
     """Whether no rank holds whole weights between steps (ZeRO stage 3)."""
     return is_deepspeed(cfg) and cfg.zero_stage == 3
-
-
-def find_path(name: str) -> Path | None:
-    """A path given by the user, relative to the working folder, else to the project's. None: no such file.
-
-    >>> find_path("configs/demo.yaml").name
-    'demo.yaml'
-    """
-    for base in (Path(), PROJECT):
-        try:
-            path = base / Path(name).expanduser()
-            if path.exists():
-                return path
-        except (OSError, ValueError, RuntimeError):  # too long, a NUL, no such home: not a path
-            continue
-    return None

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from grpo.config.checks import check, check_kind
 from grpo.config.messages import meant
-from grpo.config.settings import OLD_NAMES, Config
+from grpo.config.names import OLD_NAMES
+from grpo.config.settings import Config
 from grpo.errors import UserError
 
 OF_ROLLOUTS = frozenset(
@@ -42,6 +43,10 @@ OF_ROLLOUTS = frozenset(
         "scale_rewards",
         "normalize_each_reward",
         "advantage_clip",
+        "filter_groups",
+        "max_rounds",
+        "difficulty_range",
+        "difficulty_rest",
         "truncated",
         "sampler_correction",
         "max_importance_weight",

@@ -1,15 +1,15 @@
 """Questions: files and hub datasets -> Prompts, and the prompts of each step.
 
-`Questions.prompts(step)` is a pure function of (seed, step): the permutations of all epochs, one after the other, P
-prompts a step; without `shuffle` each epoch has the order of the data. It has no sampler state, so a resumed run starts
-with the prompts of its step.
+`Questions.at(slots)` is a pure function of (seed, slots): places of one endless stream, the permutations of all epochs,
+one after the other; without `shuffle` each epoch has the order of the data. It has no sampler state: a resumed run goes
+on at the place that its checkpoint names.
 """
 
 import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -55,11 +55,14 @@ class Questions:
         >>> sorted(p.data_row for step in range(3) for p in stream.prompts(step, 2))
         [0, 0, 1, 1, 2, 2]
         """
-        picks = range(step * num_prompts, (step + 1) * num_prompts)
+        return self.at(range(step * num_prompts, (step + 1) * num_prompts))
+
+    def at(self, slots: Sequence[int]) -> list[Prompt]:
+        """The prompts at these places of the stream."""
         if not self.shuffle:
-            return [self.items[i % len(self.items)] for i in picks]
-        orders = {epoch: _order(self.seed, epoch, len(self.items)) for epoch in {i // len(self.items) for i in picks}}
-        return [self.items[orders[i // len(self.items)][i % len(self.items)]] for i in picks]
+            return [self.items[i % len(self.items)] for i in slots]
+        orders = {epoch: _order(self.seed, epoch, len(self.items)) for epoch in {i // len(self.items) for i in slots}}
+        return [self.items[orders[i // len(self.items)][i % len(self.items)]] for i in slots]
 
 
 @lru_cache(maxsize=2)  # a step takes prompts from at most a few epochs; caching all would be a leak

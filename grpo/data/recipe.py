@@ -18,7 +18,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.checks import kwargs_problem
-from grpo.config.settings import Config, find_path
+from grpo.config.names import find_path
+from grpo.config.settings import Config
 from grpo.data.chat_templates import Ending, TemplateRefused, render_chat
 from grpo.data.turns import check_reads_text, end_of_turn, fold_system
 from grpo.errors import UserError

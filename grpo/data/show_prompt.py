@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.command_line import load_config, take_show_prompt
-from grpo.config.settings import Config, model_name
+from grpo.config.names import model_name
+from grpo.config.settings import Config
 from grpo.data.questions import Questions, length_summary, load_questions
 from grpo.data.recipe import Recipe, make_recipe
 from grpo.errors import UserError, warn

@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 
-from grpo.config.settings import find_path
+from grpo.config.names import find_path
 from grpo.data.file_checks import check_cells, check_file, check_saved_folder, csv_columns
 from grpo.data.folders import files_of
 from grpo.errors import UserError

@@ -6,7 +6,7 @@ from typing import Any
 from grpo.checkpoints.card import LIBRARIES, for_one_method
 from grpo.checkpoints.manifest import MANIFEST, OPTIMIZER, file_sha256
 from grpo.config.checks import REPOSITORY_IN_WORDS, is_repository
-from grpo.config.settings import find_path
+from grpo.config.names import find_path
 from grpo.errors import UserError
 from grpo.models.folder_checks import location_problem
 from grpo.models.lora_checks import ADAPTER_CONFIG

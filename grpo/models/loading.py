@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.config.settings import find_path
+from grpo.config.names import find_path
 from grpo.errors import UserError, first_line
 from grpo.forward.precision import disable_cudnn_attention
 from grpo.forward.shared_attention import use_shared_attention

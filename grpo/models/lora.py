@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from grpo.config.settings import Config, find_path, model_name
+from grpo.config.names import find_path, model_name
+from grpo.config.settings import Config
 from grpo.errors import UserError
 from grpo.models.loading import load_plain, resolve
 from grpo.models.lora_checks import is_adapter

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grpo.config.settings import find_path
+from grpo.config.names import find_path
 from grpo.errors import UserError
 from grpo.models.lora_checks import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, is_adapter
 from grpo.strict_json import read_object

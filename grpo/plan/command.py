@@ -15,7 +15,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from grpo.config.command_line import load_config
 from grpo.config.messages import OneLineParser
-from grpo.config.settings import Config, find_path, is_deepspeed, model_name
+from grpo.config.names import find_path, model_name
+from grpo.config.settings import Config, is_deepspeed
 from grpo.errors import UserError, warn
 from grpo.models.checks import quiet
 from grpo.models.loading import resolve

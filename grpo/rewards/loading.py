@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo.config.settings import PROJECT, Config, find_path
+from grpo.config.names import find_path
+from grpo.config.settings import PROJECT, Config
 from grpo.errors import UserError
 from grpo.rewards import Reward
 from grpo.rewards.neighbours import texts_beside

@@ -38,7 +38,7 @@ class Request:
     """One completion wanted."""
 
     row: int  # n of the step
-    slot: int  # step*P + p
+    slot: int  # of the prompt in the run's stream: step*P + p where each step draws P
     generation: int  # g
     prompt_ids: tuple[int, ...]
     num_drawn: int = 0  # tokens of the row drawn by earlier calls: the row's random numbers continue from here
@@ -78,32 +78,32 @@ class Listener(Protocol):
         """As Engine.generate's on_finished."""
 
 
-def requests_of(chunk: list[int], prompts: Sequence[Prompt], num_generations: int, first_slot: int) -> list[Request]:
-    """The requests behind a chunk's rows. first_slot: that of prompts[0]; a slot is never used twice in a run."""
-    return [
-        Request(n, first_slot + n // num_generations, n % num_generations, prompts[n // num_generations].token_ids)
-        for n in chunk
-    ]
+def requests_of(
+    chunk: list[int], prompts: Sequence[Prompt], num_generations: int, slots: Sequence[int]
+) -> list[Request]:
+    """The requests behind a chunk's rows. slots: of each prompt, a number that is never used twice in a run."""
+    places = ((n, *divmod(n, num_generations)) for n in chunk)
+    return [Request(n, slots[p], g, prompts[p].token_ids) for n, p, g in places]
 
 
 def rollout(
     engine: Engine,
     prompts: Sequence[Prompt],
-    first_slot: int,
+    slots: Sequence[int],
     cfg: Config,
     world: World,
     listener: Listener | None = None,
 ) -> list[Completion]:
     """Sample this rank's part of a step's completions, chunk after chunk, until none is left or a pulse is True.
 
-    first_slot: step * P, what the random numbers of prompts[0] are keyed by.
+    slots: of each prompt, what the random numbers of its completions are keyed by: its place in the run's stream.
     """
     pulse, on_finished = (lambda: False, None) if listener is None else (listener.pulse, listener.take)
     shares, grouped = shares_of(cfg, world.size), listener is not None and listener.grouped
     chunks = cut_chunks(len(prompts), cfg.num_generations, cfg.rollout_chunk_rows, shares, grouped)
     completions: list[Completion] = []
     for i in world.deal(len(chunks)):
-        requests = requests_of(chunks[i], prompts, cfg.num_generations, first_slot)
+        requests = requests_of(chunks[i], prompts, cfg.num_generations, slots)
         completions += engine.generate(requests, sampling_of(cfg), pulse, on_finished=on_finished)
         if pulse():
             break

@@ -11,7 +11,8 @@ import torch
 
 from grpo.checkpoints.best import METRIC, BestCheckpoint
 from grpo.config.held_out import eval_sets, metrics_of_set
-from grpo.config.settings import Config, model_name, prompts_per_step, tracker_names
+from grpo.config.names import model_name, tracker_names
+from grpo.config.settings import Config, prompts_per_step
 from grpo.data.questions import Questions, length_summary
 from grpo.errors import warn
 from grpo.rewards import Reward, completion_text, see_groups, short_names

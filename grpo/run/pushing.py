@@ -24,7 +24,8 @@ import huggingface_hub
 from grpo.checkpoints.card import card_text, read_metrics, without_paths
 from grpo.checkpoints.contents import step_of
 from grpo.checkpoints.manifest import MANIFEST, OPTIMIZER, file_sha256, manifest_text
-from grpo.config.settings import PROJECT, Config, find_path
+from grpo.config.names import find_path
+from grpo.config.settings import PROJECT, Config
 from grpo.errors import UserError, warn
 from grpo.models.lora_checks import is_adapter
 from grpo.models.lora_files import base_of

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -214,9 +214,26 @@ class Run:
         due = step in (0, total) or (self.cfg.eval_steps > 0 and step % self.cfg.eval_steps == 0)
         return due and not (step == first and self.log.evaluated(step))
 
-    def due(self, step: int, total: int) -> bool:
-        """Whether step `step` (counted from 1) saves: every save_steps, and the last."""
-        return step == total or (self.cfg.save_steps > 0 and step % self.cfg.save_steps == 0)
+    def evaluate_if_due(
+        self, step: int, first: int, total: int, evaluate: Callable[[int], dict[str, float] | None]
+    ) -> None:
+        """Log what `evaluate(step)` returns, where `evaluation_due`; {}: nothing is held out.
+
+        Raises Preempted when it returns None.
+        """
+        if not self.evaluation_due(step, first, total):
+            return
+        self.heartbeat(step, "eval")
+        metrics = evaluate(step)
+        if metrics is None:
+            self.preempt()
+        if metrics:
+            self.log.log_eval(step, metrics)
+
+    def save_if_due(self, step: int, total: int) -> None:
+        """Save after step `step` (counted from 1): every save_steps, and the last."""
+        if step == total or (self.cfg.save_steps > 0 and step % self.cfg.save_steps == 0):
+            self.save(last=step == total)
 
     def save(self, last: bool = False) -> None:
         """Begin to write checkpoint_<steps done>, all ranks together. last: no other save will follow."""

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.held_out import eval_sets
-from grpo.config.settings import Config, model_name
+from grpo.config.names import model_name
+from grpo.config.settings import Config
 from grpo.data.questions import Questions, load_questions
 from grpo.data.recipe import Recipe, keep_questions, make_recipe
 from grpo.errors import UserError

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config.settings import Config, model_name
+from grpo.config.names import model_name
+from grpo.config.settings import Config
 from grpo.config.sft_section import SftSettings, own_settings
 from grpo.data.chat_templates import end_renderers
 from grpo.data.nested import cell_of

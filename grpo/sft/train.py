@@ -55,10 +55,7 @@ def train_sft(cfg: Config, world: World) -> None:
             engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, num_tokens, tokenizer)
             grade_answers = partial(evaluate_sets, engine, task, rewards, cfg, world, warn, run.pulse)
 
-        def evaluate_if_due(step: int) -> None:
-            if not held_out_texts or not run.evaluation_due(step, first, total):
-                return
-            run.heartbeat(step, "eval")
+        def evaluate(step: int) -> dict[str, float] | None:
             metrics: dict[str, float] = {}
             for name, held_out_part in held_out_texts.items():
                 of_set = policy.measure(held_out_part.all())
@@ -67,14 +64,12 @@ def train_sft(cfg: Config, world: World) -> None:
                 engine.load_weights(policy.weights())
                 rewards.at(step, total)
                 accuracy_metrics = grade_answers()
-                if accuracy_metrics is None:
-                    run.preempt()
-                metrics |= accuracy_metrics
-            run.log.log_eval(step, metrics)
+                return None if accuracy_metrics is None else metrics | accuracy_metrics
+            return metrics
 
         open_parts.enter_context(run.training(total, first, policy, tokenizer, recipe))
         for step in range(first, total):
-            evaluate_if_due(step)
+            run.evaluate_if_due(step, first, total, evaluate)
             tally = run.tally(step + 1)
 
             with tally.phase("exchange"):
@@ -89,7 +84,6 @@ def train_sft(cfg: Config, world: World) -> None:
                 step + 1, total, sum(len(row.token_ids) for row in rows), tally.reduce(world), norms, policy
             )
             policy.counters.step = step + 1
-            if run.due(step + 1, total):
-                run.save(last=step + 1 == total)
-        evaluate_if_due(total)
+            run.save_if_due(step + 1, total)
+        run.evaluate_if_due(total, first, total, evaluate)
     run.finish(first, total)

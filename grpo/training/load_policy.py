@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from grpo.config.settings import Config, model_name, shards_weights
+from grpo.config.names import model_name
+from grpo.config.settings import Config, shards_weights
 from grpo.errors import UserError
 from grpo.models.checks import load_model
 from grpo.models.offload import check_device

@@ -69,11 +69,13 @@ def make_plan(
     world_size: int,
     shares_prompts: bool = True,
     num_trained: np.ndarray | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> list[Minibatch]:
-    """Cut a step's rows into minibatches of whole groups, and those into micro-batches with owners.
+    """Cut the rows of the chosen groups, p of each, into minibatches of whole groups, and those into micro-batches.
 
     lengths, advantages, num_trained: [N]; num_trained None: every token is trained. A row without a trained token
     carries no gradient, nor one whose advantage is 0, without KL and balancing loss. shares_prompts: see Minibatch.
+    chosen: None for all groups.
     """
     group = cfg.num_generations
     lengths_of, prompts_of = lengths.tolist(), [prompt.token_ids for prompt in prompts]
@@ -83,8 +85,9 @@ def make_plan(
     carries = [bool(count > 0 and (every or gain != 0)) for count, gain in zip(counts, advantages, strict=True)]
     plan = []
     shares = shares_of(cfg, world_size)
-    for groups in split_evenly(len(prompts), cfg.num_minibatches):
-        rows = range(groups.start * group, groups.stop * group)
+    chosen = range(len(prompts)) if chosen is None else chosen
+    for part in split_evenly(len(chosen), cfg.num_minibatches):
+        rows = [p * group + g for p in chosen[part.start : part.stop] for g in range(group)]
         computed = [n for n in rows if carries[n]]
         if shares_prompts:
             cut = SharedPromptCut(prompts_of, lengths_of, group)

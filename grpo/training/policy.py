@@ -30,7 +30,7 @@ from grpo.training.schedule import learning_rate
 from grpo.training.skipped_updates import SkippedUpdate, count_skip
 from grpo.training.special_micro_batches import halves
 from grpo.training.user_surrogate import load_surrogate
-from grpo.types import Counters, MicroBatch, Pulse
+from grpo.types import Counters, Extra, MicroBatch, Pulse
 
 Result = TypeVar("Result")
 
@@ -48,6 +48,7 @@ class Policy:
         self.model = model
         self.surrogate, _ = load_surrogate(cfg)
         self.counters = Counters()
+        self.extras: dict[str, Extra] = {}  # by name
         self.last_lr = 0.0
         if cfg.gradient_checkpointing:
             enable_checkpointing(model)

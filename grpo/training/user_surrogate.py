@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.config.settings import Config, find_path
+from grpo.config.names import find_path
+from grpo.config.settings import Config
 from grpo.errors import UserError
 from grpo.rewards.functions import load_module
 from grpo.training.losses import LossInputs, Surrogate

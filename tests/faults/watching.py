@@ -67,9 +67,9 @@ def _record(fault: Fault) -> None:
     plain = train.rollout
     folder = Path(os.environ["GRPO_FAULTS_OUT"]) / "rollouts"
 
-    def rollout(engine: Any, prompts: Any, first_slot: int, cfg: Any, world: Any, *more: Any, **named: Any) -> Any:
-        completions = plain(engine, prompts, first_slot, cfg, world, *more, **named)
-        step = first_slot // len(prompts)
+    def rollout(engine: Any, prompts: Any, slots: Any, cfg: Any, world: Any, *more: Any, **named: Any) -> Any:
+        completions = plain(engine, prompts, slots, cfg, world, *more, **named)
+        step = slots[0] // len(prompts)
         folder.mkdir(parents=True, exist_ok=True)
         tokens = {str(c.row): [c.token_ids.tolist(), c.sampler_logprobs.tolist()] for c in completions}
         aside = folder / f".step_{step + 1}.rank_{world.rank}"

@@ -45,12 +45,12 @@ def _nan_logits(fault: Fault) -> None:
 
     plain = train.rollout
 
-    def rollout(engine: Any, prompts: Any, first_slot: int, cfg: Any, world: Any, *more: Any, **named: Any) -> Any:
-        if fault.step not in (None, first_slot // len(prompts) + 1):
-            return plain(engine, prompts, first_slot, cfg, world, *more, **named)
+    def rollout(engine: Any, prompts: Any, slots: Any, cfg: Any, world: Any, *more: Any, **named: Any) -> Any:
+        if fault.step not in (None, slots[0] // len(prompts) + 1):
+            return plain(engine, prompts, slots, cfg, world, *more, **named)
         handle = engine.model.get_output_embeddings().register_forward_hook(lambda *call: call[-1] * float("nan"))
         try:
-            return plain(engine, prompts, first_slot, cfg, world, *more, **named)
+            return plain(engine, prompts, slots, cfg, world, *more, **named)
         finally:
             handle.remove()
 
@@ -170,8 +170,8 @@ def _inject_rollouts(fault: Fault) -> None:
     import train
     from grpo.types import Completion
 
-    def rollout(engine: Any, prompts: Any, first_slot: int, cfg: Any, world: Any, *more: Any, **named: Any) -> Any:
-        rng = np.random.default_rng([cfg.seed, first_slot])
+    def rollout(engine: Any, prompts: Any, slots: Any, cfg: Any, world: Any, *more: Any, **named: Any) -> Any:
+        rng = np.random.default_rng([cfg.seed, slots[0]])
         completions = []
         for n in range(len(prompts) * cfg.num_generations):
             length = int(rng.integers(1, cfg.max_generate_length + 1))

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from grpo.checkpoints.resume import check_same_run, read_state
 from grpo.config.checks import check
-from grpo.config.settings import Config, model_name
+from grpo.config.names import model_name
+from grpo.config.settings import Config
 from grpo.errors import UserError
 from grpo.models.lora_checks import check_adapter
 from grpo.models.lora_files import base_of

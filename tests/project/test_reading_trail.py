@@ -36,6 +36,7 @@ SURROUNDINGS = {  # files that a step runs and that its reader may leave for ano
     "grpo/models/offload.py": "does nothing unless something is offloaded",
     "grpo/training/schedule.py": "the learning rate of an update",
     "grpo/training/rollout_metrics.py": "statistics of the table, for the log",
+    "grpo/training/draws.py": "one round of P prompts, unless filter_groups says more",
     "grpo/run/run.py": "folders and notices; not the algorithm",
     "grpo/run/log.py": "writes the step's line and metrics",
     "grpo/run/completions_log.py": "completions as text, and the metrics of reward functions",

@@ -16,7 +16,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from grpo.config.command_line import load_config
-from grpo.config.settings import Config, TrackerName, tracker_names
+from grpo.config.names import tracker_names
+from grpo.config.settings import Config, TrackerName
 from grpo.errors import UserError
 from grpo.rewards import RewardInput
 from grpo.run import trackers

@@ -167,7 +167,7 @@ def free_rollout(world: World, out: Path, **settings):
             injected_step(cfg, world, policy, step, 3, 0, Tally())
     engine = NativeEngine(sampler, [0, 9], cfg.max_generate_length, seed=cfg.seed)
     engine.load_weights(policy.weights())
-    completions = rollout(engine, prompts, 3, cfg, world)
+    completions = rollout(engine, prompts, range(3, 100), cfg, world)
     return {str(c.row): [c.token_ids.tolist(), c.sampler_logprobs.tolist(), c.finish] for c in completions}
 
 
@@ -268,7 +268,7 @@ def architecture_steps(world: World, out: Path, architecture: str, steps: int = 
     for step in range(steps):
         prompts, _, _ = injected(cfg, step)
         engine.load_weights(policy.weights())
-        completions = rollout(engine, prompts, step, cfg, world)
+        completions = rollout(engine, prompts, range(step, 100), cfg, world)
         facts = np.zeros((len(prompts) * group, 3))
         for c in completions:
             facts[c.row] = [len(c.token_ids), float((c.token_ids % 2 == 0).mean()), world.rank]
@@ -349,7 +349,7 @@ def counted_step(world: World, out: Path, seed: int = 0, **settings):
     for name in COLLECTIVES:
         setattr(torch.distributed, name, counting(name))
     tally = Tally()
-    completions = rollout(engine, prompts, 0, cfg, world)
+    completions = rollout(engine, prompts, range(100), cfg, world)
     even = lambda completion_ids, **_: [sum(i % 2 for i in ids) / 9 for ids in completion_ids]  # noqa: E731
     rewards = InProcess.of({"even": even})
     scored = Scoring(cfg, rewards, prompts, tiny_tokenizer(), print).finish(completions)

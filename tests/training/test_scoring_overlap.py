@@ -200,7 +200,7 @@ def test_memory_that_runs_out_gives_no_completion_twice(pool, in_process, tmp_pa
         plain_take(completions)
 
     scoring.take = take
-    completions = rollout(engine, prompts_in(tmp_path), 0, cfg, ALONE, scoring)
+    completions = rollout(engine, prompts_in(tmp_path), range(100), cfg, ALONE, scoring)
     scored = scoring.finish(completions)
     assert engine.fitting.halvings == 1 and [one.row for one in completions] == list(range(ROWS))
     assert any(when > 0 for when, _ in taken), "no row was final before memory ran out: the test shows nothing"
@@ -248,7 +248,7 @@ def test_rewards_are_called_while_others_are_sampled(pool, in_process, tmp_path,
     cfg = Config(num_generations=G, rollout_chunk_rows=2 * G, batch_size=ROWS // G)
     engine, reports = Holding(tmp_path / name, call, first), []
     scoring = scoring_of(pool, tmp_path, reports)
-    completions = rollout(engine, prompts_in(tmp_path), 0, cfg, ALONE, scoring)
+    completions = rollout(engine, prompts_in(tmp_path), range(100), cfg, ALONE, scoring)
     assert engine.came, "no reward was called before the rest was sampled"
     same(scoring.finish(completions), scoring_of(in_process, tmp_path, []).finish(completions))
 
@@ -260,7 +260,7 @@ def test_without_on_finished_all_is_scored_at_the_end(pool, tmp_path, monkeypatc
     engine = Holding(tmp_path / "row 12", 0, [2])
     scoring = scoring_of(pool, tmp_path, [])
     scoring.take = lambda completions: None
-    completions = rollout(engine, prompts_in(tmp_path), 0, cfg, ALONE, scoring)
+    completions = rollout(engine, prompts_in(tmp_path), range(100), cfg, ALONE, scoring)
     assert not engine.came and np.isfinite(scoring.finish(completions).scores[2, 0])
 
 

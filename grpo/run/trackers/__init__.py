@@ -12,7 +12,8 @@ import secrets
 from pathlib import Path
 from typing import Protocol
 
-from grpo.config.settings import Config, tracker_names
+from grpo.config.names import tracker_names
+from grpo.config.settings import Config
 from grpo.errors import UserError
 from grpo.run.trackers.jsonl import JsonLines
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.config.settings import Config, find_path
+from grpo.config.names import find_path
+from grpo.config.settings import Config
 from grpo.errors import UserError
 from grpo.forward.logprobs import Scorer
 from grpo.runtime.distributed import World
