@@ -89,4 +89,6 @@ def _check_choice_of_rows(cfg: Config) -> None:
     if ends is None and cfg.difficulty_rest != default.difficulty_rest:
         raise UserError(f"difficulty_rest: it needs difficulty_range, got {cfg.difficulty_rest}. Leave it out.")
     if ends is not None and not (len(ends) == 2 and -math.inf < ends[0] < ends[1] < math.inf):
-        raise UserError(f"difficulty_range: must be [low, high] with low < high, or null, got {ends}. Such as [0, 1].")
+        raise UserError(
+            f"difficulty_range: must be [low, high] with low < high, or null, got {ends}. Such as [0.1, 0.9]."
+        )

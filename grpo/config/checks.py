@@ -270,7 +270,8 @@ def check_kind(name: str, value: Any, kind: Any) -> None:
     limit = 2**63 if name == "seed" else MAX_WHOLE
     if whole and not -limit < value < limit:
         raise UserError(f"{name}: must be less than {limit}, got {str(value)[:30] if abs(value) < 10**40 else 'more'}.")
-    for text in [value] if isinstance(value, str) else [*value] if isinstance(value, (list, dict)) else []:
+    held = [*value] if isinstance(value, (list, dict)) else [value]
+    for text in (one for one in held if isinstance(one, str)):
         if not text.strip() and name not in MAY_BE_EMPTY:
             raise UserError(f"{name}: must not be empty. Say null to leave it out, where that is allowed.")
         if "\0" in text or (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)):
@@ -326,7 +327,8 @@ def in_words(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
     if origin is list:
-        return f"a list of {', '.join(map(str, typing.get_args(inner[0]))) or 'texts'}"
+        kinds = "numbers" if inner[0] is float else ", ".join(map(str, typing.get_args(inner[0]))) or "texts"
+        return f"a list of {kinds}"
     if kind in IN_WORDS:
         return IN_WORDS[kind]
     choices = [str(value) for one in inner if typing.get_origin(one) is Literal for value in typing.get_args(one)]

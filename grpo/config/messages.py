@@ -124,7 +124,7 @@ def _advice(text: str, kind: Any) -> str:
             return _did_you_mean(strange[0], _choices(kind)) or f"{strange[0][:MAX_SHOWN]} is none of them"
         if as_list != text and "\\" not in text and has_type(_parsed(as_list), kind):
             return f"Write {as_list}"
-        return "Write a list of texts in quotes"
+        return f"Write {in_words(of_list)}" + (" in quotes" if of_list == list[str] else "")
     if dict[str, str] in kinds and isinstance(_parsed(text), list):
         return "Write {name: file, …}"
     if str in kinds and not has_type(_parsed(text), kind):

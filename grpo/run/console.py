@@ -133,6 +133,8 @@ def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
         reward_of(metrics),
         f"length {metrics['completions/length_mean']:.1f}",
     ]
+    if "groups/drawn" in metrics:
+        parts.append(f"groups {metrics['groups/kept']:.0f} of {metrics['groups/drawn']:.0f}")
     if "kl" in metrics:
         parts.append(f"kl {rounded(metrics['kl'], 5):.5f}")
     parts.append(_gradient_of(metrics))

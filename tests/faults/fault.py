@@ -20,6 +20,7 @@ class Fault:
     step: int | None = None  # counted from 1; None: any
     value: float = 0.0  # seconds, rows, bytes, an errno: what `kind` needs
     times: int = 1  # fires at most so often in one process
+    after: int = 0  # times that its place is passed before it fires (faults at a phase)
 
 
 def as_json(faults: Sequence[Fault]) -> str:

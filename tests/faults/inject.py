@@ -29,7 +29,7 @@ def install(faults: Sequence[Fault], rank: int) -> None:
     unknown = [fault.kind for fault in mine if fault.kind not in (AT_A_PHASE if fault.phase else WRAPPED)]
     assert not unknown, f"no such fault: {unknown}"
     _remember_policies()
-    at_a_phase = [[fault, fault.times] for fault in mine if fault.phase]
+    at_a_phase = [[fault, fault.after + fault.times] for fault in mine if fault.phase]
     if at_a_phase:
         _wrap_heartbeat(at_a_phase)
     for fault in mine:
@@ -57,7 +57,8 @@ def _wrap_heartbeat(pending: list[list[Any]]) -> None:
             fault, left = entry
             if left and fault.phase == phase and fault.step in (None, step):
                 entry[1] -= 1
-                AT_A_PHASE[fault.kind](fault)
+                if left <= fault.times:
+                    AT_A_PHASE[fault.kind](fault)
 
     plain_beat = Heartbeat.__call__
 

@@ -69,7 +69,7 @@ def _record(fault: Fault) -> None:
 
     def rollout(engine: Any, prompts: Any, slots: Any, cfg: Any, world: Any, *more: Any, **named: Any) -> Any:
         completions = plain(engine, prompts, slots, cfg, world, *more, **named)
-        step = slots[0] // len(prompts)
+        step = slots[0] // len(prompts) if cfg.filter_groups == "keep" else slots[0]  # there a name for the round
         folder.mkdir(parents=True, exist_ok=True)
         tokens = {str(c.row): [c.token_ids.tolist(), c.sampler_logprobs.tolist()] for c in completions}
         aside = folder / f".step_{step + 1}.rank_{world.rank}"
