@@ -150,7 +150,8 @@ def logged_keys(tmp_path) -> set[str]:
     assert keys >= DECLARED
 
     source = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
-    literal = r"[\"']((?:reward|advantage|completions|groups|questions|clip|sampler_gap|guards|time|save|idle|eval|sft)/[a-z_/]+)[\"']"
+    first = "reward|advantage|completions|groups|questions|clip|sampler_gap|guards|time|save|idle|eval|sft"
+    literal = rf"[\"']((?:{first})/[a-z_/]+)[\"']"
     return keys | set(re.findall(literal, source))
 
 

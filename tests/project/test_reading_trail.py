@@ -30,6 +30,7 @@ SURROUNDINGS = {  # files that a step runs and that its reader may leave for ano
     "grpo/rewards/pool.py": "passes the calls to reward workers",
     "grpo/forward/arguments.py": "leaves out arguments that a forward does not take",
     "grpo/forward/modes.py": "training mode for single modules",
+    "grpo/forward/recomputed.py": "saves memory in the backward; the model computes what it computed before",
     "grpo/rollout/chunks.py": "cuts rows into chunks; any cut gives the same numbers",
     "grpo/runtime/shares.py": "cuts work into parts, as many for each rank",
     "grpo/rollout/prefill.py": "lists the distinct prompts for the plain cache",
