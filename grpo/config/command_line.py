@@ -11,12 +11,12 @@ import typing
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import yaml
 
-from grpo.config.algorithm import PRESETS, preset_notice
+from grpo.config.algorithm import NAMED, PRESETS, is_known, preset_notice
 from grpo.config.checks import check, field_names
 from grpo.config.exit_file import output_dir_of, write_exit
 from grpo.config.messages import MANY_DIGITS, meant, setting_error
@@ -141,6 +141,11 @@ def _parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str, An
             parsed = vars(parser.instantiate(parser.parse_args(argv)))
     except (jsonargparse.ArgumentError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise setting_error(error, argv, SETTING_KINDS, parser.prog) from None
+    for name, value in parsed.items():
+        setting = OLD_NAMES.get(name, name)
+        if NAMED.get(setting) and isinstance(value, str) and not is_known(setting, value):
+            kinds = {**SETTING_KINDS, name: Literal[NAMED[setting]]}  # those of its values that have a name
+            raise setting_error(ValueError(f'Parser key "{name}": value: {value}'), argv, kinds, parser.prog)
     return {name: value for name, value in parsed.items() if name != "config"}
 
 
