@@ -70,7 +70,7 @@ def tiny_table(cfg: Config) -> Table:
     scores[G : 2 * G] = 1.0
     rewards: np.ndarray = scores @ np.array(weights)
     scores[-1], rewards[-1] = np.nan, np.nan
-    facts = {name: np.zeros(3 * G) for name in FACTS}
+    facts: dict[str, np.ndarray] = {name: np.zeros(3 * G) for name in FACTS}
     facts["length"] = facts["trained"] = 1.0 + rows % min(3, cfg.max_generate_length)
     facts["stopped"] = (rows % 3 > 0) * 1.0
     return Table(names, scores, rewards, facts, G, reward_weights=weights)
