@@ -273,7 +273,7 @@ def test_a_users_surrogate_is_trained_on_like_ours(tmp_path):
 def test_the_worked_example_of_the_page_passes_the_check(tmp_path):
     """docs/algorithms.md, as printed; its bound is smooth, so a ratio at 1 keeps the gradient of the plain ratio."""
     page = (PROJECT / "docs" / "algorithms.md").read_text(encoding="utf-8")
-    [code] = re.findall(r"```python\n(.*?)```", page, re.S)
+    [code] = re.findall(r"`my_loss.py`:\n\n```python\n(.*?)```", page, re.S)
     (tmp_path / "my_loss.py").write_text(code)
     cfg = Config(surrogate=f"{tmp_path}/my_loss.py:soft_clip")
     surrogate, source = load_surrogate(cfg)
