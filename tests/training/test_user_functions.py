@@ -85,12 +85,16 @@ def test_a_step_is_trained_with_the_weights_of_the_function(tmp_path):
 
 
 def test_an_advantage_gets_the_step_as_a_grid_and_rows_without_a_reward_get_0(tmp_path):
-    body = "return rewards - np.nanmean(rewards, 1, keepdims=True) + 0 * scores['b_reward'] + 1000.0 * lengths"
+    """The function returns a number for those rows too."""
+    body = (
+        "return np.nan_to_num(rewards - np.nanmean(rewards, 1, keepdims=True) + scores['b_reward']) + 1000.0 * lengths"
+    )
     cfg = own(tmp_path, "advantage", body)
     assert "advantage_source" in check_functions(cfg)
     table = tiny_table(cfg)
     rewards, lengths = table.grouped, table.lengths.reshape(table.grouped.shape)
-    expected = rewards - np.nanmean(rewards, 1, keepdims=True) + 1000 * lengths
+    given = table.scores[:, 1].reshape(rewards.shape)
+    expected = rewards - np.nanmean(rewards, 1, keepdims=True) + given + 1000 * lengths
     found = advantages_of(table, cfg).reshape(rewards.shape)
     assert np.isnan(rewards[2, -1]) and found[2, -1] == 0.0
     known = ~np.isnan(rewards)
