@@ -32,17 +32,17 @@ from grpo.training.exchange import deliver
 from grpo.training.load_policy import load_policy, load_rollout_model
 from grpo.training.minibatches import make_plan
 from grpo.training.scoring import Scoring, gather
-from grpo.training.user_surrogate import load_surrogate
+from grpo.training.user_table_functions import check_functions
 
 
 def train(cfg: Config, world: World) -> None:
     """Assemble the parts, then run one loop: P prompts a step, G completions of each, N = P*G rows."""
     run = Run(cfg, world)
-    _, surrogate_source = load_surrogate(cfg)  # checked on a tiny batch before anything large is loaded
+    own_sources = check_functions(cfg)  # of the user's own, on tiny inputs, before anything large is loaded
     task = load_task(cfg, run.kept())  # tokenizer, recipe, questions, held-out questions
     columns = [question.columns for question in task.questions.items]
     rewards = open_checked_rewards(cfg, columns, world.is_main)  # in worker processes
-    run.identify(task.questions, rewards.rewards, task.tokenizer, surrogate_source=surrogate_source)
+    run.identify(task.questions, rewards.rewards, task.tokenizer, **own_sources)
     resumed = run.resume_point()  # a checkpoint folder, or None
     policy = load_policy(cfg, world, resumed)  # the trained model, its optimizer, its reference
     check_lengths(policy.model, cfg.max_prompt_length, cfg.max_generate_length)

@@ -6,10 +6,10 @@ from typing import Any
 from grpo.config.settings import Config
 from grpo.errors import UserError
 
-PRESETS: dict[str, dict[str, Any]] = {  # what the setting `algorithm` sets; docs/losses.md has the papers
+PRESETS: dict[str, dict[str, Any]] = {  # what the setting `algorithm` sets; docs/algorithms.md has the papers
     "grpo": {},
     "dr_grpo": {"weighting": "dr_grpo", "scale_rewards": "none"},
-    "dapo": {"weighting": "dapo", "clip_eps_high": 0.28},
+    "dapo": {"weighting": "dapo", "clip_eps_high": 0.28, "filter_groups": "resample"},
     "gspo": {"ratio": "sequence", "clip_eps": 3e-4, "clip_eps_high": 4e-4},
     "cispo": {"surrogate": "cispo", "weighting": "dapo", "clip_eps_high": 4.0},
     "sapo": {"surrogate": "sapo"},
@@ -18,6 +18,13 @@ PRESETS: dict[str, dict[str, Any]] = {  # what the setting `algorithm` sets; doc
     "gdpo": {"normalize_each_reward": True, "baseline": "batch", "scale_rewards": "batch"},
 }
 TABLE = ("ppo_clip", "cispo", "sapo", "reinforce")  # surrogates by name; others are the user's own
+NAMED = {  # settings that take one of these names, or a function of the user's own as path.py:function
+    "surrogate": TABLE,
+    "weighting": ("grpo", "dapo", "dr_grpo"),
+    "advantage": (),
+    "group_filter": ("zero_variance",),
+}
+REPLACED = ("baseline", "scale_rewards", "normalize_each_reward", "advantage_clip")  # by the setting advantage
 USED_BY = {  # settings of the surrogates that read them
     "clip_eps": ("ppo_clip", "cispo"),
     "clip_eps_high": ("ppo_clip", "cispo"),
@@ -46,6 +53,9 @@ def preset_notice(cfg: Config) -> str | None:
 def check_algorithm(cfg: Config) -> None:
     """Raises UserError for a setting without effect, or beyond what it can be."""
     default = Config()
+    for name in NAMED:
+        if getattr(cfg, name) is not None:
+            check_function(name, getattr(cfg, name))
     for name, users in USED_BY.items():
         value = getattr(cfg, name)
         own_clip = cfg.surrogate not in TABLE and name.startswith("clip_eps")  # may be read by the function's author
@@ -74,8 +84,29 @@ def check_algorithm(cfg: Config) -> None:
             f"{cfg.max_importance_weight:g}: weights outside 1 / it to it are 0."
         )
     _check_choice_of_rows(cfg)
+    for name in REPLACED if cfg.advantage is not None else ():
+        if getattr(cfg, name) != getattr(default, name):
+            raise UserError(
+                f"{name}: the function of advantage takes its place, got {getattr(cfg, name)}. Leave one of them out."
+            )
     if cfg.weighting == "dr_grpo" and cfg.scale_rewards == "batch":
         raise UserError("scale_rewards: weighting dr_grpo implies none, got batch. Leave one of them out.")
+
+
+def is_known(setting: str, value: str) -> bool:
+    """Whether the value of a setting of NAMED is one of its names, or may be path.py:function.
+
+    >>> is_known("weighting", "dapo"), is_known("weighting", "my.py:f"), is_known("weighting", "bnpo")
+    (True, True, False)
+    """
+    return value in NAMED[setting] or bool(value.rpartition(":")[0])
+
+
+def check_function(setting: str, value: str) -> None:
+    """Raises UserError for the value of a setting of NAMED that can be neither a name nor path.py:function."""
+    if not is_known(setting, value):
+        names = f"one of {', '.join(NAMED[setting])}, or " if NAMED[setting] else ""
+        raise UserError(f"{setting}: must be {names}path/to/file.py:function, got {value[:60]!r}.")
 
 
 def _check_choice_of_rows(cfg: Config) -> None:
@@ -85,6 +116,8 @@ def _check_choice_of_rows(cfg: Config) -> None:
         raise UserError(f"max_rounds: must be >= 2, got {cfg.max_rounds}. For one round say filter_groups drop.")
     if cfg.max_rounds != default.max_rounds and cfg.filter_groups != "resample":
         raise UserError(f"max_rounds: it acts with filter_groups resample, got {cfg.filter_groups}. Leave it out.")
+    if cfg.group_filter != default.group_filter and cfg.filter_groups == "keep":
+        raise UserError("group_filter: it acts with filter_groups drop or resample, got keep. Leave it out.")
     ends = cfg.difficulty_range
     if ends is None and cfg.difficulty_rest != default.difficulty_rest:
         raise UserError(f"difficulty_rest: it needs difficulty_range, got {cfg.difficulty_rest}. Leave it out.")

@@ -9,18 +9,19 @@ import re
 import sys
 import typing
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import yaml
 
-from grpo.config.algorithm import PRESETS, preset_notice
+from grpo.config.algorithm import NAMED, PRESETS, is_known, preset_notice
 from grpo.config.checks import check, field_names
 from grpo.config.exit_file import output_dir_of, write_exit
 from grpo.config.messages import MANY_DIGITS, meant, setting_error
 from grpo.config.names import OLD_NAMES, find_path
+from grpo.config.origins import COMMAND_LINE, commented, origins_of, origins_of_stage, short_path
 from grpo.config.settings import DEMO, SCALING, Config
 from grpo.config.sft_section import (
     OF_ROLLOUTS,
@@ -42,20 +43,25 @@ SETTING_KINDS |= {old: SETTING_KINDS[new] for old, new in OLD_NAMES.items()}
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Reads YAML files as UTF-8, whatever the locale's encoding is."""
+    """Reads YAML files as UTF-8, whatever the locale's encoding is; --print_config says where values come from."""
+
+    origins: Mapping[str, str] = {}  # of settings that were given
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         return self.parse_string(Path(path).read_text(encoding="utf-8"), str(path), *args, **kwargs)
 
     def dump(self, cfg: Any, *args: Any, **kwargs: Any) -> str:
         """What --print_config prints: a setting that may be written in two ways is shown in one, as Config holds it."""
+        cfg, origins = cfg.clone(), dict(self.origins)
         if isinstance(getattr(cfg, "scale_rewards", None), bool):
-            cfg = cfg.clone()
             cfg.scale_rewards = SCALING[cfg.scale_rewards]
-        return super().dump(cfg, *args, **kwargs)
+        for old, new in OLD_NAMES.items():
+            if old in cfg and new not in origins:
+                cfg[new], origins[new] = cfg.pop(old), origins.get(old, "")
+        return commented(super().dump(cfg, *args, **kwargs), origins)
 
 
-def _parser() -> jsonargparse.ArgumentParser:
+def _parser() -> _Parser:
     parser = _empty_parser(
         "train.py",
         "GRPO training. Defaults < --config file.yaml < --key value. --show_prompt N prints the prompt of question N, "
@@ -70,7 +76,7 @@ def _parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def _sft_parser() -> jsonargparse.ArgumentParser:
+def _sft_parser() -> _Parser:
     parser = _empty_parser(
         "python -m grpo.sft",
         "Supervised training before GRPO. Defaults < --config file.yaml < its sft section < --key value. "
@@ -81,7 +87,7 @@ def _sft_parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def _empty_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
+def _empty_parser(prog: str, description: str) -> _Parser:
     parser = _Parser(
         prog=prog,
         description=description,
@@ -104,8 +110,9 @@ def load_config(argv: list[str]) -> tuple[Config, str | None]:
         notice = "No --config, --model or --data given: running the demo, configs/demo.yaml."
         argv = ["--config", str(DEMO), *argv]
     argv = _files_first(argv)
-    parser = _parser()
-    parser.set_defaults(PRESETS.get(_last_value("algorithm", argv), {}))
+    parser, algorithm = _parser(), _last_value("algorithm", argv)
+    parser.set_defaults(PRESETS.get(algorithm, {}))
+    parser.origins = origins_of(_places(argv), dict.fromkeys(PRESETS.get(algorithm, {}), f"algorithm: {algorithm}"))
     values = _new_names(_parse(parser, argv), argv)
     _name_run(values, argv, "grpo")
     section = values.pop("sft")
@@ -127,9 +134,11 @@ def load_sft_config(argv: list[str]) -> tuple[Config, str | None]:
     section = values.pop("sft")
     check_section(section)
     _name_run(values, files, "grpo")
-    parser = _sft_parser()
-    parser.set_defaults(stage_values(values, section))
-    return stage_config(_parse(parser, argv[len(files) :])), None
+    parser, rest = _sft_parser(), argv[len(files) :]
+    stage = stage_values(values, section)
+    parser.set_defaults(stage)
+    parser.origins = origins_of(_places(rest), origins_of_stage(origins_of(_places(files), {}), stage, section))
+    return stage_config(_parse(parser, rest)), None
 
 
 def _parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str, Any]:
@@ -141,6 +150,11 @@ def _parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str, An
             parsed = vars(parser.instantiate(parser.parse_args(argv)))
     except (jsonargparse.ArgumentError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise setting_error(error, argv, SETTING_KINDS, parser.prog) from None
+    for name, value in parsed.items():
+        setting = OLD_NAMES.get(name, name)
+        if NAMED.get(setting) and isinstance(value, str) and not is_known(setting, value):
+            kinds = {**SETTING_KINDS, name: Literal[NAMED[setting]]}  # those of its values that have a name
+            raise setting_error(ValueError(f'Parser key "{name}": value: {value}'), argv, kinds, parser.prog)
     return {name: value for name, value in parsed.items() if name != "config"}
 
 
@@ -163,7 +177,7 @@ def _refuse_repeated_keys(argv: list[str]) -> None:
 
 def _new_names(values: dict[str, Any], argv: list[str]) -> dict[str, Any]:
     """Settings that were given by an old name, under the present one. Raises UserError when both names were used."""
-    given = {name for name, _ in _given(argv)}
+    given = {name for name, _, _ in _given(argv)}
     for old, new in OLD_NAMES.items():
         if old not in values:
             continue
@@ -174,8 +188,11 @@ def _new_names(values: dict[str, Any], argv: list[str]) -> dict[str, Any]:
     return values
 
 
-def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
-    """Names and texts of the settings that files and the command line have, in the order in which they win."""
+def _given(argv: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Names and texts of the settings that files and the command line have, and the place of each; the last one wins.
+
+    A place is a file's path, or "command line".
+    """
     for arg, after in zip(argv, [*argv[1:], ""]):
         name, equals, value = arg.removeprefix("--").partition("=")
         if arg == "--config":
@@ -184,14 +201,19 @@ def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
             except yaml.YAMLError:
                 continue  # said where the file is parsed
             pairs = root.value if isinstance(root, yaml.MappingNode) else []
-            yield from ((key.value, str(value.value)) for key, value in pairs)
+            yield from ((key.value, str(value.value), short_path(after)) for key, value in pairs)
         elif arg.startswith("--"):
-            yield name, value if equals else after
+            yield name, value if equals else after, COMMAND_LINE
+
+
+def _places(argv: list[str]) -> list[tuple[str, str]]:
+    """Name and place of each setting that is given."""
+    return [(name, place) for name, _, place in _given(argv)]
 
 
 def _last_value(name: str, argv: list[str]) -> str:
     """The text that a setting has; empty: it is not given."""
-    return ([""] + [value for given, value in _given(argv) if given == name])[-1]
+    return ([""] + [value for given, value, _ in _given(argv) if given == name])[-1]
 
 
 def _name_run(values: dict[str, Any], argv: list[str], default: str) -> None:

@@ -131,6 +131,8 @@ def _advice(text: str, kind: Any) -> str:
         return f"Write it in quotes: {chr(34)}{text[:MAX_SHOWN]}{chr(34)}"
     if {int, float} & set(kinds):
         return _advice_on_number(text, float in kinds)
+    if text.endswith(".py"):
+        return f"Write {text[:MAX_SHOWN]}:FUNCTION"
     return _did_you_mean(text, _choices(kind))
 
 

@@ -135,14 +135,14 @@ class Config:
 
     # --- the algorithm
     algorithm: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "reinforce_pp", "gdpo"] | None = None
-    """Fills settings below as a paper has them (docs/losses.md); those that you give win. null: none."""
+    """Fills settings below as a paper has them (docs/algorithms.md); those that you give win. null: none."""
     surrogate: str = "ppo_clip"
-    """Loss of each token: ppo_clip, cispo, sapo, reinforce, or your own path.py:function (docs/losses.md)."""
+    """Loss of each token: ppo_clip, cispo, sapo, reinforce, or your own path.py:function (docs/algorithms.md)."""
     ratio: Literal["token", "sequence", "sequence_token"] = "token"
     """Probability ratio of each token, or of the sequence (GSPO); sequence_token: the latter, gradients by token."""
-    weighting: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
-    """grpo: mean over rows of the row's token mean. dapo: global token mean. dr_grpo: sum over a constant length.
-    Its old name is loss."""
+    weighting: str = "grpo"
+    """grpo: mean over rows of the row's token mean. dapo: global token mean. dr_grpo: sum over a constant length. Or
+    your own path.py:function (docs/algorithms.md). Its old name is loss."""
     clip_eps: float = 0.2
     """PPO clip below: ratio >= 1 - clip_eps."""
     clip_eps_high: float | None = None
@@ -156,9 +156,9 @@ class Config:
     beta: float = 0.0
     """Coefficient of the KL to the frozen starting model; 0: no reference is loaded."""
     kl_estimator: Literal["k3", "k2", "k3_weighted"] = "k3"
-    """Estimate of that KL (docs/losses.md); k3_weighted: k3 times the ratio, TRL's use_bias_correction_kl."""
+    """Estimate of that KL (docs/algorithms.md); k3_weighted: k3 times the ratio, TRL's use_bias_correction_kl."""
     router_aux_loss_coef: float = 0.0
-    """Coefficient of the load-balancing loss of a mixture of experts, over each row (docs/losses.md); 0: off."""
+    """Coefficient of the load-balancing loss of a mixture of experts, over each row (docs/algorithms.md); 0: off."""
     baseline: Literal["group", "leave_one_out", "batch"] = "group"
     """What advantages are measured from: the mean reward of the group, of its others (RLOO), or of all rows."""
     scale_rewards: Literal["group", "batch", "none"] | bool = "group"
@@ -166,13 +166,17 @@ class Config:
     implies none."""
     normalize_each_reward: bool = False
     """Centre and scale each reward in its group before the weighted sum (GDPO)."""
+    advantage: str | None = None
+    """Your own path.py:function in place of baseline, scale_rewards and normalize_each_reward; null: those."""
     advantage_clip: float = 10.0
     """Largest absolute advantage, where it is divided by a standard deviation; others are not clipped."""
     truncated: Literal["train", "mask"] = "train"
     """mask: completions cut at max_generate_length carry no loss; their rewards still count in their group."""
     filter_groups: Literal["keep", "drop", "resample"] = "keep"
-    """Groups whose rewards are all equal: keep them in the denominators, drop them, or draw others in their place until
+    """Groups that group_filter refuses: keep them in the denominators, drop them, or draw others in their place until
     a step has its P groups (DAPO's dynamic sampling)."""
+    group_filter: str = "zero_variance"
+    """Which groups drop and resample leave out: those whose rewards are all equal, or by your own path.py:function."""
     max_rounds: int = 10
     """With resample: most rounds of drawing in a step, >= 2; then it trains on the groups that there are."""
     difficulty_range: list[float] | None = None
@@ -185,7 +189,7 @@ class Config:
         "token_truncate"
     )
     """Importance weight that corrects a sampler whose log-probs differ from the trainer's: of a token or a sequence,
-    cut at max_importance_weight, or 0 outside 1 / max_importance_weight to max_importance_weight (docs/losses.md)."""
+    cut at max_importance_weight, or 0 outside 1 / max_importance_weight to it (docs/algorithms.md)."""
     max_importance_weight: float = 2.0
     """Limit of the importance weight; > 0, with a mask > 1."""
 

@@ -4,7 +4,8 @@
     filter_groups drop       the same; groups that the filter refuses leave the loss and its denominators
     filter_groups resample   further rounds until P groups are kept, max_rounds at most (DAPO, arXiv 2503.14476, eq. 11)
 
-The filter refuses groups whose rewards are all equal: they have no advantage. Prompts are taken in the order of the
+`group_filter` names the filter. zero_variance refuses groups whose rewards are all equal: they have no advantage; a
+function of the user's own may refuse others (user_table_functions.py). Prompts are taken in the order of the
 run's stream; `Counters.drawn` is the next place, so a resumed run goes on there. After each round every rank has the
 same table, takes the same decision and keeps the first P groups of the stream, never those that were finished first.
 A further round draws as many prompts as are likely to be needed, by the share that was kept in this step so far.
@@ -24,6 +25,7 @@ from grpo.training.difficulty import Difficulty
 from grpo.training.metrics import Tally, declare
 from grpo.training.policy import Policy
 from grpo.training.scoring import Scored, advantages_of
+from grpo.training.user_table_functions import load_group_filter
 from grpo.types import Counters, Prompt, Table
 
 GroupFilter = Callable[[Table], np.ndarray]
@@ -33,6 +35,11 @@ GroupFilter = Callable[[Table], np.ndarray]
 def varied_groups(table: Table) -> np.ndarray:
     """[P] bool: groups whose rewards give an advantage to some row."""
     return (group_advantages(table.grouped) != 0).any(-1)
+
+
+def filter_of(cfg: Config) -> GroupFilter:
+    """The filter that `group_filter` names. Raises UserError."""
+    return varied_groups if cfg.group_filter == "zero_variance" else load_group_filter(cfg)
 
 
 class Stream:
@@ -69,9 +76,9 @@ class Stream:
 class Draws:
     """The prompts of one step, and what was sampled for them; rows n = p*G + g count over all rounds."""
 
-    def __init__(self, stream: Stream, drawn: int, keeps: GroupFilter = varied_groups):
-        """drawn: the first place of the stream that is free."""
-        self.cfg, self.stream, self.keeps = stream.cfg, stream, keeps
+    def __init__(self, stream: Stream, drawn: int, keeps: GroupFilter | None = None):
+        """drawn: the first place of the stream that is free. keeps: None: the filter that `group_filter` names."""
+        self.cfg, self.stream, self.keeps = stream.cfg, stream, keeps or filter_of(stream.cfg)
         self.drawn = drawn
         self.wanted = prompts_per_step(self.cfg)  # prompts to draw in the next round; 0: there is none
         self.rounds = 0

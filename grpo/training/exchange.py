@@ -9,9 +9,9 @@ from grpo.config.settings import Config
 from grpo.rollout.sampling import sampling_of
 from grpo.runtime.distributed import World
 from grpo.training.collate import collate
-from grpo.training.losses import row_weights
 from grpo.training.minibatches import Minibatch, trainers_of
 from grpo.training.special_micro_batches import even_out
+from grpo.training.user_table_functions import load_weighting
 from grpo.types import Completion, MicroBatch, Prompt, Table, TrainRow
 
 
@@ -125,7 +125,7 @@ def deliver(
     train_rows = {n: TrainRow(n, prompt_of[n], advantage=float(advantages[n]), **vars(payloads[n])) for n in payloads}
     batches = []
     for minibatch in plan:
-        weights = row_weights(cfg.weighting, [int(num_trained[n]) for n in minibatch.rows], cfg.max_generate_length)
+        weights = load_weighting(cfg)([int(num_trained[n]) for n in minibatch.rows], cfg.max_generate_length)
         weight_of = dict(zip(minibatch.rows, weights, strict=True))
         mine = [
             collate([train_rows[n] for n in rows], weight_of, world.device, flat=minibatch.shares_prompts)

@@ -6,7 +6,7 @@
     c_t     = min(exp(old_t - sampler_t), max_importance_weight)         sampler_correction.py
 
 `surrogate` chooses s, here or in surrogates.py, and `weighting` w; `kl_estimator` may put k2, or k3 times the ratio, in
-k3's place (docs/losses.md). `ratio` chooses whether r_t is of the token or of its row (GSPO, arXiv 2507.18071, eq. 7).
+k3's place (docs/algorithms.md). `ratio` chooses whether r_t is of the token or its row (GSPO, arXiv 2507.18071, eq. 7).
 
     ppo_clip  -min(min(r_t, r_max) * A, clip(r_t, 1 - eps_low, 1 + eps_high) * A)          arXiv 2402.03300, eq. 3
               r_t = exp(clamp(logp_t - old_t, +-20)), r_max = clip_ratio_max               arXiv 1912.09729, eq. 5

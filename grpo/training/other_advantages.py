@@ -6,6 +6,8 @@
     normalize_each_reward    each function's scores centred and scaled in their group, before the weighted sum
                                                                        GDPO, arXiv 2601.05242, with both of batch
 
+With the setting `advantage` all of this is a function of the user's own (user_table_functions.py).
+
 With baseline batch a group whose rewards are all equal has an advantage, unless all rows are equal. Rounding, floors
 and clipping are those of advantages.py.
 """
@@ -14,11 +16,14 @@ import numpy as np
 
 from grpo.config.settings import Config, scales_advantages
 from grpo.training.advantages import STD_EPS, STD_FLOOR, equal_groups
+from grpo.training.user_table_functions import own_advantages
 from grpo.types import Table
 
 
 def other_advantages(table: Table, cfg: Config) -> np.ndarray:
-    """[P, G] advantages of a step by `baseline`, `scale_rewards` and `normalize_each_reward`."""
+    """[P, G] advantages of a step by `advantage`, or `baseline`, `scale_rewards` and `normalize_each_reward`."""
+    if cfg.advantage is not None:
+        return own_advantages(table, cfg)
     rewards = table.grouped
     if cfg.normalize_each_reward:
         scores = normalize_each(table.scores.reshape(*rewards.shape, -1))

@@ -225,6 +225,6 @@ def check_failures(cfg: Config, faults: np.ndarray, names: Sequence[str]) -> Non
 
 def advantages_of(table: Table, cfg: Config) -> np.ndarray:
     """[N] advantages over whole groups; 0 for rows without a reward."""
-    if cfg.baseline == "group" and cfg.scale_rewards != "batch" and not cfg.normalize_each_reward:
+    if cfg.baseline == "group" and cfg.scale_rewards != "batch" and not (cfg.advantage or cfg.normalize_each_reward):
         return group_advantages(table.grouped, scales_advantages(cfg), cfg.advantage_clip).ravel()
     return other_advantages(table, cfg).ravel()

@@ -9,81 +9,63 @@ process. Weighting, KL term and importance weight are applied to its result, as 
 """
 
 import functools
-import importlib.util
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo.config.names import find_path
+from grpo.config.algorithm import check_function
 from grpo.config.settings import Config
-from grpo.errors import UserError
-from grpo.rewards.functions import load_module
 from grpo.training.losses import LossInputs, Surrogate
 from grpo.training.metrics import declare
 from grpo.training.surrogates import SURROGATES
+from grpo.training.user_functions import UserFunction, load_user_function
 
 METRIC_NAME = re.compile(r"[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*)*")
 
 
 def load_surrogate(cfg: Config) -> tuple[Surrogate, str]:
     """The surrogate, checked on a tiny batch, and the source text of a user's own file, else "". Raises UserError."""
+    check_function("surrogate", cfg.surrogate)
+    if cfg.surrogate in SURROGATES:
+        return SURROGATES[cfg.surrogate], ""
     return _load(cfg.surrogate, cfg.beta > 0)
 
 
-@functools.cache  # a file is read once in a run, even if it changes later
+@functools.cache
 def _load(setting: str, with_reference: bool) -> tuple[Surrogate, str]:
-    file, _, name = setting.rpartition(":")
-    if not file:
-        if name not in SURROGATES:
-            raise UserError(
-                f"surrogate: must be one of {', '.join(SURROGATES)}, or path/to/file.py:function, got {name[:60]!r}."
-            )
-        return SURROGATES[name], ""
-    path = find_path(file)
-    if path is None or not path.is_file() or path.suffix != ".py":
-        raise UserError(f"surrogate: no such Python file {file[:200]!r}. Write path/to/file.py:function.")
-    try:
-        text = importlib.util.decode_source(path.read_bytes())
-        function = getattr(load_module(f"surrogate_from_{path.stem}", str(path), text), name, None)
-    except Exception as error:
-        raise UserError(f"surrogate: {file} cannot be imported: {type(error).__name__}: {error}.") from None
-    if not callable(function):
-        raise UserError(f"surrogate: {file} has no function {name[:60]!r}. Write path/to/file.py:function.")
-
-    def call(inputs: LossInputs) -> Any:
-        return function(
-            logprobs=inputs.logprobs,
-            old_logprobs=inputs.old_logprobs,
-            ref_logprobs=inputs.ref_logprobs,
-            sampler_logprobs=inputs.sampler_logprobs,
-            advantages=inputs.advantages,
-            mask=inputs.trained,
-        )
+    function = load_user_function("surrogate", setting)
 
     def own(inputs: LossInputs, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, metrics = call(inputs)
+        loss, metrics = function.function(**_arguments(inputs))  # an error of memory must stay one
         return loss, {f"surrogate/{name}": values for name, values in metrics.items()}
 
-    declare(means=[f"surrogate/{name}" for name in _check(call, setting, with_reference)])
-    return own, text
+    declare(means=[f"surrogate/{name}" for name in _check(function, with_reference)])
+    return own, function.source
 
 
-def _check(call: Callable[[LossInputs], Any], setting: str, with_reference: bool) -> list[str]:
+def _arguments(inputs: LossInputs) -> dict[str, Tensor | None]:
+    return dict(
+        logprobs=inputs.logprobs,
+        old_logprobs=inputs.old_logprobs,
+        ref_logprobs=inputs.ref_logprobs,
+        sampler_logprobs=inputs.sampler_logprobs,
+        advantages=inputs.advantages,
+        mask=inputs.trained,
+    )
+
+
+def _check(function: UserFunction, with_reference: bool) -> list[str]:
     """Call it once on 2 rows of 3 tokens. Returns the names of its metrics. Raises UserError when it cannot train."""
     logprobs = torch.tensor([[-1.0, -2.0, -0.5], [-0.3, -1.5, -3.0]], requires_grad=True)
     old = torch.tensor([[-1.1, -1.9, -0.5], [-0.4, -1.5, -2.8]])
     trained = torch.tensor([[True, True, False], [True, True, True]])
     inputs = LossInputs(logprobs, old, old - 0.1 if with_reference else None, old, torch.tensor([1.0, -0.5]), trained)
-    try:
-        returned = call(inputs)
-    except Exception as error:
-        raise UserError(f"surrogate: {setting} raised {type(error).__name__}: {error}. Fix it.") from None
+    returned = function.call(**_arguments(inputs))
     problem = _problem(returned, inputs)
     if problem:
-        raise UserError(f"surrogate: {setting} {problem} See docs/losses.md.")
+        raise function.wrong(problem)
     return list(returned[1])
 
 

@@ -54,7 +54,7 @@ def test_the_supervised_stage_reads_the_same_file(tmp_path):
 def test_names_and_tables_are_complete():
     [names, _] = typing.get_args(typing.get_type_hints(Config)["algorithm"])
     assert set(typing.get_args(names)) == set(PRESETS) and set(TABLE) == set(SURROGATES)
-    page = (PROJECT / "docs" / "losses.md").read_text(encoding="utf-8")
+    page = (PROJECT / "docs" / "algorithms.md").read_text(encoding="utf-8")
     for name, preset in PRESETS.items():
         check(Config(model="m", data="d", rewards={"mark_reward": 1.0}, algorithm=name, **preset))
         [line] = [line for line in page.splitlines() if line.startswith(f"| `{name}` |") and "arXiv" in line][:1]

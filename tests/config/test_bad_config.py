@@ -223,7 +223,8 @@ def test_scale_rewards_has_two_names_for_each_value_and_one_form(tmp_path, capsy
     assert scales_advantages(from_file) is (held == "group")
     with pytest.raises(SystemExit) as ended:
         load_config(["--config", str(file), "--print_config"])
-    assert ended.value.code == 0 and f"\nscale_rewards: {held}\n" in capsys.readouterr().out
+    line = f"\nscale_rewards: {held}" + (f"  # {file}" if held != "group" else "") + "\n"
+    assert ended.value.code == 0 and line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["1", "null", "maybe", "[group]"])

@@ -358,6 +358,7 @@ def test_what_is_not_carried_over_is_named_and_what_changes_nothing_is_not():
         ),
         ({"loss_type": "sapo", "epsilon": 0.1}, {"surrogate": "sapo", "weighting": "grpo", "clip_eps": None}),
         ({"importance_sampling_level": "sequence", "epsilon": 3e-4}, {"ratio": "sequence", "clip_eps": 3e-4}),
+        ({"loss_type": "dapo"}, {"weighting": "dapo", "algorithm": None, "filter_groups": None}),  # theirs: no sampling
         ({"delta": 4.0}, {"clip_ratio_max": 4.0}),
         ({"beta": 0.1}, {"kl_estimator": "k3_weighted"}),
         ({"beta": 0.1, "use_bias_correction_kl": False}, {"kl_estimator": None}),

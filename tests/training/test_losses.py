@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo.config.algorithm import NAMED
 from grpo.config.command_line import load_config
 from grpo.config.settings import Config
 from grpo.errors import UserError
@@ -55,7 +56,7 @@ def test_each_backend_is_a_file_of_its_name():
 
 def test_every_allowed_weighting_has_its_entry():
     """Else an allowed name would end in a KeyError in the first step."""
-    assert set(typing.get_args(typing.get_type_hints(Config)["weighting"])) == set(WEIGHTINGS)
+    assert set(NAMED["weighting"]) == set(WEIGHTINGS)
     assert Config().surrogate in SURROGATES
 
 
@@ -270,9 +271,9 @@ def test_a_users_surrogate_is_trained_on_like_ours(tmp_path):
 
 
 def test_the_worked_example_of_the_page_passes_the_check(tmp_path):
-    """docs/losses.md, as printed; its bound is smooth, so a ratio at 1 keeps the gradient of the plain ratio."""
-    page = (PROJECT / "docs" / "losses.md").read_text(encoding="utf-8")
-    [code] = re.findall(r"```python\n(.*?)```", page, re.S)
+    """docs/algorithms.md, as printed; its bound is smooth, so a ratio at 1 keeps the gradient of the plain ratio."""
+    page = (PROJECT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"`my_loss.py`:\n\n```python\n(.*?)```", page, re.S)
     (tmp_path / "my_loss.py").write_text(code)
     cfg = Config(surrogate=f"{tmp_path}/my_loss.py:soft_clip")
     surrogate, source = load_surrogate(cfg)
