@@ -29,6 +29,7 @@ from grpo.run.task import load_task
 from grpo.runtime.distributed import World
 from grpo.training.draws import Draws, Stream
 from grpo.training.exchange import deliver
+from grpo.training.kl_in_reward import put_kl_into_rewards
 from grpo.training.load_policy import load_policy, load_rollout_model
 from grpo.training.minibatches import make_plan
 from grpo.training.scoring import Scoring, gather
@@ -62,7 +63,6 @@ def train(cfg: Config, world: World) -> None:
         for step in range(first, total):
             run.evaluate_if_due(step, first, total, evaluate)
             tally = run.tally(step + 1)
-
             draws = Draws(stream, policy.counters.drawn)  # the step's groups
             while draws.wanted:  # one round of P prompts; with filter_groups resample until P groups are kept
                 with tally.phase("rollout"):
@@ -80,13 +80,13 @@ def train(cfg: Config, world: World) -> None:
                     run.act_on_notices(table.notices)  # may end the run, on all ranks
                     draws.add(prompts, scored, table)
 
+            with tally.phase("logprobs"):
+                put_kl_into_rewards(draws, policy, tally)  # with kl_estimator k1_reward
             with tally.phase("exchange"):
                 prompts, scored, table = draws.prompts, draws.scored, draws.table  # of all rounds
                 advantages = draws.advantages()  # [N], over whole groups
-                shares_prompts, num_trained = policy.scorer.shares_prompts, table.num_trained
-                plan = make_plan(
-                    cfg, prompts, table.lengths, advantages, world.size, shares_prompts, num_trained, draws.chosen
-                )
+                shares, trained, chosen = policy.scorer.shares_prompts, table.num_trained, draws.chosen
+                plan = make_plan(cfg, prompts, table.lengths, advantages, world.size, shares, trained, chosen)
                 batches = deliver(world, cfg, plan, prompts, scored.completions, table, advantages, policy.even_block)
 
             with tally.phase("logprobs"):

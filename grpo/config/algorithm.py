@@ -62,12 +62,7 @@ def check_algorithm(cfg: Config) -> None:
         raise UserError(
             f"clip_ratio_max: must be above 1 + clip_eps_high, {high:g}, or null, got {cfg.clip_ratio_max:g}."
         )
-    if cfg.kl_estimator != "k3" and not cfg.beta:
-        raise UserError(f"kl_estimator: {cfg.kl_estimator} needs beta > 0, got 0. Leave it out.")
-    if cfg.kl_estimator == "k3_weighted" and cfg.surrogate not in USED_BY["ratio"]:
-        raise UserError(
-            f"kl_estimator: k3_weighted is weighted by the ratio, which {cfg.surrogate[:60]} has not. Say k3 or k2."
-        )
+    _check_kl(cfg)
     if cfg.sampler_correction.endswith("mask") and cfg.max_importance_weight <= 1:
         raise UserError(
             f"max_importance_weight: must be above 1 with sampler_correction {cfg.sampler_correction}, got "
@@ -76,6 +71,21 @@ def check_algorithm(cfg: Config) -> None:
     _check_choice_of_rows(cfg)
     if cfg.weighting == "dr_grpo" and cfg.scale_rewards == "batch":
         raise UserError("scale_rewards: weighting dr_grpo implies none, got batch. Leave one of them out.")
+
+
+def _check_kl(cfg: Config) -> None:
+    """Settings of the KL to the reference."""
+    if cfg.kl_estimator != "k3" and not cfg.beta:
+        raise UserError(f"kl_estimator: {cfg.kl_estimator} needs beta > 0, got 0. Leave it out.")
+    if cfg.kl_estimator == "k3_weighted" and cfg.surrogate not in USED_BY["ratio"]:
+        raise UserError(
+            f"kl_estimator: k3_weighted is weighted by the ratio, which {cfg.surrogate[:60]} has not. Say k3 or k2."
+        )
+    if cfg.kl_estimator == "k1_reward" and cfg.normalize_each_reward:
+        raise UserError(
+            "kl_estimator: k1_reward is taken off the sum of the rewards, and normalize_each_reward scales each before "
+            "it. Say k3, or normalize_each_reward false."
+        )
 
 
 def _check_choice_of_rows(cfg: Config) -> None:

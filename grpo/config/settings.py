@@ -154,9 +154,9 @@ class Config:
     sapo_temperature_negative: float = 1.05
     """With sapo: the same where it is negative, > 0."""
     beta: float = 0.0
-    """Coefficient of the KL to the frozen starting model; 0: no reference is loaded."""
-    kl_estimator: Literal["k3", "k2", "k3_weighted"] = "k3"
-    """Estimate of that KL (docs/losses.md); k3_weighted: k3 times the ratio, TRL's use_bias_correction_kl."""
+    """Coefficient of the KL to the reference, the frozen starting model; 0: no reference is loaded."""
+    kl_estimator: Literal["k3", "k2", "k3_weighted", "k1_reward"] = "k3"
+    """Estimate of that KL (docs/losses.md). k3_weighted: k3 times the ratio. k1_reward: k1, taken off the rewards."""
     router_aux_loss_coef: float = 0.0
     """Coefficient of the load-balancing loss of a mixture of experts, over each row (docs/losses.md); 0: off."""
     baseline: Literal["group", "leave_one_out", "batch"] = "group"
@@ -212,7 +212,6 @@ class Config:
     """Global gradient norm is clipped to this; > 0."""
     max_bad_steps: int = 5
     """Updates skipped in a row (NaN or Inf) before the run stops with code 76."""
-
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """8-bit moments take a quarter of the memory; paged ones may also move to CPU memory (CUDA). Need bitsandbytes."""
 
@@ -333,6 +332,11 @@ def total_steps(cfg: Config, num_rows: int) -> int:
 def updates_per_step(cfg: Config) -> int:
     """Optimizer steps per step."""
     return cfg.num_minibatches * cfg.num_iterations
+
+
+def kl_in_loss(cfg: Config) -> bool:
+    """Whether the loss has a KL term; with kl_estimator k1_reward it is in the rewards."""
+    return cfg.beta > 0 and cfg.kl_estimator != "k1_reward"
 
 
 def scales_advantages(cfg: Config) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from grpo.config.names import find_path
-from grpo.config.settings import Config
+from grpo.config.settings import Config, kl_in_loss
 from grpo.errors import UserError
 from grpo.rewards.functions import load_module
 from grpo.training.losses import LossInputs, Surrogate
@@ -30,7 +30,7 @@ METRIC_NAME = re.compile(r"[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*)*")
 
 def load_surrogate(cfg: Config) -> tuple[Surrogate, str]:
     """The surrogate, checked on a tiny batch, and the source text of a user's own file, else "". Raises UserError."""
-    return _load(cfg.surrogate, cfg.beta > 0)
+    return _load(cfg.surrogate, kl_in_loss(cfg))
 
 
 @functools.cache  # a file is read once in a run, even if it changes later
