@@ -32,6 +32,7 @@ from grpo.training.exchange import deliver
 from grpo.training.kl_in_reward import put_kl_into_rewards
 from grpo.training.load_policy import load_policy, load_rollout_model
 from grpo.training.minibatches import make_plan
+from grpo.training.reference_renewal import renew_reference
 from grpo.training.scoring import Scoring, gather
 from grpo.training.user_surrogate import load_surrogate
 
@@ -95,6 +96,7 @@ def train(cfg: Config, world: World) -> None:
             with tally.phase("update"):
                 on_skip = partial(run.quarantine, (prompts, scored.completions))
                 norms = policy.train_on(batches, tally, total * updates_per_step(cfg), table.any_broken, on_skip)
+                renew_reference(policy, step + 1)  # with reference_sync_steps
 
             draws.finish(policy.counters, tally)
             measured = tally.reduce(world)  # metrics over all ranks

@@ -86,6 +86,14 @@ def _check_kl(cfg: Config) -> None:
             "kl_estimator: k1_reward is taken off the sum of the rewards, and normalize_each_reward scales each before "
             "it. Say k3, or normalize_each_reward false."
         )
+    if cfg.reference_sync_steps and (not cfg.beta or cfg.lora_r):
+        problem = "beta is 0" if not cfg.beta else "with lora_r it is the frozen model itself"
+        raise UserError(
+            f"reference_sync_steps: there is no reference to renew, {problem}, got {cfg.reference_sync_steps}. It "
+            "needs beta > 0 and lora_r 0; else leave it out."
+        )
+    if cfg.reference_mixup != Config().reference_mixup and not cfg.reference_sync_steps:
+        raise UserError(f"reference_mixup: it needs reference_sync_steps, got {cfg.reference_mixup:g}. Leave it out.")
 
 
 def _check_choice_of_rows(cfg: Config) -> None:

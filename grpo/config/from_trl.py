@@ -16,7 +16,7 @@ from grpo.config.settings import Config
 from grpo.config.trl_names import ROWS, VALUES
 from grpo.config.trl_recipe import OURS, Recipe, as_number, plain
 from grpo.config.trl_rewards import BY_NAME, OPEN_R1_DEFAULT
-from grpo.config.trl_steps import evaluation, length, saving, tracking
+from grpo.config.trl_steps import evaluation, length, reference, saving, tracking
 from grpo.errors import UserError
 
 COPIED = [  # options whose value is also ours
@@ -52,7 +52,7 @@ def convert(options: dict[str, Any], processes: int, rows: int | None = None) ->
     for part in (_copy, _batch, _data, _rewards, _algorithm, _sampling, _schedule, _adapter, _machine):
         part(recipe)
     run = length(recipe)  # reads what _batch has written
-    for write in (evaluation, saving, tracking):
+    for write in (evaluation, saving, reference, tracking):
         write(recipe, run)
     for name, value in options.items():
         is_idle = name in ROWS and ROWS[name].idle

@@ -157,6 +157,10 @@ class Config:
     """Coefficient of the KL to the reference, the frozen starting model; 0: no reference is loaded."""
     kl_estimator: Literal["k3", "k2", "k3_weighted", "k1_reward"] = "k3"
     """Estimate of that KL (docs/losses.md). k3_weighted: k3 times the ratio. k1_reward: k1, taken off the rewards."""
+    reference_sync_steps: int = 0
+    """Renew the reference every so many steps (TR-DPO; docs/losses.md); 0: it stays the starting model."""
+    reference_mixup: float = 1.0
+    """The renewed reference is this times the policy plus (1 - this) times the old one, in (0, 1]."""
     router_aux_loss_coef: float = 0.0
     """Coefficient of the load-balancing loss of a mixture of experts, over each row (docs/losses.md); 0: off."""
     baseline: Literal["group", "leave_one_out", "batch"] = "group"

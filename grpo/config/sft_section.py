@@ -39,6 +39,8 @@ OF_ROLLOUTS = frozenset(
         "sapo_temperature_negative",
         "beta",
         "kl_estimator",
+        "reference_sync_steps",
+        "reference_mixup",
         "baseline",
         "scale_rewards",
         "normalize_each_reward",

@@ -111,8 +111,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "scale_rewards batch."),
         Row("importance_sampling_level", "ratio"),
         Row("mask_truncated_completions", "truncated", "true: mask."),
-        Row("sync_ref_model ref_model_init_kwargs ref_model_mixup_alpha ref_model_sync_steps", "",
-            "The reference is the starting model."),
+        Row("sync_ref_model ref_model_sync_steps", "reference_sync_steps", "Every 512 updates in TRL, with "
+            "sync_ref_model true; counted as max_steps. 0 here."),
+        Row("ref_model_mixup_alpha", "reference_mixup", "0.6 in TRL, 1 here: the policy replaces the reference."),
+        Row("ref_model_init_kwargs", "", "The reference is loaded as the model is."),
         Row("sapo_temperature_pos", "sapo_temperature"),
         Row("sapo_temperature_neg", "sapo_temperature_negative"),
         Row("vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg", "surrogate",

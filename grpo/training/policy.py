@@ -98,8 +98,7 @@ class Policy:
         """Add old and reference log-probs, before the first update of the step.
 
         The old ones are the sampler's where it is trusted. Else they are the policy's: with one update per step those
-        of the update's own forward, detached (None); with several, of an extra forward. for_rewards: add the reference
-        ones alone, for a KL in the rewards.
+        of the update's own forward, detached (None); with several, of another. for_rewards: the reference's alone.
         """
         refers = for_rewards or kl_in_loss(self.cfg)
         offloaded = self.reference if self.cfg.reference_offload and refers else None

@@ -27,6 +27,7 @@ from grpo.training.kl_in_reward import put_kl_into_rewards
 from grpo.training.metrics import Tally
 from grpo.training.minibatches import make_plan
 from grpo.training.policy import Policy
+from grpo.training.reference_renewal import renew_reference
 from grpo.training.scoring import Scored, Scoring, advantages_of, gather
 from grpo.types import FACTS, Completion, Prompt, Table
 from tests.support.tiny import tiny_model, tiny_tokenizer
@@ -157,11 +158,18 @@ def injected_updates(
         if broken == "denominator":  # weights divide by the rows of a micro-batch, not of the minibatch
             batching.row_weights = lambda weighting, lengths, most: [1 / max(1, c) / 7 / (1 + c % 2) for c in lengths]
         norms += injected_step(cfg, world, policy, step, steps, seed, tally, masked)
+        renew_reference(policy, step + 1)
     batching.row_weights = losses.row_weights  # later jobs run without the defect
     weights = {key: value.contiguous().clone() for key, value in policy.weights()}
     if world.is_main:
         save_file(weights, out / f"{name}.safetensors")
-    return {"sha256": weights_sha256(policy), "norms": norms, "metrics": tally.reduce(world).metrics}
+    of_reference = [] if policy.reference is None else [p.double().sum().item() for p in policy.reference.parameters()]
+    return {
+        "sha256": weights_sha256(policy),
+        "norms": norms,
+        "metrics": tally.reduce(world).metrics,
+        "reference": of_reference,
+    }
 
 
 def free_rollout(world: World, out: Path, **settings):
