@@ -24,6 +24,7 @@ COPIED = [  # options whose value is also ours
     "chat_template_kwargs", "system_prompt", "shuffle_dataset", "max_prompt_length", "test_split_size",
     "num_generations", "num_iterations", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "epsilon",
     "epsilon_high", "delta", "sapo_temperature_pos", "sapo_temperature_neg", "beta", "router_aux_loss_coef",
+    "off_policy_mask_threshold",
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "gradient_checkpointing", "seed",
     "full_determinism", "output_dir", "save_total_limit", "run_name", "project", "wandb_project", "trackio_project",
 ]  # fmt: skip

@@ -192,6 +192,8 @@ class Config:
     cut at max_importance_weight, or 0 outside 1 / max_importance_weight to max_importance_weight (docs/losses.md)."""
     max_importance_weight: float = 2.0
     """Limit of the importance weight; > 0, with a mask > 1."""
+    off_policy_threshold: float | None = None
+    """Rows of negative advantage lose their surrogate where mean(sampler - policy log-prob) is above this; null: none."""
 
     # --- optimizer (AdamW)
     lr: float = 1e-6

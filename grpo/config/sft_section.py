@@ -52,6 +52,7 @@ OF_ROLLOUTS = frozenset(
         "truncated",
         "sampler_correction",
         "max_importance_weight",
+        "off_policy_threshold",
         "max_reward_failures",
         "reference_offload",
         "eval_generations",

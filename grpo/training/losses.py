@@ -30,7 +30,7 @@ from torch import Tensor
 
 from grpo.config.settings import Config
 from grpo.training.metrics import declare
-from grpo.training.sampler_correction import LOG_RATIO_CLAMP, correction
+from grpo.training.sampler_correction import LOG_RATIO_CLAMP, correction, off_policy
 
 declare(
     means=("kl", "kl_old", "clip/low", "clip/high", "clip/importance", "sampler_gap/mean"),
@@ -138,6 +138,9 @@ def policy_loss(
     if not trust_sampler:
         importance = correction(log_weight, cfg)
         token_loss = token_loss * importance
+    if cfg.off_policy_threshold is not None:
+        off = off_policy(logprobs - inputs.sampler_logprobs, inputs.advantages, trained, cfg.off_policy_threshold)
+        token_loss, measured.means["clip/off_policy"] = torch.where(off, 0.0, token_loss), off
 
     # KL against the reference
     if inputs.ref_logprobs is not None:

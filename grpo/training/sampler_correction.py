@@ -3,14 +3,22 @@
 token_truncate     min(u_t, m)             u_t = exp(old_t - sampler_t), m = max_importance_weight
 token_mask         u_t within 1 / m to m, else 0                                                   IcePop
 sequence_*         the same of the product of u over the row's trained tokens
+
+The setting `off_policy_threshold` d leaves rows out of the surrogate instead of weighting them: those with A_n < 0 and
+
+    mean over the row's trained tokens of (sampler_t - logp_t) > d            DeepSeek-V3.2, arXiv 2512.02556, eq. 9
+
+logp is the policy at this update, without gradient. The rows stay in the denominators, and keep their KL.
 """
 
 import torch
 from torch import Tensor
 
 from grpo.config.settings import Config
+from grpo.training.metrics import declare
 
 LOG_RATIO_CLAMP = 20.0
+declare(means=("clip/off_policy",))
 
 
 def correction(log_weight: Tensor, cfg: Config) -> Tensor:
@@ -28,3 +36,14 @@ def correction(log_weight: Tensor, cfg: Config) -> Tensor:
     if cfg.sampler_correction.endswith("truncate"):
         return weight.clamp(max=limit)
     return torch.where((weight <= limit) & (weight * limit >= 1), weight, 0.0)
+
+
+def off_policy(log_weight: Tensor, advantages: Tensor, trained: Tensor, threshold: float) -> Tensor:
+    """[B, T] bool: tokens of rows without surrogate loss. log_weight: [B, T] policy - sampler log-prob; advantages [B].
+
+    >>> gaps, trained = torch.tensor([[-0.5, -0.1, 9.0], [-0.5, -0.1, 9.0]]), torch.tensor([[True, True, False]] * 2)
+    >>> [off_policy(gaps, torch.tensor([-1.0, 1.0]), trained, d)[:, 0].tolist() for d in (0.25, 0.35)]
+    [[True, False], [False, False]]
+    """
+    apart = torch.where(trained, -log_weight.detach(), 0.0).sum(-1) / trained.sum(-1).clamp(min=1)
+    return ((advantages < 0) & (apart > threshold))[:, None].expand_as(log_weight)

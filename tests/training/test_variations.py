@@ -155,6 +155,43 @@ def test_corrections_of_the_sampler():
         assert gradient == rows([[-w for w in weights[0]], [2 * w for w in weights[1]]]), way
 
 
+OFF = [[-1.0, -0.5, -2.0], [0.3, -2.5, 9.0]]  # row 1: 0.5 above NEW for each of its two trained tokens
+
+
+def test_rows_far_from_the_sampler_have_no_surrogate():
+    """Only with a negative advantage; the NaN behind row 1 is no part of its mean, and its KL stays."""
+    reference = [[-1.0, -0.5, -2.0], [-1.2, -2.0, 0.0]]
+    kl = [math.exp(x) - x - 1 for x in (-1.0, 1.0)]
+    for gains, threshold, kept in (
+        ((1.0, -2.0), 0.49, False),
+        ((1.0, -2.0), 0.51, True),
+        ((1.0, 2.0), 0.49, True),
+        ((1.0, 0.0), 0.49, True),
+    ):
+        cfg = Config(surrogate="reinforce", off_policy_threshold=threshold, beta=0.1)
+        given = inputs(gains=gains, sampler=OFF, reference=reference)
+        loss, measured = policy_loss(given, torch.ones(2, 3), cfg, SURROGATES["reinforce"], trust_sampler=True)
+        [gradient] = torch.autograd.grad(loss.sum(), given.logprobs)
+        surrogate = [-gains[1] * x if kept else 0.0 for x in NEW[1][:2]]
+        assert loss[1].tolist() == pytest.approx([surrogate[0] + 0.1 * kl[0], surrogate[1] + 0.1 * kl[1], 0.0])
+        assert loss[0].tolist() == pytest.approx([1.0, 0.5, 2.0]) and gradient[0].tolist() == [-1.0] * 3
+        slopes = [-gains[1] * kept + 0.1 * (1 - math.exp(x)) for x in (-1.0, 1.0)]
+        assert gradient[1].tolist() == pytest.approx([*slopes, 0.0])
+        off = torch.where(given.trained, measured.means["clip/off_policy"], False)
+        assert float(off.sum() / given.trained.sum()) == pytest.approx(0.0 if kept else 0.4)
+
+
+def test_the_mask_of_rows_follows_the_policy_within_a_step():
+    """The sampler is compared with the policy of the update, not with the old one."""
+    cfg = Config(surrogate="reinforce", off_policy_threshold=0.2)
+    given = inputs(gains=(-1.0, -1.0))  # sampled by OLD: 0.1/3 below NEW in row 0, 0.15 above in row 1
+    _, before = policy_loss(given, torch.ones(2, 3), cfg, SURROGATES["reinforce"], trust_sampler=True)
+    assert not before.means["clip/off_policy"].any()
+    moved = dataclasses.replace(given, logprobs=given.logprobs - 0.1)
+    _, after = policy_loss(moved, torch.ones(2, 3), cfg, SURROGATES["reinforce"], trust_sampler=True)
+    assert after.means["clip/off_policy"][:, 0].tolist() == [False, True]
+
+
 # --- advantages
 
 
@@ -225,6 +262,7 @@ def test_a_completion_without_loss_is_still_context():
             "k3_weighted is weighted by the ratio",
         ),
         ({"sampler_correction": "token_mask", "max_importance_weight": 1.0}, "max_importance_weight: must be above 1"),
+        ({"off_policy_threshold": 0.0}, "off_policy_threshold: must be a finite number > 0, or null, got 0.0"),
         ({"weighting": "dr_grpo", "scale_rewards": "batch"}, "scale_rewards: weighting dr_grpo implies none"),
     ],
 )
