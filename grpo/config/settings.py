@@ -193,7 +193,7 @@ class Config:
     max_importance_weight: float = 2.0
     """Limit of the importance weight; > 0, with a mask > 1."""
     off_policy_threshold: float | None = None
-    """Rows of negative advantage lose their surrogate where mean(sampler - policy log-prob) is above this; null: none."""
+    """Rows of negative advantage have no surrogate if mean(sampler - policy log-prob) is above this; null: off."""
 
     # --- optimizer (AdamW)
     lr: float = 1e-6

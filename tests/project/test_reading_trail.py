@@ -39,6 +39,7 @@ SURROUNDINGS = {  # files that a step runs and that its reader may leave for ano
     "grpo/training/draws.py": "one round of P prompts, unless filter_groups says more",
     "grpo/training/kl_in_reward.py": "does nothing unless kl_estimator is k1_reward",
     "grpo/training/reference_renewal.py": "does nothing unless reference_sync_steps says so",
+    "grpo/training/sampler_correction.py": "corrects a sampler that is not trusted",
     "grpo/run/run.py": "folders and notices; not the algorithm",
     "grpo/run/log.py": "writes the step's line and metrics",
     "grpo/run/completions_log.py": "completions as text, and the metrics of reward functions",

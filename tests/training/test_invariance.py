@@ -34,6 +34,7 @@ VARIANTS = {
         "num_iterations": 2,
         "steps": 10,
     },
+    "rows off policy": {"off_policy_threshold": 0.3, "num_iterations": 2, "steps": 10},
     "accumulated": {"batch_size": 1, "gradient_accumulation_steps": 5},
     "micro": {"micro_batch_tokens": 1},
     "chunks": {"rollout_chunk_rows": 2},

@@ -11,8 +11,11 @@ from grpo.config.algorithm import TABLE
 from grpo.config.checks import check
 from grpo.config.settings import Config
 from grpo.errors import UserError
+from grpo.runtime.distributed import start
 from grpo.training.losses import LossInputs, policy_loss, ratio_of
+from grpo.training.metrics import Tally
 from grpo.training.other_advantages import advantages_from, normalize_each
+from grpo.training.sampler_correction import with_sample_size
 from grpo.training.scoring import advantages_of
 from grpo.training.surrogates import SURROGATES
 from grpo.types import FACTS, Completion, Table
@@ -190,6 +193,28 @@ def test_the_mask_of_rows_follows_the_policy_within_a_step():
     moved = dataclasses.replace(given, logprobs=given.logprobs - 0.1)
     _, after = policy_loss(moved, torch.ones(2, 3), cfg, SURROGATES["reinforce"], trust_sampler=True)
     assert after.means["clip/off_policy"][:, 0].tolist() == [False, True]
+
+
+def test_the_sample_size_and_the_gaps_of_a_sampler():
+    """Sums over two micro-batches of different size, and the NaN behind row 1 in neither."""
+    gaps = [[2.0, -0.0005, 0.05], [-0.5, 0.005, math.nan]]
+    sampler = [[new - gap for new, gap in zip(*pair, strict=True)] for pair in zip(NEW, gaps, strict=True)]
+    tally = Tally()
+    for rows_of in ([0, 1], [0]):
+        whole = inputs(old=NEW, sampler=sampler)
+        given = LossInputs(*(None if part is None else part[rows_of] for part in vars(whole).values()))
+        loss, measured = policy_loss(given, torch.ones(len(rows_of), 3), Config(), weights_unchanged=True)
+        tally.micro_batch(loss.sum(), measured.means, {}, given.trained)
+    known = [*gaps[0], *gaps[1][:2], *gaps[0]]
+    weights = np.exp(known)
+    metrics = with_sample_size(tally.reduce(start()).metrics)
+    assert metrics["sampler/ess"] == pytest.approx(weights.sum() ** 2 / (8 * (weights**2).sum()), rel=1e-6)
+    assert 0.3 < metrics["sampler/ess"] < 0.7
+    names = ("below_0.001", "below_0.01", "below_0.1", "below_1", "above_1")
+    assert [8 * metrics[f"sampler/gap_{name}"] for name in names] == [2, 1, 2, 1, 2]
+    for how in ({"trust_sampler": True, "weights_unchanged": True}, {"weights_unchanged": False}):
+        _, measured = policy_loss(inputs(), torch.ones(2, 3), Config(), **how)
+        assert not {name for name in measured.means if name.startswith("sampler/")}
 
 
 # --- advantages
