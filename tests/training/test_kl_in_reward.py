@@ -1,6 +1,7 @@
 """kl_estimator k1_reward: the KL of each row by hand, rewards less beta times it, no KL in the loss, on any ranks."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +22,9 @@ from grpo.training.metrics import Tally
 from grpo.training.minibatches import make_plan
 from grpo.training.other_advantages import advantages_from
 from grpo.training.scoring import Scored
-from tests.support.launcher import run_ranks
+from tests.support.launcher import fork_script, metrics_of, run_ranks
 from tests.support.rank_jobs import config, injected, make_policy, table_of
+from tests.support.tiny import save_tiny
 
 RLOO = {"baseline": "leave_one_out", "scale_rewards": "none", "weighting": "dr_grpo"}
 KL = {"beta": 0.04, "kl_estimator": "k1_reward", **RLOO}
@@ -196,3 +198,48 @@ def test_without_the_kl_the_end_is_another(results):
 
 def test_deterministic_runs_are_bit_identical(results):
     assert torch.equal(results[1, "deterministic"][1], results[2, "deterministic"][1])
+
+
+# --- a run
+
+
+SETTINGS = """
+model: base
+data: d.jsonl
+prompt_template: "{question}"
+chat_template: false
+algorithm: rloo
+batch_size: 3
+gradient_accumulation_steps: 1
+num_generations: 4
+max_prompt_length: 64
+max_generate_length: 8
+max_steps: 2
+lr: 0.01
+beta: 0.05
+kl_estimator: k1_reward
+filter_groups: resample
+rewards: {"r.py:parity_reward": 1.0}
+log_samples_steps: 0
+report_to: none
+num_threads: 1
+"""
+REWARD = "def parity_reward(completions, **columns):\n    return [len(text) % 2 for text in completions]\n"
+
+
+@pytest.mark.parametrize("more", [(), ("--lora_r", "4"), ("--truncated", "mask")])
+def test_a_run_draws_by_the_rewards_and_trains_with_the_kl(tmp_path, more):
+    """On two ranks, in several rounds. The first step samples with the reference itself: its KL is 0 up to rounding."""
+    save_tiny(tmp_path / "base")
+    (tmp_path / "r.py").write_text(REWARD)
+    rows = [json.dumps({"question": f"{n}+2?", "answer": str(n + 2)}) for n in range(9)]
+    (tmp_path / "d.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "t.yaml").write_text(SETTINGS)
+    done = fork_script("train.py", "--config", "t.yaml", *more, nproc=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    first, second = (metrics for metrics in metrics_of(tmp_path / "runs") if "loss" in metrics)
+    assert first["groups/kept"] == 3
+    if "mask" in more:  # this model never ends by itself: no token is trained
+        assert first["completions/truncated"] == 1.0 and first["grad_norm"] == 0.0 and "kl" not in first
+    else:
+        assert abs(first["kl"]) < 1e-5 < abs(second["kl"]) and first["grad_norm"] > 0
