@@ -29,8 +29,10 @@ from grpo.run.task import load_task
 from grpo.runtime.distributed import World
 from grpo.training.draws import Draws, Stream
 from grpo.training.exchange import deliver
+from grpo.training.kl_in_reward import put_kl_into_rewards
 from grpo.training.load_policy import load_policy, load_rollout_model
 from grpo.training.minibatches import make_plan
+from grpo.training.reference_renewal import renew_reference
 from grpo.training.scoring import Scoring, gather
 from grpo.training.user_table_functions import check_functions
 
@@ -62,7 +64,6 @@ def train(cfg: Config, world: World) -> None:
         for step in range(first, total):
             run.evaluate_if_due(step, first, total, evaluate)
             tally = run.tally(step + 1)
-
             draws = Draws(stream, policy.counters.drawn)  # the step's groups
             while draws.wanted:  # one round of P prompts; with filter_groups resample until P groups are kept
                 with tally.phase("rollout"):
@@ -80,13 +81,13 @@ def train(cfg: Config, world: World) -> None:
                     run.act_on_notices(table.notices)  # may end the run, on all ranks
                     draws.add(prompts, scored, table)
 
+            with tally.phase("logprobs"):
+                put_kl_into_rewards(draws, policy, tally)  # with kl_estimator k1_reward
             with tally.phase("exchange"):
                 prompts, scored, table = draws.prompts, draws.scored, draws.table  # of all rounds
                 advantages = draws.advantages()  # [N], over whole groups
-                shares_prompts, num_trained = policy.scorer.shares_prompts, table.num_trained
-                plan = make_plan(
-                    cfg, prompts, table.lengths, advantages, world.size, shares_prompts, num_trained, draws.chosen
-                )
+                shares, trained, chosen = policy.scorer.shares_prompts, table.num_trained, draws.chosen
+                plan = make_plan(cfg, prompts, table.lengths, advantages, world.size, shares, trained, chosen)
                 batches = deliver(world, cfg, plan, prompts, scored.completions, table, advantages, policy.even_block)
 
             with tally.phase("logprobs"):
@@ -95,6 +96,7 @@ def train(cfg: Config, world: World) -> None:
             with tally.phase("update"):
                 on_skip = partial(run.quarantine, (prompts, scored.completions))
                 norms = policy.train_on(batches, tally, total * updates_per_step(cfg), table.any_broken, on_skip)
+                renew_reference(policy, step + 1)  # with reference_sync_steps
 
             draws.finish(policy.counters, tally)
             measured = tally.reduce(world)  # metrics over all ranks

@@ -72,12 +72,7 @@ def check_algorithm(cfg: Config) -> None:
         raise UserError(
             f"clip_ratio_max: must be above 1 + clip_eps_high, {high:g}, or null, got {cfg.clip_ratio_max:g}."
         )
-    if cfg.kl_estimator != "k3" and not cfg.beta:
-        raise UserError(f"kl_estimator: {cfg.kl_estimator} needs beta > 0, got 0. Leave it out.")
-    if cfg.kl_estimator == "k3_weighted" and cfg.surrogate not in USED_BY["ratio"]:
-        raise UserError(
-            f"kl_estimator: k3_weighted is weighted by the ratio, which {cfg.surrogate[:60]} has not. Say k3 or k2."
-        )
+    _check_kl(cfg)
     if cfg.sampler_correction.endswith("mask") and cfg.max_importance_weight <= 1:
         raise UserError(
             f"max_importance_weight: must be above 1 with sampler_correction {cfg.sampler_correction}, got "
@@ -107,6 +102,29 @@ def check_function(setting: str, value: str) -> None:
     if not is_known(setting, value):
         names = f"one of {', '.join(NAMED[setting])}, or " if NAMED[setting] else ""
         raise UserError(f"{setting}: must be {names}path/to/file.py:function, got {value[:60]!r}.")
+
+
+def _check_kl(cfg: Config) -> None:
+    """Settings of the KL to the reference."""
+    if cfg.kl_estimator != "k3" and not cfg.beta:
+        raise UserError(f"kl_estimator: {cfg.kl_estimator} needs beta > 0, got 0. Leave it out.")
+    if cfg.kl_estimator == "k3_weighted" and cfg.surrogate not in USED_BY["ratio"]:
+        raise UserError(
+            f"kl_estimator: k3_weighted is weighted by the ratio, which {cfg.surrogate[:60]} has not. Say k3 or k2."
+        )
+    if cfg.kl_estimator == "k1_reward" and cfg.normalize_each_reward:
+        raise UserError(
+            "kl_estimator: k1_reward is taken off the sum of the rewards, and normalize_each_reward scales each before "
+            "it. Say k3, or normalize_each_reward false."
+        )
+    if cfg.reference_sync_steps and (not cfg.beta or cfg.lora_r):
+        problem = "beta is 0" if not cfg.beta else "with lora_r it is the frozen model itself"
+        raise UserError(
+            f"reference_sync_steps: there is no reference to renew, {problem}, got {cfg.reference_sync_steps}. It "
+            "needs beta > 0 and lora_r 0; else leave it out."
+        )
+    if cfg.reference_mixup != Config().reference_mixup and not cfg.reference_sync_steps:
+        raise UserError(f"reference_mixup: it needs reference_sync_steps, got {cfg.reference_mixup:g}. Leave it out.")
 
 
 def _check_choice_of_rows(cfg: Config) -> None:

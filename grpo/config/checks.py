@@ -56,7 +56,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must 
     ),
     (
         "save_steps eval_steps eval_rows eval_generations log_samples_steps log_completions_steps check_weights_steps "
-        "top_k seed reward_workers data_rows warmup_steps",
+        "top_k seed reward_workers data_rows warmup_steps reference_sync_steps",
         lambda value: value >= 0,
         ">= 0",
     ),
@@ -74,8 +74,9 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must 
         "a finite number >= 0",
     ),
     ("clip_eps_high", lambda value: value is None or 0 <= value < math.inf, ">= 0, or null"),
+    ("off_policy_threshold", lambda value: value is None or 0 < value < math.inf, "a finite number > 0, or null"),
     ("reward_memory_mb", lambda value: value >= 64, ">= 64"),
-    ("top_p prompt_length_quantile", lambda value: 0 < value <= 1, "in (0, 1]"),
+    ("top_p prompt_length_quantile reference_mixup", lambda value: 0 < value <= 1, "in (0, 1]"),
     ("min_p warmup_ratio min_lr_ratio adam_beta1 adam_beta2 lora_dropout", lambda value: 0 <= value < 1, "in [0, 1)"),
     ("max_reward_failures", lambda value: 0 <= value <= 1, "in [0, 1]"),
     ("lora_r", lambda value: 0 <= value <= 2**14, f"0 to {2**14}"),

@@ -16,7 +16,7 @@ from grpo.config.settings import Config
 from grpo.config.trl_names import ROWS, VALUES
 from grpo.config.trl_recipe import OURS, Recipe, as_number, plain
 from grpo.config.trl_rewards import BY_NAME, OPEN_R1_DEFAULT
-from grpo.config.trl_steps import evaluation, length, saving, tracking
+from grpo.config.trl_steps import evaluation, length, reference, saving, tracking
 from grpo.errors import UserError
 
 COPIED = [  # options whose value is also ours
@@ -24,6 +24,7 @@ COPIED = [  # options whose value is also ours
     "chat_template_kwargs", "system_prompt", "shuffle_dataset", "max_prompt_length", "test_split_size",
     "num_generations", "num_iterations", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "epsilon",
     "epsilon_high", "delta", "sapo_temperature_pos", "sapo_temperature_neg", "beta", "router_aux_loss_coef",
+    "off_policy_mask_threshold",
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "gradient_checkpointing", "seed",
     "full_determinism", "output_dir", "save_total_limit", "run_name", "project", "wandb_project", "trackio_project",
 ]  # fmt: skip
@@ -52,7 +53,7 @@ def convert(options: dict[str, Any], processes: int, rows: int | None = None) ->
     for part in (_copy, _batch, _data, _rewards, _algorithm, _sampling, _schedule, _adapter, _machine):
         part(recipe)
     run = length(recipe)  # reads what _batch has written
-    for write in (evaluation, saving, tracking):
+    for write in (evaluation, saving, reference, tracking):
         write(recipe, run)
     for name, value in options.items():
         is_idle = name in ROWS and ROWS[name].idle

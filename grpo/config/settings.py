@@ -154,9 +154,13 @@ class Config:
     sapo_temperature_negative: float = 1.05
     """With sapo: the same where it is negative, > 0."""
     beta: float = 0.0
-    """Coefficient of the KL to the frozen starting model; 0: no reference is loaded."""
-    kl_estimator: Literal["k3", "k2", "k3_weighted"] = "k3"
-    """Estimate of that KL (docs/algorithms.md); k3_weighted: k3 times the ratio, TRL's use_bias_correction_kl."""
+    """Coefficient of the KL to the reference, the frozen starting model; 0: no reference is loaded."""
+    kl_estimator: Literal["k3", "k2", "k3_weighted", "k1_reward"] = "k3"
+    """Estimate of that KL (docs/algorithms.md). k3_weighted: k3 times the ratio. k1_reward: k1, in the rewards."""
+    reference_sync_steps: int = 0
+    """Renew the reference every so many steps (TR-DPO; docs/algorithms.md); 0: it stays the starting model."""
+    reference_mixup: float = 1.0
+    """The renewed reference is this times the policy plus (1 - this) times the old one, in (0, 1]."""
     router_aux_loss_coef: float = 0.0
     """Coefficient of the load-balancing loss of a mixture of experts, over each row (docs/algorithms.md); 0: off."""
     baseline: Literal["group", "leave_one_out", "batch"] = "group"
@@ -192,6 +196,8 @@ class Config:
     cut at max_importance_weight, or 0 outside 1 / max_importance_weight to it (docs/algorithms.md)."""
     max_importance_weight: float = 2.0
     """Limit of the importance weight; > 0, with a mask > 1."""
+    off_policy_threshold: float | None = None
+    """Rows of negative advantage have no surrogate if mean(sampler - policy log-prob) is above this; null: off."""
 
     # --- optimizer (AdamW)
     lr: float = 1e-6
@@ -216,7 +222,6 @@ class Config:
     """Global gradient norm is clipped to this; > 0."""
     max_bad_steps: int = 5
     """Updates skipped in a row (NaN or Inf) before the run stops with code 76."""
-
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """8-bit moments take a quarter of the memory; paged ones may also move to CPU memory (CUDA). Need bitsandbytes."""
 
@@ -337,6 +342,11 @@ def total_steps(cfg: Config, num_rows: int) -> int:
 def updates_per_step(cfg: Config) -> int:
     """Optimizer steps per step."""
     return cfg.num_minibatches * cfg.num_iterations
+
+
+def kl_in_loss(cfg: Config) -> bool:
+    """Whether the loss has a KL term; with kl_estimator k1_reward it is in the rewards."""
+    return cfg.beta > 0 and cfg.kl_estimator != "k1_reward"
 
 
 def scales_advantages(cfg: Config) -> bool:

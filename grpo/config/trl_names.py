@@ -111,13 +111,17 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "scale_rewards batch."),
         Row("importance_sampling_level", "ratio"),
         Row("mask_truncated_completions", "truncated", "true: mask."),
-        Row("sync_ref_model ref_model_init_kwargs ref_model_mixup_alpha ref_model_sync_steps", "",
-            "The reference is the starting model."),
+        Row("sync_ref_model ref_model_sync_steps", "reference_sync_steps", "Every 512 updates in TRL, with "
+            "sync_ref_model true; counted as max_steps. 0 here."),
+        Row("ref_model_mixup_alpha", "reference_mixup", "0.6 in TRL, 1 here: the policy replaces the reference."),
+        Row("ref_model_init_kwargs", "", "The reference is loaded as the model is."),
         Row("sapo_temperature_pos", "sapo_temperature"),
         Row("sapo_temperature_neg", "sapo_temperature_negative"),
         Row("vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg", "surrogate",
             "Parameters of a loss that is not here.", True),
-        Row("top_entropy_quantile off_policy_mask_threshold", "", "All tokens are trained on."),
+        Row("off_policy_mask_threshold", "off_policy_threshold", "TRL takes the old log-probs where the engine gives "
+            "none, ours are always the sampler's."),
+        Row("top_entropy_quantile", "", "All tokens are trained on."),
         Row("entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target",
             "", "There is no entropy bonus; a larger clip_eps_high keeps entropy up."),
         Row("router_aux_loss_coef", "router_aux_loss_coef", "null in TRL: the value of the model's config.json; 0 "

@@ -1,4 +1,4 @@
-"""Counts of a recipe of TRL, in updates of the weights, as steps here: length, evaluation, saving, trackers.
+"""Counts of a recipe of TRL, in updates of the weights, as steps here: length, evaluation, saving, reference, trackers.
 
 A step samples once and updates num_minibatches x num_iterations times; TRL counts each update.
 """
@@ -121,6 +121,19 @@ def saving(recipe: Recipe, run: Run) -> None:
             recipe.put("push_to_hub", name, "push_to_hub")
         else:
             recipe.lose("push_to_hub", f"Say push_to_hub: user/{name or 'name'}.")
+
+
+def reference(recipe: Recipe, run: Run) -> None:
+    """Write reference_sync_steps, reference_mixup."""
+    every = recipe.number("ref_model_sync_steps", 512)
+    mixup = recipe.number("ref_model_mixup_alpha", 0.6)
+    if not recipe.flag("sync_ref_model"):
+        return
+    if not recipe.settings.get("beta") or recipe.settings.get("lora_r"):
+        recipe.lose("sync_ref_model", "It needs beta above 0 and no adapter, in TRL too.")
+        return
+    recipe.put("reference_sync_steps", run.steps(every), "ref_model_sync_steps")
+    recipe.put("reference_mixup", mixup, "ref_model_mixup_alpha")
 
 
 def tracking(recipe: Recipe, run: Run) -> None:

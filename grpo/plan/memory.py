@@ -283,6 +283,7 @@ def estimate_for(cfg: Config, size: ModelSize, world_size: int) -> Estimate:
 
     # a checkpoint's snapshot: rank 0's weights, every rank's shard of the moments
     snapshot = FP32_BYTES * states.trained + states.moments / world_size
+    snapshot += FP32_BYTES * size.parameters if cfg.reference_sync_steps else 0  # a reference that is kept
     if cfg.save_in_background and not on_gpu:
         memory.append(Entry("checkpoint being written", snapshot, AFTER_LOADING, "a copy, while training goes on"))
 

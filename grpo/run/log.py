@@ -27,6 +27,7 @@ from grpo.runtime.distributed import World
 from grpo.training.metrics import Reduced
 from grpo.training.policy import Policy
 from grpo.training.rollout_metrics import rollout_metrics
+from grpo.training.sampler_correction import with_sample_size
 from grpo.training.scoring import Scored
 from grpo.types import Table
 
@@ -159,7 +160,7 @@ class RunLog:
     def _measured(self, measured: Reduced, norms: Sequence[float], policy: Policy, tokens: float) -> dict[str, float]:
         """Metrics of every kind of step, reduced over ranks. tokens: what tokens_per_s counts."""
         metrics = {
-            **measured.metrics,
+            **with_sample_size(measured.metrics),
             **self.extras(),
             "lr": policy.last_lr,
             "guards/skipped_updates": float(policy.counters.skipped_updates),

@@ -2,9 +2,10 @@
 
 A checkpoint that is complete is linked into a folder of its own, so that `save_total_limit` may remove it meanwhile:
 the model's files, the tokenizer, the prompt recipe, the settings without this machine's paths, a manifest, and the
-model card of grpo.export; no optimizer state. A process at the lowest priority sends the folder in one commit
-(grpo/models/upload.py): a hub that is slow or hangs holds a socket of that process and nothing of the trainer, and the
-kernel ends it with the trainer. One push at a time; of the checkpoints saved meanwhile the newest is next.
+model card of grpo.export; neither optimizer state nor a reference. A process at the lowest priority sends the folder in
+one commit (grpo/models/upload.py): a hub that is slow or hangs holds a socket of that process and nothing of the
+trainer, and the kernel ends it with the trainer. One push at a time; of the checkpoints saved meanwhile the newest is
+next.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from grpo.models.lora_checks import is_adapter
 from grpo.models.lora_files import base_of
 from grpo.models.upload import find_token
 from grpo.strict_json import read_object
+from grpo.training.reference_renewal import REFERENCE
 
 PREFIX = ".push-"  # of the folder that is sent; prepare_output removes what a killed run leaves
 POLL_S = 0.2  # of the wait at the end of a run
@@ -59,7 +61,8 @@ def stage(folder: Path, staged: Path, config: dict[str, Any]) -> None:
     """Link what is sent of a checkpoint into a folder. Raises OSError, or KeyError or ValueError for no checkpoint."""
     shutil.rmtree(staged, ignore_errors=True)
     listed = dict(read_object(folder / MANIFEST)["files"])
-    files = {name: entry for name, entry in listed.items() if not name.startswith(f"trainer/{OPTIMIZER}")}
+    kept_here = (f"trainer/{OPTIMIZER}", f"trainer/{REFERENCE}.safetensors")  # for resuming, on this machine
+    files = {name: entry for name, entry in listed.items() if not name.startswith(kept_here)}
     for name in files:
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         if name == STATE:

@@ -87,6 +87,7 @@ class Draws:
         self.chosen: list[int] = []  # groups p to train on, at most P
         self.scored: Scored = None  # type: ignore[assignment]  # of this rank, rounds joined
         self.table: Table = None  # type: ignore[assignment]  # the same on every rank
+        self.kl_penalty: np.ndarray | None = None  # [N] what each reward loses to the KL (kl_in_reward.py)
 
     def next_prompts(self) -> tuple[list[Prompt], list[int]]:
         """The prompts of the next round and their slots, places in the run's stream."""
@@ -108,12 +109,18 @@ class Draws:
         self.wanted = min(P, math.ceil(missing / share) if share else P) if again else 0
 
     def advantages(self) -> np.ndarray:
-        """[N] advantages from the chosen groups alone; 0 for the rows of others."""
+        """[N] advantages from the chosen groups alone; 0 for the rows of others.
+
+        The KL in the rewards is subtracted here: the filter of groups and the log see rewards without it.
+        """
+        table = self.table
+        if self.kl_penalty is not None:
+            table = replace(table, rewards=table.rewards - self.kl_penalty)
         if len(self.chosen) == len(self.prompts):
-            return advantages_of(self.table, self.cfg)
-        advantages = np.zeros(self.table.grouped.shape)
+            return advantages_of(table, self.cfg)
+        advantages = np.zeros(table.grouped.shape)
         if self.chosen:
-            of_chosen = advantages_of(groups_of(self.table, self.chosen), self.cfg)
+            of_chosen = advantages_of(groups_of(table, self.chosen), self.cfg)
             advantages[self.chosen] = of_chosen.reshape(len(self.chosen), -1)
         return advantages.ravel()
 

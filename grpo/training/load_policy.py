@@ -12,6 +12,7 @@ from grpo.models.checks import load_model
 from grpo.models.offload import check_device
 from grpo.runtime.distributed import World
 from grpo.training.policy import Policy
+from grpo.training.reference_renewal import keep_reference
 
 
 def load_policy(cfg: Config, world: World, checkpoint: Path | None = None, kind: type[Policy] = Policy) -> Policy:
@@ -25,7 +26,10 @@ def load_policy(cfg: Config, world: World, checkpoint: Path | None = None, kind:
     reference = None
     if cfg.beta > 0 and not cfg.lora_r:
         reference = load_model(model_name(cfg), torch.device("cpu") if cfg.reference_offload else world.device)
-    return kind(cfg, world, load_trained(cfg, world.device, checkpoint), reference)
+    policy = kind(cfg, world, load_trained(cfg, world.device, checkpoint), reference)
+    if cfg.reference_sync_steps:
+        keep_reference(policy)
+    return policy
 
 
 def load_trained(cfg: Config, device: torch.device, checkpoint: Path | None = None) -> PreTrainedModel:

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from grpo.config.settings import Config
 from grpo.training.metrics import declare
-from grpo.training.sampler_correction import LOG_RATIO_CLAMP, correction
+from grpo.training.sampler_correction import LOG_RATIO_CLAMP, correction, mismatch, off_policy
 
 declare(
-    means=("kl", "kl_old", "clip/low", "clip/high", "clip/importance", "sampler_gap/mean"),
+    means=("kl", "kl_old", "clip/low", "clip/high", "sampler_gap/mean"),
     maxima=("ratio_gap", "sampler_gap/max"),
 )
 
@@ -138,6 +138,9 @@ def policy_loss(
     if not trust_sampler:
         importance = correction(log_weight, cfg)
         token_loss = token_loss * importance
+    if cfg.off_policy_threshold is not None:
+        off = off_policy(logprobs - inputs.sampler_logprobs, inputs.advantages, trained, cfg.off_policy_threshold)
+        token_loss, measured.means["clip/off_policy"] = torch.where(off, 0.0, token_loss), off
 
     # KL against the reference
     if inputs.ref_logprobs is not None:
@@ -163,5 +166,5 @@ def policy_loss(
         measured.maxima["sampler_gap/max"] = measured.sampler_gap
         measured.maxima["ratio_gap"] = (gap.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp() - 1).abs().amax()
         if not trust_sampler:
-            measured.means["clip/importance"] = importance != log_weight.exp()
+            measured.means |= {"clip/importance": importance != log_weight.exp(), **mismatch(log_weight)}
     return token_loss, measured

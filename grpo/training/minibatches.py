@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from grpo.config.settings import Config
+from grpo.config.settings import Config, kl_in_loss
 from grpo.runtime.shares import cut_for, shares_of, split_evenly
 from grpo.training.shared_prompt_batches import SharedPromptCut
 from grpo.types import Prompt
@@ -81,7 +81,7 @@ def make_plan(
     lengths_of, prompts_of = lengths.tolist(), [prompt.token_ids for prompt in prompts]
     row_tokens = [len(prompts_of[n // group]) + length for n, length in enumerate(lengths_of)]
     counts = lengths if num_trained is None else num_trained
-    every = cfg.beta > 0 or cfg.router_aux_loss_coef > 0  # rows with advantage 0 carry gradient, too
+    every = kl_in_loss(cfg) or cfg.router_aux_loss_coef > 0  # rows with advantage 0 carry gradient, too
     carries = [bool(count > 0 and (every or gain != 0)) for count, gain in zip(counts, advantages, strict=True)]
     plan = []
     shares = shares_of(cfg, world_size)

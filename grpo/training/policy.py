@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.config.settings import Config, updates_per_step
+from grpo.config.settings import Config, kl_in_loss, updates_per_step
 from grpo.forward.logprobs import Scorer
 from grpo.forward.recomputed import recompute_cheap_activations
 from grpo.models.checks import is_lora
@@ -97,27 +97,27 @@ class Policy:
         return None if self.reference is None else self.reference(micro)
 
     @torch.no_grad()
-    def annotate(self, batches: Sequence[Sequence[MicroBatch]]) -> list[list[MicroBatch]]:
+    def annotate(self, batches: Sequence[Sequence[MicroBatch]], for_rewards: bool = False) -> list[list[MicroBatch]]:
         """Add old and reference log-probs, before the first update of the step.
 
         The old ones are the sampler's where it is trusted. Else they are the policy's: with one update per step those
-        of the update's own forward, detached (None); with several, of an extra forward.
+        of the update's own forward, detached (None); with several, of another. for_rewards: the reference's alone.
         """
-        offloaded = self.reference if self.cfg.reference_offload else None
-        with on_device(offloaded, self.world.device) if offloaded is not None else nullcontext():
-            return [
-                self._within_memory(minibatch, lambda pieces: [self._annotate(micro) for micro in pieces])
-                for minibatch in batches
-            ]
+        refers = for_rewards or kl_in_loss(self.cfg)
+        offloaded = self.reference if self.cfg.reference_offload and refers else None
 
-    def _annotate(self, micro: MicroBatch) -> MicroBatch:
-        self.pulse()
-        old = None
-        if self.counters.trust_sampler:
-            old = micro.sampler_logprobs
-        elif updates_per_step(self.cfg) > 1:
-            old = self.backend.score(micro)
-        return dataclasses.replace(micro, old_logprobs=old, ref_logprobs=self._reference_logprobs(micro))
+        def annotated(micro: MicroBatch) -> MicroBatch:
+            self.pulse()
+            old = None
+            if self.counters.trust_sampler:
+                old = micro.sampler_logprobs
+            elif updates_per_step(self.cfg) > 1 and not for_rewards:
+                old = self.backend.score(micro)
+            reference = self._reference_logprobs(micro) if refers else None
+            return dataclasses.replace(micro, old_logprobs=old, ref_logprobs=reference)
+
+        with on_device(offloaded, self.world.device) if offloaded is not None else nullcontext():
+            return [self._within_memory(minibatch, lambda pieces: [*map(annotated, pieces)]) for minibatch in batches]
 
     def _within_memory(self, minibatch: Sequence[MicroBatch], work: Callable[[list[MicroBatch]], Result]) -> Result:
         """Run `work` on a minibatch; when memory runs out, run it again on smaller micro-batches.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from grpo.config.algorithm import check_function
-from grpo.config.settings import Config
+from grpo.config.settings import Config, kl_in_loss
 from grpo.training.losses import LossInputs, Surrogate
 from grpo.training.metrics import declare
 from grpo.training.surrogates import SURROGATES
@@ -30,7 +30,7 @@ def load_surrogate(cfg: Config) -> tuple[Surrogate, str]:
     check_function("surrogate", cfg.surrogate)
     if cfg.surrogate in SURROGATES:
         return SURROGATES[cfg.surrogate], ""
-    return _load(cfg.surrogate, cfg.beta > 0)
+    return _load(cfg.surrogate, kl_in_loss(cfg))
 
 
 @functools.cache

@@ -286,6 +286,11 @@ def test_steps_are_counted_in_samplings_not_in_updates():
     assert settings_of(save_strategy=False)["save_steps"] == 0  # YAML reads no as false
 
 
+def test_the_mask_of_rows_far_from_the_sampler():
+    assert settings_of(off_policy_mask_threshold=0.5)["off_policy_threshold"] == 0.5
+    assert "off_policy_threshold" not in settings_of()
+
+
 def test_schedules():
     def schedule(**given):
         chosen = settings_of(learning_rate=2e-6, **given)

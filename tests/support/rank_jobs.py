@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -20,11 +21,14 @@ from grpo.runtime.distributed import World, start, stop
 from grpo.training import exchange as batching
 from grpo.training import losses
 from grpo.training.advantages import group_advantages
+from grpo.training.draws import Draws
 from grpo.training.exchange import deliver
+from grpo.training.kl_in_reward import put_kl_into_rewards
 from grpo.training.metrics import Tally
 from grpo.training.minibatches import make_plan
 from grpo.training.policy import Policy
-from grpo.training.scoring import Scoring, advantages_of, gather
+from grpo.training.reference_renewal import renew_reference
+from grpo.training.scoring import Scored, Scoring, advantages_of, gather
 from grpo.types import FACTS, Completion, Prompt, Table
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -107,6 +111,12 @@ def injected_step(
     lengths = np.array([len(completion.token_ids) for completion in completions])
     num_trained = np.array([np.count_nonzero(completion.trained) for completion in completions])
     table = table_of(cfg, lengths, np.arange(len(completions)) % world.size, num_trained)
+    if cfg.kl_estimator == "k1_reward":  # what else are advantages are rewards
+        table = dataclasses.replace(table, rewards=advantages)
+        draws = Draws(SimpleNamespace(cfg=cfg), 0)  # type: ignore[arg-type]
+        draws.add(prompts, Scored(mine, [], np.zeros((0, 0)), np.zeros((0, 0)), len(completions)), table)
+        put_kl_into_rewards(draws, policy, tally)
+        advantages = draws.advantages()
     plan = make_plan(cfg, prompts, lengths, advantages, world.size, num_trained=num_trained)
     batches = deliver(world, cfg, plan, prompts, mine, table, advantages, policy.even_block)
     batches = policy.annotate(batches)
@@ -148,11 +158,18 @@ def injected_updates(
         if broken == "denominator":  # weights divide by the rows of a micro-batch, not of the minibatch
             batching.row_weights = lambda weighting, lengths, most: [1 / max(1, c) / 7 / (1 + c % 2) for c in lengths]
         norms += injected_step(cfg, world, policy, step, steps, seed, tally, masked)
+        renew_reference(policy, step + 1)
     batching.row_weights = losses.row_weights  # later jobs run without the defect
     weights = {key: value.contiguous().clone() for key, value in policy.weights()}
     if world.is_main:
         save_file(weights, out / f"{name}.safetensors")
-    return {"sha256": weights_sha256(policy), "norms": norms, "metrics": tally.reduce(world).metrics}
+    of_reference = [] if policy.reference is None else [p.double().sum().item() for p in policy.reference.parameters()]
+    return {
+        "sha256": weights_sha256(policy),
+        "norms": norms,
+        "metrics": tally.reduce(world).metrics,
+        "reference": of_reference,
+    }
 
 
 def free_rollout(world: World, out: Path, **settings):

@@ -34,6 +34,7 @@ VARIANTS = {
         "num_iterations": 2,
         "steps": 10,
     },
+    "rows off policy": {"off_policy_threshold": 0.3, "num_iterations": 2, "steps": 10},
     "accumulated": {"batch_size": 1, "gradient_accumulation_steps": 5},
     "micro": {"micro_batch_tokens": 1},
     "chunks": {"rollout_chunk_rows": 2},
@@ -226,8 +227,12 @@ def test_every_rank_ends_with_the_same_weights(results, world_size):
 def test_metrics_do_not_depend_on_the_number_of_ranks(results, name, world_size):
     one = results(1)["update", name.removeprefix("zero3 ")][0][0]["metrics"]
     several = results(world_size)["update", name][0][0]["metrics"]
-    keys = {key for key in one if not key.startswith(("time/", "idle/"))}
+    keys = {key for key in one if not key.startswith(("time/", "idle/", "sampler/gap_"))}
     assert {key: several[key] for key in keys} == pytest.approx({key: one[key] for key in keys}, rel=1e-3, abs=1e-5)
+    shares = [key for key in one if key.startswith("sampler/gap_")]  # rounding moves single tokens over an edge
+    assert [several[key] for key in shares] == pytest.approx([one[key] for key in shares], abs=5e-3) and len(
+        shares
+    ) == 5
 
 
 # --- (c) bits

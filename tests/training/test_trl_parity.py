@@ -216,6 +216,8 @@ def test_a_second_pass_over_the_same_rows_clips_as_trl_does(base, tmp_path, loss
 
 
 PPO = {"surrogate": "ppo_clip"}
+DISTANCE = 5.9  # 0 - log-prob is above it on average in two of the four rows of negative advantage
+NO_MASK = {"off_policy_threshold": None}
 VARIATIONS = {  # weighting here, our settings, TRL's loss_type and options, our settings of a broken control
     "cispo": ("dapo", {"surrogate": "cispo", "clip_eps_high": 0.3}, "cispo", {"epsilon_high": 1.3}, PPO),
     "sapo": ("grpo", {"surrogate": "sapo"}, "sapo", {}, PPO),
@@ -223,6 +225,13 @@ VARIATIONS = {  # weighting here, our settings, TRL's loss_type and options, our
     "delta": ("grpo", {"clip_ratio_max": 1.3}, "grpo", {"delta": 1.3}, {"clip_ratio_max": None}),
     "KL": ("grpo", {"kl_estimator": "k3_weighted"}, "grpo", {"use_bias_correction_kl": True}, {"kl_estimator": "k3"}),
     "batch": ("grpo", {"scale_rewards": "batch"}, "grpo", {"scale_rewards": "batch"}, {"scale_rewards": "none"}),
+    "off-policy": (
+        "grpo",
+        {"off_policy_threshold": DISTANCE},
+        "grpo",
+        {"off_policy_mask_threshold": DISTANCE},
+        NO_MASK,
+    ),
     "cut": ("dapo", {"truncated": "mask"}, "dapo", {"mask_truncated_completions": True}, {"truncated": "train"}),
 }
 

@@ -11,8 +11,11 @@ from grpo.config.algorithm import TABLE
 from grpo.config.checks import check
 from grpo.config.settings import Config
 from grpo.errors import UserError
+from grpo.runtime.distributed import start
 from grpo.training.losses import LossInputs, policy_loss, ratio_of
+from grpo.training.metrics import Tally
 from grpo.training.other_advantages import advantages_from, normalize_each
+from grpo.training.sampler_correction import with_sample_size
 from grpo.training.scoring import advantages_of
 from grpo.training.surrogates import SURROGATES
 from grpo.types import FACTS, Completion, Table
@@ -155,6 +158,65 @@ def test_corrections_of_the_sampler():
         assert gradient == rows([[-w for w in weights[0]], [2 * w for w in weights[1]]]), way
 
 
+OFF = [[-1.0, -0.5, -2.0], [0.3, -2.5, 9.0]]  # row 1: 0.5 above NEW for each of its two trained tokens
+
+
+def test_rows_far_from_the_sampler_have_no_surrogate():
+    """Only with a negative advantage; the NaN behind row 1 is no part of its mean, and its KL stays."""
+    reference = [[-1.0, -0.5, -2.0], [-1.2, -2.0, 0.0]]
+    kl = [math.exp(x) - x - 1 for x in (-1.0, 1.0)]
+    for gains, threshold, kept in (
+        ((1.0, -2.0), 0.49, False),
+        ((1.0, -2.0), 0.51, True),
+        ((1.0, 2.0), 0.49, True),
+        ((1.0, 0.0), 0.49, True),
+    ):
+        cfg = Config(surrogate="reinforce", off_policy_threshold=threshold, beta=0.1)
+        given = inputs(gains=gains, sampler=OFF, reference=reference)
+        loss, measured = policy_loss(given, torch.ones(2, 3), cfg, SURROGATES["reinforce"], trust_sampler=True)
+        [gradient] = torch.autograd.grad(loss.sum(), given.logprobs)
+        surrogate = [-gains[1] * x if kept else 0.0 for x in NEW[1][:2]]
+        assert loss[1].tolist() == pytest.approx([surrogate[0] + 0.1 * kl[0], surrogate[1] + 0.1 * kl[1], 0.0])
+        assert loss[0].tolist() == pytest.approx([1.0, 0.5, 2.0]) and gradient[0].tolist() == [-1.0] * 3
+        slopes = [-gains[1] * kept + 0.1 * (1 - math.exp(x)) for x in (-1.0, 1.0)]
+        assert gradient[1].tolist() == pytest.approx([*slopes, 0.0])
+        off = torch.where(given.trained, measured.means["clip/off_policy"], False)
+        assert float(off.sum() / given.trained.sum()) == pytest.approx(0.0 if kept else 0.4)
+
+
+def test_the_mask_of_rows_follows_the_policy_within_a_step():
+    """The sampler is compared with the policy of the update, not with the old one."""
+    cfg = Config(surrogate="reinforce", off_policy_threshold=0.2)
+    given = inputs(gains=(-1.0, -1.0))  # sampled by OLD: 0.1/3 below NEW in row 0, 0.15 above in row 1
+    _, before = policy_loss(given, torch.ones(2, 3), cfg, SURROGATES["reinforce"], trust_sampler=True)
+    assert not before.means["clip/off_policy"].any()
+    moved = dataclasses.replace(given, logprobs=given.logprobs - 0.1)
+    _, after = policy_loss(moved, torch.ones(2, 3), cfg, SURROGATES["reinforce"], trust_sampler=True)
+    assert after.means["clip/off_policy"][:, 0].tolist() == [False, True]
+
+
+def test_the_sample_size_and_the_gaps_of_a_sampler():
+    """Sums over two micro-batches of different size, and the NaN behind row 1 in neither."""
+    gaps = [[2.0, -0.0005, 0.05], [-0.5, 0.005, math.nan]]
+    sampler = [[new - gap for new, gap in zip(*pair, strict=True)] for pair in zip(NEW, gaps, strict=True)]
+    tally = Tally()
+    for rows_of in ([0, 1], [0]):
+        whole = inputs(old=NEW, sampler=sampler)
+        given = LossInputs(*(None if part is None else part[rows_of] for part in vars(whole).values()))
+        loss, measured = policy_loss(given, torch.ones(len(rows_of), 3), Config(), weights_unchanged=True)
+        tally.micro_batch(loss.sum(), measured.means, {}, given.trained)
+    known = [*gaps[0], *gaps[1][:2], *gaps[0]]
+    weights = np.exp(known)
+    metrics = with_sample_size(tally.reduce(start()).metrics)
+    assert metrics["sampler/ess"] == pytest.approx(weights.sum() ** 2 / (8 * (weights**2).sum()), rel=1e-6)
+    assert 0.3 < metrics["sampler/ess"] < 0.7
+    names = ("below_0.001", "below_0.01", "below_0.1", "below_1", "above_1")
+    assert [8 * metrics[f"sampler/gap_{name}"] for name in names] == [2, 1, 2, 1, 2]
+    for how in ({"trust_sampler": True, "weights_unchanged": True}, {"weights_unchanged": False}):
+        _, measured = policy_loss(inputs(), torch.ones(2, 3), Config(), **how)
+        assert not {name for name in measured.means if name.startswith("sampler/")}
+
+
 # --- advantages
 
 
@@ -225,6 +287,7 @@ def test_a_completion_without_loss_is_still_context():
             "k3_weighted is weighted by the ratio",
         ),
         ({"sampler_correction": "token_mask", "max_importance_weight": 1.0}, "max_importance_weight: must be above 1"),
+        ({"off_policy_threshold": 0.0}, "off_policy_threshold: must be a finite number > 0, or null, got 0.0"),
         ({"weighting": "dr_grpo", "scale_rewards": "batch"}, "scale_rewards: weighting dr_grpo implies none"),
     ],
 )
