@@ -73,9 +73,25 @@ def check_algorithm(cfg: Config) -> None:
             f"max_importance_weight: must be above 1 with sampler_correction {cfg.sampler_correction}, got "
             f"{cfg.max_importance_weight:g}: weights outside 1 / it to it are 0."
         )
+    _check_entropy(cfg)
     _check_choice_of_rows(cfg)
     if cfg.weighting == "dr_grpo" and cfg.scale_rewards == "batch":
         raise UserError("scale_rewards: weighting dr_grpo implies none, got batch. Leave one of them out.")
+
+
+def _check_entropy(cfg: Config) -> None:
+    """Settings of grpo/training/entropy.py."""
+    default, target = Config(), cfg.entropy_target
+    for name in ("entropy_coef_step", "entropy_coef_max"):
+        if target is None and getattr(cfg, name) != getattr(default, name):
+            raise UserError(f"{name}: it needs entropy_target, got {getattr(cfg, name)} without. Leave it out.")
+    if target is not None and not 0 < target < math.inf:
+        raise UserError(f"entropy_target: must be a finite number of nats > 0, or null, got {target}. Such as 0.2.")
+    if target is not None and cfg.entropy_coef > cfg.entropy_coef_max:
+        raise UserError(
+            f"entropy_coef: must be at most entropy_coef_max {cfg.entropy_coef_max:g}, got {cfg.entropy_coef:g}. "
+            "Raise entropy_coef_max."
+        )
 
 
 def _check_choice_of_rows(cfg: Config) -> None:
