@@ -137,7 +137,7 @@ class Scorer(nn.Module):
                 values, hits, entropy = self._in_blocks(hidden[where], targets, support, micro.head_blocks)
             else:
                 logits = self.model(**inputs).logits[where]
-                values, hits, entropy = self._pick(logits, targets, support)
+                values, hits, entropy = self._pick(logits, targets, support, self.measures_entropy)
         # back to [B, T]
         if self.counts_hits:
             self.hits = torch.zeros_like(micro.trained).view(-1).index_copy(0, kept, hits).view_as(micro.trained)
@@ -184,7 +184,7 @@ class Scorer(nn.Module):
         parts = []
         for i in range(0, num_blocks * self.block_tokens, self.block_tokens):
             block = slice(i, i + self.block_tokens)
-            inputs = (hidden[block], targets[block], None if support is None else support[block])
+            inputs = (hidden[block], targets[block], None if support is None else support[block], self.measures_entropy)
             if recompute:
                 parts.append(checkpoint(self._block, *inputs, use_reentrant=False, preserve_rng_state=False))
             else:
@@ -192,10 +192,10 @@ class Scorer(nn.Module):
         values, hits, entropy = zip(*parts, strict=True)
         return torch.cat(values), torch.cat(hits), torch.cat(entropy)
 
-    def _block(self, hidden: Tensor, targets: Tensor, support: Tensor | None) -> Picked:
-        return self._pick(self.head.logits(hidden), targets, support)
+    def _block(self, hidden: Tensor, targets: Tensor, support: Tensor | None, with_entropy: bool) -> Picked:
+        return self._pick(self.head.logits(hidden), targets, support, with_entropy)
 
-    def _pick(self, logits: Tensor, targets: Tensor, support: Tensor | None) -> Picked:
+    def _pick(self, logits: Tensor, targets: Tensor, support: Tensor | None, with_entropy: bool) -> Picked:
         """logits [M, V], targets [M] -> log-probs and entropies, over the support where given; hits, over all ids."""
         bounded, _ = bounded_logits(
             logits[:, : self.head.num_tokens].float(), self.cfg.temperature, self.cfg.logit_clamp
@@ -204,5 +204,5 @@ class Scorer(nn.Module):
         hits = (chosen >= bounded.amax(-1)).detach() if self.counts_hits else torch.zeros(0, dtype=torch.bool)
         if support is not None:
             bounded = bounded.gather(-1, support.clamp(min=0)).masked_fill(support < 0, -torch.inf)
-        entropy = entropy_of(bounded) if self.measures_entropy else bounded[:0, 0]
+        entropy = entropy_of(bounded) if with_entropy else bounded.new_zeros(0)
         return chosen - torch.logsumexp(bounded, dim=-1), hits, entropy
