@@ -86,7 +86,8 @@ def load_policy_of(folder: Path, evidence: Evidence, device: torch.device) -> Po
         raise UserError(f"replay: {file} is not a copy of {cfg.model}'s weights.")
     reference = load_model(model_name(cfg), device) if cfg.beta > 0 and not cfg.lora_r else None
     policy = (SftPolicy if cfg.sft else Policy)(cfg, World(0, 1, 0, 1, device), model, reference)
-    policy.counters.trust_sampler, policy.counters.updates = evidence.trust_sampler, evidence.updates
+    for name in ("trust_sampler", "updates", "entropy_coef", "last_entropy"):
+        setattr(policy.counters, name, getattr(evidence, name))
     if evidence.num_tokens is not None:
         policy.limit_tokens(evidence.num_tokens)
     return policy

@@ -155,6 +155,9 @@ class MicroBatch:
     old_logprobs: torch.Tensor | None = None  # [B, T]; None: those of the update's own forward, detached
     ref_logprobs: torch.Tensor | None = None  # [B, T]; None: no KL
     weights: torch.Tensor | None = None  # [B, T] loss weights, divided by the global denominator
+    entropy: torch.Tensor | None = None  # [B, T] nats, before the step's first update; None: not needed
+    chosen: torch.Tensor | None = None  # [B, T] bool, the tokens of top_entropy_share; None: all
+    entropy_weights: torch.Tensor | None = None  # [B, T] of the entropy in its bonus, as `weights`; None: no bonus
     position_ids: torch.Tensor | None = None  # [B, L] int64, from 0 in each of the texts that share a row; None: 0 to L
     flat: Flat | None = None  # the same rows without padding; None: computed when needed
     trained_index: torch.Tensor | None = None  # [M] int64, where `trained` is True in [B*T]; None: computed when needed
@@ -177,6 +180,8 @@ class Counters:
     consecutive_skips: int = 0
     trust_sampler: bool | None = None  # sampler log-probs serve as old log-probs; None: not measured yet
     drawn: int = 0  # prompts taken from the run's stream
+    entropy_coef: float | None = None  # as entropy_target has adapted it; None: as the setting says
+    last_entropy: float | None = None  # nats, mean at the last update with entropy_target; None: not measured yet
 
 
 class Extra(Protocol):

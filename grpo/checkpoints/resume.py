@@ -5,6 +5,7 @@ another one wrote.
 """
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,9 @@ def read_state(folder: Path) -> dict[str, Any]:
             if name == "trust_sampler":
                 if not (value is None or isinstance(value, bool)):
                     raise ValueError(f"counters: {name} must be true, false or null, got {value!r}")
+            elif name in ("entropy_coef", "last_entropy"):
+                if not (value is None or (type(value) in (int, float) and 0 <= value < math.inf)):
+                    raise ValueError(f"counters: {name} must be a finite number >= 0 or null, got {value!r}")
             elif type(value) is not int or not 0 <= value < 2**62:
                 raise ValueError(f"counters: {name} must be a whole number >= 0, got {value!r}")
         return {**state, "counters": counters, "config": with_new_names(state["config"])}

@@ -78,6 +78,7 @@ def check_algorithm(cfg: Config) -> None:
             f"max_importance_weight: must be above 1 with sampler_correction {cfg.sampler_correction}, got "
             f"{cfg.max_importance_weight:g}: weights outside 1 / it to it are 0."
         )
+    _check_entropy(cfg)
     _check_choice_of_rows(cfg)
     for name in REPLACED if cfg.advantage is not None else ():
         if getattr(cfg, name) != getattr(default, name):
@@ -125,6 +126,21 @@ def _check_kl(cfg: Config) -> None:
         )
     if cfg.reference_mixup != Config().reference_mixup and not cfg.reference_sync_steps:
         raise UserError(f"reference_mixup: it needs reference_sync_steps, got {cfg.reference_mixup:g}. Leave it out.")
+
+
+def _check_entropy(cfg: Config) -> None:
+    """Settings of grpo/training/entropy.py."""
+    default, target = Config(), cfg.entropy_target
+    for name in ("entropy_coef_step", "entropy_coef_max"):
+        if target is None and getattr(cfg, name) != getattr(default, name):
+            raise UserError(f"{name}: it needs entropy_target, got {getattr(cfg, name)} without. Leave it out.")
+    if target is not None and not 0 < target < math.inf:
+        raise UserError(f"entropy_target: must be a finite number of nats > 0, or null, got {target}. Such as 0.2.")
+    if target is not None and cfg.entropy_coef > cfg.entropy_coef_max:
+        raise UserError(
+            f"entropy_coef: must be at most entropy_coef_max {cfg.entropy_coef_max:g}, got {cfg.entropy_coef:g}. "
+            "Raise entropy_coef_max."
+        )
 
 
 def _check_choice_of_rows(cfg: Config) -> None:

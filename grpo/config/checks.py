@@ -63,20 +63,25 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must 
     ("max_steps", lambda value: value is None or value >= 0, ">= 0, or null"),
     ("save_total_limit num_threads rollout_tokens", lambda value: value is None or value >= 1, ">= 1, or null"),
     (
-        "lr temperature max_grad_norm logit_clamp advantage_clip max_importance_weight reward_timeout_s push_timeout_s",
+        "lr temperature max_grad_norm logit_clamp advantage_clip max_importance_weight reward_timeout_s push_timeout_s "
+        "entropy_coef_step entropy_coef_max",
         lambda value: 0 < value < math.inf,
         "a finite number > 0",
     ),
     ("stall_timeout_s", lambda value: 1 <= value < math.inf, "a finite number of seconds >= 1"),
     (
-        "beta router_aux_loss_coef weight_decay clip_eps preempt_grace_s",
+        "beta router_aux_loss_coef entropy_coef weight_decay clip_eps preempt_grace_s",
         lambda value: 0 <= value < math.inf,
         "a finite number >= 0",
     ),
     ("clip_eps_high", lambda value: value is None or 0 <= value < math.inf, ">= 0, or null"),
     ("off_policy_threshold", lambda value: value is None or 0 < value < math.inf, "a finite number > 0, or null"),
     ("reward_memory_mb", lambda value: value >= 64, ">= 64"),
-    ("top_p prompt_length_quantile reference_mixup", lambda value: 0 < value <= 1, "in (0, 1]"),
+    (
+        "top_p prompt_length_quantile reference_mixup top_entropy_share",
+        lambda value: 0 < value <= 1,
+        "in (0, 1]",
+    ),
     ("min_p warmup_ratio min_lr_ratio adam_beta1 adam_beta2 lora_dropout", lambda value: 0 <= value < 1, "in [0, 1)"),
     ("max_reward_failures", lambda value: 0 <= value <= 1, "in [0, 1]"),
     ("lora_r", lambda value: 0 <= value <= 2**14, f"0 to {2**14}"),

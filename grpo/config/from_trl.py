@@ -24,9 +24,9 @@ COPIED = [  # options whose value is also ours
     "chat_template_kwargs", "system_prompt", "shuffle_dataset", "max_prompt_length", "test_split_size",
     "num_generations", "num_iterations", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "epsilon",
     "epsilon_high", "delta", "sapo_temperature_pos", "sapo_temperature_neg", "beta", "router_aux_loss_coef",
-    "off_policy_mask_threshold",
-    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "gradient_checkpointing", "seed",
-    "full_determinism", "output_dir", "save_total_limit", "run_name", "project", "wandb_project", "trackio_project",
+    "off_policy_mask_threshold", "entropy_coef", "top_entropy_quantile", "learning_rate", "weight_decay", "adam_beta1",
+    "adam_beta2", "max_grad_norm", "gradient_checkpointing", "seed", "full_determinism", "output_dir",
+    "save_total_limit", "run_name", "project", "wandb_project", "trackio_project",
 ]  # fmt: skip
 TRL_DEFAULTS: dict[str, Any] = {  # of copied options, where ours differ
     "num_generations": 8,
@@ -38,7 +38,6 @@ TRL_DEFAULTS: dict[str, Any] = {  # of copied options, where ours differ
 HARMLESS = {  # values that change nothing, beside null, false, 0 and empty ones
     "importance_sampling_level": "token",
     "multi_objective_aggregation": "sum_then_normalize",
-    "top_entropy_quantile": 1.0,
     "repetition_penalty": 1.0,
     "adam_epsilon": 1e-8,
     "train_sampling_strategy": "random",
@@ -50,7 +49,7 @@ KINDS = typing.get_type_hints(Config)
 def convert(options: dict[str, Any], processes: int, rows: int | None = None) -> Recipe:
     """Settings for a recipe's options. Raises UserError for values that cannot be converted."""
     recipe = Recipe(options, processes, rows)
-    for part in (_copy, _batch, _data, _rewards, _algorithm, _sampling, _schedule, _adapter, _machine):
+    for part in (_copy, _batch, _data, _rewards, _algorithm, _entropy, _sampling, _schedule, _adapter, _machine):
         part(recipe)
     run = length(recipe)  # reads what _batch has written
     for write in (evaluation, saving, reference, tracking):
@@ -259,6 +258,18 @@ def _algorithm(recipe: Recipe) -> None:
         recipe.put("truncated", "mask", "mask_truncated_completions")
     if recipe.flag("use_bias_correction_kl", True) and recipe.settings.get("beta"):
         recipe.settings["kl_estimator"] = "k3_weighted"
+
+
+def _entropy(recipe: Recipe) -> None:
+    if recipe.flag("use_adaptive_entropy"):
+        recipe.put("entropy_target", recipe.number("entropy_target", 0.2), "use_adaptive_entropy")
+        recipe.put("entropy_coef_step", recipe.number("entropy_coef_delta", 0.005), "entropy_coef_delta")
+        recipe.put("entropy_coef_max", recipe.number("entropy_coef_max", 1.0), "entropy_coef_max")
+    else:  # theirs are ignored
+        recipe.read |= {"entropy_target", "entropy_coef_delta", "entropy_coef_max", "entropy_coef_min"}
+    share = recipe.settings.get("top_entropy_share", 1.0)
+    if share < 1 or recipe.settings.get("entropy_coef") or "entropy_target" in recipe.settings:
+        recipe.changed.append("entropy: quantile and mean are over a minibatch; in TRL over each micro-batch.")
 
 
 def _sampling(recipe: Recipe) -> None:

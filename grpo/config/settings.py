@@ -163,6 +163,16 @@ class Config:
     """The renewed reference is this times the policy plus (1 - this) times the old one, in (0, 1]."""
     router_aux_loss_coef: float = 0.0
     """Coefficient of the load-balancing loss of a mixture of experts, over each row (docs/algorithms.md); 0: off."""
+    entropy_coef: float = 0.0
+    """Coefficient of the entropy bonus, the mean entropy of trained tokens in nats (docs/algorithms.md); 0: off."""
+    entropy_target: float | None = None
+    """Adapt entropy_coef, so that the bonus acts while the mean entropy is at most this, nats, > 0; null: constant."""
+    entropy_coef_step: float = 0.005
+    """With entropy_target: each update moves the coefficient by this, > 0."""
+    entropy_coef_max: float = 1.0
+    """With entropy_target: its largest value, > 0."""
+    top_entropy_share: float = 1.0
+    """Share of the trained tokens, those of highest entropy, that the surrogate acts on, in (0, 1]; 1: all."""
     baseline: Literal["group", "leave_one_out", "batch"] = "group"
     """What advantages are measured from: the mean reward of the group, of its others (RLOO), or of all rows."""
     scale_rewards: Literal["group", "batch", "none"] | bool = "group"

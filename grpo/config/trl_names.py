@@ -121,9 +121,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "Parameters of a loss that is not here.", True),
         Row("off_policy_mask_threshold", "off_policy_threshold", "TRL takes the old log-probs where the engine gives "
             "none, ours are always the sampler's."),
-        Row("top_entropy_quantile", "", "All tokens are trained on."),
-        Row("entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target",
-            "", "There is no entropy bonus; a larger clip_eps_high keeps entropy up."),
+        Row("top_entropy_quantile", "top_entropy_share", "TRL's quantile is over a micro-batch, here over a minibatch, "
+            "before the step's first update."),
+        Row("entropy_coef", "entropy_coef", "TRL's mean is over a micro-batch, here over a minibatch."),
+        Row("use_adaptive_entropy entropy_target", "entropy_target", "true: entropy_target, 0.2 in TRL. false: null."),
+        Row("entropy_coef_delta", "entropy_coef_step"),
+        Row("entropy_coef_max", "entropy_coef_max"),
+        Row("entropy_coef_min", "", "The coefficient may fall to 0."),
         Row("router_aux_loss_coef", "router_aux_loss_coef", "null in TRL: the value of the model's config.json; 0 "
             "here."),
         Row("disable_dropout", "", "Dropout is always off.", True),

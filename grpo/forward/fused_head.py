@@ -3,6 +3,10 @@
     logits = scale W h,  z = clamp(logits - mid-range) / T,  logp = z_target - logsumexp(z)
     dlogp/dz = onehot(target) - softmax(z)
 
+and, where it is asked for, the entropy of the same distribution, p = softmax(z):
+
+    H = -sum_v p_v log p_v,  dH/dz_v = -p_v (log p_v + H)
+
 The backward computes a block's logits again and adds its part to one gradient of W in place, so that neither the logits
 nor a [V, H] gradient per block are kept. It serves heads that are one plain matrix on this process. The simple path is
 `Scorer._block` in logprobs.py, through autograd; other heads use it, and tests compare the two.
@@ -19,15 +23,18 @@ ROWS_IN_CACHE = 2**20  # logits processed at once on CPU, so that they stay in t
 class HeadLogprobs(torch.autograd.Function):
     """hidden [M, H], weight [V, H], targets [M] -> log-probs [M] fp32, and whether the target is likeliest [M] bool.
 
-    num_tokens: the rows of the weight that are tokens, the first ones.
+    The third output is the entropy in nats, [M] fp32, or with_entropy False [0]. num_tokens: the rows of the weight
+    that are tokens, the first ones.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, temperature, clamp, block_rows, num_tokens):
+    def forward(ctx, hidden, weight, targets, scale, temperature, clamp, block_rows, num_tokens, with_entropy=False):
         ctx.settings = (scale, temperature, clamp, block_rows, num_tokens)
+        ctx.set_materialize_grads(False)  # an output without gradient costs nothing in the backward
         logprobs = torch.empty(len(hidden), device=hidden.device)
         lse = torch.empty_like(logprobs)
         hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        entropy = torch.empty(len(hidden) if with_entropy else 0, device=hidden.device)
         saved_logits = limit = None
         low_weight = weight[:num_tokens].to(hidden.dtype)
         for block in _blocks(len(hidden), block_rows):
@@ -43,16 +50,24 @@ class HeadLogprobs(torch.autograd.Function):
                 chosen = z.gather(-1, targets[rows, None])[:, 0]
                 top = z.amax(-1)
                 hits[rows] = chosen >= top
-                lse[rows] = (z - top[:, None]).exp_().sum(-1).log_().add_(top)
+                below = z - top[:, None]
+                if with_entropy:  # log sum e^b - sum(b e^b) / sum e^b, b = z - max z
+                    powers = below.exp()
+                    total = powers.sum(-1)
+                    entropy[rows] = total.log() - powers.mul_(below).sum(-1) / total
+                else:
+                    total = below.exp_().sum(-1)
+                lse[rows] = total.log_().add_(top)
                 logprobs[rows] = chosen - lse[rows]
         saved_limit = limit if saved_logits is not None else None
-        ctx.save_for_backward(hidden, weight, targets, lse, saved_logits, saved_limit)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy, saved_logits, saved_limit)
         ctx.mark_non_differentiable(hits)
-        return logprobs, hits
+        return logprobs, hits, entropy
 
     @staticmethod
-    def backward(ctx, gradient, _):
-        hidden, weight, targets, lse, saved_logits, limit = ctx.saved_tensors
+    def backward(ctx, gradient, _, entropy_gradient):
+        hidden, weight, targets, lse, entropy, saved_logits, limit = ctx.saved_tensors
+        gradient = torch.zeros_like(lse) if gradient is None else gradient
         scale, temperature, clamp, block_rows, num_tokens = ctx.settings
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -63,12 +78,16 @@ class HeadLogprobs(torch.autograd.Function):
             if saved_logits is None:
                 limit = _bound(logits, clamp)
             clamped = None if limit is None else (logits >= limit).logical_or_(logits <= -limit)
-            # in place: logits -> gradient * (onehot(target) - softmax)
+            # in place: logits -> gradient * (onehot(target) - softmax), and that of the entropy
             for rows in _in_cache(logits, block.start):
                 z = logits[rows.start - block.start : rows.stop - block.start]
                 if temperature != 1.0:
                     z.div_(temperature)
-                z.sub_(lse[rows, None]).exp_().mul_(-gradient[rows, None])
+                z.sub_(lse[rows, None])
+                factor = -gradient[rows, None]
+                if entropy_gradient is not None:
+                    factor = (z + entropy[rows, None]).mul_(-entropy_gradient[rows, None]).add_(factor)
+                z.exp_().mul_(factor)
                 z.scatter_add_(-1, targets[rows, None], gradient[rows, None])
             # through clamp, temperature and scale
             if clamped is not None:
@@ -83,7 +102,7 @@ class HeadLogprobs(torch.autograd.Function):
                 grad_weight[:num_tokens].addmm_(grad_logits.t(), hidden[block])
             elif grad_weight is not None:
                 grad_weight[:num_tokens].add_(grad_logits.t() @ hidden[block])
-        return grad_hidden, grad_weight, *[None] * 6
+        return grad_hidden, grad_weight, *[None] * 7
 
 
 def _blocks(total: int, size: int) -> list[slice]:

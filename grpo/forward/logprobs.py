@@ -26,11 +26,13 @@ from grpo.forward.head_check import matches_the_model
 from grpo.forward.modes import set_mode
 from grpo.forward.precision import arithmetic, arithmetic_dtype, host_reads_are_free
 from grpo.forward.shared_attention import can_share
+from grpo.forward.token_entropy import entropy_of
 from grpo.types import Flat, MicroBatch
 
 FLAT_BELOW = 0.95  # of the padded tokens; above, padded rows in few attention calls are faster than a flat row in many
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 BLOCK_ELEMENTS_PER_MB = 2**20 // 4  # fp32 logits
+Picked = tuple[Tensor, Tensor, Tensor]  # log-probs [M]; hits [M] and entropies [M], each empty unless it is asked for
 
 
 def bounded_logits(logits: Tensor, temperature: float, clamp: float) -> tuple[Tensor, Tensor]:
@@ -106,6 +108,8 @@ class Scorer(nn.Module):
         self.sharded = cfg.backend == "deepspeed" and cfg.zero_stage == 3  # the head is whole in its own forward only
         self.counts_hits = False  # whether `hits` is computed
         self.hits: Tensor | None = None  # [B, T] bool, of the last forward: the target is the likeliest token
+        self.measures_entropy = False  # whether `entropy` is computed
+        self.entropy: Tensor | None = None  # [B, T] nats, of the last forward, with gradient; 0 where not trained
         self.block_tokens = max(1, cfg.logits_chunk_mb * BLOCK_ELEMENTS_PER_MB // self.head.vocab_size)
 
     def train(self, mode: bool = True) -> "Scorer":
@@ -130,15 +134,17 @@ class Scorer(nn.Module):
         with arithmetic(self.cfg.dtype, micro.input_ids.device):
             if self.head.usable:
                 hidden = self.head.body()(**inputs).last_hidden_state
-                values, hits = self._in_blocks(hidden[where], targets, support, micro.head_blocks)
+                values, hits, entropy = self._in_blocks(hidden[where], targets, support, micro.head_blocks)
             else:
                 logits = self.model(**inputs).logits[where]
-                values, hits = self._pick(logits, targets, support)
+                values, hits, entropy = self._pick(logits, targets, support, self.measures_entropy)
         # back to [B, T]
         if self.counts_hits:
             self.hits = torch.zeros_like(micro.trained).view(-1).index_copy(0, kept, hits).view_as(micro.trained)
-        logprobs = torch.zeros(micro.trained.numel(), dtype=torch.float32, device=values.device)
-        return logprobs.index_copy(0, kept, values).view(micro.trained.shape)
+        zeros = torch.zeros(micro.trained.numel(), dtype=torch.float32, device=values.device)
+        if self.measures_entropy:
+            self.entropy = zeros.index_copy(0, kept, entropy).view(micro.trained.shape)
+        return zeros.index_copy(0, kept, values).view(micro.trained.shape)
 
     def _row_inputs(self, micro: MicroBatch, kept: Tensor) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
         """Padded rows, and where the M targets are predicted in them: the simple path."""
@@ -159,46 +165,38 @@ class Scorer(nn.Module):
         where = flat.positions.reshape(-1)[kept]
         return {"input_ids": flat.input_ids, **flat.shared_prompts.inputs()}, (torch.zeros_like(where), where)
 
-    def _in_blocks(
-        self, hidden: Tensor, targets: Tensor, support: Tensor | None, num_blocks: int
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states [M, H] -> log-probs [M] and hits [M], as `_pick` returns them.
+    def _in_blocks(self, hidden: Tensor, targets: Tensor, support: Tensor | None, num_blocks: int) -> Picked:
+        """Hidden states [M, H] -> log-probs, hits and entropies, as `_pick` returns them.
 
         num_blocks: blocks to run at least (see MicroBatch.head_blocks).
         """
         # one plain matrix: the fused head
         matrix = None if self.sharded or support is not None else self.head.matrix()
         if matrix is not None:
-            values, hits = HeadLogprobs.apply(
-                hidden.to(arithmetic_dtype(self.cfg.dtype)),
-                matrix,
-                targets,
-                self.head.scale,
-                self.cfg.temperature,
-                self.cfg.logit_clamp,
-                self.block_tokens,
-                self.head.num_tokens,
-            )
-            return values, hits if self.counts_hits else hits[:0]
+            head, cfg = self.head, self.cfg
+            how = (head.scale, cfg.temperature, cfg.logit_clamp, self.block_tokens, head.num_tokens)
+            low = hidden.to(arithmetic_dtype(cfg.dtype))
+            values, hits, entropy = HeadLogprobs.apply(low, matrix, targets, *how, self.measures_entropy)
+            return values, hits if self.counts_hits else hits[:0], entropy
         # any other head: blocks through autograd
         num_blocks = max(num_blocks, math.ceil(len(targets) / self.block_tokens), 1)
         recompute = num_blocks > 1 and torch.is_grad_enabled()
         parts = []
         for i in range(0, num_blocks * self.block_tokens, self.block_tokens):
             block = slice(i, i + self.block_tokens)
-            inputs = (hidden[block], targets[block], None if support is None else support[block])
+            inputs = (hidden[block], targets[block], None if support is None else support[block], self.measures_entropy)
             if recompute:
                 parts.append(checkpoint(self._block, *inputs, use_reentrant=False, preserve_rng_state=False))
             else:
                 parts.append(self._block(*inputs))
-        values, hits = zip(*parts, strict=True)
-        return torch.cat(values), torch.cat(hits)
+        values, hits, entropy = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(hits), torch.cat(entropy)
 
-    def _block(self, hidden: Tensor, targets: Tensor, support: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._pick(self.head.logits(hidden), targets, support)
+    def _block(self, hidden: Tensor, targets: Tensor, support: Tensor | None, with_entropy: bool) -> Picked:
+        return self._pick(self.head.logits(hidden), targets, support, with_entropy)
 
-    def _pick(self, logits: Tensor, targets: Tensor, support: Tensor | None) -> tuple[Tensor, Tensor]:
-        """logits [M, V], targets [M] -> log-probs [M], over the support where given; hits [M], empty if not counted."""
+    def _pick(self, logits: Tensor, targets: Tensor, support: Tensor | None, with_entropy: bool) -> Picked:
+        """logits [M, V], targets [M] -> log-probs and entropies, over the support where given; hits, over all ids."""
         bounded, _ = bounded_logits(
             logits[:, : self.head.num_tokens].float(), self.cfg.temperature, self.cfg.logit_clamp
         )
@@ -206,4 +204,5 @@ class Scorer(nn.Module):
         hits = (chosen >= bounded.amax(-1)).detach() if self.counts_hits else torch.zeros(0, dtype=torch.bool)
         if support is not None:
             bounded = bounded.gather(-1, support.clamp(min=0)).masked_fill(support < 0, -torch.inf)
-        return chosen - torch.logsumexp(bounded, dim=-1), hits
+        entropy = entropy_of(bounded) if with_entropy else bounded.new_zeros(0)
+        return chosen - torch.logsumexp(bounded, dim=-1), hits, entropy

@@ -9,7 +9,7 @@ computes is tried when the model is loaded; one that computes something else is 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class RecomputedNorm(torch.autograd.Function):
 class NormMixin(nn.Module):
     """Before the class of a norm with one weight."""
 
+    weight: Tensor
+
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Any:
         """As the class's own."""
         plain, weight = super().forward, self.weight
@@ -71,6 +73,11 @@ class NormMixin(nn.Module):
 
 class GatedMixin(nn.Module):
     """Before the class of an MLP that computes down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
 
     def forward(self, x: Tensor) -> Any:
         """As the class's own."""
@@ -118,13 +125,13 @@ def _is_norm(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _is_gated(module: nn.Module) -> bool:
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
-    if not all(isinstance(part, nn.Module) for part in parts) or not isinstance(weight := parts[0].weight, Tensor):
+    names = ("gate_proj", "up_proj", "down_proj", "act_fn")
+    if not all(isinstance(getattr(module, name, None), nn.Module) for name in names):
         return False
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, TRIED_ROWS, parts[0].in_features, generator=generator).to(weight.device)
+    gate, up, down, act = (cast(Any, getattr(module, name)) for name in names)
     try:
-        gate, up, down, act = parts
+        x = torch.randn(1, TRIED_ROWS, gate.in_features, generator=torch.Generator().manual_seed(0))
+        x = x.to(gate.weight.device)
         return torch.equal(module(x), down(act(gate(x)) * up(x)))
     except (RuntimeError, TypeError, AttributeError):
         return False

@@ -319,6 +319,8 @@ class Run:
                 iteration=iteration,
                 trust_sampler=policy.counters.trust_sampler,
                 updates=policy.counters.updates,
+                entropy_coef=policy.counters.entropy_coef,
+                last_entropy=policy.counters.last_entropy,
                 num_tokens=policy.num_tokens,
                 rows=[list(micro.rows) for micro in minibatch],
                 config=dataclasses.asdict(self.cfg),

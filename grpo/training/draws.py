@@ -50,7 +50,8 @@ class Stream:
         self.cfg, self.questions = cfg, questions
         self.difficulty: Difficulty | None = None
         if cfg.difficulty_range is not None:
-            self.difficulty = Difficulty(len(questions.items), *cfg.difficulty_range, cfg.difficulty_rest)
+            low, high = cfg.difficulty_range
+            self.difficulty = Difficulty(len(questions.items), low, high, cfg.difficulty_rest)
             policy.extras["questions"] = self.difficulty
             declare(maxima=("questions/resting",))
         if cfg.filter_groups != "keep":

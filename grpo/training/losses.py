@@ -7,6 +7,7 @@
 
 `surrogate` chooses s, here or in surrogates.py, and `weighting` w; `kl_estimator` may put k2, or k3 times the ratio, in
 k3's place (docs/algorithms.md). `ratio` chooses whether r_t is of the token or its row (GSPO, arXiv 2507.18071, eq. 7).
+entropy.py has a bonus beside this, and the choice of tokens that have an s; by default there is neither.
 
     ppo_clip  -min(min(r_t, r_max) * A, clip(r_t, 1 - eps_low, 1 + eps_high) * A)          arXiv 2402.03300, eq. 3
               r_t = exp(clamp(logp_t - old_t, +-20)), r_max = clip_ratio_max               arXiv 1912.09729, eq. 5
@@ -48,6 +49,7 @@ class LossInputs:
     sampler_logprobs: Tensor  # [B, T] as the engine sampled
     advantages: Tensor  # [B]
     trained: Tensor  # [B, T] bool, the tokens that carry loss; other log-probs may be anything, also NaN
+    chosen: Tensor | None = None  # [B, T] bool, of these the tokens with a surrogate; None: all
 
 
 @dataclass
@@ -130,8 +132,10 @@ def policy_loss(
     trained, logprobs, old = inputs.trained, inputs.logprobs, inputs.old_logprobs
     measured = Measured()
 
-    # per-token surrogate
+    # per-token surrogate, where top_entropy_share is below 1 only of tokens of high entropy
     token_loss, measured.means = surrogate(inputs, cfg)
+    if inputs.chosen is not None:
+        token_loss = torch.where(inputs.chosen, token_loss, 0.0)
 
     # importance weight, where the sampler's distribution is not the trainer's
     log_weight = torch.where(trained, old - inputs.sampler_logprobs, 0.0)

@@ -13,6 +13,7 @@ import numpy as np
 
 from grpo.config.settings import Config, kl_in_loss
 from grpo.runtime.shares import cut_for, shares_of, split_evenly
+from grpo.training.entropy import needs_entropy
 from grpo.training.shared_prompt_batches import SharedPromptCut
 from grpo.types import Prompt
 
@@ -74,14 +75,14 @@ def make_plan(
     """Cut the rows of the chosen groups, p of each, into minibatches of whole groups, and those into micro-batches.
 
     lengths, advantages, num_trained: [N]; num_trained None: every token is trained. A row without a trained token
-    carries no gradient, nor one whose advantage is 0, without KL and balancing loss. shares_prompts: see Minibatch.
-    chosen: None for all groups.
+    carries no gradient, nor one whose advantage is 0, without KL, balancing loss and entropy. shares_prompts: see
+    Minibatch. chosen: None for all groups.
     """
     group = cfg.num_generations
     lengths_of, prompts_of = lengths.tolist(), [prompt.token_ids for prompt in prompts]
     row_tokens = [len(prompts_of[n // group]) + length for n, length in enumerate(lengths_of)]
     counts = lengths if num_trained is None else num_trained
-    every = kl_in_loss(cfg) or cfg.router_aux_loss_coef > 0  # rows with advantage 0 carry gradient, too
+    every = kl_in_loss(cfg) or cfg.router_aux_loss_coef > 0 or needs_entropy(cfg)  # rows with advantage 0 matter, too
     carries = [bool(count > 0 and (every or gain != 0)) for count, gain in zip(counts, advantages, strict=True)]
     plan = []
     shares = shares_of(cfg, world_size)

@@ -24,6 +24,7 @@ from grpo.runtime.checksums import checksums, first_difference
 from grpo.runtime.distributed import World
 from grpo.runtime.out_of_memory import FittingSize, OutOfMemory, ran_out
 from grpo.training.backends import Backend, load_backend
+from grpo.training.entropy import EntropyTerms
 from grpo.training.losses import LossInputs, policy_loss
 from grpo.training.metrics import Tally, declare
 from grpo.training.router_balance import RouterBalance
@@ -59,6 +60,7 @@ class Policy:
         self.shares_reference = cfg.beta > 0 and is_lora(model)  # the model itself, without its adapter
         self.activation_offload = ActivationOffload(model)
         self.scorer = scorer = Scorer(model, cfg)
+        self.entropy = EntropyTerms(cfg, world, scorer)
         self.balance = RouterBalance(scorer) if cfg.router_aux_loss_coef else None
         self.vocab_size = self.num_tokens = scorer.head.vocab_size
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())  # before any sharding
@@ -108,16 +110,18 @@ class Policy:
 
         def annotated(micro: MicroBatch) -> MicroBatch:
             self.pulse()
-            old = None
+            micro = micro if for_rewards else self.entropy.before_updates(micro, self.backend)
+            old = micro.old_logprobs  # of the forward for entropies, if any
             if self.counters.trust_sampler:
                 old = micro.sampler_logprobs
-            elif updates_per_step(self.cfg) > 1 and not for_rewards:
+            elif updates_per_step(self.cfg) > 1 and old is None and not for_rewards:
                 old = self.backend.score(micro)
             reference = self._reference_logprobs(micro) if refers else None
             return dataclasses.replace(micro, old_logprobs=old, ref_logprobs=reference)
 
         with on_device(offloaded, self.world.device) if offloaded is not None else nullcontext():
-            return [self._within_memory(minibatch, lambda pieces: [*map(annotated, pieces)]) for minibatch in batches]
+            found = [self._within_memory(minibatch, lambda pieces: [*map(annotated, pieces)]) for minibatch in batches]
+        return found if for_rewards else self.entropy.weighted(found)
 
     def _within_memory(self, minibatch: Sequence[MicroBatch], work: Callable[[list[MicroBatch]], Result]) -> Result:
         """Run `work` on a minibatch; when memory runs out, run it again on smaller micro-batches.
@@ -152,11 +156,13 @@ class Policy:
     def loss(self, micro: MicroBatch, tally: Tally, weights_unchanged: bool) -> Tensor:
         """Weighted loss of a micro-batch, already divided by the global denominator."""
         assert micro.weights is not None
-        logprobs = self.backend.score(micro)  # [B, T]
+        logprobs = self.entropy.score(micro, self.backend)  # [B, T]
         old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
-        inputs = LossInputs(logprobs, old, micro.ref_logprobs, micro.sampler_logprobs, micro.advantages, micro.trained)
+        given = (micro.ref_logprobs, micro.sampler_logprobs, micro.advantages, micro.trained, micro.chosen)
+        inputs = LossInputs(logprobs, old, *given)
         trust = bool(self.counters.trust_sampler)
         token_loss, measured = policy_loss(inputs, micro.weights, self.cfg, self.surrogate, trust, weights_unchanged)
+        token_loss = self.entropy.add(token_loss, micro, measured.means, self.counters)
         if self.balance is not None:
             token_loss = self.balance.add(token_loss, micro, measured.means)
         loss = token_loss.sum()
@@ -177,6 +183,7 @@ class Policy:
 
         def accumulate(pieces: list[MicroBatch]) -> list[Tensor]:
             tally.rewind(mark)  # of an attempt that ran out of memory
+            self.entropy.parts.clear()
             losses: list[Tensor] = []
             # Exactly 1 until a loss is not finite, then NaN. A NaN gradient reaches all ranks without a flag of its
             # own: the sum over ranks, and so the norm, is NaN everywhere. Nothing is read: no device sync.
@@ -203,6 +210,7 @@ class Policy:
         if not math.isfinite(norm):
             raise SkippedUpdate(f"gradient norm {norm}", torch.stack(losses).tolist() if losses else [])
         self.last_lr = lr
+        self.entropy.after_update(self.counters, tally)
         self.counters.updates += 1
         return norm
 

@@ -41,6 +41,8 @@ class Evidence:
     config: dict[str, Any]
     num_tokens: int | None = None  # ids that may be sampled; None: all
     updates: int = 0  # optimizer steps taken before it; they key the dropout masks of an adapter
+    entropy_coef: float | None = None  # see Counters
+    last_entropy: float | None = None  # see Counters
 
 
 def quarantine(folder: Path, evidence: Evidence, minibatch: Sequence[MicroBatch]) -> None:

@@ -100,7 +100,8 @@ HINTS = {
     "use_vllm": "TRL's, there is none here. The trainer samples with its own engine",
     "dataloader_num_workers": "TRL's, there is none here. Prompts are tokenized at the start",
     "importance_sampling_level": "TRL's name, here it is ratio",
-    "top_entropy_quantile": "TRL's, there is none here. All tokens are trained on",
+    "off_policy_mask_threshold": "TRL's name, here it is off_policy_threshold. TRL takes the old log-probs",
+    "top_entropy_quantile": "TRL's name, here it is top_entropy_share. TRL's quantile is over a micro-batch",
     "model_name_or_path": "TRL's name, here it is model",
 }
 
@@ -341,8 +342,10 @@ def test_rewards():
 
 
 def test_what_is_not_carried_over_is_named_and_what_changes_nothing_is_not():
-    recipe = convert({"entropy_coef": 0.1, "foo": 1, "fp16": True, "optim": "lion_32bit", "report_to": "all"}, 2)
-    assert {line.split(":")[0] for line in recipe.lost} == {"entropy_coef", "foo", "fp16", "optim", "report_to"}
+    unknown = {"vespo_k_pos": 3.0, "foo": 1, "fp16": True, "optim": "lion_32bit", "report_to": "all"}
+    assert {line.split(":")[0] for line in convert(unknown, 2).lost} == set(unknown)
+    lowest = {"use_adaptive_entropy": True, "entropy_coef_min": 0.1}
+    assert convert(lowest, 2).lost == ["entropy_coef_min: 0.1. The coefficient may fall to 0."]
     harmless = {
         "delta": None,
         "top_entropy_quantile": 1.0,
@@ -373,6 +376,12 @@ def test_what_is_not_carried_over_is_named_and_what_changes_nothing_is_not():
             {"normalize_each_reward": True, "baseline": "batch", "scale_rewards": "batch"},
         ),
         ({"mask_truncated_completions": True}, {"truncated": "mask"}),
+        ({"top_entropy_quantile": 0.2, "entropy_coef": 0.01}, {"top_entropy_share": 0.2, "entropy_coef": 0.01}),
+        (
+            {"use_adaptive_entropy": True, "entropy_coef_delta": 0.01, "entropy_coef_max": 0.5},
+            {"entropy_target": 0.2, "entropy_coef_step": 0.01, "entropy_coef_max": 0.5},
+        ),
+        ({"entropy_target": 0.3, "entropy_coef_min": 0.1, "entropy_coef_max": 0.5}, {"entropy_target": None}),
     ],
 )
 def test_variations_are_carried_over(theirs, ours):

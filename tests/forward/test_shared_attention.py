@@ -280,7 +280,7 @@ def test_the_fused_head_equals_autograd(scale, temperature, clamp, spread, block
     def values(logprobs):
         return logprobs.detach(), *torch.autograd.grad((logprobs * pull).sum(), (hidden, weight))
 
-    ours, hits = HeadLogprobs.apply(hidden, weight, targets, scale, temperature, clamp, block_rows, len(weight))
+    ours, hits, _ = HeadLogprobs.apply(hidden, weight, targets, scale, temperature, clamp, block_rows, len(weight))
     ours, theirs, wrong = values(ours), values(naive(temperature)), values(naive(temperature * 1.1))
     for a, b, c in zip(ours, theirs, wrong, strict=True):
         assert distance(a, b) < 1e-6
@@ -288,5 +288,5 @@ def test_the_fused_head_equals_autograd(scale, temperature, clamp, spread, block
     likeliest = (hidden @ weight.t()).argmax(-1)
     if clamp == 100.0:  # else several are equal after the clamp
         assert hits.equal(likeliest == targets)
-        _, hits = HeadLogprobs.apply(hidden, weight, likeliest, scale, temperature, clamp, block_rows, len(weight))
+        _, hits, _ = HeadLogprobs.apply(hidden, weight, likeliest, scale, temperature, clamp, block_rows, len(weight))
         assert hits.all()

@@ -37,6 +37,8 @@ pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]
 QUESTIONS = ["Mia has 7 pears.", "She buys 3, eats 2.", "How many pears does she have now?"]
 G, MAX_LENGTH, TEMPERATURE, LR = 4, 24, 0.9, 1.0
 TOLERANCE, BROKEN = 1e-5, 1e-2
+PARTS = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "steps_per_generation": 2}  # of TRL
+WHOLE = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1, "steps_per_generation": 1}  # one part
 OTHER_LOSS = {"grpo": "dapo", "dapo": "grpo", "dr_grpo": "dapo"}
 
 
@@ -104,11 +106,8 @@ def trl_movement(base, out, loss, beta, num_updates=1, **more):
         output_dir=str(out),
         loss_type=loss,
         beta=beta,
-        **{"use_bias_correction_kl": False, "scale_rewards": "none"} | more,
+        **{"use_bias_correction_kl": False, "scale_rewards": "none"} | PARTS | more,
         num_generations=G,
-        per_device_train_batch_size=6,
-        gradient_accumulation_steps=2,
-        steps_per_generation=2,
         num_iterations=num_updates,
         max_steps=num_updates,
         max_completion_length=MAX_LENGTH,
@@ -182,6 +181,8 @@ def our_movement(base, loss, beta, num_updates=1, **more):
         with torch.no_grad():
             for parameter, gradient in zip(parameters, summed, strict=True):
                 parameter.sub_(LR * gradient)
+        policy.entropy.after_update(policy.counters, tally)
+        policy.entropy.parts.clear()
     metrics = tally.reduce(world).metrics
     return movement(model, before), metrics.get("clip/low", 0.0) + metrics.get("clip/high", 0.0)
 
@@ -249,3 +250,38 @@ def test_variations_move_the_weights_as_trl_does(name, num_updates, base, tmp_pa
     assert same <= TOLERANCE
     on_policy = num_updates == 1 and name in ("cispo", "sapo", "gspo", "delta")  # ratios are 1: equal gradients
     assert on_policy or control > BROKEN
+
+
+ENTROPY = {  # passes, our settings, TRL's options, our settings of a broken control
+    "share": (1, {"top_entropy_share": 0.2}, {"top_entropy_quantile": 0.2}, {"top_entropy_share": 0.3}),
+    "bonus": (2, {"entropy_coef": 0.5}, {"entropy_coef": 0.5}, {"entropy_coef": 0.4}),
+    "both": (
+        1,
+        {"top_entropy_share": 0.2, "entropy_coef": 0.5},
+        {"top_entropy_quantile": 0.2, "entropy_coef": 0.5},
+        {"top_entropy_share": 1.0},
+    ),
+    "adaptive": (  # without a bonus in the first pass
+        2,
+        {"entropy_coef": 0.5, "entropy_target": 9.0, "entropy_coef_step": 0.25},
+        {"entropy_coef": 0.5, "use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef_delta": 0.25},
+        {"entropy_coef": 0.25},
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo"])
+@pytest.mark.parametrize("name", ENTROPY)
+def test_entropy_moves_the_weights_as_in_trl(name, loss, base, tmp_path):
+    """TRL computes one part of all rows, because its quantile and its mean are those of a part; here there are several.
+
+    One pass with a share: TRL chooses the tokens anew in each.
+    """
+    passes, settings, options, broken = ENTROPY[name]
+    theirs = trl_movement(base, tmp_path, loss, 0.04, passes, **WHOLE, **options)
+    ours, _ = our_movement(base, loss, 0.04, passes, **settings)
+    other, _ = our_movement(base, loss, 0.04, passes, **settings | broken)
+    same, control = apart(ours, theirs), apart(other, theirs)
+    print(f"\n{name}, {loss}: {same:.1e}, control {control:.1e}")
+    assert same <= TOLERANCE
+    assert control > BROKEN
