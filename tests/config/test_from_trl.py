@@ -342,7 +342,7 @@ def test_rewards():
 
 
 def test_what_is_not_carried_over_is_named_and_what_changes_nothing_is_not():
-    unknown = {"vespo_k_pos": 3.0, "foo": 1, "fp16": True, "optim": "lion_32bit", "report_to": "all"}
+    unknown = {"foo": 1, "fp16": True, "optim": "lion_32bit", "report_to": "all"}
     assert {line.split(":")[0] for line in convert(unknown, 2).lost} == set(unknown)
     lowest = {"use_adaptive_entropy": True, "entropy_coef_min": 0.1}
     assert convert(lowest, 2).lost == ["entropy_coef_min: 0.1. The coefficient may fall to 0."]
