@@ -192,7 +192,7 @@ def test_tokens_are_chosen_by_one_threshold_of_the_minibatch():
         values = torch.cat([naive_entropy(policy, micro).detach() for micro in minibatch])
         threshold = values[values >= torch.quantile(values, 0.7)].min() - 1e-5
         chosen = torch.cat([micro.chosen[micro.trained] for micro in minibatch])
-        assert chosen.equal(values >= threshold) and float(chosen.float().mean()) == pytest.approx(0.3, abs=0.03)
+        assert chosen.equal(values >= threshold) and float(chosen.float().mean()) == pytest.approx(0.3, abs=0.05)
         for micro in minibatch:
             assert not (micro.chosen & ~micro.trained).any()
             assert micro.entropy_weights.equal(micro.chosen / chosen.sum())
