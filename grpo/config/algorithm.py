@@ -17,7 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # what the setting `algorithm` sets; doc
     "reinforce_pp": {"baseline": "batch", "scale_rewards": "batch", "weighting": "dapo"},
     "gdpo": {"normalize_each_reward": True, "baseline": "batch", "scale_rewards": "batch"},
 }
-TABLE = ("ppo_clip", "cispo", "sapo", "reinforce")  # surrogates by name; others are the user's own
+TABLE = ("ppo_clip", "cispo", "sapo", "gmpo", "reinforce")  # surrogates by name; others are the user's own
 NAMED = {  # settings that take one of these names, or a function of the user's own as path.py:function
     "surrogate": TABLE,
     "weighting": ("grpo", "dapo", "dr_grpo"),
@@ -26,8 +26,8 @@ NAMED = {  # settings that take one of these names, or a function of the user's 
 }
 REPLACED = ("baseline", "scale_rewards", "normalize_each_reward", "advantage_clip")  # by the setting advantage
 USED_BY = {  # settings of the surrogates that read them
-    "clip_eps": ("ppo_clip", "cispo"),
-    "clip_eps_high": ("ppo_clip", "cispo"),
+    "clip_eps": ("ppo_clip", "cispo", "gmpo"),
+    "clip_eps_high": ("ppo_clip", "cispo", "gmpo"),
     "clip_ratio_max": ("ppo_clip",),
     "sapo_temperature": ("sapo",),
     "sapo_temperature_negative": ("sapo",),

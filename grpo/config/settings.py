@@ -137,7 +137,7 @@ class Config:
     algorithm: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "reinforce_pp", "gdpo"] | None = None
     """Fills settings below as a paper has them (docs/algorithms.md); those that you give win. null: none."""
     surrogate: str = "ppo_clip"
-    """Loss of each token: ppo_clip, cispo, sapo, reinforce, or your own path.py:function (docs/algorithms.md)."""
+    """Loss of each token: ppo_clip, cispo, sapo, gmpo, reinforce, or your own path.py:function (docs/algorithms.md)."""
     ratio: Literal["token", "sequence", "sequence_token"] = "token"
     """Probability ratio of each token, or of the sequence (GSPO); sequence_token: the latter, gradients by token."""
     weighting: str = "grpo"

@@ -75,7 +75,7 @@ def adapt(cfg: Config, counters: Counters, entropy: float) -> None:
 
 
 def lowest_chosen(values: np.ndarray, share: float) -> float:
-    """Threshold below the lowest of the values [n] that are at or above their 1 - share quantile, interpolated linearly.
+    """Threshold below the lowest of the values [n] that are at or above their linearly interpolated 1 - share quantile.
 
     First tokens of a group have one distribution, so equal entropies are common. The threshold is TIE below the value,
     so that all of them are chosen, or none, whatever the last bits of each micro-batch are.

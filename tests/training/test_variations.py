@@ -75,6 +75,14 @@ def test_sapo_is_a_gate_with_a_temperature_for_each_sign():
     assert gradient == rows([[-slope(0.5, r) for r in RATIOS[0]], [2 * slope(2.0, r) for r in RATIOS[1]]])
 
 
+def test_gmpo_is_a_geometric_mean_of_clipped_ratios():
+    cfg = Config(surrogate="gmpo", clip_eps=0.3, clip_eps_high=0.25)
+    loss, gradient = loss_and_gradient(cfg, inputs())
+    means = [math.exp((0.25 + 0.2 - 0.5) / 3), math.exp((0.7 - 0.3) / 2)]
+    assert loss == rows([[-means[0]] * 3, [2 * means[1]] * 2])
+    assert gradient == rows([[0.0, -means[0], -means[0]], [2 * means[1], 0.0]])  # without the clipped tokens
+
+
 def test_reinforce_has_no_ratio():
     loss, gradient = loss_and_gradient(Config(surrogate="reinforce"), inputs())
     assert loss == rows([[1.0, 0.5, 2.0], [-0.4, -6.0]]) and gradient == rows([[-1.0] * 3, [2.0] * 2])
