@@ -39,6 +39,7 @@ G, MAX_LENGTH, TEMPERATURE, LR = 4, 24, 0.9, 1.0
 TOLERANCE, BROKEN = 1e-5, 1e-2
 PARTS = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "steps_per_generation": 2}  # of TRL
 WHOLE = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1, "steps_per_generation": 1}  # one part
+WEIGHTS = (1.0, 0.5)  # of two rewards, where there are two
 OTHER_LOSS = {"grpo": "dapo", "dapo": "grpo", "dr_grpo": "dapo"}
 
 
@@ -73,6 +74,11 @@ def rollouts(tokenizer):
     return prompts, completions, rewards
 
 
+def second_of(ids):
+    """Another reward of a completion, of another spread."""
+    return 3.0 * (sum(ids) % 5) + len(ids) / MAX_LENGTH
+
+
 def movement(model, before):
     """The change of every weight, as one vector."""
     return torch.cat([(p.detach() - before[name]).flatten() for name, p in model.named_parameters()])
@@ -101,6 +107,9 @@ def trl_movement(base, out, loss, beta, num_updates=1, **more):
     def injected_reward(completion_ids, **columns):
         return [reward_of[tuple(ids)] for ids in completion_ids]
 
+    def second_reward(completion_ids, **columns):
+        return [second_of(ids) for ids in completion_ids]
+
     model, before = start_model(base)  # its config names the folder, from where TRL loads the reference
     args = trl.GRPOConfig(
         output_dir=str(out),
@@ -126,7 +135,7 @@ def trl_movement(base, out, loss, beta, num_updates=1, **more):
     )
     trl.GRPOTrainer(
         model=model,
-        reward_funcs=injected_reward,
+        reward_funcs=[injected_reward, second_reward] if "reward_weights" in more else injected_reward,
         args=args,
         processing_class=tokenizer,
         rollout_func=inject,
@@ -165,6 +174,9 @@ def our_movement(base, loss, beta, num_updates=1, **more):
     trained = np.array([np.count_nonzero(c.trained) for c in completions])
     table = dataclasses.replace(table, facts=table.facts | {"trained": trained})
     table = dataclasses.replace(table, rewards=rewards)
+    if cfg.normalize_each_reward:
+        scores = np.column_stack([rewards, [second_of(c.token_ids.tolist()) for c in completions]])
+        table = dataclasses.replace(table, scores=scores, rewards=scores @ WEIGHTS, reward_weights=WEIGHTS)
     advantages = advantages_of(table, cfg)
     plan = make_plan(cfg, prompts, lengths, advantages, world.size, num_trained=trained)
     assert len(plan[0].micro_batches) > 1
@@ -217,6 +229,8 @@ def test_a_second_pass_over_the_same_rows_clips_as_trl_does(base, tmp_path, loss
 
 
 PPO = {"surrogate": "ppo_clip"}
+BATCH = {"baseline": "batch", "scale_rewards": "batch"}
+GDPO = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": list(WEIGHTS)}
 DISTANCE = 5.9  # 0 - log-prob is above it on average in two of the four rows of negative advantage
 NO_MASK = {"off_policy_threshold": None}
 VARIATIONS = {  # weighting here, our settings, TRL's loss_type and options, our settings of a broken control
@@ -226,6 +240,7 @@ VARIATIONS = {  # weighting here, our settings, TRL's loss_type and options, our
     "delta": ("grpo", {"clip_ratio_max": 1.3}, "grpo", {"delta": 1.3}, {"clip_ratio_max": None}),
     "KL": ("grpo", {"kl_estimator": "k3_weighted"}, "grpo", {"use_bias_correction_kl": True}, {"kl_estimator": "k3"}),
     "batch": ("grpo", {"scale_rewards": "batch"}, "grpo", {"scale_rewards": "batch"}, {"scale_rewards": "none"}),
+    "GDPO": ("grpo", {"normalize_each_reward": True, **BATCH}, "grpo", GDPO, {"scale_rewards": "group"}),
     "off-policy": (
         "grpo",
         {"off_policy_threshold": DISTANCE},
