@@ -20,6 +20,14 @@ VARIATIONS = {
     "k2": {"beta": 0.1, "kl_estimator": "k2"},
     "k3_weighted": {"beta": 0.1, "kl_estimator": "k3_weighted"},
     "masked": {"truncated": "mask", "max_generate_length": 7},
+    "gmpo": {"surrogate": "gmpo", "clip_eps": 0.01},
+    "k1_reward": {"beta": 0.1, "kl_estimator": "k1_reward"},
+    "renewed reference": {"beta": 0.1, "reference_sync_steps": 2, "reference_mixup": 0.5},
+    "off-policy rows": {"off_policy_threshold": 1e-4},
+    "top entropies": {"top_entropy_share": 0.4, "entropy_coef": 0.05},
+    "adaptive entropy": {"entropy_target": 6.0, "entropy_coef_step": 0.1},
+    "dropped groups": {"filter_groups": "drop"},
+    "difficulty": {"difficulty_range": "[0.3, 0.7]"},
     "rewards of two functions": {"normalize_each_reward": True},
 }
 SHORT = sampled(sorted(VARIATIONS), 3, seed=17)
