@@ -19,7 +19,6 @@ from grpo.rollout import rollout
 from grpo.rollout.engine import NativeEngine
 from grpo.runtime.distributed import World, start, stop
 from grpo.training import exchange as batching
-from grpo.training import losses
 from grpo.training.advantages import group_advantages
 from grpo.training.draws import Draws
 from grpo.training.exchange import deliver
@@ -29,6 +28,7 @@ from grpo.training.minibatches import make_plan
 from grpo.training.policy import Policy
 from grpo.training.reference_renewal import renew_reference
 from grpo.training.scoring import Scored, Scoring, advantages_of, gather
+from grpo.training.user_table_functions import load_weighting
 from grpo.types import FACTS, Completion, Prompt, Table
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -156,10 +156,10 @@ def injected_updates(
         if broken == "moments" and step == steps // 2:
             policy.backend.load_moments(lambda name, moment, start, length: torch.zeros(length), 1)
         if broken == "denominator":  # weights divide by the rows of a micro-batch, not of the minibatch
-            batching.row_weights = lambda weighting, lengths, most: [1 / max(1, c) / 7 / (1 + c % 2) for c in lengths]
+            batching.load_weighting = lambda cfg: lambda counts, _: [1 / max(1, c) / 7 / (1 + c % 2) for c in counts]
         norms += injected_step(cfg, world, policy, step, steps, seed, tally, masked)
         renew_reference(policy, step + 1)
-    batching.row_weights = losses.row_weights  # later jobs run without the defect
+    batching.load_weighting = load_weighting  # later jobs run without the defect
     weights = {key: value.contiguous().clone() for key, value in policy.weights()}
     if world.is_main:
         save_file(weights, out / f"{name}.safetensors")
