@@ -26,7 +26,6 @@ VARIATIONS = {
     "off-policy rows": {"off_policy_threshold": 1e-4},
     "top entropies": {"top_entropy_share": 0.4, "entropy_coef": 0.05},
     "adaptive entropy": {"entropy_target": 6.0, "entropy_coef_step": 0.1},
-    "dropped groups": {"filter_groups": "drop"},
     "difficulty": {"difficulty_range": "[0.3, 0.7]"},
     "rewards of two functions": {"normalize_each_reward": True},
 }
