@@ -26,6 +26,10 @@ KEEP = {"filter_groups": "keep"}
 CASES: dict[str, dict[str, object]] = {
     "grpo again (control)": {},
     **{name: {**preset, **KEEP} for name, preset in PRESETS.items() if name != "grpo"},
+    "entropy bonus": {"entropy_coef": 0.01},
+    "adaptive entropy": {"entropy_target": 1.0},
+    "top entropies": {"top_entropy_share": 0.2},
+    "off-policy rows": {"off_policy_threshold": 1.0},
 }
 DEMO = ["--config", "configs/demo.yaml"]
 REAL = ["--answer_format", "hash", "--batch_size", "2"]
