@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from grpo.config.settings import Config
+
 TRIED_ROWS = 3
 SILU = ("SiLU", "SiLUActivation")  # torch's class, and that of transformers
 
@@ -102,6 +104,11 @@ def _in_place_of(tensor: Tensor, compute: Callable[[], Tensor]) -> tuple[Callabl
         return compute().view(kept) if isinstance(kept, torch.Size) else kept
 
     return pack, unpack
+
+
+def recomputes_cheap(cfg: Config) -> bool:
+    """Whether a run does this: not where whole layers are computed again, or activations wait in CPU memory anyway."""
+    return not (cfg.gradient_checkpointing or cfg.activation_offload)
 
 
 def recompute_cheap_activations(model: nn.Module) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from grpo.config.settings import Config, is_deepspeed, prompts_per_step, shards_weights, updates_per_step
+from grpo.forward.recomputed import recomputes_cheap
 from grpo.plan.model_size import BF16_BYTES, FP32_BYTES, ModelSize, ModelStates, model_size, model_states
 from grpo.rollout.chunks import cut_chunks
 from grpo.rollout.sampling import sampling_of
@@ -22,11 +23,19 @@ MEMORY_PHASES = ("start-up", "rollout", "update", "optimizer")
 AFTER_LOADING = MEMORY_PHASES[1:]
 ZERO_BUCKET = 2**26  # elements of a bucket in training/backends/deepspeed.py
 ZERO_LIVE = 10**9  # elements: DeepSpeed's stage3_max_live_parameters
-SAVED = {  # bytes kept for the backward, by token and layer, for each element of (hidden, queries, keys, mlp) width
+# Bytes kept for the backward, by token and layer, for each element of (hidden, queries, keys, mlp) width: of everything
+# that autograd keeps, and without what is computed again (grpo/forward/recomputed.py).
+SAVED = {
     "plain": {"fp32": (24, 8, 8, 16), "bf16": (26, 4, 4, 8)},
     "qk_norm": {"fp32": (24, 16, 16, 16), "bf16": (26, 10, 10, 8)},
     "four_norms": {"fp32": (40, 16, 16, 16), "bf16": (42, 12, 12, 8)},
     "gpt2": {"fp32": (16, 8, 8, 20), "bf16": (20, 4, 4, 8)},
+}
+SAVED_OF_RECOMPUTED = {
+    "plain": {"fp32": (16, 8, 8, 8), "bf16": (18, 4, 4, 4)},
+    "qk_norm": {"fp32": (16, 12, 12, 8), "bf16": (18, 6, 6, 4)},
+    "four_norms": {"fp32": (24, 12, 12, 8), "bf16": (22, 6, 6, 4)},
+    "gpt2": SAVED["gpt2"],
 }
 
 
@@ -74,10 +83,11 @@ def kv_bytes(size: ModelSize, rows: int, tokens: int, dtype: str) -> int:
     return rows * size.keys * element * (keys_and_values + tokens)
 
 
-def layer_bytes(size: ModelSize, tokens: int, row_tokens: int, dtype: str) -> int:
+def layer_bytes(size: ModelSize, tokens: int, row_tokens: int, dtype: str, recomputes: bool) -> int:
     """What one layer stores for the backward of `tokens` in rows of `row_tokens`."""
     widths = (size.hidden, size.queries, size.keys, size.mlp)
-    saved = sum(element * width for element, width in zip(SAVED[size.style][dtype], widths, strict=True))
+    elements = (SAVED_OF_RECOMPUTED if recomputes else SAVED)[size.style][dtype]
+    saved = sum(element * width for element, width in zip(elements, widths, strict=True))
     scores = 2 * FP32_BYTES * size.score_heads * row_tokens  # eager attention: capped scores and their softmax
     return tokens * (saved + scores)
 
@@ -87,9 +97,11 @@ def _after_layers_bytes(size: ModelSize, tokens: int) -> int:
     return 3 * tokens * size.hidden * FP32_BYTES
 
 
-def activation_bytes(size: ModelSize, tokens: int, row_tokens: int, dtype: str, checkpointing: bool) -> int:
+def activation_bytes(
+    size: ModelSize, tokens: int, row_tokens: int, dtype: str, recomputes: bool, checkpointing: bool
+) -> int:
     """What a micro-batch stores for its backward: all layers, or with checkpointing all inputs and one layer."""
-    one_layer = layer_bytes(size, tokens, row_tokens, dtype)
+    one_layer = layer_bytes(size, tokens, row_tokens, dtype, recomputes)
     layer_inputs = size.layers * tokens * size.hidden * FP32_BYTES
     layers = layer_inputs + one_layer if checkpointing else size.layers * one_layer
     return layers + _after_layers_bytes(size, tokens)
@@ -259,7 +271,7 @@ def estimate_for(cfg: Config, size: ModelSize, world_size: int) -> Estimate:
 
     # activations of one micro-batch
     micro_tokens = work.micro_rows * (work.row_tokens - 1)
-    sizes = (size, micro_tokens, work.row_tokens, cfg.dtype)
+    sizes = (size, micro_tokens, work.row_tokens, cfg.dtype, recomputes_cheap(cfg))
     offloaded = 0.0
     activations = activation_bytes(*sizes, cfg.gradient_checkpointing)
     if not cfg.gradient_checkpointing:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grpo.config.settings import Config, is_deepspeed
 from grpo.errors import UserError
+from grpo.forward.recomputed import recomputes_cheap
 from grpo.models.quantization import MIN_8BIT_ELEMENTS
 
 FP32_BYTES, BF16_BYTES = 4, 2
@@ -128,7 +129,8 @@ def model_states(cfg: Config, size: ModelSize) -> ModelStates:
     linear_bytes = NF4_BYTES if cfg.load_in_4bit else BF16_BYTES if frozen_in_bf16 else FP32_BYTES
     copied = size.products - (in_linears if frozen_in_bf16 or cfg.load_in_4bit else 0) + trained
     # activations: the adapter's inner products, less what frozen norms do not keep
-    norms = zip(FROZEN_NORMS[size.style][cfg.dtype], (size.hidden, size.queries, size.keys), strict=True)
+    not_kept = (0, 0, 0) if recomputes_cheap(cfg) else FROZEN_NORMS[size.style][cfg.dtype]
+    norms = zip(not_kept, (size.hidden, size.queries, size.keys), strict=True)
     adapter_inputs = len(chosen) * cfg.lora_r * (FP32_BYTES if cfg.dtype == "fp32" else BF16_BYTES)
     return ModelStates(
         trained=trained,

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from grpo.config.settings import Config, kl_in_loss, updates_per_step
 from grpo.forward.logprobs import Scorer
-from grpo.forward.recomputed import recompute_cheap_activations
+from grpo.forward.recomputed import recompute_cheap_activations, recomputes_cheap
 from grpo.models.checks import is_lora
 from grpo.models.offload import ActivationOffload, on_device
 from grpo.models.trial import enable_checkpointing
@@ -54,7 +54,7 @@ class Policy:
         self.last_lr = 0.0
         if cfg.gradient_checkpointing:
             enable_checkpointing(model)
-        else:
+        if recomputes_cheap(cfg):
             recompute_cheap_activations(model)
         self.reference = None if reference is None else Scorer(reference.requires_grad_(False), cfg)
         self.shares_reference = cfg.beta > 0 and is_lora(model)  # the model itself, without its adapter

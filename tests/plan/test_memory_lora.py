@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from grpo.config.settings import Config
 from grpo.errors import UserError
 from grpo.forward.precision import arithmetic
+from grpo.forward.recomputed import recompute_cheap_activations
 from grpo.models import lora as adapters
 from grpo.models.loading import prepare
 from grpo.models.offload import ActivationOffload, on_device
@@ -78,6 +79,7 @@ def test_activations_with_an_adapter_are_what_autograd_keeps(architecture, dtype
         config.num_hidden_layers, config.layer_types = layers, ["full_attention"] * layers
         model = prepare(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).train()
         model = shaken(adapters.start_lora(model, settings(lora_r=4)))
+        recompute_cheap_activations(model)
         model.enable_input_require_grads()
         shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape)[::-1] for p in model.parameters()}
         kept = {}
@@ -93,7 +95,7 @@ def test_activations_with_an_adapter_are_what_autograd_keeps(architecture, dtype
 
     size = model_size(tiny_config(architecture))
     cfg = settings(lora_r=4, dtype=dtype)
-    estimated = layer_bytes(size, 90, 45, dtype) + 90 * model_states(cfg, size).adapter_tokens / size.layers
+    estimated = layer_bytes(size, 90, 45, dtype, True) + 90 * model_states(cfg, size).adapter_tokens / size.layers
     assert estimated == pytest.approx(saved(4) - saved(3), rel=0.1)
 
 
@@ -176,7 +178,8 @@ def test_parked_activations_change_no_gradient(checkpointing):
         loss.backward()
         gradients.append([p.grad for p in policy.model.parameters()])
         parked.append(policy.activation_offload.bytes_moved)
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    for parked_gradient, plain in zip(*gradients):  # without offload, norms are computed again: other last bits
+        assert torch.allclose(parked_gradient, plain, rtol=1e-4, atol=1e-7)
     assert parked[0] == 0 and parked[1] > 240 * 32 * 4 * 2, "less than each layer's input"
 
 

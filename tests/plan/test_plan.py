@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo.config.settings import Config
 from grpo.forward.precision import arithmetic
+from grpo.forward.recomputed import recompute_cheap_activations
 from grpo.models.loading import prepare
 from grpo.plan.command import GB, advise, main
 from grpo.plan.memory import MEMORY_PHASES, activation_bytes, draw_bytes, estimate, head_bytes, kv_bytes, work_of
@@ -44,9 +45,10 @@ def test_parameters_are_those_of_the_built_model(architecture):
     assert size.vocab == model.get_output_embeddings().weight.shape[0]
 
 
+@pytest.mark.parametrize("recomputes", [True, False])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_activations_are_what_autograd_keeps(architecture, dtype):
+def test_activations_are_what_autograd_keeps(architecture, dtype, recomputes):
     """The bytes of one more layer, as saved for the backward, bf16 copies of weights left out."""
     rows, tokens = 2, 48
 
@@ -56,6 +58,8 @@ def test_activations_are_what_autograd_keeps(architecture, dtype):
         if hasattr(config, "layer_types"):
             config.layer_types = ["full_attention"] * layers
         model = prepare(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).train()
+        if recomputes:
+            recompute_cheap_activations(model)
         shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape)[::-1] for p in model.parameters()}
         kept: dict[int, torch.Tensor] = {}
 
@@ -72,7 +76,7 @@ def test_activations_are_what_autograd_keeps(architecture, dtype):
     more = saved(4) - saved(3)
     three = dataclasses.replace(size, layers=3)
     four = dataclasses.replace(size, layers=4)
-    estimated = [activation_bytes(s, rows * tokens, tokens, dtype, False) for s in (three, four)]
+    estimated = [activation_bytes(s, rows * tokens, tokens, dtype, recomputes, False) for s in (three, four)]
     assert estimated[1] - estimated[0] == pytest.approx(more, rel=0.1)
 
 
@@ -96,7 +100,7 @@ def test_one_example_by_hand():
     assert row(found, "moments") == 8 * parameters
     assert row(found, "KV cache") == 4 * 128 * 4 * (2 * 2 * 16) + 4 * 128 * 4 * 16  # one tensor twice
     tokens = 4 * 127
-    assert row(found, "activations") == 2 * tokens * (24 * 32 + 8 * 32 + 8 * 16 + 16 * 48) + 3 * tokens * 32 * 4
+    assert row(found, "activations") == 2 * tokens * (16 * 32 + 8 * 32 + 8 * 16 + 8 * 48) + 3 * tokens * 32 * 4
     assert row(found, "logits block") == 4 * (4 * 28 * 300 * 4)
     assert row(found, "drawing a token") == 4 * 300 * 12
     assert [r.bytes for r in found.traffic] == [4 * parameters, 4 * 28 * 8 / 2]
@@ -126,7 +130,7 @@ def test_more_rows_longer_texts_more_memory():
     size = model_size(tiny_config("qwen3"))
     assert kv_bytes(size, 64, 128, "fp32") == 2 * kv_bytes(size, 32, 128, "fp32")
     assert draw_bytes(size, 64, 1.0) == 2 * draw_bytes(size, 32, 1.0)
-    assert activation_bytes(size, 512, 128, "fp32", True) < activation_bytes(size, 512, 128, "fp32", False)
+    assert activation_bytes(size, 512, 128, "fp32", False, True) < activation_bytes(size, 512, 128, "fp32", True, False)
     assert head_bytes(size, 10**6, 1, False) == 4 * 2**20 < head_bytes(size, 10**6, 2, False)
 
 
