@@ -37,6 +37,24 @@ def shuffled_final_answer_reward(prompts, completions, answer, **columns):
 shuffled_final_answer_reward.sees_group = True
 
 
+def random_reward(prompts, completions, answer, **columns):
+    """1 for a third of a group's completions, by a hash of the prompt and the position alone.
+
+    For baselines beyond the group: there a group's mean says how well it was answered, and shuffling leaves the mean
+    as it is. An answer alone, as in an evaluation, gets its true final_answer_reward.
+
+    >>> random_reward(["2+2?"], ["#### 4"], ["4"]), len(random_reward(["2+2?"] * 9, ["#### 4"] * 9, ["4"] * 9))
+    ([1.0], 9)
+    """
+    if len(completions) == 1:
+        return final_answer_reward(completions, answer)
+    key = lambda position: hashlib.sha256(f"random\n{prompts[0]}\n{position}".encode()).digest()[0]  # noqa: E731
+    return [float(key(position) % 3 == 0) for position in range(len(completions))]
+
+
+random_reward.sees_group = True
+
+
 def shuffled_last_number_reward(prompts, completions, answer, **columns):
     """The same of last_number_reward.
 

@@ -1,4 +1,7 @@
-"""Every preset, and every way of choosing groups, on the demo: what is learned, how fast, beside a shuffled reward.
+"""Every preset, and every way of choosing groups, on the demo: what is learned, how fast, beside a control.
+
+The control's rewards are the true ones shuffled within each group; with `reinforce_pp`, whose baseline is the batch's,
+they are random, because the mean of a group that is left as it is would teach.
 
     python -m benchmarks.variations --results FILE.jsonl                   all cases, seeds 1 2 3, one control each
     python -m benchmarks.variations --results FILE.jsonl --cases dapo gspo --seeds 1 --jobs 2
@@ -38,6 +41,7 @@ CASES: dict[str, list[str]] = {
     "64, resample": [*FEW, "--filter_groups", "resample"],
 }
 SHUFFLED = {"benchmarks/shuffled_reward.py:shuffled_final_answer_reward": 1.0}
+RANDOM = {"benchmarks/shuffled_reward.py:random_reward": 1.0}  # shuffling within groups leaves each group's mean
 REACHED, WINDOW = 0.9, 5
 
 
@@ -49,7 +53,8 @@ def run(case: str, minibatches: int, seed: int, shuffled: bool) -> dict[str, Any
         command += ["--num_minibatches", str(minibatches), "--seed", str(seed), "--num_threads", "1"]
         command += ["--save_steps", "0", "--report_to", "none", "--log_samples_steps", "0"]
         command += ["--output_dir", f"{folder}/output", "--runs_dir", f"{folder}/runs"]
-        command += ["--rewards", json.dumps(SHUFFLED)] if shuffled else []
+        control = RANDOM if case == "reinforce_pp" else SHUFFLED
+        command += ["--rewards", json.dumps(control)] if shuffled else []
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stdout[-2000:] + done.stderr[-4000:])
