@@ -187,7 +187,7 @@ def test_files_names_and_arguments(tmp_path, setting):
         ),
         ({"group_filter": "x"}, "group_filter: must be one of zero_variance, or path/to/file.py:function, got 'x'"),
         ({"advantage": "group"}, "advantage: must be path/to/file.py:function, got 'group'"),
-        ({"surrogate": "ppo"}, "surrogate: must be one of ppo_clip, cispo, sapo, reinforce, or path/to/file.py"),
+        ({"surrogate": "ppo"}, "surrogate: must be one of ppo_clip, cispo, sapo, gmpo, reinforce, or path/to/file.py"),
         ({"group_filter": "my.py:f"}, "group_filter: it acts with filter_groups drop or resample, got keep"),
         (
             {"advantage": "my.py:f", "baseline": "batch"},
