@@ -46,7 +46,12 @@ VALUES = {  # setting, value as written, the line but for where it was given and
     "a number of few": ("zero_stage", "5", "must be one of 0, 1, 2, 3, got '5'", ""),
     "an old name": ("loss", "x", "must be one of grpo, dapo, dr_grpo, got 'x'", ""),
     "a file alone": ("weighting", "my.py", "must be one of grpo, dapo, dr_grpo, got 'my.py'", "Write my.py:FUNCTION"),
-    "a slip in a name": ("surrogate", "cspo", "must be one of ppo_clip, cispo, sapo, gmpo, reinforce", "Did you mean cispo?"),
+    "a slip in a name": (
+        "surrogate",
+        "cspo",
+        "must be one of ppo_clip, cispo, sapo, gmpo, reinforce",
+        "Did you mean cispo?",
+    ),
     "one name": ("group_filter", "all", "must be one of zero_variance, got 'all'", ""),
     "a list": ("lora_target_modules", "q_proj,v_proj", "must be all-linear or a list of texts", "[q_proj, v_proj]"),
     "a list of numbers": ("inference_questions", "[1]", "must be a list of texts, got '[1]'", "in quotes"),
