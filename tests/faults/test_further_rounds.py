@@ -68,6 +68,7 @@ def test_ended_in_the_middle_of_a_second_round(arena, settings, whole, kind, pha
     step = next(step for step in sorted({*steps_with(whole[0], 2), *steps_with(whole[0], 3)}) if step > 3)
     run = arena.run(**settings)
     run.launch([Fault(kind, phase, None if kind == "kill9" else 1, step, after=1)]).wait()
-    assert run.valid()[0] == (step - 1 if kind == "term" else (step - 1) // 3 * 3)
+    # a signal at the exchange may arrive when the notices are written already: then the step ends first
+    assert run.valid()[0] in ((step - 1, step) if kind == "term" else ((step - 1) // 3 * 3,))
     run.finish()
     assert run.ending().differences(whole[1]) == []
