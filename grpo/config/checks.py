@@ -76,7 +76,11 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must 
         "a finite number >= 0",
     ),
     ("clip_eps_high", lambda value: value is None or 0 <= value < math.inf, ">= 0, or null"),
-    ("off_policy_threshold max_sampler_gap", lambda value: value is None or 0 < value < math.inf, "a finite number > 0, or null"),
+    (
+        "off_policy_threshold max_sampler_gap",
+        lambda value: value is None or 0 < value < math.inf,
+        "a finite number > 0, or null",
+    ),
     ("reward_memory_mb", lambda value: value >= 64, ">= 64"),
     (
         "top_p prompt_length_quantile reference_mixup top_entropy_share",

@@ -27,8 +27,8 @@ from grpo.training.backends import Backend, load_backend
 from grpo.training.entropy import EntropyTerms
 from grpo.training.losses import LossInputs, policy_loss
 from grpo.training.metrics import Reduced, Tally, declare
-from grpo.training.sampler_correction import check_gap
 from grpo.training.router_balance import RouterBalance
+from grpo.training.sampler_correction import check_gap
 from grpo.training.schedule import learning_rate
 from grpo.training.skipped_updates import SkippedUpdate, count_skip
 from grpo.training.special_micro_batches import halves

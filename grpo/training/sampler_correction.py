@@ -87,7 +87,7 @@ def check_gap(metrics: dict[str, float], cfg: Config) -> None:
 
     >>> check_gap({"sampler_gap/mean": 3.0}, Config(rollout_engine="vllm"))
     Traceback (most recent call last):
-    grpo.errors.Lost: max_sampler_gap: log-probs of the rollout server are 3 nats from the trainer's on average, 0.02 ...
+    grpo.errors.Lost: max_sampler_gap: log-probs of the rollout server are 3 nats from ...
     """
     gap, limit = metrics.get("sampler_gap/mean", 0.0), sampler_gap_limit(cfg)
     if cfg.rollout_engine == "vllm" and not gap <= limit:

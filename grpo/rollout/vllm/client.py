@@ -58,7 +58,7 @@ class Client:
     def _check(self, status: int, answer: dict[str, Any]) -> None:
         if status == 401:
             raise Unusable(
-                f"{self.url}: refuses the token. {TOKEN_VARIABLE} must hold the secret that the server was started with."
+                f"{self.url}: refuses the token. {TOKEN_VARIABLE} must be the secret that the server was started with."
             )
         if status == 404:
             raise Unusable(f"{self.url}: is no rollout server of this project. Start one with launch/vllm_server.sh.")
@@ -75,7 +75,9 @@ class Client:
             )
         return facts
 
-    def wait(self, pulse: Callable[[], bool] = lambda: False, ready: Callable[[dict[str, Any]], bool] | None = None) -> dict[str, Any]:
+    def wait(
+        self, pulse: Callable[[], bool] = lambda: False, ready: Callable[[dict[str, Any]], bool] | None = None
+    ) -> dict[str, Any]:
         """The server's facts, once it answers and is `ready`. Raises ServerProblem after timeout_s."""
         until, problem = time.monotonic() + self.timeout_s, ""
         while True:

@@ -2,9 +2,9 @@
 
 Each rank asks for its own rows; a group stays on one server, which computes its prompt once. The uniform that picks a
 token is the native engine's, a hash of (seed, slot, g, t), so what a row draws depends neither on its rank nor on its
-server, up to rounding. Rank 0
-sends the weights; a server answers with a checksum of every tensor that arrived, and then samples fixed texts, whose
-log-probs are compared with the trainer's own. A server that fails ends the run on all ranks, after a checkpoint.
+server, up to rounding. One rank sends the weights to a server, which answers with a checksum of every tensor that
+arrived and then samples fixed texts; their log-probs are compared with the trainer's own. A server that fails ends the
+run on all ranks, after a checkpoint.
 """
 
 import queue
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.settings import Config, sampler_gap_limit
-from grpo.errors import UserError, warn
+from grpo.errors import UserError
 from grpo.rollout import OnFinished, Request, Weights
 from grpo.rollout.sampling import Sampling, sampling_of
 from grpo.rollout.vllm.client import CONNECTION_ERRORS, Client, ServerProblem, Unusable, send_weights
@@ -56,6 +56,7 @@ class VllmEngine:
         cfg: Config,
         world: World,
         clients: Sequence[Client],
+        owned: Sequence[Client],
         stop_ids: Iterable[int],
         num_tokens: int,
         tokenizer: PreTrainedTokenizerBase,
@@ -63,12 +64,15 @@ class VllmEngine:
         fail: Callable[[str], None],
         merged: Weights | None = None,
     ):
-        """num_tokens: ids from here on are never drawn. fail: asks all ranks to stop, after a checkpoint.
+        """clients: those that this rank asks. owned: those that it sends weights to; each server has one such rank.
+
+        num_tokens: ids from here on are never drawn. fail: asks all ranks to stop, after a checkpoint.
 
         merged: the weights to send in place of the policy's trained ones, where these are an adapter's.
         """
         self.merged = merged
-        self.cfg, self.world, self.clients = cfg, world, list(clients)
+        self.cfg, self.world, self.clients, self.owned = cfg, world, list(clients), list(owned)
+        self.most_owned = int(world.gather_rows(np.array([float(len(self.owned))])).max())
         self.stop_ids, self.num_tokens, self.score = sorted(stop_ids), num_tokens, score
         self.fitting = FittingSize("rollout", "rollout_chunk_rows", "rows")
         texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
@@ -93,7 +97,7 @@ class VllmEngine:
 
     def load_weights(self, weights: Weights, version: int) -> None:
         """Send the policy's weights, unless the servers hold this version of them. Every rank must call it."""
-        if self.failed or version == self.loaded:
+        if version == self.loaded:
             return
         self.loads += 1
         self.loaded, self.version = version, f"{self.name}-{self.loads}"
@@ -102,18 +106,13 @@ class VllmEngine:
             again, hopeless = self.world.any_rank(problem is not None, isinstance(problem, Unusable))
             if not again or hopeless:
                 break
-        if again:
-            self.fail(str(problem) if problem is not None else "rank 0 could not pass the weights on, see its error.")
-            return
-        for place in range(len(self.clients)):
-            self._probe(place)
+        if problem is not None:
+            self.fail(str(problem))
+        for place in range(0 if again else self.most_owned):
+            self._probe(self.owned[place] if place < len(self.owned) else None)
 
     def _send(self, weights: Iterable[tuple[str, Tensor]]) -> ServerProblem | None:
-        """One transfer to all servers, from rank 0; what went wrong."""
-        if not self.world.is_main:
-            for _ in weights:  # where weights are sharded, gathering them needs every rank
-                pass
-            return None
+        """One transfer to the servers of this rank; what went wrong."""
         sent: dict[str, int] = {}
         dtype = DTYPES[self.dtype]
 
@@ -125,55 +124,52 @@ class VllmEngine:
 
         problem: ServerProblem | None = None
         try:
-            for client in self.clients:
+            for client in self.owned:
                 client.wait()
         except ServerProblem as error:
             problem = error
-        outcomes = send_weights(self.clients if problem is None else [], frames(converted()), self.version, LOAD_S)
-        for client, outcome in zip(self.clients, outcomes, strict=False):
+        if problem is not None or not self.owned:
+            for _ in weights:  # where weights are sharded, gathering them needs every rank
+                pass
+            return problem
+        for client, outcome in zip(
+            self.owned, send_weights(self.owned, frames(converted()), self.version, LOAD_S), strict=True
+        ):
             if isinstance(outcome, ServerProblem):
                 return outcome
             for arrived in outcome["arrived"]:
                 got = {name: int(found[0]) for name, found in arrived.items()}
                 if (name := first_difference(sent, got)) is not None:
                     return ServerProblem(f"{client.url}: {name} arrived changed.")
-        return problem
+        return None
 
-    def _probe(self, place: int) -> None:
-        """Compare the log-probs of a server with the trainer's, on fixed texts."""
-        sampling, client = sampling_of(self.cfg), self.clients[place]
-        requests = [Request(i, PROBE_SLOT + place, i, ids) for i, ids in enumerate(self.probes)]
-        width = sampling.support_width
-        table = np.zeros((len(requests), PROBE_TOKENS, 2 + width))
-        lengths = np.zeros(len(requests))
-        problem = None
-        if self.world.is_main:
-            ended = threading.Event()
-            lines: queue.Queue[tuple[str, Any]] = queue.Queue()
-            self._ask(client, dict(enumerate(requests)), sampling, PROBE_TOKENS, lines, ended)
-            while not lines.empty():
-                kind, content = lines.get()
-                if kind == "failed":
-                    problem = content
-                elif kind == "row":
-                    one = content
-                    count = lengths[one.row] = len(one.token_ids)
-                    columns = [one.token_ids, one.sampler_logprobs, *(() if one.support is None else one.support.T)]
-                    table[one.row, : int(count)] = np.column_stack(columns)
-        (failed,) = self.world.any_rank(problem is not None)
-        if failed:
-            self.fail(problem or "rank 0 lost a rollout server, see its error.")
-            return
-        table = self.world.sum_rows(table.reshape(len(requests), -1)).reshape(table.shape)
-        gaps = []
-        for request, count, rows in zip(requests, self.world.sum_rows(lengths[:, None])[:, 0], table, strict=True):
-            rows = rows[: int(count)]
-            support = rows[:, 2:].astype(np.int32) if width else None
-            ids, logprobs = rows[:, 0].astype(np.int32), rows[:, 1].astype(np.float32)
-            if len(ids):
-                gaps += np.abs(self.score(request.prompt_ids, Completion(0, ids, logprobs, "length", support)) - logprobs).tolist()
+    def _probe(self, client: Client | None) -> None:
+        """Compare the log-probs of a server with the trainer's, on fixed texts.
+
+        client: None on a rank that owns fewer; it scores something too: a collective where weights are sharded.
+        """
+        sampling = sampling_of(self.cfg)
+        requests = [Request(i, PROBE_SLOT, i, ids) for i, ids in enumerate(self.probes)]
+        lines: queue.Queue[tuple[str, Any]] = queue.Queue()
+        if client is not None:
+            self._ask(client, dict(enumerate(requests)), sampling, PROBE_TOKENS, lines, threading.Event())
+        answers: dict[int, Completion] = {}
+        while not lines.empty():
+            kind, content = lines.get()
+            if kind == "failed":
+                self.fail(content)
+            elif kind == "row" and len(content.token_ids):
+                answers[content.row] = content
+        gaps: list[float] = []
+        support = np.full((1, sampling.support_width), -1, np.int32) if sampling.support_width else None
+        nothing = Completion(0, np.zeros(1, np.int32), np.zeros(1, np.float32), "length", support)
+        for request in requests:
+            answer = answers.get(request.row, nothing)
+            found = self.score(request.prompt_ids, answer)
+            if answer is not nothing:
+                gaps += np.abs(found - answer.sampler_logprobs).tolist()
         gap, limit = float(np.mean(gaps)) if gaps else 0.0, sampler_gap_limit(self.cfg)
-        if not gap <= limit:
+        if client is not None and not gap <= limit:
             self.fail(
                 f"{client.url}: every tensor arrived as it was sent, but on fixed texts its log-probs differ from the "
                 f"trainer's by {gap:.3g} nats on average, {limit:g} are allowed (max_sampler_gap). It computes "
@@ -183,7 +179,12 @@ class VllmEngine:
     # --- completions
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, pulse: Pulse = lambda: False, *, on_finished: OnFinished | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        pulse: Pulse = lambda: False,
+        *,
+        on_finished: OnFinished | None = None,
     ) -> list[Completion]:
         """As `Engine.generate`. Completions that `pulse` interrupts are dropped."""
         lines: queue.Queue[tuple[str, Any]] = queue.Queue()
@@ -218,8 +219,8 @@ class VllmEngine:
             if time.monotonic() - last_progress > self.cfg.rollout_timeout_s + GRACE_S:
                 waiting = sum(request.row not in completed for request in requests)
                 self.fail(
-                    f"{', '.join(client.url for client, _ in asked)}: no new token for {self.cfg.rollout_timeout_s:g} s "
-                    f"(rollout_timeout_s), {waiting} completions are missing."
+                    f"{', '.join(client.url for client, _ in asked)}: no new token for "
+                    f"{self.cfg.rollout_timeout_s:g} s (rollout_timeout_s), {waiting} completions are missing."
                 )
             if pulse():
                 break
@@ -248,7 +249,9 @@ class VllmEngine:
                     elif "progress" in line:
                         lines.put(("progress", (client.url, line["progress"])))
             except (KeyError, TypeError, Unusable) as error:
-                text = str(error) if isinstance(error, Unusable) else f"{client.url}: answers are malformed ({error!r})."
+                text = (
+                    str(error) if isinstance(error, Unusable) else f"{client.url}: answers are malformed ({error!r})."
+                )
                 lines.put(("failed", text))
                 return
             except (ServerProblem, *CONNECTION_ERRORS) as error:
@@ -286,7 +289,7 @@ class VllmEngine:
         width = sampling.support_width
         support = unpacked(line["support"], "<i4").reshape(-1, width) if width else None
         lengths = {len(ids), len(logprobs), *(() if support is None else (len(support),))}
-        inside = len(ids) and 0 <= int(ids.min()) and int(ids.max()) < self.num_tokens
+        inside = len(ids) and int(ids.min()) >= 0 and int(ids.max()) < self.num_tokens
         if line["version"] != self.version or len(lengths) > 1 or len(ids) > limit or not inside:
             raise KeyError(f"row {request.row} has {len(ids)} tokens of weights {line['version']}")
         broken = np.flatnonzero(~(logprobs < NOT_FINITE))
@@ -302,8 +305,8 @@ def check_facts(facts: dict[str, Any], url: str, cfg: Config, config: Any) -> No
     for name, value in own.items():
         if value is not None and facts.get(name) != value:
             raise UserError(
-                f"rollout_server: {url} serves {str(facts.get('model'))[:100]!r} with {name} {str(facts.get(name))[:60]}, "
-                f"the trained model has {value}. Start it with --model {cfg.model}."
+                f"rollout_server: {url} serves {str(facts.get('model'))[:100]!r} with {name} "
+                f"{str(facts.get(name))[:60]}, the trained model has {value}. Start it with --model {cfg.model}."
             )
     needed = (cfg.max_prompt_length or 0) + cfg.max_generate_length
     if facts.get("max_model_len", 0) < needed:
@@ -312,4 +315,6 @@ def check_facts(facts: dict[str, Any], url: str, cfg: Config, config: Any) -> No
             f"are {needed}. Start it with --max-model-len {needed}."
         )
     if facts.get("dtype") not in DTYPES:
-        raise UserError(f"rollout_server: {url} computes in {facts.get('dtype')}. Start it with --dtype bfloat16 or float32.")
+        raise UserError(
+            f"rollout_server: {url} computes in {facts.get('dtype')}. Start it with --dtype bfloat16 or float32."
+        )

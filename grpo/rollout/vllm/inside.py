@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm import SamplingParams
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from grpo.randomness import uniforms
@@ -89,6 +90,17 @@ def _row_of(params: SamplingParams, drawn: Sequence[int]) -> Row | None:
     return list(given), drawn
 
 
+def _repack_heads(model: torch.nn.Module) -> None:
+    """Pack heads again that share their weight with the embedding.
+
+    On CPU vLLM computes with a packed copy of a weight. It renews those of the weights that are loaded, and a tied head
+    is not: it would go on with the old weights.
+    """
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+            module.quant_method.process_weights_after_loading(module)
+
+
 class WeightReceiver:
     """Methods that vLLM adds to its workers (worker_extension_cls)."""
 
@@ -106,4 +118,5 @@ class WeightReceiver:
                 yield name, tensor
 
         self.model_runner.reload_weights(weights_iterator=tensors())  # type: ignore[attr-defined]
+        _repack_heads(self.model_runner.get_model())  # type: ignore[attr-defined]
         return arrived

@@ -5,7 +5,6 @@
     GET  /health      what is served, and the version of its weights
     POST /generate    requests in, completions out as they end, one JSON object a line
     POST /weights     a stream of tensors (wire.py): all of them are loaded, or none
-    POST /sleep, /wake   give GPU memory back to a trainer on the same device, and take it again
 
 Every route wants the token, also one that does not exist. A request names the version of the weights that it is for;
 another version answers 409, so nothing is ever sampled with weights that the trainer does not know. The last weights
@@ -14,9 +13,11 @@ are kept in a file: a server that is started again at the same place loads them,
 
 import asyncio
 import contextlib
+import ctypes
 import hmac
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ from grpo.rollout.vllm.wire import DRAW, IN_SUPPORT, PROTOCOL, TOKEN_VARIABLE, B
 INSIDE = "grpo.rollout.vllm.inside"
 STREAM_INTERVAL = 64  # tokens of a completion between two reports of its progress
 PROGRESS_S = 0.5  # between two lines of /generate at most
+PR_SET_PDEATHSIG = 1
 NOT_LOADED = ""  # the version of weights that no trainer has sent
 
 
@@ -122,15 +124,15 @@ class Server:
                 lines.put_nowait({"progress": sum(counts.values())})
 
         ticker = asyncio.create_task(progress())
+        rows = [asyncio.create_task(one(*request)) for request in given["requests"]]
         try:
-            async with asyncio.TaskGroup() as group:
-                for request in given["requests"]:
-                    group.create_task(one(*request))
+            await asyncio.gather(*rows)
             lines.put_nowait({"done": True})
-        except* Exception as errors:
-            lines.put_nowait({"error": describe(errors.exceptions[0])})
+        except Exception as error:
+            lines.put_nowait({"error": describe(error)})
         finally:
-            ticker.cancel()
+            for task in (ticker, *rows):
+                task.cancel()
             lines.put_nowait(None)
 
     async def load(self, file: Path, version: str) -> dict[str, Any]:
@@ -200,7 +202,9 @@ def app_of(server: Server) -> FastAPI:
     async def generate(request: Request) -> Any:
         given = json.loads(await request.body())
         if server.loading.locked() or given["version"] != server.version:
-            held = "weights that are being loaded" if server.loading.locked() else f"weights {server.version or 'of none'}"
+            held = (
+                "weights that are being loaded" if server.loading.locked() else f"weights {server.version or 'of none'}"
+            )
             return JSONResponse({"error": f"it holds {held}, asked for {given['version']}"}, 409)
         lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         task = asyncio.create_task(server.sample(given, lines))
@@ -235,17 +239,6 @@ def app_of(server: Server) -> FastAPI:
             except Exception as error:
                 return JSONResponse({"error": f"weights: {describe(error)}"}, 500)
 
-    @app.post("/sleep")
-    async def sleep() -> JSONResponse:
-        await server.engine.sleep(level=2)
-        server.version = NOT_LOADED
-        return JSONResponse({"sleeping": True})
-
-    @app.post("/wake")
-    async def wake() -> JSONResponse:
-        await server.engine.wake_up()
-        return JSONResponse({"sleeping": False})
-
     return app
 
 
@@ -256,6 +249,7 @@ def parse(argv: list[str]) -> Any:
     parser.add_argument("--port", type=int, default=8100, help="0: a free one")
     parser.add_argument("--gpus", type=int, help="copies of the model, one a GPU (vLLM's --data-parallel-size)")
     parser.add_argument("--keep", type=Path, help="folder for the last weights (default: one in the temporary folder)")
+    parser.add_argument("--die_with_parent", action="store_true", help="end when the process that started it has died")
     parser.add_argument("--port_file", type=Path, help="file that gets the port once the server is ready")
     AsyncEngineArgs.add_cli_args(parser)
     return parser.parse_args(argv)
@@ -314,9 +308,13 @@ async def serve(args: Any, token: str) -> None:
 def main(argv: list[str]) -> None:
     """Run the server."""
     args = parse(argv)
+    if args.die_with_parent and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     token = os.environ.get(TOKEN_VARIABLE, "")
     if len(token) < 16:
-        sys.exit(f"error: {TOKEN_VARIABLE}: the environment must hold a secret of 16 characters or more, got {len(token)}.")
+        sys.exit(
+            f"error: {TOKEN_VARIABLE}: the environment must hold a secret of 16 characters or more, got {len(token)}."
+        )
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve(args, token))
 

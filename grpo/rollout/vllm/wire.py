@@ -60,7 +60,7 @@ def frames(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes | memoryview
         flat = tensor.detach().contiguous().cpu().view(-1)
         dtype = str(tensor.dtype).removeprefix("torch.")
         yield _header({"name": name, "dtype": dtype, "shape": list(tensor.shape)})
-        data = memoryview(flat.view(torch.uint8).numpy())
+        data = flat.view(torch.uint8).numpy().data
         for start in range(0, len(data), PIECE_BYTES):
             yield data[start : start + PIECE_BYTES]
         count += 1
@@ -98,7 +98,7 @@ def index_of(path: Path) -> list[Frame]:
                     raise BadStream(f"{len(found)} tensors in {size} bytes, where {header['count']} were announced")
                 return found
             name, dtype, shape = header.get("name"), header.get("dtype"), header.get("shape")
-            if not isinstance(name, str) or dtype not in DTYPES or not _is_shape(shape):
+            if not isinstance(name, str) or dtype not in DTYPES or shape is None or not _is_shape(shape):
                 raise BadStream(f"tensor {len(found)} has the header {str(header)[:200]}")
             found.append(Frame(name, DTYPES[dtype], tuple(shape), file.tell()))
             file.seek(found[-1].length, 1)
