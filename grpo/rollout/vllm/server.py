@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 import vllm
@@ -255,13 +255,19 @@ def parse(argv: list[str]) -> Any:
     return parser.parse_args(argv)
 
 
+def refuse(line: str) -> NoReturn:
+    """End with one line."""
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
 def kept_file(folder: Path | None, port: int) -> Path:
     """Where the last weights are kept; only this user can read the folder."""
     folder = folder or Path(tempfile.gettempdir()) / f"grpo-vllm-{os.getuid()}-{port}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
     if status.st_uid != os.getuid() or folder.is_symlink():
-        sys.exit(f"error: {folder} belongs to somebody else. Name another folder with --keep.")
+        refuse(f"keep: {folder} belongs to somebody else. Name another folder with --keep.")
     folder.chmod(0o700)
     return folder / "weights"
 
@@ -311,10 +317,8 @@ def main(argv: list[str]) -> None:
     if args.die_with_parent and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     token = os.environ.get(TOKEN_VARIABLE, "")
-    if len(token) < 16:
-        sys.exit(
-            f"error: {TOKEN_VARIABLE}: the environment must hold a secret of 16 characters or more, got {len(token)}."
-        )
+    if len(token) < 16:  # before a model is loaded
+        refuse(f"{TOKEN_VARIABLE}: the environment must hold a secret of 16 characters or more, got {len(token)}.")
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve(args, token))
 
