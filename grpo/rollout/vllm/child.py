@@ -41,7 +41,7 @@ class ChildServer:
         ) + cfg.max_generate_length
         dtype = "float32" if cfg.dtype == "fp32" else "bfloat16"
         self.flags = ["--model", described, "--load-format", "dummy", "--dtype", dtype, "--max-model-len", tokens]
-        self.flags += ["--keep", self.folder / "kept", "--port_file", self.port_file, "--die_with_parent"]
+        self.flags += ["--keep", self.folder / "kept", "--port-file", self.port_file, "--die-with-parent"]
         if world.device.type == "cpu":
             self.flags.append("--enforce-eager")
         self.flags += cfg.vllm_args

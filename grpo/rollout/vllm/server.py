@@ -18,6 +18,7 @@ import hmac
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -249,10 +250,22 @@ def parse(argv: list[str]) -> Any:
     parser.add_argument("--port", type=int, default=8100, help="0: a free one")
     parser.add_argument("--gpus", type=int, help="copies of the model, one a GPU (vLLM's --data-parallel-size)")
     parser.add_argument("--keep", type=Path, help="folder for the last weights (default: one in the temporary folder)")
-    parser.add_argument("--die_with_parent", action="store_true", help="end when the process that started it has died")
-    parser.add_argument("--port_file", type=Path, help="file that gets the port once the server is ready")
+    parser.add_argument("--die-with-parent", action="store_true", help="end when the process that started it has died")
+    parser.add_argument("--port-file", type=Path, help="file that gets the port once the server is ready")
     AsyncEngineArgs.add_cli_args(parser)
     return parser.parse_args(argv)
+
+
+def lead_a_group() -> None:
+    """Make this process the leader of a group, which is killed when it has ended, even by SIGKILL.
+
+    vLLM's processes would live on, with the model in memory.
+    """
+    if os.getpgid(0) != os.getpid():
+        os.setpgid(0, 0)
+    command = ["bash", "-c", 'read -r; kill -9 -- "-$1" 2>/dev/null', "bash", str(os.getpid())]
+    subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # its stdin ends with this process
+    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # a forked process would hold that pipe open
 
 
 def refuse(line: str) -> NoReturn:
@@ -306,7 +319,6 @@ async def serve(args: Any, token: str) -> None:
     finally:
         watching.cancel()
         died = engine.errored
-        engine.shutdown()
     if died:
         sys.exit("error: rollout server: vLLM's engine has died; the reason stands above.")
 
@@ -319,6 +331,7 @@ def main(argv: list[str]) -> None:
     token = os.environ.get(TOKEN_VARIABLE, "")
     if len(token) < 16:  # before a model is loaded
         refuse(f"{TOKEN_VARIABLE}: the environment must hold a secret of 16 characters or more, got {len(token)}.")
+    lead_a_group()
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve(args, token))
 
