@@ -112,6 +112,7 @@ def test_exit_codes_are_named():
 
 
 class Answerer:
+    chunk_rows = None
     """An engine that says one token."""
 
     fitting = FittingSize("rollout", "rollout_chunk_rows", "rows")
@@ -253,9 +254,13 @@ OF_EVALUATION = set(
 )
 OF_EXPORT = set(re.findall(r'"--(\w+)"', (PROJECT / "grpo" / "export" / "command.py").read_text(encoding="utf-8")))
 # torchrun's, tensorboard's, sbatch's
-OF_OTHERS = {"standalone", "nproc_per_node", "logdir", "nodes", "requeue", "signal"}
+OF_VLLM = {"gpu-memory-utilization", "max-model-len", "tensor-parallel-size"}
+OF_OTHERS = OF_VLLM | {"standalone", "nproc_per_node", "logdir", "nodes", "requeue", "signal"}
 OF_SCRIPTS = flags_in(
-    *(PROJECT / "launch").glob("*.sh"), *(PROJECT / "benchmarks").glob("*.py"), *(PROJECT / "demo").glob("*.py")
+    *(PROJECT / "launch").glob("*.sh"),
+    PROJECT / "grpo" / "rollout" / "vllm" / "server.py",
+    *(PROJECT / "benchmarks").glob("*.py"),
+    *(PROJECT / "demo").glob("*.py"),
 )
 
 
@@ -272,7 +277,7 @@ def test_every_flag_exists(name):
     owners["grpo.evaluate"] = OF_EVALUATION
     owners["grpo.export"] = OF_EXPORT
     for line in text.splitlines():
-        flags = {flag.split(".")[0] for flag in re.findall(r"(?<![\w-])--([a-zA-Z][\w.]*)", line)}
+        flags = {flag.split(".")[0] for flag in re.findall(r"(?<![\w-])--([a-zA-Z][\w.-]*)", line)}
         known = everybody
         if re.match(r"(python|torchrun|bash) ", line):
             known = next((own for program, own in owners.items() if program in line), OF_SCRIPTS) | OF_OTHERS
