@@ -271,7 +271,7 @@ def test_something_else_at_the_port_is_not_taken_for_node_0():
     one_line(result, "answers, but is not node 0 of this run")
 
 
-# Slurm, played: srun runs its command as its nodes (two) one after the other; Python writes down what it is called with.
+# Slurm, played: srun runs its command as two nodes one after the other; Python writes down what it is called with.
 SLURM = {
     "scontrol": 'case $1 in show) printf "node-7\\nnode-8\\n" ;; *) echo "scontrol $*" >>"$CALLS" ;; esac',
     "srun": """
