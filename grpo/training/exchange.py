@@ -90,7 +90,7 @@ def deliver(
     train_rows = {n: TrainRow(n, prompt_of[n], advantage=float(advantages[n]), **vars(payloads[n])) for n in payloads}
     batches = []
     for minibatch in plan:
-        weights = load_weighting(cfg)([int(num_trained[n]) for n in minibatch.rows], cfg.max_generate_length)
+        weights = load_weighting(cfg, world)([int(num_trained[n]) for n in minibatch.rows], cfg.max_generate_length)
         weight_of = dict(zip(minibatch.rows, weights, strict=True))
         mine = [
             collate([train_rows[n] for n in rows], weight_of, world.device, flat=minibatch.shares_prompts)

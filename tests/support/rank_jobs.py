@@ -119,7 +119,7 @@ def injected_step(
     table = table_of(cfg, lengths, np.arange(len(completions)) % world.size, num_trained)
     if cfg.kl_estimator == "k1_reward":  # what else are advantages are rewards
         table = dataclasses.replace(table, rewards=advantages)
-        draws = Draws(SimpleNamespace(cfg=cfg), 0)  # type: ignore[arg-type]
+        draws = Draws(SimpleNamespace(cfg=cfg, world=world), 0)  # type: ignore[arg-type]
         draws.add(prompts, Scored(mine, [], np.zeros((0, 0)), np.zeros((0, 0)), len(completions)), table)
         put_kl_into_rewards(draws, policy, tally)
         advantages = draws.advantages()
@@ -169,7 +169,7 @@ def injected_updates(
         if broken == "moments" and step == steps // 2:
             policy.backend.load_moments(lambda name, moment, start, length: torch.zeros(length), 1)
         if broken == "denominator":  # weights divide by the rows of a micro-batch, not of the minibatch
-            batching.load_weighting = lambda cfg: lambda counts, _: [1 / max(1, c) / 7 / (1 + c % 2) for c in counts]
+            batching.load_weighting = lambda *_: lambda counts, _: [1 / max(1, c) / 7 / (1 + c % 2) for c in counts]
         norms += injected_step(cfg, world, policy, step, steps, seed, tally, masked)
         renew_reference(policy, step + 1)
     batching.load_weighting, entropy.records_entropy = load_weighting, records_entropy  # of later jobs

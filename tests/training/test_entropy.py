@@ -368,12 +368,12 @@ def ends(tmp_path_factory):
         jobs = [
             ("crowded_updates" if "where" in how else "injected_updates", {"name": name, **how})
             for name, how in cases.items()
-        ] + [("architecture_steps", FREE)]
+        ] + [("architecture_steps", FREE), ("architecture_steps", {**FREE, "top_entropy_share": 1.0})]
         ranks = run_ranks(jobs, size, out, timeout=240)
         assert all(len({rank[i]["sha256"] for rank in ranks}) == 1 for i in range(len(jobs)))
         found[size] = {
             name: (ranks[0][i], flat(load_file(out / f"{name}.safetensors"))) for i, name in enumerate(cases)
-        } | {"free": (ranks[0][-1], None)}
+        } | {"free": (ranks[0][-2], None), "free, all": (ranks[0][-1], None)}
     return found
 
 
@@ -399,8 +399,9 @@ def test_neither_ranks_nor_micro_batches_matter(ends, size, name):
 def test_free_running_steps_choose_the_same_tokens_for_any_number_of_ranks(ends, size):
     """Entropies recorded by the engine, bit-identical weights. Control: a run without the choice ends elsewhere."""
     alone, several = (ends[count]["free"][0] for count in (1, size))
-    assert alone["sha256"] == several["sha256"] and alone["sampled"] == several["sampled"]
-    assert 0.3 <= alone["metrics"]["entropy/chosen"] < 0.5
+    assert alone["sha256"] == several["sha256"] != ends[size]["free, all"][0]["sha256"]
+    assert all(alone["sampled"][key] == ids for key, ids in several["sampled"].items()) and several["sampled"]
+    assert 0.2 < alone["metrics"]["entropy/chosen"] < 0.5
 
 
 # --- settings
