@@ -14,6 +14,7 @@ from grpo.models.loading import prepare
 from grpo.plan.command import GB, advise, main
 from grpo.plan.memory import MEMORY_PHASES, activation_bytes, draw_bytes, estimate, head_bytes, kv_bytes, work_of
 from grpo.plan.model_size import model_size
+from grpo.rollout.sampling import Sampling
 from tests.support.tiny import ARCHITECTURES, tiny_config, tiny_model
 
 LARGE = {"vocab_size": 100_000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16}
@@ -129,7 +130,7 @@ def test_what_zero_shards_falls_with_the_ranks():
 def test_more_rows_longer_texts_more_memory():
     size = model_size(tiny_config("qwen3"))
     assert kv_bytes(size, 64, 128, "fp32") == 2 * kv_bytes(size, 32, 128, "fp32")
-    assert draw_bytes(size, 64, 1.0) == 2 * draw_bytes(size, 32, 1.0)
+    assert draw_bytes(size, 64, Sampling()) == 2 * draw_bytes(size, 32, Sampling())
     assert activation_bytes(size, 512, 128, "fp32", False, True) < activation_bytes(size, 512, 128, "fp32", True, False)
     assert head_bytes(size, 10**6, 1, False) == 4 * 2**20 < head_bytes(size, 10**6, 2, False)
 

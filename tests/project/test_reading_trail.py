@@ -35,6 +35,7 @@ SURROUNDINGS = {  # files that a step runs and that its reader may leave for ano
     "grpo/runtime/shares.py": "cuts work into parts, as many for each rank",
     "grpo/rollout/prefill.py": "lists the distinct prompts for the plain cache",
     "grpo/models/offload.py": "does nothing unless something is offloaded",
+    "grpo/training/payload.py": "what moves of a row to the rank that trains on it",
     "grpo/training/entropy.py": "does nothing unless a setting asks for entropies",
     "grpo/training/schedule.py": "the learning rate of an update",
     "grpo/training/rollout_metrics.py": "statistics of the table, for the log",
