@@ -20,6 +20,7 @@ and leaves a room stands in its __init__.py.
     training/          scores -> advantages -> micro-batches -> loss -> update; backends/
     checkpoints/       writing, choosing and resuming checkpoints
     plan/              python -m grpo.plan: memory and traffic before a run
+    doctor/            python -m grpo.doctor: what is wrong with a run, from its logs
     run/               folders, console, trackers/, exit codes
     evaluate/          python -m grpo.evaluate; asking a checkpoint
     export/            python -m grpo.export: merged weights, GGUF, hub

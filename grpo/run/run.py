@@ -6,6 +6,7 @@ train.py and grpo/sft/train.py are the loops; they call a `Run` for everything t
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -24,6 +25,7 @@ from grpo.config.exit_file import write_exit
 from grpo.config.settings import Config, shards_weights
 from grpo.data.questions import Questions
 from grpo.data.recipe import KEPT, Recipe, load_recipe
+from grpo.doctor.report import short_form
 from grpo.errors import EXIT_BUG, EXIT_STALLED, Corrupted, Preempted, UserError, warn
 from grpo.rewards import Reward
 from grpo.run.completions_log import answer_marks
@@ -93,6 +95,8 @@ class Run:
                     previous.mkdir()
                     for path in old:
                         path.rename(previous / path.name)
+            settings = json.dumps(dataclasses.asdict(self.cfg), indent=2, ensure_ascii=False, default=str)
+            (self.folder / "config.json").write_text(settings + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"runs_dir: {self.folder} cannot be written: {error}. Choose another --runs_dir.") from None
 
@@ -281,6 +285,8 @@ class Run:
         newest = checkpoint.checkpoint_folders(self.output_dir)
         if first < total and not self.log.moved:
             warn(f"warning: nothing was learned in the steps from {first + 1} to {total}. {no_gradient(self.cfg)}")
+        if first < total and (line := short_form(self.folder, self.cfg.console_language)):
+            print(line)
         if first >= total > 0:
             print(
                 f"nothing to do: {newest[0]} is already the last of {total} steps. Ask it: python inference.py "
