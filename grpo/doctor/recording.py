@@ -299,10 +299,11 @@ def _row(line: dict[str, Any]) -> Row | None:
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    """The settings: config.json, or of an older run the text that TensorBoard shows; {}: neither can be read."""
+    """The settings: from run.json, or of an older run the text that TensorBoard shows; {}: neither can be read."""
     try:
-        value = json.loads(_head(folder / "config.json"))
-        return value if isinstance(value, dict) else {}
+        value = json.loads(_head(folder / "run.json"))
+        if isinstance(value, dict) and isinstance(value.get("settings"), dict):
+            return value["settings"]
     except (OSError, ValueError, RecursionError):
         pass
     for file in sorted(folder.glob("events.out.tfevents.*")):

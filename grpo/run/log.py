@@ -155,7 +155,22 @@ class RunLog:
                 )
             self.without_reward = "reward/mean" not in metrics
         self.log(step, metrics)
+        self._log_distributions(step, table, advantages)
         return metrics
+
+    def _log_distributions(self, step: int, table: Table, advantages: np.ndarray) -> None:
+        """Rewards, lengths and advantages of a step, where a tracker shows distributions. advantages: [N]."""
+        if not self._due(self.cfg.log_samples_steps, step):
+            return
+        known = table.rewards[~np.isnan(table.rewards)]
+        values = {"reward": known, "length": table.lengths, "advantage": advantages}
+        for tracker in list(self.trackers):
+            if (show := getattr(tracker, "histograms", None)) is not None:
+                self._call(tracker, partial(show, step, values))
+
+    @staticmethod
+    def _due(every: int, step: int) -> bool:
+        return bool(every) and (step % every == 0 or step == 1)
 
     def _measured(self, measured: Reduced, norms: Sequence[float], policy: Policy, tokens: float) -> dict[str, float]:
         """Metrics of every kind of step, reduced over ranks. tokens: what tokens_per_s counts."""
@@ -245,8 +260,7 @@ class RunLog:
             for line in notices(self.of_rewards, [completion_text(one.completion) for one in scored.inputs]):
                 warn(line)
         to_file, to_console = (
-            every and (step % every == 0 or step == 1)
-            for every in (self.cfg.log_samples_steps, self.cfg.log_completions_steps)
+            self._due(every, step) for every in (self.cfg.log_samples_steps, self.cfg.log_completions_steps)
         )
         if not (to_file or to_console):
             return

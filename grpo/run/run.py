@@ -95,8 +95,9 @@ class Run:
                     previous.mkdir()
                     for path in old:
                         path.rename(previous / path.name)
-            settings = json.dumps(dataclasses.asdict(self.cfg), indent=2, ensure_ascii=False, default=str)
-            (self.folder / "config.json").write_text(settings + "\n", encoding="utf-8")
+            facts = {"started": datetime.now().isoformat(timespec="seconds"), "settings": dataclasses.asdict(self.cfg)}
+            text = json.dumps(facts, indent=2, ensure_ascii=False, default=str)
+            (self.folder / "run.json").write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"runs_dir: {self.folder} cannot be written: {error}. Choose another --runs_dir.") from None
 
