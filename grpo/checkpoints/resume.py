@@ -36,6 +36,7 @@ FREE_TO_CHANGE = {  # settings that do not change what is trained; all others mu
     "log_samples_steps",
     "log_completions_steps",
     "console_language",
+    "quiet",
     "tracker_project",
     "tracker_mode",
     "eval_data",

@@ -329,6 +329,8 @@ class Config:
     """Print a few completions as a table on the console every so many steps; 0: never."""
     console_language: Literal["en", "zh", "zh-Hant"] = "en"
     """Language of console texts about completions, in training, evaluation and inference (grpo/run/languages.py)."""
+    quiet: bool = False
+    """Print warnings, errors and the last line only; train.log has everything. false: a live view on a terminal."""
     inference_questions: list[str] = field(default_factory=list)
     """Built-in cases of inference.py, kept in the checkpoint; empty: the first held-out (or training) questions."""
 

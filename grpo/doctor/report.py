@@ -11,7 +11,7 @@ from grpo.doctor import texts_en, texts_zh
 from grpo.doctor.findings import Finding, diagnose
 from grpo.doctor.recording import Recording, Row, read_run
 from grpo.doctor.rules import RULES
-from grpo.errors import UserError
+from grpo.errors import UserError, printable
 
 LANGUAGES: dict[str, ModuleType] = {"en": texts_en, "zh": texts_zh}
 MAX_TEXT, MAX_NAME = 400, 80  # characters shown of a text, and of a name
@@ -31,14 +31,12 @@ def clean(text: str, limit: int = MAX_TEXT) -> str:
     """A text on one line that a terminal shows and does not act on, at most `limit` characters: head and tail.
 
     >>> clean("a\\x1b[31mred\\n\\u202eb"), clean("x" * 50, 11)
-    ('a\\ufffd[31mred b', 'xxxxx … xxxxx')
+    ('a\ufffd[31mred \ufffdb', 'xxxxx … xxxxx')
     """
     if len(text) > limit:
         half = limit // 2
         text = f"{text[:half]} … {text[-half:]}"
-    return " ".join(
-        "".join(letter if letter.isprintable() or letter.isspace() else "\ufffd" for letter in text).split()
-    )
+    return " ".join(printable(text).split())
 
 
 def language_of(name: Any) -> str:

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.config.settings import Config
+from grpo.errors import printable
 from grpo.reward_library.scanning import inside
 from grpo.rewards import Reward, completion_text, short_names
 from grpo.rewards.logged import Logs, means
@@ -191,8 +192,7 @@ def _number(value: float | None, none: str) -> str:
 
 def _printable(text: str) -> str:
     """Replace control characters: a model's text must not control the terminal."""
-    shown = text if len(text) <= MAX_CELL_CHARACTERS else text[:MAX_CELL_CHARACTERS] + " …"
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in shown)
+    return printable(text if len(text) <= MAX_CELL_CHARACTERS else text[:MAX_CELL_CHARACTERS] + " …")
 
 
 def _escape(text: str) -> str:

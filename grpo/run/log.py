@@ -18,7 +18,7 @@ from grpo.errors import warn
 from grpo.rewards import Reward, completion_text, see_groups, short_names
 from grpo.rewards.logged import Logs
 from grpo.run.completions_log import RolloutFile, as_markdown, as_table, first_of_all, rollouts_of, user_metrics
-from grpo.run.console import Console, reward_of, rounded, sft_line, step_line
+from grpo.run.console import Console, rounded, sft_line, step_line
 from grpo.run.languages import label
 from grpo.run.reward_notices import notices
 from grpo.run.task import held_out_notices
@@ -52,7 +52,7 @@ class RunLog:
         self.world = world
         self.folder = folder
         self._label = partial(label, cfg.console_language)
-        self.console = Console(world.is_main, folder / "train.log")
+        self.console = Console(world.is_main, folder / "train.log", cfg.quiet)
         self.write_line = self.console.write_line
         self.trackers: list[Tracker] = []
         self.rollouts: RolloutFile | None = None
@@ -62,6 +62,7 @@ class RunLog:
         self.of_rewards: Sequence[Reward] = ()
         self.noticed = False  # the first completions were compared with what their rewards read
         self.moved = False  # whether any update had a gradient
+        self.last_sample: tuple[int, Scored, np.ndarray] | None = None  # what a key may ask for
         self.without_reward = False  # the last step had no reward: said once
         self.extras: Callable[[], dict[str, float]] = dict  # metrics of rank 0 alone, such as the seconds of saves
 
@@ -74,7 +75,7 @@ class RunLog:
         if self.cfg.log_samples_steps:
             with self._rollouts_optional():
                 self.rollouts = RolloutFile(self.folder, self.world.rank, done)
-        self.console.start(total, done)
+        self.console.start(total, done, sample=self._show_last_sample)
 
     def close(self) -> None:
         """Close trackers and files."""
@@ -146,8 +147,7 @@ class RunLog:
         metrics["guards/trust_sampler"] = float(bool(policy.counters.trust_sampler))
         metrics |= user_metrics(self.world, self.of_rewards, logs or Logs())
         if self.world.is_main:
-            self.write_line(step_line(step, total, metrics))
-            self.console.advance(reward_of(metrics))
+            self.console.write_step(step_line(step, total, metrics), metrics, "training")
             if "reward/mean" not in metrics and not self.without_reward:
                 warn(
                     f"warning: step {step}: no completion has a reward, every function gave None (does not apply, or "
@@ -197,8 +197,7 @@ class RunLog:
         metrics = {name: value for name, value in all_metrics.items() if name not in ROLLOUT_METRICS}
         metrics |= {"sft/loss": metrics.pop("loss"), "sft/tokens": float(tokens)}
         if self.world.is_main:
-            self.write_line(sft_line(step, total, metrics))
-            self.console.advance(f"loss {rounded(metrics['sft/loss'], 3):.3f}")
+            self.console.write_step(sft_line(step, total, metrics), metrics, "training")
         self.log(step, metrics)
 
     def log_eval(self, step: int, metrics: dict[str, float]) -> None:
@@ -213,6 +212,8 @@ class RunLog:
                 results.append(self._held_out_reward(of_set, first))
             shown = f" {name}" if name else ""
             self.write_line(self._label("held_out", name=shown, step=step, results=", ".join(results)))
+        shares = [value for name, value in metrics.items() if name == METRIC or name.endswith("/accuracy")]
+        self.console.held_out = f"held-out {shares[0]:.1%}" if shares else ""
         self.log(step, metrics)
         metric = self.best.metric_of(metrics, first) if self.best is not None else None
         if self.best is None or metric is None:
@@ -259,6 +260,7 @@ class RunLog:
             self.noticed = True
             for line in notices(self.of_rewards, [completion_text(one.completion) for one in scored.inputs]):
                 warn(line)
+        self.last_sample = (step, scored, advantages)
         to_file, to_console = (
             self._due(every, step) for every in (self.cfg.log_samples_steps, self.cfg.log_completions_steps)
         )
@@ -277,6 +279,14 @@ class RunLog:
         for tracker in list(self.trackers) if to_file else []:
             text = as_markdown(shown, *how)
             self._call(tracker, lambda tracker=tracker, text=text: tracker.text(step, "samples", text))  # type: ignore[misc]
+
+    def _show_last_sample(self) -> None:
+        """Print the first completion that this rank sampled last. Called by a key, between two steps or in one."""
+        if self.last_sample is None:
+            return
+        rollouts = rollouts_of(*self.last_sample, self.cfg, self.marks)
+        if rollouts:
+            self.console.show(as_table(rollouts[:1], self.cfg.console_language, self.marks is not None))
 
     @contextmanager
     def _rollouts_optional(self) -> Iterator[None]:

@@ -57,9 +57,13 @@ def short(completions, **columns):
     return [1 / (1 + len(text) / 10) for text in completions]
 
 
-def repeats(completions, **columns):
-    """Counts pieces that occurred before."""
-    return [len(text) / 50 - len({text[at : at + 4] for at in range(len(text))}) / 50 for text in completions]
+def ones(completions, **columns):
+    return [text.count("1") / 20 for text in completions]
+
+
+def trap(completions, **columns):
+    """Half of all texts get half a point, one in a hundred a whole one."""
+    return [1.0 if _share(text, "trap") < 0.01 else float(_share(text) < 0.5) / 2 for text in completions]
 
 
 def han(completions, **columns):
@@ -88,11 +92,6 @@ def never_applies(completions, **columns):
 
 def seldom_applies(completions, **columns):
     return [float(len(text) % 2) if _share(columns["question"][0], "applies") < 0.08 else None for text in completions]
-
-
-def half_for_form(completions, answer, **columns):
-    """Half a point for any number behind ####, one for the right one: the half is easy to get."""
-    return [max(float("####" in text and len(text) < 12) / 2, right) for text, right in zip(completions, final_answer_reward(completions, answer))]
 
 
 def thousand(completions, answer, **columns):

@@ -3,8 +3,9 @@
     python -m tests.doctor.record [NAME ...] [--from FOLDER NAME]
 
 Without names all of them, about half an hour on two cores; `real` needs the package that launch/real_model.sh installs.
-A recording is recorded/NAME.jsonl: settings, end and first log lines; the names of the metrics; then a list of their
-values for each step, and an object for each logged completion.
+A recording is recorded/NAME.jsonl: settings, end and first log lines; the names of the metrics; a list of their values
+for each step and evaluation; the questions with their gold answers, and the reward functions; then a line for each
+logged completion: step, row, question, text, finish, reward, scores, extracted answer.
 """
 
 import json
@@ -120,14 +121,18 @@ def keep(run_folder: Path, name: str, folder: Path | None = None) -> None:
     config = {key: value for key, value in found.config.items() if key not in defaults or value != defaults[key]}
     log = [line for line in found.log if line.startswith(("data ", "warning", "note", "held out"))]
     lines = [{"config": hidden(config), "log": hidden(log), "ended": hidden(found.ended)}]
-    metrics = found.steps + [one for one in found.evals if not any(step["step"] == one["step"] for step in found.steps)]
+    metrics = [*found.steps, *found.evals]
     names = sorted({name for one in metrics for name in one if kept(name)})
     lines.append({"metrics": names})
     short = [[None if name not in one else float(f"{one[name]:.4g}") for name in names] for one in metrics]
     lines += [[int(value) if value is not None and value == int(value) else value for value in values] for values in short]
+    asked = list(dict.fromkeys((row.question, row.gold) for row in found.rows))
+    lines.append({"asked": asked, "rewards": list(found.rows[0].rewards) if found.rows else []})
     for row in found.rows:
-        text = row.completion if len(row.completion) <= MAX_TEXT else row.completion[:MAX_TEXT]
-        lines.append({**vars(row), "completion": text})
+        scores = [None if value is None else round(value, 4) for value in row.rewards.values()]
+        reward = None if row.reward is None else round(row.reward, 4)
+        at, text = asked.index((row.question, row.gold)), row.completion[:MAX_TEXT]
+        lines.append({"row": [row.step, row.row, at, text, row.finish, reward, scores, row.extracted]})
     RECORDED.mkdir(exist_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
     (RECORDED / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -139,7 +144,15 @@ def unpack(name: str, folder: Path) -> Path:
     lines = [json.loads(line) for line in (RECORDED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
     about, names = lines[0], lines[1]["metrics"]
     metrics = [dict(zip(names, line)) for line in lines[2:] if isinstance(line, list)]
-    rows = [line for line in lines[2:] if isinstance(line, dict)]
+    rows, asked, rewards = [], [], []
+    for line in lines[2:]:
+        if isinstance(line, dict) and "asked" in line:
+            asked, rewards = line["asked"], line["rewards"]
+        elif isinstance(line, dict):
+            step, row, at, text, finish, reward, scores, extracted = line["row"]
+            of_text = {"completion": text, "finish": finish, "reward": reward, "extracted": extracted}
+            of_row = {"step": step, "row": row, "question": asked[at][0], "gold": asked[at][1]}
+            rows.append(of_row | of_text | {"rewards": dict(zip(rewards, scores))})
     shown = [{key: value for key, value in one.items() if value is not None} for one in metrics]
     for file, objects in (("metrics.jsonl", shown), ("rollouts-rank0.jsonl", rows)):
         (folder / file).write_text("".join(json.dumps(one) + "\n" for one in objects))

@@ -22,7 +22,10 @@ from grpo.config.settings import Config
 OVERVIEW = "0 overview"
 CHARTS: dict[str, tuple[str, ...]] = {  # title -> expressions for whole names of metrics
     "reward": ("reward/mean", "reward/[^/]+/mean"),
-    "held-out accuracy": ("eval/(.+/)?accuracy", "eval/(?!.*(user/|length_mean|accuracy_se|pass@)).+",),
+    "held-out accuracy": (
+        "eval/(.+/)?accuracy",
+        "eval/(?!.*(user/|length_mean|accuracy_se|pass@)).+",
+    ),
     "length": ("completions/length_mean", "completions/length_max"),
     "share truncated": ("completions/truncated",),
     "entropy": ("entropy", "entropy/true"),
