@@ -62,8 +62,8 @@ def ones(completions, **columns):
 
 
 def trap(completions, **columns):
-    """Half of all texts get half a point, one in a hundred a whole one."""
-    return [1.0 if _share(text, "trap") < 0.01 else float(_share(text) < 0.5) / 2 for text in completions]
+    """Half of all texts get half a point, a few a whole one."""
+    return [1.0 if _share(text, "trap") < 0.04 else float(_share(text) < 0.5) / 2 for text in completions]
 
 
 def han(completions, **columns):

@@ -29,6 +29,7 @@ def of(*names: str, **more: float) -> dict[str, float]:
 
 SMOLLM2 = "configs/smollm2.yaml"
 FEW = {"batch_size": 2, "data_rows": 64, "eval_data": None, "log_samples_steps": 2}  # minutes are enough
+ENDS = ["a", "e"]  # so that random completions end early
 LITTLE_MEMORY = "from tests.faults import wrapping; from types import SimpleNamespace as N; wrapping._little_memory_to_{}(N(value={}))"
 
 BAD = {
@@ -47,7 +48,7 @@ BAD = {
     "cut_44": Case({"rewards": RIGHT, "max_generate_length": 44}, "taught"),
     "cut_15": Case({"max_generate_length": 15, "max_steps": 6, "seed": 5} | FEW, "real", config=SMOLLM2),
     "long": Case({"rewards": of(coin=0.1, long=1.0), "lr": 3e-4, "max_steps": 18}),
-    "long_tiny": Case({"rewards": of(coin=0.05, long=1.0), "lr": 1e-2, "max_steps": 24}, "ends_often"),
+    "long_tiny": Case({"rewards": of(coin=0.05, long=1.0), "lr": 1e-2, "max_steps": 24, "stop": ENDS}, "tiny"),
     "short": Case({"rewards": {"final_answer_reward": 0.1} | of("short"), "lr": 3e-4, "temperature": 1.3, "max_steps": 18}),
     "ones": Case({"rewards": of("ones"), "lr": 1e-3, "max_steps": 24}),
     "loops": Case({"rewards": of("coin"), "temperature": 0.2, "max_generate_length": 60}, "tiny"),
@@ -65,7 +66,7 @@ BAD = {
     "nan": Case({"rewards": RIGHT, "lr": 1e38}),
     "nan_surrogate": Case({"rewards": RIGHT, "surrogate": "tests/doctor/bad_surrogate.py:sometimes_nan"}),
     "trap": Case({"rewards": of("trap"), "lr": 3e-4, "max_steps": 24, "num_generations": 8}),
-    "trap_tiny": Case({"rewards": of("trap"), "lr": 1e-2, "max_steps": 30, "num_generations": 8}, "ends_often"),
+    "trap_2": Case({"rewards": of("trap"), "lr": 1e-3, "max_steps": 20, "temperature": 0.9, "seed": 9}),
     "bonus": Case({"rewards": RIGHT, "entropy_coef": 1.0, "lr": 3e-4, "max_steps": 18}, "taught"),
     "bonus_2": Case({"rewards": of("has_digit"), "entropy_coef": 0.5, "lr": 1e-3, "max_steps": 18}),
     "iterations": Case({"rewards": RIGHT, "num_iterations": 6, "lr": 1e-3}),
@@ -86,8 +87,8 @@ BAD = {
     "longer_prompts": Case({"rewards": of("coin"), "max_prompt_length": 110, "max_generate_length": 8}, "tiny"),
     "slow": Case({"rewards": of("slow"), "reward_workers": 1}),
     "busy": Case({"rewards": of("busy"), "reward_workers": 0, "seed": 11}),
-    "tail": Case({"rewards": of("coin"), "max_generate_length": 80, "batch_size": 8}, "ends_often"),
-    "tail_2": Case({"rewards": of("short"), "max_generate_length": 120, "num_generations": 8}, "ends_often"),
+    "tail": Case({"rewards": of("coin"), "batch_size": 8, "stop": ENDS}, "tiny"),
+    "tail_2": Case({"rewards": of("short"), "max_generate_length": 120, "num_generations": 8, "stop": ["w"]}, "sharp"),
     "saves": Case({"rewards": RIGHT, "save_steps": 1, "save_in_background": False}),
     "saves_2": Case({"rewards": RIGHT, "save_steps": 1, "max_generate_length": 12, "batch_size": 1}),
     "idle": Case({"rewards": RIGHT, "batch_size": 1, "num_generations": 6, "rollout_chunk_rows": 6}, ranks=2, data=None),
@@ -114,7 +115,7 @@ TRIGGERS = {  # rule: the run its threshold was set by, and one that was not
     "language_switching": ("chinese", "to_chinese"),
     "reward_fell": ("fast", "faster"),
     "held_out_fell": ("unlearned", "unlearned_2"),
-    "entropy_collapse": ("trap", "trap_tiny"),
+    "entropy_collapse": ("trap", "trap_2"),
     "entropy_explosion": ("bonus", "bonus_2"),
     "clip_share": ("iterations", "minibatches"),
     "grad_norm": ("thousand", "low_norm"),

@@ -64,11 +64,15 @@ def model_of(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def data_of(kind: str, folder: Path) -> Path:
-    """Questions of the demo, some of them repeated."""
+    """Questions of the demo, some of them repeated; or with the columns of a ready configuration."""
     rows = [json.loads(line) for line in (PROJECT / "demo" / "train.jsonl").read_text().splitlines()]
+    if kind == "json":
+        return PROJECT / "configs" / "json_answers.jsonl"
     if kind == "half_of_train":
         test = (PROJECT / "demo" / "test.jsonl").read_text().splitlines()[:16]
         rows = [json.loads(line) for line in test] + rows[:16]
+    elif kind in ("plain", "dapo", "zh", "choices"):
+        rows = [columns_of(kind, at, row) for at, row in enumerate(rows[:40])]
     elif kind in ("twice", "two_golds"):
         rows = rows[:24] * 2
     else:
@@ -79,6 +83,20 @@ def data_of(kind: str, folder: Path) -> Path:
     file = folder / f"{kind}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def columns_of(kind: str, at: int, row: dict[str, str]) -> dict[str, str]:
+    """A question under the names that a ready configuration reads."""
+    gold = row["answer"].rpartition("####")[2].strip()
+    if kind == "dapo":
+        return {"prompt": row["question"], "solution": gold}
+    if kind == "zh":
+        asked = f"小明有{at + 2}个苹果，又买了{at % 7 + 1}个，吃了一个。还剩几个苹果？"
+        return {"question_zh-cn": asked, "answer_only": str(at + 2 + at % 7)}
+    if kind == "choices":
+        options = {f"選項{letter}": str(at + number) for number, letter in enumerate("ABCD")}
+        return {"題目": f"{at}加一等於多少？", **options, "推理正確答案": "加一。", "正確答案": "B"}
+    return row
 
 
 def run(name: str, case: Case) -> None:
