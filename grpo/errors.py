@@ -37,9 +37,9 @@ class Corrupted(UserError):
 
 
 def printable(text: str) -> str:
-    """A text that a terminal shows and does not act on: control characters, surrogates and marks of direction are \ufffd.
+    """A text that a terminal shows and does not act on; line breaks, tabs and spaces of any width stay.
 
-    Line breaks, tabs and spaces of any width stay.
+    Control characters, surrogates and marks of direction become the replacement character.
 
     >>> printable("a\\x1b[2Jb\\u202ec\\u3000\\n")
     'a\ufffd[2Jb\ufffdc\\u3000\\n'

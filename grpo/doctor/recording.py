@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, pvariance
-from typing import Any
+from typing import Any, TypeGuard
 
 from grpo.errors import UserError
 
@@ -224,7 +224,7 @@ def read_run(folder: Path, limit: int = ROLLOUTS_LIMIT) -> Recording:
     )
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and abs(value) < 1e300
 
 

@@ -30,7 +30,10 @@ def of(*names: str, **more: float) -> dict[str, float]:
 SMOLLM2 = "configs/smollm2.yaml"
 FEW = {"batch_size": 2, "data_rows": 64, "eval_data": None, "log_samples_steps": 2}  # minutes are enough
 ENDS = ["a", "e"]  # so that random completions end early
-LITTLE_MEMORY = "from tests.faults import wrapping; from types import SimpleNamespace as N; wrapping._little_memory_to_{}(N(value={}))"
+LITTLE_MEMORY = (
+    "from types import SimpleNamespace; from tests.faults import wrapping; "
+    "wrapping._little_memory_to_{}(SimpleNamespace(value={}))"
+)
 
 BAD = {
     "boxed": Case({"rewards": of("boxed")}),
@@ -49,15 +52,21 @@ BAD = {
     "cut_15": Case({"max_generate_length": 15, "max_steps": 6, "seed": 5} | FEW, "real", config=SMOLLM2),
     "long": Case({"rewards": of(coin=0.1, long=1.0), "lr": 3e-4, "max_steps": 18}),
     "long_tiny": Case({"rewards": of(coin=0.05, long=1.0), "lr": 1e-2, "max_steps": 24, "stop": ENDS}, "tiny"),
-    "short": Case({"rewards": {"final_answer_reward": 0.1} | of("short"), "lr": 3e-4, "temperature": 1.3, "max_steps": 18}),
+    "short": Case(
+        {"rewards": {"final_answer_reward": 0.1} | of("short"), "lr": 3e-4, "temperature": 1.3, "max_steps": 18}
+    ),
     "ones": Case({"rewards": of("ones"), "lr": 1e-3, "max_steps": 24}),
     "loops": Case({"rewards": of("coin"), "temperature": 0.2, "max_generate_length": 60}, "tiny"),
     "chinese": Case({"rewards": of("coin"), "max_generate_length": 24}, "bilingual"),
     "to_chinese": Case({"rewards": of("han"), "max_generate_length": 16, "lr": 3e-3, "seed": 4}, "bilingual"),
     "fast": Case({"rewards": RIGHT, "lr": 1e-3, "max_steps": 24, "num_generations": 8}),
     "faster": Case({"rewards": RIGHT, "lr": 3e-3, "max_steps": 20, "seed": 2}, "taught"),
-    "unlearned": Case({"rewards": RIGHT | of(short=3.0), "lr": 2e-4, "max_steps": 15, "eval_rows": 64, "eval_steps": 5}, "taught"),
-    "unlearned_2": Case({"rewards": RIGHT | of(ones=2.0), "lr": 3e-4, "max_steps": 15, "eval_rows": 64, "seed": 7}, "taught"),
+    "unlearned": Case(
+        {"rewards": RIGHT | of(short=3.0), "lr": 2e-4, "max_steps": 15, "eval_rows": 64, "eval_steps": 5}, "taught"
+    ),
+    "unlearned_2": Case(
+        {"rewards": RIGHT | of(short=3.0), "lora_r": 8, "lr": 3e-3, "max_steps": 20, "seed": 7}, "taught"
+    ),
     "fails": Case({"rewards": of("fails_for_some"), "max_reward_failures": 1.0}),
     "late": Case({"rewards": of("late_for_some"), "max_reward_failures": 1.0, "reward_timeout_s": 0.3}),
     "always_fails": Case({"rewards": of("always_fails")}),
@@ -91,7 +100,9 @@ BAD = {
     "tail_2": Case({"rewards": of("short"), "max_generate_length": 120, "num_generations": 8, "stop": ["w"]}, "sharp"),
     "saves": Case({"rewards": RIGHT, "save_steps": 1, "save_in_background": False}),
     "saves_2": Case({"rewards": RIGHT, "save_steps": 1, "max_generate_length": 12, "batch_size": 1}),
-    "idle": Case({"rewards": RIGHT, "batch_size": 1, "num_generations": 6, "rollout_chunk_rows": 6}, ranks=2, data=None),
+    "idle": Case(
+        {"rewards": RIGHT, "batch_size": 1, "num_generations": 6, "rollout_chunk_rows": 6}, ranks=2, data=None
+    ),
     "idle_2": Case({"rewards": RIGHT, "batch_size": 3, "rollout_chunk_rows": 4, "micro_batch_tokens": 4096}, ranks=2),
     "memory": Case({"rewards": RIGHT}, patch=LITTLE_MEMORY.format("sample", 5)),
     "memory_2": Case({"rewards": RIGHT, "seed": 12}, patch=LITTLE_MEMORY.format("train", 3)),
@@ -134,11 +145,24 @@ TRIGGERS = {  # rule: the run its threshold was set by, and one that was not
 
 HEALTHY = {
     "demo": Case(
-        {"batch_size": 8, "num_generations": 8, "max_steps": 60, "lr_schedule": "linear", "log_samples_steps": 10, "eval_data": "demo/test.jsonl"},
+        {
+            "batch_size": 8,
+            "num_generations": 8,
+            "max_steps": 60,
+            "lr_schedule": "linear",
+            "log_samples_steps": 10,
+            "eval_data": "demo/test.jsonl",
+        },
         ranks=2,
     ),
     "real": Case({"log_samples_steps": 6}, "real", config=SMOLLM2),
     "two_rewards": Case(
-        {"rewards": {"final_answer_reward": 1.0, **of(has_digit=0.2)}, "num_iterations": 2, "max_steps": 40, "num_generations": 8, "seed": 3}
+        {
+            "rewards": {"final_answer_reward": 1.0, **of(has_digit=0.2)},
+            "num_iterations": 2,
+            "max_steps": 40,
+            "num_generations": 8,
+            "seed": 3,
+        }
     ),
 }

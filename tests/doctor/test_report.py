@@ -54,7 +54,10 @@ def test_the_language_is_that_of_the_run_or_the_one_asked_for(boxed, capsys):
     [
         (lambda folder: None, "is not a folder"),
         (lambda folder: folder.mkdir(), "has no metrics.jsonl"),
-        (lambda folder: (folder / "inner").mkdir(parents=True) or (folder / "inner" / "metrics.jsonl").touch(), "inner"),
+        (
+            lambda folder: (folder / "inner").mkdir(parents=True) or (folder / "inner" / "metrics.jsonl").touch(),
+            "inner",
+        ),
     ],
 )
 def test_what_is_no_run_is_refused_in_one_line(tmp_path, make, word, capsys):
@@ -87,7 +90,15 @@ def test_a_run_that_is_being_written_is_read_without_its_last_line(boxed):
 
 
 def test_damaged_lines_are_counted_and_left_out(boxed, capsys):
-    bad = ['{"step": NaN', "[1]", "null", '{"step": "x"}', '{"step": -1}', '{"a": ' + "[" * 5000, '{"step": 1' + "0" * 400 + "}"]
+    bad = [
+        '{"step": NaN',
+        "[1]",
+        "null",
+        '{"step": "x"}',
+        '{"step": -1}',
+        '{"a": ' + "[" * 5000,
+        '{"step": 1' + "0" * 400 + "}",
+    ]
     with (boxed / "metrics.jsonl").open("a") as file:
         file.write("\n".join(bad) + "\n")
     with (boxed / "rollouts-rank0.jsonl").open("ab") as file:
@@ -102,10 +113,17 @@ def test_hostile_text_reaches_no_terminal(boxed, capsys):
     """Names, questions, answers, settings and reasons: no control character, no mark of direction, short lines."""
     rows = [json.loads(line) for line in (boxed / "rollouts-rank0.jsonl").read_text().splitlines()]
     for row in rows:
-        row |= {"question": HOSTILE + row["question"], "completion": HOSTILE + "x" * 10**6, "gold": HOSTILE, "extracted": HOSTILE * 9}
+        row |= {
+            "question": HOSTILE + row["question"],
+            "completion": HOSTILE + "x" * 10**6,
+            "gold": HOSTILE,
+            "extracted": HOSTILE * 9,
+        }
     (boxed / "rollouts-rank0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:24]))
     (boxed / "exit.json").write_text(json.dumps({"code": 76, "reason": HOSTILE}))
-    metrics = (boxed / "metrics.jsonl").read_text().replace("reward/boxed/", "reward/" + json.dumps(HOSTILE)[1:-1] + "/")
+    metrics = (
+        (boxed / "metrics.jsonl").read_text().replace("reward/boxed/", "reward/" + json.dumps(HOSTILE)[1:-1] + "/")
+    )
     (boxed / "metrics.jsonl").write_text(metrics)
     assert main([str(boxed)]) == 0
     out = capsys.readouterr().out

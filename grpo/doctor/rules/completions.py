@@ -154,8 +154,10 @@ def scripts(text: str) -> Counter[str]:
 def other_script(question: str, completion: str) -> str | None:
     """The script that a completion is written in to a large part and its question is not; None: there is none.
 
-    >>> other_script("How many eggs are left?", "他还有三个鸡蛋，因为他吃了两个。"), other_script("还剩几个？", "还剩三个鸡蛋。x = 3")
-    ('Han', None)
+    >>> other_script("How many eggs are left?", "他还有三个鸡蛋，因为他吃了两个。")
+    'Han'
+    >>> other_script("还剩几个？", "还剩三个鸡蛋。x = 3") is None
+    True
     """
     asked, said = scripts(question), scripts(completion)
     letters = said.total()
