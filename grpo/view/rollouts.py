@@ -185,7 +185,7 @@ class Rollouts:
 
     def shown(self, rows: Iterable[int], whole: bool) -> list[dict[str, Any]]:
         """The texts of rows for the page. whole: with all fields; else the beginning of question and completion."""
-        shown = []
+        shown: list[dict[str, Any]] = []
         for one in self.records(rows):
             question, completion = text_of(one.get("question", "")), text_of(one.get("completion", ""))
             if not whole:
@@ -206,7 +206,9 @@ class Rollouts:
 
     def search(self, text: str) -> list[int]:
         """Numbers of the rows whose question, completion or gold answer has a text; ASCII letters in either case."""
-        spellings = {json.dumps(text, ensure_ascii=ascii)[1:-1].encode("utf-8", "surrogatepass") for ascii in (0, 1)}
+        spellings = {
+            json.dumps(text, ensure_ascii=ascii)[1:-1].encode("utf-8", "surrogatepass") for ascii in (False, True)
+        }
         pattern = re.compile(b"|".join(map(re.escape, sorted(spellings))), re.I)
         wanted = _folded(text)
         found: list[int] = []

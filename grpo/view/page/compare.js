@@ -33,16 +33,25 @@ class Compare {
     const version = this.sides && JSON.stringify(this.sides.map((side) => this.app.runs[side.run].versions.rollouts));
     if (version !== this.version) await this.show();
   }
-  // With two runs chosen: these. With one: the first and the last third of its steps.
+  // Of the chosen runs the two that share most questions. Else the first and the last third of one run's steps.
   async choose() {
     const with_rows = this.app.chosen.filter((run) => this.app.runs[run].versions.rollouts[1] > 0);
     const runs = with_rows.length ? with_rows : [this.app.firstWithRollouts()].filter((run) => run !== null);
     if (!runs.length) return;
-    const steps = await Promise.all(runs.slice(0, 2).map(async (run) => stepsOf(await this.app.source.rows(run))));
-    if (runs.length > 1) {
-      this.sides = runs.slice(0, 2).map((run, i) => ({ run, from: steps[i][0], to: steps[i].at(-1) }));
+    const data = await Promise.all(runs.slice(0, 6).map((run) => this.app.source.rows(run)));
+    let [most, pair] = [0, null];
+    data.forEach((a, i) => data.slice(i + 1).forEach((b, k) => {
+      const known = new Set(a.questions);
+      const shared = b.questions.filter((key) => known.has(key)).length;
+      if (shared > most) [most, pair] = [shared, [i, i + 1 + k]];
+    }));
+    if (pair) {
+      this.sides = pair.map((place) => {
+        const steps = stepsOf(data[place]);
+        return { run: runs[place], from: steps[0], to: steps.at(-1) };
+      });
     } else {
-      const [all] = steps;
+      const all = stepsOf(data[0]);
       const cut = all[Math.max(0, Math.ceil(all.length / 3) - 1)];
       this.sides = [{ run: runs[0], from: all[0], to: cut }, { run: runs[0], from: all[Math.floor((all.length * 2) / 3)], to: all.at(-1) }];
     }
@@ -138,7 +147,7 @@ class Compare {
     }
     const counts = { gained: 0, lost: 0 };
     this.items.forEach((item) => { counts[item.kind] += 1; });
-    const mean = (name, k) => number(average(this.items.map((item) => item[name][k])));
+    const mean = (name, k) => number(average(this.items.map((item) => item[name][k])), name === "length" ? 1 : 3);
     replace(this.summary,
       el("b", {}, `${this.items.length.toLocaleString("en")} questions on both sides`),
       this.items.length > 0 && [`: ${counts.gained} gained, ${counts.lost} lost; mean reward ${mean("reward", 0)} → ${mean("reward", 1)}, `
@@ -172,8 +181,8 @@ class Compare {
     const strips = item.rows.map((rows, k) => strip(rows.map((row) => this.data[k].columns.reward[row]), this.range));
     append(node, [el("div", { class: "facts" },
       el("span", { class: `kind kind-${item.kind}` }, item.kind === "same" ? "" : item.kind),
-      strips[0], "→", strips[1],
-      `${number(item.reward[0], 2)} → ${number(item.reward[1], 2)}`,
+      strips[0], el("span", {}, "→"), strips[1],
+      el("span", {}, `${number(item.reward[0], 2)} → ${number(item.reward[1], 2)}`),
       el("span", { class: "quiet" }, `length ${signed(Math.round(change))}`)), line]);
   }
   async open(index) {
@@ -201,7 +210,7 @@ class Compare {
         rows.map((row, k) => el("section", { class: "card" },
           el("header", {}, el("b", {}, "AB"[k]), choices[k], pill(this.data[k].columns.reward[row], this.range),
             el("span", { class: "quiet" }, `A ${signed(this.data[k].columns.advantage[row])}, length ${this.length(k, row)}`)),
-          differing(pieces[k], first))));
+          el("div", { class: "body" }, differing(pieces[k], first)))));
     };
     replace(this.detail, question_and_gold(texts[0][0]), pair);
     this.detail.scrollTop = 0;

@@ -151,8 +151,8 @@ function labelled(text, ...controls) {
   return el("label", { class: "field" }, el("span", {}, text), controls);
 }
 
-// A colour from low (red) over middle to high (blue or green) for a share from 0 to 1.
-function shade(share, alpha = 1) {
-  const hue = 10 + 130 * Math.min(1, Math.max(0, share));
-  return `hsl(${hue.toFixed(0)} 62% 45% / ${alpha})`;
+// A colour from orange (low) to teal (high) for a share from 0 to 1; told apart without seeing red or green.
+function shade(share) {
+  const bounded = Math.min(1, Math.max(0, share));
+  return `hsl(${(20 + 155 * bounded).toFixed(0)} ${(75 - 12 * bounded).toFixed(0)}% ${(42 - 9 * bounded).toFixed(0)}%)`;
 }

@@ -178,7 +178,8 @@ class Rollouts {
         `length ${number(average(group.map((row) => this.length(row))), 0)}`]
       : [`row ${place[group[0]]}`, pill(column[group[0]], this.range()), `length ${this.length(group[0])}`,
         this.rows.finishes[this.rows.columns.finish[group[0]]]];
-    append(node, [el("div", { class: "facts" }, el("b", {}, `step ${step[group[0]]}`), facts), line]);
+    const spans = facts.map((fact) => (typeof fact === "string" ? el("span", {}, fact) : fact));
+    append(node, [el("div", { class: "facts" }, el("b", {}, `step ${step[group[0]]}`), spans), line]);
   }
   range() {
     if (this.rangeOf !== this.rows || this.rangeBy !== this.by) {
@@ -300,13 +301,17 @@ function pill(value, [low, high]) {
   return node;
 }
 
-// The rewards of a group as cells.
+// The rewards of a group as bars.
 function strip(values, [low, high]) {
   const node = el("span", { class: "strip", title: values.map((value) => number(value)).join(", ") });
   for (const value of values.slice(0, 32)) {
     const cell = el("i");
+    const share = high > low ? (value - low) / (high - low) : 0.5;
     if (Number.isNaN(value)) cell.className = "none";
-    else cell.style.backgroundColor = shade(high > low ? (value - low) / (high - low) : 0.5);
+    else {
+      cell.style.backgroundColor = shade(share);
+      cell.style.height = `${4 + 9 * share}px`;
+    }
     node.append(cell);
   }
   return node;
@@ -318,13 +323,14 @@ function groupsOf(rows) {
   const { step, question, row: place } = rows.columns;
   const number_of = new Int32Array(rows.count);
   const groups = [];
-  const known = new Map();
+  const known = new Map(); // step -> question -> group
   for (let row = 0; row < rows.count; row++) {
-    const key = step[row] * 4294967296 + question[row];
-    let group = known.get(key);
+    if (!known.has(step[row])) known.set(step[row], new Map());
+    const of_step = known.get(step[row]);
+    let group = of_step.get(question[row]);
     if (group === undefined) {
       group = groups.length;
-      known.set(key, group);
+      of_step.set(question[row], group);
       groups.push([]);
     }
     groups[group].push(row);
