@@ -14,21 +14,20 @@ from grpo.view.page_files import page_with
 from grpo.view.runs import RunLogs
 
 MAX_MB = 20.0
-SAMPLE = 200  # completions from which the size of all is estimated
-SHRINK = 0.8  # of the completions stay when the estimate was too low
+SAMPLE = 40  # groups from which the size of all is estimated
+SHRINK = 0.8  # of the groups stay when the estimate was too low
 
 
 def report(runs: list[RunLogs], limit_mb: float = MAX_MB) -> bytes:
     """One HTML file with the runs, at most `limit_mb` * 10^6 bytes unless curves and page alone are larger."""
     limit = limit_mb * 1e6
-    orders = [rows_in_order(run) for run in runs]
-    without = len(_page(runs, [[] for _ in runs]))
-    rest = max(0.0, limit - without)
+    orders = [groups_in_order(run) for run in runs]
+    rest = max(0.0, limit - len(_page(runs, [[] for _ in runs])))
     kept = []
     for run, order in zip(runs, orders):
         sample = order[:: max(1, len(order) // SAMPLE)]
-        per_row = (len(_page([run], [sample])) - len(_page([run], [[]]))) / max(1, len(sample))
-        kept.append(min(len(order), int(rest / len(runs) / max(1.0, per_row))))
+        a_group = (len(_page([run], [sample])) - len(_page([run], [[]]))) / max(1, len(sample))
+        kept.append(min(len(order), int(rest / len(runs) / max(1.0, a_group))))
     while True:
         page = _page(runs, [order[:count] for order, count in zip(orders, kept)])
         if len(page) <= limit or not any(kept):
@@ -36,15 +35,21 @@ def report(runs: list[RunLogs], limit_mb: float = MAX_MB) -> bytes:
         kept = [int(count * SHRINK) for count in kept]
 
 
-def rows_in_order(run: RunLogs) -> list[int]:
-    """Numbers of all rows: the first group of every step, then the second, and so on."""
+def groups_in_order(run: RunLogs) -> list[list[int]]:
+    """Numbers of the rows of each group: one group of every step, then the second of every step, and so on.
+
+    The steps are in an order of which every beginning is spread over the run: 0, 1/2, 1/4, 3/4, 1/8 of it, ...
+    """
     columns = run.rollouts.columns
     groups: dict[int, dict[int, list[int]]] = {}  # step -> question -> rows
     for number, (step, question) in enumerate(zip(columns["step"], columns["question"])):
         groups.setdefault(step, {}).setdefault(question, []).append(number)
-    of_steps = [list(groups[step].values()) for step in sorted(groups)]
+    steps = sorted(groups)
+    bits = len(steps).bit_length()
+    spread = sorted(range(len(steps)), key=lambda place: int(f"{place:0{bits}b}"[::-1], 2))
+    of_steps = [list(groups[steps[place]].values()) for place in spread]
     most = max(map(len, of_steps), default=0)
-    return [row for place in range(most) for own in of_steps if place < len(own) for row in own[place]]
+    return [own[place] for place in range(most) for own in of_steps if place < len(own)]
 
 
 def left_out(run: RunLogs, rows: list[int]) -> str | None:
@@ -55,10 +60,10 @@ def left_out(run: RunLogs, rows: list[int]) -> str | None:
     return f"{run.name}: {len(rows)} of {total} completions, whole groups, evenly over the steps"
 
 
-def _page(runs: list[RunLogs], chosen: list[list[int]]) -> bytes:
+def _page(runs: list[RunLogs], chosen: list[list[list[int]]]) -> bytes:
     parts, missing = [], []
-    for run, rows in zip(runs, chosen):
-        rows = sorted(rows)
+    for run, groups in zip(runs, chosen):
+        rows = sorted(row for group in groups for row in group)
         parts.append(_run_data(run, rows))
         if line := left_out(run, rows):
             missing.append(line)

@@ -92,12 +92,15 @@ class GrowingFile:
             self.inode = os.fstat(file.fileno()).st_ino
             file.seek(self.done)
             begun = b""
-            while block := file.read(BLOCK):
+            while True:
+                block = file.read(BLOCK)
                 *lines, begun = (begun + block).split(b"\n")
                 for line in lines:
                     place, self.done = self.done, self.done + len(line) + 1
                     self.tail = (line + b"\n")[-TAIL:]
                     yield place, line
+                if not block:
+                    break
                 if len(begun) > MAX_LINE:
                     begun = self._skip_line(file, len(begun))
             self.rest = len(begun)

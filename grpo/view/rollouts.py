@@ -30,6 +30,9 @@ COLUMNS = {  # name -> type code of `array`
     "advantage": "f",
 }
 FINISHES = ("stop", "length", "error", "other")
+FINISH_NUMBERS = {name: place for place, name in enumerate(FINISHES)}
+OTHER = FINISH_NUMBERS["other"]
+MAX_PLAIN = 10_000  # questions whose texts are kept
 MAX_REWARDS = 64  # reward functions with a column of their own
 PREVIEW = 400  # characters of a text in a list
 
@@ -75,6 +78,7 @@ class Rollouts:
         self.rewards: dict[str, array] = {}  # by function
         self.where: tuple[array, array, array] = (array("H"), array("q"), array("i"))  # file, place, size
         self.questions: dict[str, int] = {}  # key -> number
+        self.plain: dict[tuple[str, str] | None, int] = {}  # question and gold answer -> the same, without hashing
         self.bad = 0  # lines left out
 
     def __len__(self) -> int:
@@ -116,30 +120,40 @@ class Rollouts:
         step, row = whole_number(one.get("step")), whole_number(one.get("row"))
         if step is None or row is None or "completion" not in one:
             return False
-        rewards = rewards if isinstance(rewards := one.get("rewards"), dict) else {}
-        finish, length = one.get("finish"), whole_number(one.get("length"))
-        key = key_of(text_of(one.get("question", "")), one.get("gold"))
-        values = {
-            "step": step,
-            "row": row,
-            "question": self.questions.setdefault(key, len(self.questions)),
-            "finish": FINISHES.index(finish) if finish in FINISHES else len(FINISHES) - 1,
-            "length": -1 if length is None else length,
-            "characters": len(text_of(one["completion"])),
-            "reward": number(one.get("reward")),
-            "advantage": number(one.get("advantage")),
-        }
-        for name in rewards:  # the columns change from here on, and nothing below can fail
-            if name not in self.rewards and len(self.rewards) < MAX_REWARDS:
+        rewards, length, completion = one.get("rewards"), one.get("length"), one["completion"]
+        known = rewards if isinstance(rewards, dict) else {}
+        question = self._question(one.get("question", ""), one.get("gold"))
+        values = (
+            step,
+            row,
+            question,
+            FINISH_NUMBERS.get(one["finish"], OTHER) if isinstance(one.get("finish"), str) else OTHER,
+            -1 if whole_number(length) is None else length,
+            len(completion if isinstance(completion, str) else text_of(completion)),
+            float32(one.get("reward")),
+            float32(one.get("advantage")),
+        )
+        for name in known.keys() - self.rewards.keys():  # the columns change from here on, and nothing below can fail
+            if len(self.rewards) < MAX_REWARDS:
                 self.rewards[name] = array("f", [float("nan")]) * len(self)
         for name, column in self.rewards.items():
-            column.append(_float32(number(rewards.get(name))))
-        for name, column in self.columns.items():
-            column.append(_float32(values[name]) if column.typecode == "f" else values[name])  # type: ignore[arg-type]
+            column.append(float32(known.get(name)))
+        for column, value in zip(self.columns.values(), values):
+            column.append(value)  # type: ignore[arg-type]
         self.of_file[file].append(len(self) - 1)
-        for part, value in zip(self.where, (file, place, len(line))):
-            part.append(value)
+        for column, value in zip(self.where, (file, place, len(line))):
+            column.append(value)
         return True
+
+    def _question(self, question: Any, gold: Any) -> int:
+        """The number of a question with its gold answer."""
+        plain = (question, gold) if isinstance(question, str) and isinstance(gold, str) else None
+        if plain in self.plain:
+            return self.plain[plain]
+        number_of = self.questions.setdefault(key_of(text_of(question), gold), len(self.questions))
+        if plain is not None and len(self.plain) < MAX_PLAIN:
+            self.plain[plain] = number_of
+        return number_of
 
     def packed(self, rows: Sequence[int] | None = None, first: int = 0) -> bytes:
         """The columns of the rows from `first` on, or of `rows`, as the page reads them."""
@@ -249,6 +263,11 @@ def _folded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass").lower()
 
 
-def _float32(value: float) -> float:
-    """The value where a float32 holds it, else an infinity."""
+def float32(value: Any) -> float:
+    """The number as far as a float32 holds it, beyond that an infinity; NaN for what is no number.
+
+    >>> float32(0.5), float32(1e39), float32("1")
+    (0.5, inf, nan)
+    """
+    value = number(value)
     return value if abs(value) < 3.4e38 or value != value else math.copysign(math.inf, value)

@@ -151,13 +151,19 @@ class Handler(BaseHTTPRequestHandler):
         name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
         if name not in HOSTS:
             raise Asked(403, "this page is for this machine alone: open it as http://127.0.0.1")
-        url = urlsplit(self.path)
+        try:
+            url = urlsplit(self.path)
+        except ValueError:
+            raise Asked(400, "the address cannot be read") from None
         if url.path == "/":
             return "text/html; charset=utf-8", index()
         if url.path.startswith("/page/") and (file := url.path[len("/page/") :]) in PARTS:
             return TYPES[file.rpartition(".")[2]], part(file)
         if url.path.startswith("/api/"):
-            query = {key: values[-1] for key, values in parse_qs(url.query, max_num_fields=20).items()}
+            try:
+                query = {key: values[-1] for key, values in parse_qs(url.query, max_num_fields=20).items()}
+            except ValueError as error:
+                raise Asked(400, f"the query cannot be read: {error}") from None
             return self.server.logs.answer(url.path[len("/api/") :], query)
         raise Asked(404, "there is no such page")
 

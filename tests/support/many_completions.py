@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 GROUP, GROUPS, PERIOD = 8, 8, 50  # completions of a prompt, prompts of a step, steps until a question comes back
-WORDS = (
-    "so first we add the eggs then take two away which leaves wait no that is not right let us check again the "
-    "answer must be even 因此 我们 得到 答案 \\frac{a}{b} = 3 × 7 <think> because"
-).split(" ")
+TEXT = "so first we add the eggs then take two away which leaves wait no that is not right let us check again because "
+WORDS = (TEXT + "the answer must be even 因此 我们 得到 答案 \\frac{a}{b} = 3 × 7 <think>").split()
 
 
 def write_run(folder: Path, completions: int, characters: int = 600, seed: int = 1) -> None:

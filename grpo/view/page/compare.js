@@ -18,11 +18,11 @@ class Compare {
     this.summary = el("p", { role: "status", id: "summary" });
     this.list = new List({
       rowHeight: 58, label: "questions",
-      render: (index, row) => this.render(index, row), onChoose: (index) => this.open(index),
+      render: (index, row) => this.render(index, row), onChoose: (index) => this.app.run(() => this.open(index)),
     });
     this.detail = el("article", { class: "detail", tabindex: "-1" });
     append(node, [this.controls, this.summary, el("div", { class: "split" }, el("div", { class: "side" }, this.list.node), this.detail)]);
-    this.again = debounce(() => this.load(), 200);
+    this.again = debounce(() => this.app.run(() => this.load()), 200);
   }
   async show() {
     if (!this.sides) await this.choose();
@@ -63,9 +63,13 @@ class Compare {
     this.kind = "";
   }
   async load() {
-    this.version = JSON.stringify(this.sides.map((side) => this.app.runs[side.run].versions.rollouts));
-    this.data = await Promise.all(this.sides.map((side) => this.app.source.rows(side.run)));
-    this.texts = this.sides.map((side) => new Texts(this.app.source, side.run, () => this.list.refresh()));
+    const turn = (this.turn = (this.turn || 0) + 1);
+    const sides = this.sides.map((side) => ({ ...side }));
+    const version = JSON.stringify(this.sides.map((side) => this.app.runs[side.run].versions.rollouts));
+    const data = await Promise.all(sides.map((side) => this.app.source.rows(side.run)));
+    if (turn !== this.turn) return; // a later load is on its way
+    [this.data, this.version, this.shown] = [data, version, sides]; // of one moment: nothing waits until the list is drawn
+    this.texts = sides.map((side) => new Texts(this.app.source, side.run, () => this.list.refresh()));
     this.drawControls();
     this.match();
     this.apply();
@@ -82,10 +86,10 @@ class Compare {
         oninput: (event) => { own[name] = Number(event.target.value); this.again(); },
       });
       return labelled("AB"[k], select(runs, own.run, async (value) => {
-        own.run = Number(value);
-        const steps = stepsOf(await this.app.source.rows(own.run));
-        if (steps.length) [own.from, own.to] = [steps[0], steps.at(-1)];
-        this.load();
+        const run = Number(value);
+        const steps = stepsOf(await this.app.source.rows(run));
+        Object.assign(own, steps.length ? { run, from: steps[0], to: steps.at(-1) } : { run });
+        this.app.run(() => this.load());
       }, { id: `side-${"ab"[k]}` }), " steps ", step("from"), step("to"));
     };
     if (this.controls.contains(document.activeElement) && document.activeElement.type === "number") return; // being typed
@@ -117,7 +121,7 @@ class Compare {
     return low <= high ? (low + high) / 2 : 0.5;
   }
   match() {
-    const sides = this.sides.map((side, k) => {
+    const sides = this.shown.map((side, k) => {
       const { columns, questions } = this.data[k];
       const found = new Map();
       for (let row = 0; row < this.data[k].count; row++) {
@@ -188,19 +192,21 @@ class Compare {
   async open(index) {
     const item = this.items[this.order[index]];
     this.wanted = item.key;
-    const texts = await Promise.all(this.sides.map((side, k) => this.app.source.texts(side.run, item.rows[k].slice(0, 64), true)));
-    if (this.wanted !== item.key) return;
+    const { shown, data } = this;
+    const texts = await Promise.all(shown.map((side, k) => this.app.source.texts(side.run, item.rows[k].slice(0, 64), true)));
+    if (this.wanted !== item.key || this.shown !== shown) return;
     const flipped = item.rows[0].findIndex((row, i) => i < Math.min(64, item.rows[1].length) && this.right(0, row) !== this.right(1, item.rows[1][i]));
     const chosen = [Math.max(0, flipped), Math.max(0, flipped)].map((place, k) => Math.min(place, texts[k].length - 1));
     const pair = el("div", { class: "pair" });
-    const choices = this.sides.map((side, k) => select(
+    const choices = shown.map((side, k) => select(
       item.rows[k].slice(0, 64).map((row, i) => [i, this.name(k, row)]), chosen[k], (value) => { chosen[k] = Number(value); draw(); },
       { id: `pair-${"ab"[k]}`, "aria-label": `completion of ${"AB"[k]}` }));
     const draw = async () => {
       const rows = chosen.map((place, k) => item.rows[k][place]);
       const own = chosen.map((place, k) => texts[k][place]);
       const tokens = await Promise.all(rows.map((row, k) => this.app.source.tokens(
-        this.sides[k].run, this.data[k].columns.step[row], this.data[k].columns.row[row])));
+        shown[k].run, data[k].columns.step[row], data[k].columns.row[row])));
+      if (this.shown !== shown) return;
       const of_tokens = tokens.every((one, k) => one && one.texts && one.texts.join("").startsWith(own[k].completion.slice(0, 200)));
       const pieces = of_tokens ? tokens.map((one) => one.texts) : own.map((one) => words(one.completion));
       const first = firstDifference(...pieces);

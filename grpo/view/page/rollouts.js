@@ -21,11 +21,11 @@ class Rollouts {
     this.count = el("p", { class: "quiet", role: "status", id: "count" });
     this.list = new List({
       rowHeight: 58, label: "groups or completions",
-      render: (index, row) => this.render(index, row), onChoose: (index) => this.open(index),
+      render: (index, row) => this.render(index, row), onChoose: (index) => this.app.run(() => this.open(index)),
     });
     this.detail = el("article", { class: "detail", tabindex: "-1" });
     append(node, [this.controls, el("div", { class: "split" }, el("div", { class: "side" }, this.count, this.list.node), this.detail)]);
-    this.search = debounce(() => this.find(), 250);
+    this.search = debounce(() => this.app.run(() => this.find()), 250);
     this.refilter = debounce(() => this.apply(), 120);
   }
   async show() {
@@ -43,9 +43,11 @@ class Rollouts {
       replace(this.detail, el("p", { class: "empty" }, "These runs have no logged completions (log_samples_steps)."));
       return;
     }
-    this.version = this.versionOf();
-    this.rows = await this.app.source.rows(this.run);
-    const places = await this.app.source.tokenRows(this.run);
+    const [run, version] = [this.run, this.versionOf()];
+    const [rows, places] = await Promise.all([this.app.source.rows(run), this.app.source.tokenRows(run)]);
+    if (run !== this.run) return; // another run was chosen meanwhile
+    // nothing waits from here on: rows, texts and list are of one run
+    [this.rows, this.version] = [rows, version];
     this.withTokens = new Set();
     for (let i = 0; i < places.length; i += 2) this.withTokens.add(`${places[i]}:${places[i + 1]}`);
     if (!again) {
@@ -53,15 +55,14 @@ class Rollouts {
       this.openRow = null;
       this.found = null;
       this.drawControls();
-      if (this.filter.text) await this.find(false);
     }
     this.apply();
-    if (!again && this.order.length) this.list.choose(0);
+    if (this.filter.text) this.search();
     if (!this.order.length) replace(this.detail, el("p", { class: "empty" }, "No completions."));
   }
   setRun(run) {
     this.run = run;
-    return this.load();
+    return this.app.run(() => this.load());
   }
   drawControls() {
     const input = (name, label, attributes = {}) => el("input", {
@@ -92,12 +93,12 @@ class Rollouts {
           again();
         } }, this.down ? "↓" : "↑")));
   }
-  async find(then = true) {
-    const { text } = this.filter;
-    const found = text ? new Set(await this.app.source.search(this.run, text)) : null;
-    if (text !== this.filter.text) return; // a later request is on its way
+  async find() {
+    const [run, { text }] = [this.run, this.filter];
+    const found = text ? new Set(await this.app.source.search(run, text)) : null;
+    if (text !== this.filter.text || run !== this.run) return; // a later request is on its way
     this.found = found;
-    if (then) this.apply();
+    this.apply();
   }
   // Length in tokens, or in characters where an earlier version logged no tokens.
   length(row) {
@@ -164,6 +165,7 @@ class Rollouts {
     this.matching = this.found || Object.values(this.filter).some(Boolean) ? new Set(rows) : null;
     this.list.chosen = this.openRow === null ? -1 : order.findIndex((item) => this.items[item].includes(this.openRow));
     this.list.setCount(order.length);
+    if (this.list.chosen < 0) this.list.choose(0); // what was open is filtered out
   }
   render(index, node) {
     const group = this.items[this.order[index]];
