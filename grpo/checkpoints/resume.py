@@ -35,6 +35,8 @@ FREE_TO_CHANGE = {  # settings that do not change what is trained; all others mu
     "report_to",
     "log_samples_steps",
     "log_completions_steps",
+    "log_tokens_steps",
+    "log_tokens_mb",
     "console_language",
     "quiet",
     "tracker_project",

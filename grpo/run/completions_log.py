@@ -47,6 +47,7 @@ class Rollout:
     advantage: float
     extracted: str | None = None  # the answer in the completion; None: not found, or the task marks none
     extra: dict[str, Any] = field(default_factory=dict)  # column -> value, from log_extra
+    length: int | None = None  # tokens
 
 
 def answer_marks(cfg: Config, rewards: Sequence[Reward]) -> tuple[str, str] | None:
@@ -109,6 +110,7 @@ def rollouts_of(
                 advantage=float(advantages[completion.row]),
                 extracted=inside(text, *marks) if marks else None,
                 extra=scored.logs.columns.get(completion.row, {}),
+                length=len(completion.token_ids),
             )
         )
     return sorted(rollouts, key=lambda rollout: rollout.row)

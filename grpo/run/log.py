@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from grpo.checkpoints.best import METRIC, BestCheckpoint
 from grpo.config.held_out import eval_sets, metrics_of_set
@@ -22,6 +23,7 @@ from grpo.run.console import Console, rounded, sft_line, step_line
 from grpo.run.languages import label
 from grpo.run.reward_notices import notices
 from grpo.run.task import held_out_notices
+from grpo.run.tokens_log import TokensLog, TokenTexts
 from grpo.run.trackers import Tracker, check_trackers, load_trackers
 from grpo.runtime.distributed import World
 from grpo.training.metrics import Reduced
@@ -56,6 +58,7 @@ class RunLog:
         self.write_line = self.console.write_line
         self.trackers: list[Tracker] = []
         self.rollouts: RolloutFile | None = None
+        self.tokens = TokensLog(cfg, folder, world.rank, world.size, 0, None)  # nothing, until `log_tokens`
         self.best: BestCheckpoint | None = None  # on rank 0
         self.total = 0
         self.marks: tuple[str, str] | None = None  # around the answer in a completion
@@ -77,8 +80,16 @@ class RunLog:
                 self.rollouts = RolloutFile(self.folder, self.world.rank, done)
         self.console.start(total, done, sample=self._show_last_sample)
 
+    def log_tokens(self, tokenizer: PreTrainedTokenizerBase, policy: Policy, done: int) -> None:
+        """Log figures of single tokens from now on, where log_tokens_steps says so."""
+        if self.cfg.log_tokens_steps:
+            where = (self.folder, self.world.rank, self.world.size)
+            self.tokens = TokensLog(self.cfg, *where, done, TokenTexts(tokenizer))
+            policy.entropy.observe = self.tokens.observe
+
     def close(self) -> None:
         """Close trackers and files."""
+        self.tokens.close()
         for tracker in self.trackers:
             self._call(tracker, tracker.close)
         if self.rollouts is not None:
@@ -260,6 +271,7 @@ class RunLog:
             self.noticed = True
             for line in notices(self.of_rewards, [completion_text(one.completion) for one in scored.inputs]):
                 warn(line)
+        self.tokens.write(step, scored.completions)
         self.last_sample = (step, scored, advantages)
         to_file, to_console = (
             self._due(every, step) for every in (self.cfg.log_samples_steps, self.cfg.log_completions_steps)

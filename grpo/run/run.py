@@ -21,7 +21,7 @@ from grpo.checkpoints import contents as checkpoint
 from grpo.checkpoints.background import Saver, no_gradient
 from grpo.checkpoints.fingerprints import fingerprints
 from grpo.checkpoints.resume import check_same_run, read_state
-from grpo.config.exit_file import write_exit
+from grpo.config.exit_file import forget_exit, write_exit
 from grpo.config.settings import Config, shards_weights
 from grpo.data.questions import Questions
 from grpo.data.recipe import KEPT, Recipe, load_recipe
@@ -95,9 +95,6 @@ class Run:
                     previous.mkdir()
                     for path in old:
                         path.rename(previous / path.name)
-            facts = {"started": datetime.now().isoformat(timespec="seconds"), "settings": dataclasses.asdict(self.cfg)}
-            text = json.dumps(facts, indent=2, ensure_ascii=False, default=str)
-            (self.folder / "run.json").write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"runs_dir: {self.folder} cannot be written: {error}. Choose another --runs_dir.") from None
 
@@ -166,6 +163,8 @@ class Run:
         self.stop.training = True
         with self.log.console:
             self.log.open(total, done)
+            self.log.log_tokens(tokenizer, policy, done)
+            self._record_start(total)
             try:
                 yield
                 self.saver.finish()
@@ -173,7 +172,9 @@ class Run:
                     self.heartbeat(total, "push")
                     self.pusher.finish(go_on=lambda: not self.pulse())
                 self.heartbeat.leave()
+                self._record_end(0, "done")
             except UserError as error:
+                self._record_end(error.code, str(error), error.on_one_rank)
                 if not error.on_one_rank:  # all ranks leave together: let the running save end
                     self.saver.wait()
                     self.heartbeat.leave()
@@ -188,7 +189,25 @@ class Run:
                 self.log.close()
 
     def _stalled(self, line: str) -> None:
-        write_exit(self.output_dir, EXIT_STALLED, line)
+        for folder in (self.output_dir, self.folder):
+            write_exit(folder, EXIT_STALLED, line)
+
+    def _record_start(self, total: int) -> None:
+        """What the run is, beside its logs, which may be copied elsewhere: run.json. A disk error is a warning."""
+        if not self.world.is_main:
+            return
+        forget_exit(self.folder)
+        facts = {"started": datetime.now().isoformat(timespec="seconds"), "total_steps": total}
+        facts |= {"processes": self.world.size, "settings": dataclasses.asdict(self.cfg)}
+        try:
+            (self.folder / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            warn(f"warning: {self.folder}/run.json cannot be written ({error})")
+
+    def _record_end(self, code: int, reason: str, on_this_rank: bool = False) -> None:
+        """exit.json beside the logs, as in output_dir."""
+        if self.world.is_main or on_this_rank:
+            write_exit(self.folder, code, reason)
 
     @property
     def pulse(self) -> Pulse:
@@ -204,10 +223,12 @@ class Run:
         lines = [*self.heartbeat.gone(), f"{self.heartbeat.where()}: {type(error).__name__}: {message}"]
         for line in lines:
             warn(f"error: {line}")
-        write_exit(self.output_dir, EXIT_BUG, "; ".join(lines), first=True)
+        for folder in (self.output_dir, self.folder):
+            write_exit(folder, EXIT_BUG, "; ".join(lines), first=True)
 
     def tally(self, step: int) -> Tally:
         """The metrics of step `step` (counted from 1); its phases show in this rank's heartbeat."""
+        self.log.tokens.begin(step)
         return Tally(on_phase=lambda phase: self.heartbeat(step, phase))
 
     def evaluation_due(self, step: int, first: int, total: int) -> bool:

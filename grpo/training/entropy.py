@@ -21,6 +21,7 @@ computed, too, because their tokens count.
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -97,16 +98,17 @@ class EntropyTerms:
         self.chooses, self.has_bonus = cfg.top_entropy_share < 1, has_bonus(cfg)
         self.before: tuple[float, int] | None = None  # sum of entropies and tokens, of this rank before the updates
         self.parts: list[Tensor] = []  # [] each, of this update's micro-batches: sum over S of H / |S|
+        self.observe: Callable[[MicroBatch, Tensor, Tensor | None], None] = lambda micro, logprobs, entropy: None
 
     def score(self, micro: MicroBatch, backend: Backend) -> Tensor:
         """Log-probs [B, T] for an update. With a bonus the forward also measures the entropies that `add` reads."""
-        if not self.has_bonus:
-            return backend.score(micro)
-        self.scorer.measures_entropy = True
+        self.scorer.measures_entropy = self.has_bonus
         try:
-            return backend.score(micro)
+            logprobs = backend.score(micro)
         finally:
             self.scorer.measures_entropy = False
+        self.observe(micro, logprobs, self.scorer.entropy if self.has_bonus else micro.entropy)
+        return logprobs
 
     def before_updates(self, micro: MicroBatch, backend: Backend) -> MicroBatch:
         """Add the entropies that tokens are chosen by, and old log-probs of the same forward where they are needed."""

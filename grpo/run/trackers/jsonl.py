@@ -11,7 +11,7 @@ def open_after(path: Path, done: int) -> TextIO:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         valid = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
         path.write_text("".join(valid), encoding="utf-8")
-    return path.open("a", encoding="utf-8")
+    return path.open("a", encoding="utf-8", errors="backslashreplace")  # a lone surrogate: its JSON escape
 
 
 class JsonLines:
