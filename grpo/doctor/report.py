@@ -1,6 +1,6 @@
 """Findings as text, in English or Chinese. What models and data wrote is shown without control characters."""
 
-import textwrap
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from grpo.errors import UserError, printable
 LANGUAGES: dict[str, ModuleType] = {"en": texts_en, "zh": texts_zh}
 MAX_TEXT, MAX_NAME = 400, 80  # characters shown of a text, and of a name
 WIDTH = 110
+WORD = re.compile(r"[!-~]+ ?|.", re.S)
 SHORT_LIMIT = 2**21  # bytes of completions that are read at the end of a run
 MIN_SHORT = 10  # steps: the short form is silent about shorter runs
 
@@ -101,13 +102,27 @@ def _of_row(row: Row, nothing: str) -> dict[str, str]:
 
 
 def _paragraph(name: str, text: str, indent: str = "   ") -> list[str]:
-    """`name: text` in lines of at most WIDTH columns; Chinese is cut between any two characters."""
-    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
-    width = WIDTH if wide < len(text) / 4 else WIDTH * 6 // 11
+    """`name: text` in lines of at most WIDTH columns."""
     colon = "：" if name and unicodedata.east_asian_width(name[0]) == "W" else ": "
-    return textwrap.wrap(
-        f"{name}{colon}{text}", width, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
-    )
+    return wrap(f"{name}{colon}{text}", WIDTH, indent, indent + "  ")
+
+
+def wrap(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
+    """Lines of at most `width` columns. Words are kept whole where they fit; Chinese is cut between any characters.
+
+    >>> wrap("设置 max_steps，或 lr 更高", 16)
+    ['设置 max_steps，', '或 lr 更高']
+    """
+    lines, line, used = [], first, len(first)
+    for word in WORD.findall(text):
+        for part in (word[at : at + width // 2] for at in range(0, len(word), width // 2)):
+            columns = sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in part)
+            if used + len(part.rstrip()) + columns - len(part) > width and line not in (first, rest):
+                lines.append(line)
+                line, used = rest, len(rest)
+            line += part
+            used += columns
+    return [one if one.isspace() else one.rstrip() for one in [*lines, line]]
 
 
 def short_form(folder: Path, language: str) -> str | None:

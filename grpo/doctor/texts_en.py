@@ -31,7 +31,7 @@ RULES: dict[str, tuple[str, str, str]] = {
     "never_given": (
         "A reward was never given",
         "{name} was {score:g} for every completion of {steps} steps, so it had no part in any gradient.",
-        "If the completion below deserves a reward, correct the function {name} in rewards, or the prompt "
+        "If the completion above deserves a reward, correct the function {name} in rewards, or the prompt "
         "(system_prompt, prompt_template, example_answer) that should make the model write what it reads. If it does "
         "not, the task is too hard to start with: train on worked solutions first (python -m grpo.sft), begin with "
         "easier questions, or add a reward for parts of the way.",
@@ -56,7 +56,7 @@ RULES: dict[str, tuple[str, str, str]] = {
         "In steps {begin} to {end} {given} had a mean of {got:.3g} and hardly anything left to gain, while {other} "
         "stayed at {left:.3g}. Often that is the format without the task.",
         "Give {other} more weight in rewards, or less to {given}; make {other} reachable (easier questions, partial "
-        "credit, num_generations). Check on the completion below that {other} reads what the model writes.",
+        "credit, num_generations). Check on the completion above that {other} reads what the model writes.",
     ),
     "identical_completions": (
         "The completions of a group are all the same",
@@ -68,7 +68,7 @@ RULES: dict[str, tuple[str, str, str]] = {
     "never_ends": (
         "No completion ends by itself",
         "{share:.0%} of the completions in {steps} steps were cut at {limit} tokens.",
-        "If the completion below was complete long before its end, the model does not write an end token: set stop, "
+        "If the completion above was complete long before its end, the model does not write an end token: set stop, "
         "or chat_template for a chat model. A base model learns to end by python -m grpo.sft. If it was not, raise "
         "max_generate_length.",
     ),
@@ -82,7 +82,7 @@ RULES: dict[str, tuple[str, str, str]] = {
     "length_explosion": (
         "Completions become longer without becoming better",
         "Mean length grew from {first:.1f} to {last:.1f} tokens, while {name} went from {before:.3g} to {after:.3g}.",
-        "Look at the completion below for padding. Lower the weight of what rewards length in rewards; weighting: "
+        "Look at the completion above for padding. Lower the weight of what rewards length in rewards; weighting: "
         "dapo or dr_grpo does not favour long wrong answers as grpo does; lower lr.",
     ),
     "length_collapse": (

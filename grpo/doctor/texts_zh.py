@@ -25,7 +25,7 @@ RULES: dict[str, tuple[str, str, str]] = {
     "never_given": (
         "有一个奖励从未给出",
         "在 {steps} 步的所有回答上 {name} 都是 {score:g}，它对梯度没有任何作用。",
-        "如果下面的回答应该得到奖励，请修正 rewards 中的函数 {name}，或修改提示（system_prompt、"
+        "如果上面的回答应该得到奖励，请修正 rewards 中的函数 {name}，或修改提示（system_prompt、"
         "prompt_template、example_answer），让模型写出该函数要读的内容。如果不应该，说明任务起步太难：先用带"
         "解答的数据训练（python -m grpo.sft），从更容易的问题开始，或为中间步骤增加奖励。",
     ),
@@ -47,7 +47,7 @@ RULES: dict[str, tuple[str, str, str]] = {
         "第 {begin} 至 {end} 步，{given} 的平均值为 {got:.3g}，几乎没有提升空间，而 {other} 停留在 {left:.3g}"
         "。这往往是只学会了格式，没有学会任务。",
         "在 rewards 中提高 {other} 的权重，或降低 {given} 的权重；让 {other} 可以达到（更容易的问题、部分得分"
-        "、num_generations）。根据下面的回答检查 {other} 是否读得到模型所写的内容。",
+        "、num_generations）。根据上面的回答检查 {other} 是否读得到模型所写的内容。",
     ),
     "identical_completions": (
         "同一组的回答完全相同",
@@ -59,7 +59,7 @@ RULES: dict[str, tuple[str, str, str]] = {
     "never_ends": (
         "没有一个回答自行结束",
         "{steps} 步中 {share:.0%} 的回答在 {limit} 个词元处被截断。",
-        "如果下面的回答早已写完，说明模型不输出结束词元：设置 stop；对话模型则设置 chat_template。基础模型可"
+        "如果上面的回答早已写完，说明模型不输出结束词元：设置 stop；对话模型则设置 chat_template。基础模型可"
         "以通过 python -m grpo.sft 学会结束。如果没有写完，请增大 max_generate_length。",
     ),
     "truncated": (
@@ -71,7 +71,7 @@ RULES: dict[str, tuple[str, str, str]] = {
     "length_explosion": (
         "回答变长却没有变好",
         "平均长度从 {first:.1f} 增加到 {last:.1f} 个词元，而 {name} 从 {before:.3g} 变为 {after:.3g}。",
-        "查看下面的回答是否有凑长度的内容。在 rewards 中降低鼓励长度的部分的权重；weighting 设为 dapo 或 "
+        "查看上面的回答是否有凑长度的内容。在 rewards 中降低鼓励长度的部分的权重；weighting 设为 dapo 或 "
         "dr_grpo 时不像 grpo 那样偏向长的错误回答；降低 lr。",
     ),
     "length_collapse": (

@@ -49,7 +49,7 @@ BAD = {
     "two_tokens": Case({"rewards": of("coin"), "max_generate_length": 2}),
     "four_tokens": Case({"max_generate_length": 4, "max_steps": 6, "num_generations": 4} | FEW, "real", config=SMOLLM2),
     "cut_44": Case({"rewards": RIGHT, "max_generate_length": 44}, "taught"),
-    "cut_15": Case({"max_generate_length": 15, "max_steps": 6, "seed": 5} | FEW, "real", config=SMOLLM2),
+    "cut_36": Case({"rewards": RIGHT, "max_generate_length": 36, "seed": 5, "temperature": 1.2}, "taught"),
     "long": Case({"rewards": of(coin=0.1, long=1.0), "lr": 3e-4, "max_steps": 18}),
     "long_tiny": Case({"rewards": of(coin=0.05, long=1.0), "lr": 1e-2, "max_steps": 24, "stop": ENDS}, "tiny"),
     "short": Case(
@@ -119,7 +119,7 @@ TRIGGERS = {  # rule: the run its threshold was set by, and one that was not
     "one_sided": ("digit_not_large", "anything_not_rare"),
     "identical_completions": ("cold", "greedy"),
     "never_ends": ("two_tokens", "four_tokens"),
-    "truncated": ("cut_44", "cut_15"),
+    "truncated": ("cut_44", "cut_36"),
     "length_explosion": ("long", "long_tiny"),
     "length_collapse": ("short", "unlearned"),
     "repetition": ("ones", "loops"),

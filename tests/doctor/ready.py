@@ -34,4 +34,12 @@ READY = {
     "ready_json_answers": ready("json_answers", "json"),
     "ready_multiple_choice": ready("multiple_choice", "choices"),
 }
-TRUE: dict[str, set[str]] = {}
+NOISE = {"never_given", "language_switching"}  # of a random model: no reward, and Chinese among English
+TRUE = {
+    "ready_dapo_math": NOISE | {"stopped"},  # an adapter that nothing was learned into is not saved
+    "ready_gsm8k": NOISE | {"never_ends"},  # its top_k and top_p leave out the end token
+    "ready_gsm8k_reasoning": NOISE,
+    "ready_gsm8k_zh": NOISE,
+    "ready_json_answers": NOISE,
+    "ready_multiple_choice": NOISE | {"stopped"},
+}

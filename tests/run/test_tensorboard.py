@@ -29,7 +29,16 @@ def events_of(folder, *args, program="train.py"):
 
 @pytest.fixture(scope="module")
 def grpo_run(tmp_path_factory):
-    more = ["--config", "configs/demo.yaml", "--batch_size", "2", "--max_generate_length", "24", "--log_samples_steps", "2"]
+    more = [
+        "--config",
+        "configs/demo.yaml",
+        "--batch_size",
+        "2",
+        "--max_generate_length",
+        "24",
+        "--log_samples_steps",
+        "2",
+    ]
     return events_of(tmp_path_factory.mktemp("tensorboard"), *more, "--entropy_coef", "0.001")
 
 
@@ -87,4 +96,6 @@ def test_supervised_training_has_charts_of_its_own(tmp_path):
     [category] = layout_in(events).category
     assert [chart.title for chart in category.chart] == list(SFT_CHARTS)
     assert {"sft/loss"} <= metrics
-    assert all(any(re.match(one, tag) for tag in events.Tags()["scalars"] for one in c.multiline.tag) for c in category.chart)
+    assert all(
+        any(re.match(one, tag) for tag in events.Tags()["scalars"] for one in c.multiline.tag) for c in category.chart
+    )
