@@ -92,9 +92,9 @@ class Recording:
         names: dict[str, None] = {}
         for metrics in self.steps:
             for name in metrics:
-                parts = name.split("/")
-                if len(parts) == 3 and parts[0] == "reward" and parts[2] in ("mean", "failures"):
-                    names[parts[1]] = None
+                inner, _, last = name.removeprefix("reward/").rpartition("/")
+                if name.startswith("reward/") and inner and last in ("mean", "failures"):
+                    names[inner] = None
         return list(names)
 
     @cached_property

@@ -219,7 +219,7 @@ WHY = {
     "empty": "it is empty",
     "other_answer": "its answer {extracted} is not the gold answer {gold}",
     "cut": "it was cut at the limit before an answer",
-    "not_where_read": "it contains the gold answer {gold}, but not where the reward looks for it",
+    "not_where_read": "it contains the gold answer {gold}, but the reward looks elsewhere, or wants more",
     "no_marks": "the marks around an answer, which the reward or the prompt names, are missing",
     "no_gold": "the gold answer {gold} is not in it",
 }

@@ -196,7 +196,7 @@ WHY = {
     "empty": "它是空的",
     "other_answer": "它的答案 {extracted} 不是标准答案 {gold}",
     "cut": "在写出答案之前就被截断",
-    "not_where_read": "它含有标准答案 {gold}，但不在奖励读取的位置",
+    "not_where_read": "它含有标准答案 {gold}，但奖励读取别处，或另有要求",
     "no_marks": "缺少奖励或提示所要求的答案标记",
     "no_gold": "标准答案 {gold} 不在其中",
 }

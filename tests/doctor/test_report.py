@@ -35,7 +35,7 @@ def test_the_report_names_evidence_example_reason_and_setting(boxed, capsys):
     out = capsys.readouterr().out
     assert "1. A reward was never given (never_given)" in out
     assert "boxed was 0 for every completion of 12 steps" in out
-    assert "it contains the gold answer" in out and "not where the reward looks for it" in " ".join(out.split())
+    assert "it contains the gold answer" in out and "the reward looks elsewhere" in " ".join(out.split())
     assert "system_prompt, prompt_template" in " ".join(out.split())
 
 

@@ -200,15 +200,13 @@ def _why(run: Recording, row: Row | None, name: str | None = None) -> str | None
         return "empty"
     if row.extracted is not None and row.gold is not None and row.extracted.strip() != row.gold.strip():
         return "other_answer"
-    if row.finish == "length" and not _holds_gold(row):
-        return "cut"
-    if row.extracted is None and _holds_gold(row):
+    if _holds_gold(row):
         return "not_where_read"
+    if row.finish == "length":
+        return "cut"
     if row.extracted is None and (any(one.extracted is not None for one in run.rows) or _asks_for_marks(run)):
         return "no_marks"
-    if row.gold is not None and not _holds_gold(row):
-        return "no_gold"
-    return None
+    return None if row.gold is None else "no_gold"
 
 
 def _asks_for_marks(run: Recording) -> bool:
