@@ -308,7 +308,7 @@ class Run:
         if first < total and not self.log.moved:
             warn(f"warning: nothing was learned in the steps from {first + 1} to {total}. {no_gradient(self.cfg)}")
         if first < total and (line := short_form(self.folder, self.cfg.console_language)):
-            print(line)
+            warn(line)
         if first >= total > 0:
             print(
                 f"nothing to do: {newest[0]} is already the last of {total} steps. Ask it: python inference.py "

@@ -75,7 +75,7 @@ BAD = {
     "nan": Case({"rewards": RIGHT, "lr": 1e38}),
     "nan_surrogate": Case({"rewards": RIGHT, "surrogate": "tests/doctor/bad_surrogate.py:sometimes_nan"}),
     "trap": Case({"rewards": of("trap"), "lr": 3e-4, "max_steps": 24, "num_generations": 8}),
-    "trap_2": Case({"rewards": of("trap"), "lr": 1e-3, "max_steps": 20, "temperature": 0.9, "seed": 9}),
+    "trap_2": Case({"rewards": of("trap"), "lr": 4e-4, "max_steps": 20, "num_generations": 8, "seed": 9}),
     "bonus": Case({"rewards": RIGHT, "entropy_coef": 1.0, "lr": 3e-4, "max_steps": 18}, "taught"),
     "bonus_2": Case({"rewards": of("has_digit"), "entropy_coef": 0.5, "lr": 1e-3, "max_steps": 18}),
     "iterations": Case({"rewards": RIGHT, "num_iterations": 6, "lr": 1e-3}),

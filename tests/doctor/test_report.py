@@ -15,7 +15,7 @@ from grpo.doctor.recording import METRICS_LIMIT, read_run
 from grpo.doctor.report import short_form
 from grpo.doctor.rules import RULES
 from tests.doctor.record import unpack
-from tests.support.launcher import PROJECT
+from tests.support.launcher import PROJECT, fork_script
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07[bold]x[/bold]\u202egnp.exe\ud800\r\n<script>"
 
@@ -136,6 +136,29 @@ def test_the_short_form_is_one_line_or_nothing(boxed, tmp_path):
     assert line is not None and line.startswith("doctor: A reward was never given") and str(boxed) in line
     assert short_form(unpack("demo", tmp_path / "demo"), "en") is None
     assert short_form(tmp_path / "nothing", "en") is None
+
+
+def test_a_run_that_ends_says_it(tmp_path):
+    """Ten steps of a reward that is never given; the demo's own reward says nothing (tests/scripts)."""
+    places = ["--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"), "--report_to", "none"]
+    few = [
+        "--max_steps",
+        "10",
+        "--batch_size",
+        "2",
+        "--max_generate_length",
+        "12",
+        "--eval_data",
+        "null",
+        "--device",
+        "cpu",
+    ]
+    rewards = ["--rewards", '{"tests/doctor/bad_rewards.py:boxed": 1.0}']
+    done = fork_script("train.py", "--config", "configs/demo.yaml", *places, *few, *rewards)
+    assert done.returncode == 0, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("doctor: ")]
+    assert "A reward was never given" in line and f"python -m grpo.doctor {tmp_path / 'runs' / 'demo'}" in line
+    assert done.stdout.splitlines()[-1].startswith("done: ")
 
 
 def test_a_rule_that_fails_does_not_fail_the_run(boxed, monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 from grpo.errors import printable
 from grpo.run.console import Console
 from grpo.run.live_view import ASCII_BARS, BARS, sparkline
-from tests.support.launcher import PROJECT, environment
+from tests.support.launcher import PROJECT, environment, fork_script
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b5n[red]x[/red]:boom:\u202eevil\ud800\r\x08 end"
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # what rich itself sends: colours, cursor, erase line
@@ -153,6 +153,18 @@ def test_quiet_prints_nothing_and_logs_everything(tmp_path, capsys):
         console.write_step("step: 1/2", {}, "training")
     assert capsys.readouterr().out == ""
     assert (tmp_path / "train.log").read_text() == "a line\nstep: 1/2\n"
+
+
+def test_a_quiet_run_prints_its_last_line_only(tmp_path):
+    """Its log has the lines that another run prints."""
+    places = ["--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs")]
+    few = ["--max_steps", "1", "--eval_rows", "4", "--batch_size", "2", "--report_to", "none", "--device", "cpu"]
+    done = fork_script("train.py", "--config", "configs/demo.yaml", *places, *few, "--quiet", "true")
+    assert done.returncode == 0, done.stderr
+    [line] = done.stdout.splitlines()
+    assert line.startswith("done: ")
+    log = (tmp_path / "runs" / "demo" / "train.log").read_text()
+    assert "step: 1/1  reward " in log and "held-out after 1 steps" in log
 
 
 def test_a_lone_surrogate_ends_no_run(tmp_path):
