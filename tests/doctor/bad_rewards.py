@@ -53,6 +53,14 @@ def long(completions, **columns):
     return [len(text) / 100 for text in completions]
 
 
+def longest(completions, **columns):
+    """Of a group, the longest: one process samples and scores the whole group."""
+    return [float(len(text) == max(map(len, completions))) for text in completions]
+
+
+longest.sees_group = True
+
+
 def short(completions, **columns):
     return [1 / (1 + len(text) / 10) for text in completions]
 

@@ -29,7 +29,17 @@ def of(*names: str, **more: float) -> dict[str, float]:
 
 SMOLLM2 = "configs/smollm2.yaml"
 FEW = {"batch_size": 2, "data_rows": 64, "eval_data": None, "log_samples_steps": 2}  # minutes are enough
-ENDS = ["a", "e"]  # so that random completions end early
+ENDS = ["a", "e", "o"]  # so that random completions end early
+TWICE = {"max_steps": 8, "log_samples_steps": 4, "max_generate_length": 80}
+SLOW_RANK = """
+import os, time
+from grpo.rollout.engine import NativeEngine
+generate = NativeEngine.generate
+def slow(*args, **named):
+    time.sleep(0.4 * int(os.environ["RANK"]))
+    return generate(*args, **named)
+NativeEngine.generate = slow
+"""
 LITTLE_MEMORY = (
     "from types import SimpleNamespace; from tests.faults import wrapping; "
     "wrapping._little_memory_to_{}(SimpleNamespace(value={}))"
@@ -77,9 +87,8 @@ BAD = {
     "trap": Case({"rewards": of("trap"), "lr": 3e-4, "max_steps": 24, "num_generations": 8}),
     "trap_2": Case({"rewards": of("trap"), "lr": 4e-4, "max_steps": 20, "num_generations": 8, "seed": 9}),
     "bonus": Case({"rewards": RIGHT, "entropy_coef": 1.0, "lr": 3e-4, "max_steps": 18}, "taught"),
-    "bonus_2": Case({"rewards": of("has_digit"), "entropy_coef": 0.5, "lr": 1e-3, "max_steps": 18}),
-    "iterations": Case({"rewards": RIGHT, "num_iterations": 6, "lr": 1e-3}),
-    "minibatches": Case({"rewards": RIGHT, "num_minibatches": 4, "num_iterations": 2, "lr": 2e-3, "seed": 6}),
+    "iterations": Case({"rewards": of("long"), "num_iterations": 8, "lr": 5e-4}),
+    "minibatches": Case({"rewards": of("short"), "num_minibatches": 4, "num_iterations": 3, "lr": 1e-3, "seed": 6}),
     "thousand": Case({"rewards": of("thousand"), "scale_rewards": "none"}),
     "low_norm": Case({"rewards": RIGHT, "max_grad_norm": 0.02, "seed": 8}),
     "flat": Case({"rewards": of("coin"), "lr": 1e-6, "max_steps": 15}),
@@ -90,20 +99,18 @@ BAD = {
     "leak_half": Case({"rewards": RIGHT, "eval_data": "@half_of_train", "max_steps": 5}),
     "twice": Case({"rewards": RIGHT}, data="twice"),
     "some_twice": Case({"rewards": RIGHT, "max_steps": 16, "log_samples_steps": 1}, data="some_twice"),
-    "two_golds": Case({"rewards": RIGHT}, data="two_golds"),
+    "two_golds": Case({"rewards": RIGHT, "log_samples_steps": 1}, data="two_golds"),
     "some_two_golds": Case({"rewards": RIGHT, "max_steps": 16, "log_samples_steps": 1}, data="some_two_golds"),
-    "long_prompts": Case({"rewards": RIGHT, "max_prompt_length": 48}),
-    "longer_prompts": Case({"rewards": of("coin"), "max_prompt_length": 110, "max_generate_length": 8}, "tiny"),
+    "long_prompts": Case({"rewards": RIGHT, "max_prompt_length": 35}),
+    "longer_prompts": Case({"rewards": of("coin"), "max_prompt_length": 78, "max_generate_length": 8}, "tiny"),
     "slow": Case({"rewards": of("slow"), "reward_workers": 1}),
     "busy": Case({"rewards": of("busy"), "reward_workers": 0, "seed": 11}),
-    "tail": Case({"rewards": of("coin"), "batch_size": 8, "stop": ENDS}, "tiny"),
-    "tail_2": Case({"rewards": of("short"), "max_generate_length": 120, "num_generations": 8, "stop": ["w"]}, "sharp"),
+    "tail": Case({"rewards": of("coin"), "batch_size": 16, "num_generations": 8, "stop": ENDS} | TWICE, "tiny"),
+    "tail_2": Case({"rewards": of("coin"), "batch_size": 24, "stop": ["n", "s", " "], "seed": 13} | TWICE, "sharp"),
     "saves": Case({"rewards": RIGHT, "save_steps": 1, "save_in_background": False}),
-    "saves_2": Case({"rewards": RIGHT, "save_steps": 1, "max_generate_length": 12, "batch_size": 1}),
-    "idle": Case(
-        {"rewards": RIGHT, "batch_size": 1, "num_generations": 6, "rollout_chunk_rows": 6}, ranks=2, data=None
-    ),
-    "idle_2": Case({"rewards": RIGHT, "batch_size": 3, "rollout_chunk_rows": 4, "micro_batch_tokens": 4096}, ranks=2),
+    "saves_2": Case({"rewards": of("coin"), "save_steps": 2, "save_in_background": False, "max_generate_length": 8}),
+    "idle": Case({"rewards": of("longest"), "batch_size": 1, "num_generations": 6}, ranks=2),
+    "idle_2": Case({"rewards": RIGHT, "rollout_chunk_rows": 8}, ranks=2, patch=SLOW_RANK),
     "memory": Case({"rewards": RIGHT}, patch=LITTLE_MEMORY.format("sample", 5)),
     "memory_2": Case({"rewards": RIGHT, "seed": 12}, patch=LITTLE_MEMORY.format("train", 3)),
 }
@@ -127,7 +134,7 @@ TRIGGERS = {  # rule: the run its threshold was set by, and one that was not
     "reward_fell": ("fast", "faster"),
     "held_out_fell": ("unlearned", "unlearned_2"),
     "entropy_collapse": ("trap", "trap_2"),
-    "entropy_explosion": ("bonus", "bonus_2"),
+    "entropy_explosion": ("bonus", "fast"),
     "clip_share": ("iterations", "minibatches"),
     "grad_norm": ("thousand", "low_norm"),
     "reward_flat": ("flat", "slow_rate"),

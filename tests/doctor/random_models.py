@@ -31,7 +31,7 @@ def save_random(kind: str, folder: Path) -> Path:
     config.max_position_embeddings = 2048
     config.tie_word_embeddings = kind in ("tiny", "sharp")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    spread = {"tiny": 6.0, "sharp": 30.0, "sharp_llama": 24.0}.get(kind, 3.0)
+    spread = {"tiny": 6.0, "sharp": 80.0, "sharp_llama": 70.0}.get(kind, 3.0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

@@ -106,6 +106,7 @@ def data_of(kind: str, folder: Path) -> Path:
         rows = rows[:24] * 2
     else:
         rows = rows[:60] + rows[:4]
+    rows = [dict(row) for row in rows]  # a repeated row is one object until here
     if kind.endswith("two_golds"):
         for row in rows[-4:]:
             row["answer"] = f"{row['answer'].rpartition('####')[0]}#### 99"
@@ -190,7 +191,7 @@ def keep(run_folder: Path, name: str, folder: Path | None = None) -> None:
 def unpack(name: str, folder: Path) -> Path:
     """The run's folder that a recording was made from, as far as it was kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in (RECORDED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (RECORDED / f"{name}.jsonl").read_text(encoding="utf-8").split("\n") if line]
     about, names = lines[0], lines[1]["metrics"]
     metrics = [dict(zip(names, line)) for line in lines[2:] if isinstance(line, list)]
     rows, asked, rewards = [], [], []
