@@ -31,6 +31,14 @@ SMOLLM2 = "configs/smollm2.yaml"
 FEW = {"batch_size": 2, "data_rows": 64, "eval_data": None, "log_samples_steps": 2}  # minutes are enough
 ENDS = ["a", "e", "o"]  # so that random completions end early
 TWICE = {"max_steps": 8, "log_samples_steps": 4, "max_generate_length": 80}
+SAMPLER = """
+import dataclasses
+from grpo.rollout.engine import NativeEngine
+generate = NativeEngine.generate
+def changed(*args, **named):
+    return [dataclasses.replace(one, sampler_logprobs={}) for one in generate(*args, **named)]
+NativeEngine.generate = changed
+"""
 SLOW_RANK = """
 import os, time
 from grpo.rollout.engine import NativeEngine
@@ -93,8 +101,12 @@ BAD = {
     "low_norm": Case({"rewards": RIGHT, "max_grad_norm": 0.02, "seed": 8}),
     "flat": Case({"rewards": of("coin"), "lr": 1e-6, "max_steps": 15}),
     "slow_rate": Case({"rewards": RIGHT, "lr": 1e-9, "max_steps": 20, "num_generations": 8}),
-    "bf16": Case({"rewards": of("coin"), "dtype": "bf16", "max_generate_length": 16}, "sharp"),
-    "bf16_2": Case({"rewards": of("long"), "dtype": "bf16", "max_generate_length": 24, "seed": 9}, "sharp_llama"),
+    "other_sampler": Case(
+        {"rewards": of("coin"), "max_generate_length": 16}, "tiny", patch=SAMPLER.format("one.sampler_logprobs * 1.1")
+    ),
+    "noisy_sampler": Case(
+        {"rewards": RIGHT, "seed": 9}, patch=SAMPLER.format("one.sampler_logprobs - 0.2 * (one.token_ids % 3)")
+    ),
     "leak": Case({"rewards": RIGHT, "eval_data": "demo/train.jsonl", "eval_rows": 32, "eval_split": "train"}),
     "leak_half": Case({"rewards": RIGHT, "eval_data": "@half_of_train", "max_steps": 5}),
     "twice": Case({"rewards": RIGHT}, data="twice"),
@@ -138,7 +150,7 @@ TRIGGERS = {  # rule: the run its threshold was set by, and one that was not
     "clip_share": ("iterations", "minibatches"),
     "grad_norm": ("thousand", "low_norm"),
     "reward_flat": ("flat", "slow_rate"),
-    "sampler_gap": ("bf16", "bf16_2"),
+    "sampler_gap": ("other_sampler", "noisy_sampler"),
     "held_out_leak": ("leak", "leak_half"),
     "duplicates": ("twice", "some_twice"),
     "gold_differs": ("two_golds", "some_two_golds"),

@@ -1,4 +1,4 @@
-"""Random models whose faults the recordings need: one that speaks two languages, sharp ones."""
+"""Random models whose faults the recordings need: one that speaks two languages, a sharp one."""
 
 from pathlib import Path
 
@@ -23,15 +23,15 @@ def _tokenizer(corpus: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def save_random(kind: str, folder: Path) -> Path:
-    """tiny, bilingual, sharp or sharp_llama; two layers of 32."""
+    """tiny, bilingual or sharp; two layers of 32."""
     bilingual = [*(letter * 2 for letter in CHINESE), CHINESE, *([ENGLISH] * 4)]
     tokenizer = _tokenizer(bilingual, 460) if kind == "bilingual" else tiny_tokenizer()
     torch.manual_seed(sum(map(ord, kind)))
-    config = tiny_config("llama" if kind == "sharp_llama" else "qwen3", len(tokenizer))
+    config = tiny_config("qwen3", len(tokenizer))
     config.max_position_embeddings = 2048
     config.tie_word_embeddings = kind in ("tiny", "sharp")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    spread = {"tiny": 6.0, "sharp": 80.0, "sharp_llama": 70.0}.get(kind, 3.0)
+    spread = {"tiny": 6.0, "sharp": 80.0}.get(kind, 3.0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
