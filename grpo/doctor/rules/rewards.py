@@ -50,22 +50,17 @@ def never_given(run: Recording) -> Evidence | None:
     """A reward function with one and the same score, 0 or less, for every completion of the run."""
     if len(run.steps) < MIN_STEPS:
         return None
-    for name in run.reward_names:
+    given = run.setting("rewards")
+    weights = list(given.values()) if isinstance(given, dict) else []
+    for at, name in enumerate(run.reward_names):
         means, stds = run.all(f"reward/{name}/mean"), run.all(f"reward/{name}/std")
-        if (
-            len(means) < len(run.steps) // 2
-            or not means
-            or max(stds, default=0.0) > 0
-            or len(set(means)) > 1
-            or means[0] > 0
-        ):
+        if len(weights) == len(run.reward_names) and weights[at] == 0:
+            continue  # only watched
+        if not means or len(means) < len(run.steps) // 2 or max(stds, default=0.0) > 0:
             continue
-        best = _nearest(run, run.rows)
-        weight = run.setting("rewards", {})
-        values = {"name": name, "score": means[0], "steps": len(means), "only": len(run.reward_names) == 1}
-        if isinstance(weight, dict) and list(weight.values()) and set(weight.values()) == {0}:
-            continue
-        return Evidence(values, best, _why(run, best))
+        if len(set(means)) == 1 and means[0] <= 0:
+            best = _nearest(run, run.rows)
+            return Evidence({"name": name, "score": means[0], "steps": len(means)}, best, _why(run, best))
     return None
 
 
