@@ -72,10 +72,7 @@ class Compare {
     this.texts = sides.map((side) => new Texts(this.app.source, side.run, () => this.list.refresh()));
     this.drawControls();
     this.match();
-    this.apply();
-    const wanted = this.order.findIndex((item) => this.items[item].key === this.wanted);
-    if (this.order.length) this.list.choose(wanted >= 0 ? wanted : 0);
-    else replace(this.detail, el("p", { class: "empty" }, "No question is on both sides. Widen the steps, or compare two runs on the same data."));
+    this.apply(true);
   }
   drawControls() {
     const runs = this.app.runs.map((run, i) => [i, run.name]);
@@ -161,7 +158,8 @@ class Compare {
     const { length, characters } = this.data[k].columns;
     return length[row] < 0 ? characters[row] : length[row];
   }
-  apply() {
+  // again: the rows are others, so the detail is drawn anew.
+  apply(again = false) {
     const keyOf = {
       change: (item) => item.reward[1] - item.reward[0],
       longer: (item) => item.length[1] - item.length[0],
@@ -172,8 +170,11 @@ class Compare {
     this.order = [...this.items.keys()].filter((i) => !this.kind || this.items[i].kind === this.kind);
     const keys = this.items.map(keyOf);
     this.order.sort((a, b) => (Number.isNaN(keys[a]) ? 1 : Number.isNaN(keys[b]) ? -1 : sign * (keys[a] - keys[b]) || a - b));
-    this.list.chosen = -1;
+    this.list.chosen = this.order.findIndex((item) => this.items[item].key === this.wanted);
     this.list.setCount(this.order.length);
+    if (!this.order.length) replace(this.detail, el("p", { class: "empty" }, this.items.length ? "No such question."
+      : "No question is on both sides. Widen the steps, or compare two runs on the same data."));
+    else if (this.list.chosen < 0 || again) this.list.choose(Math.max(0, this.list.chosen));
   }
   render(index, node) {
     const item = this.items[this.order[index]];
@@ -218,9 +219,10 @@ class Compare {
             el("span", { class: "quiet" }, `A ${signed(this.data[k].columns.advantage[row])}, length ${this.length(k, row)}`)),
           el("div", { class: "body" }, differing(pieces[k], first)))));
     };
+    await draw();
+    if (this.wanted !== item.key || this.shown !== shown) return;
     replace(this.detail, question_and_gold(texts[0][0]), pair);
     this.detail.scrollTop = 0;
-    await draw();
   }
   name(k, row) {
     const { step, row: place, reward } = this.data[k].columns;
