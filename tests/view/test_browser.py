@@ -204,7 +204,8 @@ def test_a_group_is_shown_whole_and_keys_move_on(page, runs):
 def test_tokens_are_shaded(page):
     go(page, "rollouts")
     page.select_option("#run", label="before")
-    page.fill("#filter-text", "gain?")
+    page.check("#filter-tokens")
+    until(lambda: count(page) == "1 groups, 1 of 7 completions")
     card = page.locator("#rollouts .card[data-row='0']")
     card.locator("select.shade").select_option("logprob")
     tokens = card.locator(".token")

@@ -235,7 +235,7 @@ function stepsOf(rows) {
 }
 
 function words(text) {
-  return text.match(/\s+|[\p{L}\p{N}_]{1,64}|[^\s]/gsu) || [];
+  return text.match(/\s+|[\p{L}\p{N}_]{1,64}|([^\s])\1*/gsu) || [];
 }
 
 // Place of the first piece that differs; null: all are equal.

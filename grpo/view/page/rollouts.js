@@ -10,7 +10,7 @@ class Rollouts {
     this.app = app;
     this.run = null;
     this.mode = "groups";
-    this.filter = { from: "", to: "", low: "", high: "", short: "", long: "", finish: "", text: "" };
+    this.filter = { from: "", to: "", low: "", high: "", short: "", long: "", finish: "", text: "", tokens: false };
     this.sort = "step";
     this.down = true;
     this.by = "reward"; // a column: "reward" or "reward:NAME"
@@ -86,6 +86,10 @@ class Rollouts {
       labelled("length", input("short", "min", digits), input("long", "max", digits)),
       labelled("finish", select([["", "any"], ...this.rows.finishes.map((name) => [name, name])], this.filter.finish,
         (value) => { this.filter.finish = value; again(); }, { id: "finish" })),
+      this.withTokens.size > 0 && labelled("with token figures", el("input", {
+        type: "checkbox", id: "filter-tokens", checked: this.filter.tokens,
+        onchange: (event) => { this.filter.tokens = event.target.checked; again(); },
+      })),
       labelled("sort", select(Object.entries(SORTS), this.sort, (value) => { this.sort = value; again(); }, { id: "sort" }),
         el("button", { type: "button", id: "direction", "aria-label": "direction", onclick: (event) => {
           this.down = !this.down;
@@ -106,7 +110,7 @@ class Rollouts {
     return length[row] < 0 ? characters[row] : length[row];
   }
   matches() {
-    const { step, finish, [this.by]: reward } = { ...this.rows.columns, [this.by]: this.rows.columns[this.by] || this.rows.columns.reward };
+    const { step, row: place, finish, [this.by]: reward } = { ...this.rows.columns, [this.by]: this.rows.columns[this.by] || this.rows.columns.reward };
     const limit = (text, otherwise) => (text === "" || Number.isNaN(Number(text)) ? otherwise : Number(text));
     const f = this.filter;
     const [from, to] = [limit(f.from, -Infinity), limit(f.to, Infinity)];
@@ -122,6 +126,7 @@ class Rollouts {
       const length = this.length(row);
       if (length < short || length > long) continue;
       if (this.found && !this.found.has(row)) continue;
+      if (f.tokens && !this.withTokens.has(`${step[row]}:${place[row]}`)) continue;
       order.push(row);
     }
     return order;
