@@ -24,6 +24,7 @@ and leaves a room stands in its __init__.py.
     run/               folders, console, trackers/, exit codes
     evaluate/          python -m grpo.evaluate; asking a checkpoint
     export/            python -m grpo.export: merged weights, GGUF, hub
+    view/              python -m grpo.view: runs in a browser
     sft/               python -m grpo.sft: supervised training before GRPO
     replay             python -m grpo.replay: a skipped update, computed again
 

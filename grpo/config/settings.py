@@ -326,7 +326,7 @@ class Config:
     log_samples_steps: int = 10
     """Write completions with rewards and advantages every so many steps: JSON lines, a few as text; 0: never."""
     log_tokens_steps: int = 10
-    """Write log-prob, ratio, mask and text of each token of the first 16 rows every so many steps; 0: never."""
+    """Write log-prob, ratio, mask and text of each token of 16 rows of a step, every so many steps; 0: never."""
     log_tokens_mb: float = 64.0
     """MB (10^6 bytes) that these figures may have in a run; the oldest are thinned out first; > 0."""
     log_completions_steps: int = 0

@@ -1,8 +1,9 @@
 """Logged completions: question, gold answer, completion, rewards, advantage. As JSON lines, Markdown or a table.
 
 Every rank writes the completions that it sampled to runs/<name>/rollouts-rank<R>.jsonl: no rank has all texts, and
-no rank waits for another. `cat rollouts-rank*.jsonl` gives all completions of a step. The Markdown and the table show
-the step's first rows, whichever rank sampled them.
+no rank waits for another. `cat rollouts-rank*.jsonl` gives all completions of a step. Answers to held-out questions are
+in held_out-rank<R>.jsonl, in the same form. The Markdown and the table show the step's first rows, whichever rank
+sampled them.
 """
 
 import json
@@ -123,14 +124,15 @@ def _none_if_nan(value: float) -> float | None:
 class RolloutFile:
     """Appends one rank's rollouts. A resumed run first drops lines of steps after `done`. Raises OSError."""
 
-    def __init__(self, folder: Path, rank: int, done: int):
+    def __init__(self, folder: Path, rank: int, done: int, name: str = "rollouts"):
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = open_after(folder / f"rollouts-rank{rank}.jsonl", done)
+        self.file = open_after(folder / f"{name}-rank{rank}.jsonl", done)
 
-    def write(self, rollouts: Sequence[Rollout]) -> None:
-        """Write one line per rollout."""
+    def write(self, rollouts: Sequence[Rollout], **more: str) -> None:
+        """Write one line per rollout, each with `more`; NaN, an answer's advantage, as null."""
         for rollout in rollouts:
-            line = {name: value for name, value in vars(rollout).items() if name != "extra" or value}
+            line = {name: value for name, value in vars(rollout).items() if name != "extra" or value} | more
+            line["advantage"] = _none_if_nan(rollout.advantage)
             self.file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
         self.file.flush()
 

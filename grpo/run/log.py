@@ -59,6 +59,8 @@ class RunLog:
         self.trackers: list[Tracker] = []
         self.rollouts: RolloutFile | None = None
         self.tokens = TokensLog(cfg, folder, world.rank, world.size, 0, None)  # nothing, until `log_tokens`
+        self.answers: RolloutFile | None = None  # to held-out questions
+        self.answered = 0  # steps done before the evaluation that runs
         self.best: BestCheckpoint | None = None  # on rank 0
         self.total = 0
         self.marks: tuple[str, str] | None = None  # around the answer in a completion
@@ -78,6 +80,7 @@ class RunLog:
         if self.cfg.log_samples_steps:
             with self._rollouts_optional():
                 self.rollouts = RolloutFile(self.folder, self.world.rank, done)
+                self.answers = RolloutFile(self.folder, self.world.rank, done, "held_out")
         self.console.start(total, done, sample=self._show_last_sample)
 
     def log_tokens(self, tokenizer: PreTrainedTokenizerBase, policy: Policy, done: int) -> None:
@@ -92,8 +95,9 @@ class RunLog:
         self.tokens.close()
         for tracker in self.trackers:
             self._call(tracker, tracker.close)
-        if self.rollouts is not None:
-            self.rollouts.close()
+        for file in (self.rollouts, self.answers):
+            if file is not None:
+                file.close()
 
     def evaluated(self, step: int) -> bool:
         """Whether metrics.jsonl has the evaluation after `step` steps: a resume does not repeat it. A collective."""
@@ -300,6 +304,13 @@ class RunLog:
         if rollouts:
             self.console.show(as_table(rollouts[:1], self.cfg.console_language, self.marks is not None))
 
+    def log_answers(self, name: str, scored: Scored) -> None:
+        """This rank's answers to a set of held-out questions as JSON lines, where completions are logged."""
+        if self.answers is not None:
+            none = np.full(scored.num_rows, np.nan)
+            with self._rollouts_optional():
+                self.answers.write(rollouts_of(self.answered, scored, none, self.cfg, self.marks), set=name)
+
     @contextmanager
     def _rollouts_optional(self) -> Iterator[None]:
         """A disk error stops the logging of completions, not the run."""
@@ -307,4 +318,4 @@ class RunLog:
             yield
         except OSError as error:
             warn(f"warning: rank {self.world.rank}: no rollouts in {self.folder} from now on ({error})")
-            self.rollouts = None
+            self.rollouts = self.answers = None

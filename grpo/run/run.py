@@ -250,6 +250,7 @@ class Run:
         if not self.evaluation_due(step, first, total):
             return
         self.heartbeat(step, "eval")
+        self.log.answered = step
         metrics = evaluate(step)
         if metrics is None:
             self.preempt()

@@ -1,10 +1,10 @@
 """Figures of single tokens for a sample of rows: runs/<name>/tokens-rank<R>.jsonl, shown by `python -m grpo.view`.
 
-Every `log_tokens_steps` steps, of the first `MAX_ROWS` rows of the step, one line from the rank that sampled a row and
+Every `log_tokens_steps` steps, of `MAX_ROWS` rows of the step, one line from the rank that sampled a row and
 one from the rank that trained on it; lists have one entry a token, log-probs are in nats:
 
     {"step", "row", "ids", "texts", "logprob": as sampled, "trained": "1101..", 1: carries loss}
-    {"step", "row", "policy": log-prob in the step's first update, "ratio": policy / old in its last one, "entropy"}
+    {"step", "row", "policy": log-prob in the row's first update, "ratio": policy / old in its last, "entropy"}
 
 `ratio` is left out where the old log-probs are the update's own (it is 1), `entropy` where no setting measures it, the
 second line for rows without gradient.
@@ -27,12 +27,12 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config.settings import Config
+from grpo.config.settings import Config, prompts_per_step
 from grpo.errors import warn
 from grpo.run.trackers.jsonl import open_after
 from grpo.types import Completion, MicroBatch
 
-MAX_ROWS = 16  # of a step
+MAX_ROWS = 16  # of a step: whole groups, spread over it
 MAX_WAITING = 8  # steps that the thread may be behind; more are dropped
 KEPT_SHARE = 0.75  # of the limit, after thinning
 PART_OF_CHARACTER = "\ufffd"  # what decoding gives for bytes that are no whole character
@@ -95,12 +95,25 @@ def rounded_list(values: Any) -> list[float | None]:
     return [round(value, 3) + 0.0 if np.isfinite(value) else None for value in np.asarray(values, np.float64).tolist()]
 
 
+def sampled_rows(prompts: int, generations: int) -> frozenset[int]:
+    """Row numbers of the groups that are looked at: the first, the last, and others between; of a large group a part.
+
+    >>> sorted(sampled_rows(4, 8)), sorted(sampled_rows(1, 2)), len(sampled_rows(9, 64))
+    ([0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31], [0, 1], 16)
+    """
+    count = min(prompts, max(1, MAX_ROWS // generations))
+    groups = [round(place) for place in np.linspace(0, prompts - 1, count)]
+    size = min(generations, MAX_ROWS)
+    return frozenset(group * generations + g for group in groups for g in range(size))
+
+
 class TokensLog:
     """The figures that one rank writes. Without `log_tokens_steps` every method returns at once."""
 
     def __init__(self, cfg: Config, folder: Path, rank: int, world_size: int, done: int, texts: TokenTexts | None):
         """done: finished steps; lines of later ones, which an interrupted run wrote, are dropped."""
         self.every = cfg.log_tokens_steps if texts is not None else 0
+        self.rows = sampled_rows(prompts_per_step(cfg), cfg.num_generations)
         self.limit = int(cfg.log_tokens_mb * 1e6 / world_size)
         self.path = folder / f"tokens-rank{rank}.jsonl"
         self.done = done
@@ -121,7 +134,7 @@ class TokensLog:
         if self.step is None:
             return
         for line, row in enumerate(micro.rows):
-            if not 0 <= row < MAX_ROWS:
+            if row not in self.rows:
                 continue
             last = logprobs.detach()[line]
             old, entropy_of = (None if part is None else part.detach()[line] for part in (micro.old_logprobs, entropy))
@@ -132,7 +145,7 @@ class TokensLog:
         """After a step: hand the figures of this rank's rows to the thread. completions: those that it sampled."""
         if self.step != step or self.texts is None:
             return
-        lines = [_sampled(step, one, self.texts) for one in completions if one.row < MAX_ROWS]
+        lines = [_sampled(step, one, self.texts) for one in completions if one.row in self.rows]
         lines += [_updated(step, row, seen) for row, seen in sorted(self.seen.items())]
         self.seen, self.step = {}, None
         if self.thread is None:

@@ -1,7 +1,8 @@
 """python -m grpo.view: a local page with a run's curves, its completions, and two runs or steps compared.
 
-In: run folders (metrics.jsonl, rollouts-rank<R>.jsonl, tokens-rank<R>.jsonl, run.json, exit.json), also while a run
-writes them. Out: a page on 127.0.0.1, or one HTML file. Nothing is written into a run's folder.
+In: run folders (metrics.jsonl; rollouts-rank<R>.jsonl, held_out-rank<R>.jsonl and tokens-rank<R>.jsonl of each rank;
+run.json, exit.json), also while a run writes them. Out: a page on 127.0.0.1, or one HTML file. Nothing is written into
+a run's folder.
 
     lines.py      JSON lines of unknown origin, read as they grow      metrics.py   curves of a run
     rollouts.py   an index of logged completions                       tokens.py    an index of figures of tokens

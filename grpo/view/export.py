@@ -73,8 +73,8 @@ def _page(runs: list[RunLogs], chosen: list[list[list[int]]]) -> bytes:
 
 
 def _run_data(run: RunLogs, rows: list[int]) -> dict[str, Any]:
-    steps, numbers = run.rollouts.columns["step"], run.rollouts.columns["row"]
-    places = [(steps[row], numbers[row]) for row in rows]
+    steps, numbers, held_out = (run.rollouts.columns[name] for name in ("step", "row", "held_out"))
+    places = [(steps[row], numbers[row]) for row in rows if not held_out[row]]
     figures = {f"{step}:{row}": run.tokens.of(step, row) for step, row in places if (step, row) in run.tokens.where}
     return {
         "about": run.about(),

@@ -22,6 +22,7 @@ from grpo.view.lines import BLOCK, GrowingFile, number, open_regular, parse_line
 COLUMNS = {  # name -> type code of `array`
     "step": "i",
     "row": "i",
+    "held_out": "i",  # 1: an answer to a held-out question
     "question": "i",  # number of its question and gold answer, in the order of appearance
     "finish": "i",  # place in `FINISHES`
     "length": "i",  # tokens; -1: not recorded
@@ -29,6 +30,7 @@ COLUMNS = {  # name -> type code of `array`
     "reward": "f",  # NaN: none
     "advantage": "f",
 }
+KINDS = ("rollouts", HELD_OUT := "held_out")  # <kind>-rank<R>.jsonl
 FINISHES = ("stop", "length", "error", "other")
 FINISH_NUMBERS = {name: place for place, name in enumerate(FINISHES)}
 OTHER = FINISH_NUMBERS["other"]
@@ -63,6 +65,11 @@ def key_of(question: str, gold: Any) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=9).hexdigest()
 
 
+def files_of(folder: Path, kind: str) -> list[Path]:
+    """The files of one kind, of all ranks."""
+    return sorted(folder.glob(f"{kind}-rank*.jsonl"), key=lambda path: (len(path.name), path.name))
+
+
 class Rollouts:
     """The completions of one run, of all its ranks. Numbers of rows stay while `generation` stays."""
 
@@ -90,7 +97,7 @@ class Rollouts:
             self.generation += 1
             self._clear()
         known = {file.path for file in self.files}
-        found = sorted(self.folder.glob("rollouts-rank*.jsonl"), key=lambda path: (len(path.name), path.name))
+        found = [path for kind in KINDS for path in files_of(self.folder, kind)]
         for path in found:
             if path not in known:
                 self.files.append(GrowingFile(path))
@@ -126,6 +133,7 @@ class Rollouts:
         values = (
             step,
             row,
+            self.files[file].path.name.startswith(HELD_OUT),
             question,
             FINISH_NUMBERS.get(one["finish"], OTHER) if isinstance(one.get("finish"), str) else OTHER,
             -1 if whole_number(length) is None else length,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.view.lines import GrowingFile, number, parse_line, whole_number
+from grpo.view.rollouts import files_of
 
 
 class Tokens:
@@ -28,7 +29,7 @@ class Tokens:
             self.generation += 1
             self._clear()
         known = {file.path for file in self.files}
-        found = sorted(self.folder.glob("tokens-rank*.jsonl"), key=lambda path: (len(path.name), path.name))
+        found = files_of(self.folder, "tokens")
         self.files += [GrowingFile(path) for path in found if path not in known]
         for index, file in enumerate(self.files):
             try:

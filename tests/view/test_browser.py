@@ -77,6 +77,29 @@ def runs(tmp_path_factory) -> Path:
     return root
 
 
+def test_answers_to_held_out_questions_of_one_run(viewer, new_page, tmp_path):
+    """The same question at two evaluations: of 3, one is gained. Training has the same row numbers and stays apart."""
+    folder = tmp_path / "run"
+    write_small_run(folder, [answer(2, row, "trained?", "x", 1.0) for row in (0, 1)], {})
+    texts = {0: ("It is 2", "It is 2", "It is 1"), 2: ("It is 1", "It is 2", "It is 1")}
+    with (folder / "held_out-rank0.jsonl").open("w") as file:
+        for step, answers in texts.items():
+            for row, text in enumerate(answers):
+                one = answer(step, row, f"asked {row}?", text, float(text.endswith("1"))) | {"advantage": None}
+                file.write(json.dumps({**one, "set": ""}) + "\n")
+    page = new_page()
+    page.goto(viewer(tmp_path) + "#compare")
+    page.wait_for_selector("html[data-ready]")
+    assert page.input_value("#compare-of") == "1", "held out: training has no question twice"
+    until(lambda: "1 gained, 0 lost" in page.inner_text("#summary"))
+    until(lambda: page.locator("#compare mark").all_inner_texts() == ["2", "1"])
+    go(page, "rollouts")
+    until(lambda: count(page) == "1 groups, 2 of 8 completions")
+    page.select_option("#of", "1")
+    until(lambda: count(page) == "6 groups, 6 of 8 completions")
+    page.wait_for_selector("#rollouts .detail h2:text-is('Step 2, held out')")
+
+
 @pytest.fixture(scope="module")
 def address(viewer, runs) -> str:
     return viewer(runs)
@@ -204,7 +227,8 @@ def test_a_group_is_shown_whole_and_keys_move_on(page, runs):
 def test_tokens_are_shaded(page):
     go(page, "rollouts")
     page.select_option("#run", label="before")
-    page.fill("#filter-text", "gain?")
+    page.check("#filter-tokens")
+    until(lambda: count(page) == "1 groups, 1 of 7 completions")
     card = page.locator("#rollouts .card[data-row='0']")
     card.locator("select.shade").select_option("logprob")
     tokens = card.locator(".token")
@@ -230,14 +254,11 @@ def test_two_runs_are_compared(page):
     page.select_option("#kind", "gained")
     rows = page.locator("#compare .list-row")
     until(lambda: rows.count() == 1 and "gain?" in rows.inner_text())
-    rows.click()
-    page.wait_for_selector("#compare mark")
-    assert page.locator("#compare mark").all_inner_texts() == ["is", "must"]
+    until(lambda: page.locator("#compare mark").all_inner_texts() == ["is", "must"])
     assert page.locator("#compare .common").all_inner_texts() == ["I think it ", "I think it "]
     assert "length +3" in rows.inner_text()
     page.select_option("#kind", "same")
     until(lambda: "equal?" in rows.inner_text())
-    rows.click()
     until(lambda: "the same" in page.locator("#compare .first").inner_text())
     page.fill("#right-from", "2")
     until(lambda: "0 gained, 0 lost" in page.inner_text("#summary"))

@@ -10,6 +10,7 @@ class Compare {
     this.app = app;
     this.node = node;
     this.sides = null;
+    this.of = 0; // 0: completions of training, 1: answers to held-out questions
     this.kind = "";
     this.sort = "change";
     this.down = true;
@@ -33,7 +34,8 @@ class Compare {
     const version = this.sides && JSON.stringify(this.sides.map((side) => this.app.runs[side.run].versions.rollouts));
     if (version !== this.version) await this.show();
   }
-  // Of the chosen runs the two that share most questions. Else the first and the last third of one run's steps.
+  // Of the chosen runs the two that share most questions. Else of one run the first and the last evaluation, or the
+  // first and the last third of its steps.
   async choose() {
     const with_rows = this.app.chosen.filter((run) => this.app.runs[run].versions.rollouts[1] > 0);
     const runs = with_rows.length ? with_rows : [this.app.firstWithRollouts()].filter((run) => run !== null);
@@ -42,25 +44,43 @@ class Compare {
     let [most, pair] = [0, null];
     data.forEach((a, i) => data.slice(i + 1).forEach((b, k) => {
       const known = new Set(a.questions);
-      const shared = b.questions.filter((key) => known.has(key)).length;
+      const shared = stepsOf(a, 0).length && stepsOf(b, 0).length ? b.questions.filter((key) => known.has(key)).length : 0;
       if (shared > most) [most, pair] = [shared, [i, i + 1 + k]];
     }));
     if (pair) {
+      this.of = 0;
       this.sides = pair.map((place) => {
-        const steps = stepsOf(data[place]);
-        return { run: runs[place], from: steps[0], to: steps.at(-1) };
+        const steps = stepsOf(data[place], 0);
+        return { run: runs[place], from: steps[0] ?? 0, to: steps.at(-1) ?? 0 };
       });
+      return;
+    }
+    const asked = stepsOf(data[0], 1);
+    this.of = asked.length > 1 ? 1 : 0;
+    if (this.of) {
+      this.sides = [asked[0], asked.at(-1)].map((step) => ({ run: runs[0], from: step, to: step }));
     } else {
-      const all = stepsOf(data[0]);
+      const all = stepsOf(data[0], 0);
       const cut = all[Math.max(0, Math.ceil(all.length / 3) - 1)];
       this.sides = [{ run: runs[0], from: all[0], to: cut }, { run: runs[0], from: all[Math.floor((all.length * 2) / 3)], to: all.at(-1) }];
     }
   }
   // Called by other views: two steps, and the question to open.
-  set(a, b, key) {
+  set(a, b, key, heldOut) {
+    this.of = heldOut;
     this.sides = [a, b].map((side) => ({ run: side.run, from: side.step, to: side.step }));
     this.wanted = key;
     this.kind = "";
+  }
+  async setOf(of) {
+    this.of = of;
+    for (const side of this.sides) {
+      const steps = stepsOf(await this.app.source.rows(side.run), of);
+      [side.from, side.to] = [steps[0] ?? 0, steps.at(-1) ?? 0];
+    }
+    const [a, b] = this.sides;
+    if (of && a.run === b.run) [a.to, b.from] = [a.from, b.to]; // the first and the last evaluation
+    await this.load();
   }
   async load() {
     const turn = (this.turn = (this.turn || 0) + 1);
@@ -72,10 +92,7 @@ class Compare {
     this.texts = sides.map((side) => new Texts(this.app.source, side.run, () => this.list.refresh()));
     this.drawControls();
     this.match();
-    this.apply();
-    const wanted = this.order.findIndex((item) => this.items[item].key === this.wanted);
-    if (this.order.length) this.list.choose(wanted >= 0 ? wanted : 0);
-    else replace(this.detail, el("p", { class: "empty" }, "No question is on both sides. Widen the steps, or compare two runs on the same data."));
+    this.apply(true);
   }
   drawControls() {
     const runs = this.app.runs.map((run, i) => [i, run.name]);
@@ -87,13 +104,15 @@ class Compare {
       });
       return labelled("AB"[k], select(runs, own.run, async (value) => {
         const run = Number(value);
-        const steps = stepsOf(await this.app.source.rows(run));
+        const steps = stepsOf(await this.app.source.rows(run), this.of);
         Object.assign(own, steps.length ? { run, from: steps[0], to: steps.at(-1) } : { run });
         this.app.run(() => this.load());
       }, { id: `side-${"ab"[k]}` }), " steps ", step("from"), step("to"));
     };
     if (this.controls.contains(document.activeElement) && document.activeElement.type === "number") return; // being typed
-    replace(this.controls, side(0), side(1),
+    replace(this.controls,
+      labelled("of", select([[0, "training"], [1, "held-out questions"]], this.of, (value) => this.app.run(() => this.setOf(Number(value))), { id: "compare-of" })),
+      side(0), side(1),
       labelled("right from reward", el("input", {
         type: "number", step: "any", class: "narrow", id: "right-from", value: this.limit, placeholder: number(this.middle()),
         oninput: (event) => { this.limit = event.target.value; this.match(); this.apply(); },
@@ -125,7 +144,7 @@ class Compare {
       const { columns, questions } = this.data[k];
       const found = new Map();
       for (let row = 0; row < this.data[k].count; row++) {
-        if (columns.step[row] < side.from || columns.step[row] > side.to) continue;
+        if (columns.held_out[row] !== this.of || columns.step[row] < side.from || columns.step[row] > side.to) continue;
         const key = questions[columns.question[row]];
         if (!found.has(key)) found.set(key, []);
         found.get(key).push(row);
@@ -161,7 +180,8 @@ class Compare {
     const { length, characters } = this.data[k].columns;
     return length[row] < 0 ? characters[row] : length[row];
   }
-  apply() {
+  // again: the rows are others, so the detail is drawn anew.
+  apply(again = false) {
     const keyOf = {
       change: (item) => item.reward[1] - item.reward[0],
       longer: (item) => item.length[1] - item.length[0],
@@ -172,8 +192,11 @@ class Compare {
     this.order = [...this.items.keys()].filter((i) => !this.kind || this.items[i].kind === this.kind);
     const keys = this.items.map(keyOf);
     this.order.sort((a, b) => (Number.isNaN(keys[a]) ? 1 : Number.isNaN(keys[b]) ? -1 : sign * (keys[a] - keys[b]) || a - b));
-    this.list.chosen = -1;
+    this.list.chosen = this.order.findIndex((item) => this.items[item].key === this.wanted);
     this.list.setCount(this.order.length);
+    if (!this.order.length) replace(this.detail, el("p", { class: "empty" }, this.items.length ? "No such question."
+      : "No question is on both sides. Widen the steps, or compare two runs on the same data."));
+    else if (this.list.chosen < 0 || again) this.list.choose(Math.max(0, this.list.chosen));
   }
   render(index, node) {
     const item = this.items[this.order[index]];
@@ -204,7 +227,7 @@ class Compare {
     const draw = async () => {
       const rows = chosen.map((place, k) => item.rows[k][place]);
       const own = chosen.map((place, k) => texts[k][place]);
-      const tokens = await Promise.all(rows.map((row, k) => this.app.source.tokens(
+      const tokens = this.of ? [null, null] : await Promise.all(rows.map((row, k) => this.app.source.tokens(
         shown[k].run, data[k].columns.step[row], data[k].columns.row[row])));
       if (this.shown !== shown) return;
       const of_tokens = tokens.every((one, k) => one && one.texts && one.texts.join("").startsWith(own[k].completion.slice(0, 200)));
@@ -218,9 +241,10 @@ class Compare {
             el("span", { class: "quiet" }, `A ${signed(this.data[k].columns.advantage[row])}, length ${this.length(k, row)}`)),
           el("div", { class: "body" }, differing(pieces[k], first)))));
     };
+    await draw();
+    if (this.wanted !== item.key || this.shown !== shown) return;
     replace(this.detail, question_and_gold(texts[0][0]), pair);
     this.detail.scrollTop = 0;
-    await draw();
   }
   name(k, row) {
     const { step, row: place, reward } = this.data[k].columns;
@@ -228,12 +252,14 @@ class Compare {
   }
 }
 
-function stepsOf(rows) {
-  return [...new Set(rows.columns.step)].sort((a, b) => a - b);
+// Steps with completions of training (of: 0) or with answers to held-out questions (1).
+function stepsOf(rows, of) {
+  const { step, held_out: heldOut } = rows.columns;
+  return [...new Set(step.filter((_, row) => heldOut[row] === of))].sort((a, b) => a - b);
 }
 
 function words(text) {
-  return text.match(/\s+|[\p{L}\p{N}_]{1,64}|[^\s]/gsu) || [];
+  return text.match(/\s+|[\p{L}\p{N}_]{1,64}|([^\s])\1*/gsu) || [];
 }
 
 // Place of the first piece that differs; null: all are equal.

@@ -82,8 +82,8 @@ class App {
     const found = [...this.chosen, ...this.runs.keys()].find(has);
     return found === undefined ? null : found;
   }
-  compare(a, b, key) {
-    this.views.compare.set(a, b, key);
+  compare(a, b, key, heldOut) {
+    this.views.compare.set(a, b, key, heldOut);
     location.hash = "compare";
   }
   async route() {

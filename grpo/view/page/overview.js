@@ -1,6 +1,7 @@
 "use strict";
 // Runs side by side: what they reached, how they ended, where their settings differ, their curves.
 
+const STEP_SECONDS = "time/step_s";
 const PHASES = ["rollout", "reward", "exchange", "logprobs", "update"];
 
 class Overview {
@@ -81,7 +82,8 @@ class Overview {
     replace(this.table, el("table", { class: "runs" },
       el("thead", {}, el("tr", {}, heads.map((name) => el("th", { scope: "col" }, name)))), el("tbody", {}, rows)));
   }
-  // One line for each chosen run that has the metric; with several names, dashes tell them apart.
+  // One line for each chosen run that has the metric; with several names, dashes tell them apart. A name may be a list:
+  // of these, the first that a run has.
   lines(names, label = (name) => name) {
     const lines = [];
     for (const run of this.app.chosen) {
@@ -89,7 +91,8 @@ class Overview {
       if (!known) continue;
       const { curves, seconds: clock } = known.data;
       const times = new Map(clock[0].map((step, i) => [step, clock[1][i]]));
-      names.filter((name) => curves[name]).forEach((name, k) => {
+      const own_names = names.map((name) => [name].flat().find((one) => curves[one])).filter(Boolean);
+      own_names.forEach((name, k) => {
         const xs = [];
         const ys = [];
         curves[name][0].forEach((step, i) => {
@@ -115,11 +118,10 @@ class Overview {
     return [...found].sort();
   }
   drawCharts() {
-    const any = (...names) => names.find((name) => this.names(new RegExp(`^${name}$`)).length);
     const rewards = this.names(/^reward\/[^/].*\/mean$/);
     const heldOut = this.names(/^eval\/(.*\/)?accuracy$/);
     const others = this.names(/^eval\/(?!.*(length_mean|user\/|_se|pass@|maj@))/);
-    const gap = any("kl", "sampler_gap/mean", "sampler_gap/max");
+    const hasKl = this.names(/^kl$/).length > 0;
     const short = (name) => name.replace(/^(reward|eval|time)\//, "").replace(/\/mean$|_s$/, "");
     const charts = [
       ["Reward", ["reward/mean"], "mean of the weighted sum"],
@@ -128,12 +130,13 @@ class Overview {
         : ["Held-out reward", others.slice(0, 4), "mean on held-out questions"],
       ["Completion length", ["completions/length_mean"], "tokens, mean"],
       ["Truncated", ["completions/truncated"], "share cut at the limit", true],
-      ["Entropy", [any("entropy/true", "entropy") || "entropy"], "nats a token"],
+      ["Entropy", [["entropy/true", "entropy"]], "nats a token"],
       ["Groups without variance", ["reward/zero_std_groups"], "share of groups that teach nothing", true],
-      gap === "kl" ? ["KL", ["kl"], "to the reference, mean over tokens"]
-        : ["Sampler gap", [gap || "sampler_gap/max"], "|trainer − sampler| log-prob"],
+      hasKl ? ["KL", ["kl"], "to the reference, mean over tokens"]
+        : ["Sampler gap", [["sampler_gap/mean", "sampler_gap/max"]], "|trainer − sampler| log-prob"],
       ["Speed", ["tokens_per_s"], "completion tokens a second"],
-      ["Time of a step", PHASES.map((phase) => `time/${phase}_s`), "seconds of each phase"],
+      this.app.chosen.length > 1 ? ["Time of a step", [STEP_SECONDS], "seconds; by phase when one run is chosen"]
+        : ["Time of a step", PHASES.map((phase) => `time/${phase}_s`), "seconds of each phase"],
       ...[...this.more].map((name) => [name, [name], "added"]),
     ];
     replace(this.charts, charts.map(([title, names, about, bounded]) => chart(this.lines(names, short), {

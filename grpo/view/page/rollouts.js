@@ -10,7 +10,7 @@ class Rollouts {
     this.app = app;
     this.run = null;
     this.mode = "groups";
-    this.filter = { from: "", to: "", low: "", high: "", short: "", long: "", finish: "", text: "" };
+    this.filter = { of: "0", from: "", to: "", low: "", high: "", short: "", long: "", finish: "", text: "", tokens: false };
     this.sort = "step";
     this.down = true;
     this.by = "reward"; // a column: "reward" or "reward:NAME"
@@ -78,6 +78,8 @@ class Rollouts {
     const again = () => this.apply();
     replace(this.controls,
       labelled("run", select(this.app.runs.map((run, i) => [i, run.name]), this.run, (value) => this.setRun(Number(value)), { id: "run" })),
+      this.rows.columns.held_out.includes(1) && labelled("of", select([["0", "training"], ["1", "held-out questions"], ["", "both"]],
+        this.filter.of, (value) => { this.filter.of = value; again(); }, { id: "of" })),
       labelled("list", select([["groups", "groups"], ["rows", "completions"]], this.mode, (value) => { this.mode = value; again(); }, { id: "mode" })),
       labelled("text", input("text", "text in question, completion, gold", { type: "search", class: "wide" })),
       labelled("steps", input("from", "from", digits), input("to", "to", digits)),
@@ -86,6 +88,10 @@ class Rollouts {
       labelled("length", input("short", "min", digits), input("long", "max", digits)),
       labelled("finish", select([["", "any"], ...this.rows.finishes.map((name) => [name, name])], this.filter.finish,
         (value) => { this.filter.finish = value; again(); }, { id: "finish" })),
+      this.withTokens.size > 0 && labelled("with token figures", el("input", {
+        type: "checkbox", id: "filter-tokens", checked: this.filter.tokens,
+        onchange: (event) => { this.filter.tokens = event.target.checked; again(); },
+      })),
       labelled("sort", select(Object.entries(SORTS), this.sort, (value) => { this.sort = value; again(); }, { id: "sort" }),
         el("button", { type: "button", id: "direction", "aria-label": "direction", onclick: (event) => {
           this.down = !this.down;
@@ -106,7 +112,7 @@ class Rollouts {
     return length[row] < 0 ? characters[row] : length[row];
   }
   matches() {
-    const { step, finish, [this.by]: reward } = { ...this.rows.columns, [this.by]: this.rows.columns[this.by] || this.rows.columns.reward };
+    const { step, row: place, held_out: heldOut, finish, [this.by]: reward } = { ...this.rows.columns, [this.by]: this.rows.columns[this.by] || this.rows.columns.reward };
     const limit = (text, otherwise) => (text === "" || Number.isNaN(Number(text)) ? otherwise : Number(text));
     const f = this.filter;
     const [from, to] = [limit(f.from, -Infinity), limit(f.to, Infinity)];
@@ -116,12 +122,14 @@ class Rollouts {
     const anyReward = f.low === "" && f.high === "";
     const order = [];
     for (let row = 0; row < this.rows.count; row++) {
+      if (f.of !== "" && heldOut[row] !== Number(f.of)) continue;
       if (step[row] < from || step[row] > to) continue;
       if (!anyReward && !(reward[row] >= low - 1e-6 && reward[row] <= high + 1e-6)) continue;
       if (wanted >= 0 && finish[row] !== wanted) continue;
       const length = this.length(row);
       if (length < short || length > long) continue;
       if (this.found && !this.found.has(row)) continue;
+      if (f.tokens && (heldOut[row] || !this.withTokens.has(`${step[row]}:${place[row]}`))) continue;
       order.push(row);
     }
     return order;
@@ -162,7 +170,7 @@ class Rollouts {
     this.order = order;
     const what = this.mode === "groups" ? `${order.length.toLocaleString("en")} groups, ` : "";
     this.count.textContent = `${what}${rows.length.toLocaleString("en")} of ${this.rows.count.toLocaleString("en")} completions`;
-    this.matching = this.found || Object.values(this.filter).some(Boolean) ? new Set(rows) : null;
+    this.matching = this.found || Object.entries(this.filter).some(([name, value]) => name !== "of" && value) ? new Set(rows) : null;
     this.list.chosen = this.openRow === null ? -1 : order.findIndex((item) => this.items[item].includes(this.openRow));
     this.list.setCount(order.length);
     if (this.list.chosen < 0) this.list.choose(0); // what was open is filtered out
@@ -201,17 +209,17 @@ class Rollouts {
     const [run, rows] = [this.run, this.rows];
     const texts = await this.app.source.texts(run, group, true);
     if (this.openRow !== row || this.run !== run) return;
-    const { step, question } = rows.columns;
+    const { step, question, held_out: heldOut } = rows.columns;
     const elsewhere = new Set();
-    question.forEach((one, other) => { if (one === question[row] && step[other] !== step[row]) elsewhere.add(step[other]); });
+    question.forEach((one, other) => { if (one === question[row] && step[other] !== step[row] && heldOut[other] === heldOut[row]) elsewhere.add(step[other]); });
     const around = (by) => el("button", { disabled: index + by < 0 || index + by >= this.order.length, onclick: () => this.list.choose(index + by) },
       by < 0 ? "← previous" : "next →");
     const steps = [...elsewhere].sort((a, b) => a - b);
     replace(this.detail,
       el("div", { class: "detail-head" },
-        el("h2", {}, `Step ${step[row]}`), around(-1), around(1),
+        el("h2", {}, `Step ${step[row]}${heldOut[row] ? ", held out" : ""}`), around(-1), around(1),
         steps.length > 0 && labelled("the same question in step", select([["", "…"], ...steps.slice(0, 500).map((one) => [one, one])], "",
-          (value) => value && this.app.compare({ run, step: step[row] }, { run, step: Number(value) }, rows.questions[question[row]])))),
+          (value) => value && this.app.compare({ run, step: step[row] }, { run, step: Number(value) }, rows.questions[question[row]], heldOut[row])))),
       question_and_gold(texts[0]),
       el("div", { class: "cards" }, group.map((one, i) => this.card(one, texts[i]))));
     this.detail.scrollTop = 0;
@@ -231,7 +239,7 @@ class Rollouts {
         el("span", { title: "advantage" }, `A ${signed(columns.advantage[row])}`),
         el("span", { class: "quiet" }, columns.length[row] < 0 ? `${columns.characters[row].toLocaleString("en")} characters` : `${columns.length[row].toLocaleString("en")} tokens`),
         el("span", { class: this.rows.finishes[columns.finish[row]] === "stop" ? "quiet" : "warn" }, this.rows.finishes[columns.finish[row]]),
-        this.withTokens.has(place) && this.tokenChoice(row, body, plain)),
+        !columns.held_out[row] && this.withTokens.has(place) && this.tokenChoice(row, body, plain)),
       this.rows.rewards.length > 1 && el("div", { class: "parts" },
         this.rows.rewards.map((name) => el("span", {}, `${shortName(name)} `, el("b", {}, number(columns[`reward:${name}`][row]))))),
       body,
@@ -322,13 +330,14 @@ function strip(values, [low, high]) {
 // Groups of rows of one step and one question, each by row; made once for each set of rows.
 function groupsOf(rows) {
   if (rows.groups) return rows.groups;
-  const { step, question, row: place } = rows.columns;
+  const { step, question, row: place, held_out: heldOut } = rows.columns;
   const number_of = new Int32Array(rows.count);
   const groups = [];
-  const known = new Map(); // step -> question -> group
+  const known = [new Map(), new Map()]; // of training and held out: step -> question -> group
   for (let row = 0; row < rows.count; row++) {
-    if (!known.has(step[row])) known.set(step[row], new Map());
-    const of_step = known.get(step[row]);
+    const own = known[heldOut[row]];
+    if (!own.has(step[row])) own.set(step[row], new Map());
+    const of_step = own.get(step[row]);
     let group = of_step.get(question[row]);
     if (group === undefined) {
       group = groups.length;

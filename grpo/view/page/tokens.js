@@ -3,7 +3,7 @@
 
 const FIGURES = {
   logprob: { label: "log-prob", about: "of the token as it was sampled, nats", share: (value) => Math.exp(value) },
-  gap: { label: "sampler gap", about: "trainer − sampler log-prob", share: (value) => 1 - Math.min(1, Math.abs(value) / 0.5) },
+  gap: { label: "policy − sampler", about: "log-prob in the update minus as sampled: rounding, and what earlier updates of the step moved", share: (value) => 1 - Math.min(1, Math.abs(value) / 0.5) },
   ratio: { label: "ratio", about: "policy / old probability in the last update", two: (value) => Math.log(value) / 0.2 },
   entropy: { label: "entropy", about: "nats", share: (value) => 1 - Math.min(1, value / 3) },
   trained: { label: "mask", about: "tokens that carry loss", share: (value) => (value === "1" ? 1 : 0) },
