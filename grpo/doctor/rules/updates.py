@@ -11,6 +11,7 @@ EXPLODED = 1.5
 TOP = 0.85  # of the range of rewards: a model that is nearly always right may be certain
 Z = 2.0  # standard errors
 CLIPPED = 0.2  # share of trained tokens whose gradient the clip stops; usual are a few percent
+MOVED = 0.1  # KL of old and new policy within a step, in nats; usual are less than 0.01
 NORM = 10.0  # times max_grad_norm: the clip decides the size of every step
 GAP = 0.05  # mean absolute difference of log-probs; fp32 has 1e-6, bf16 up to 0.02
 ESS = 0.9  # effective sample size
@@ -56,14 +57,18 @@ def entropy_explosion(run: Recording) -> Evidence | None:
 
 
 def clip_share(run: Recording) -> Evidence | None:
-    """The clip stops the gradient of many tokens: the policy moves far within one step."""
-    low, high = run.all("clip/low"), run.all("clip/high")
-    if len(run.steps) < MIN_STEPS or not low or fmean(low) + fmean(high or [0.0]) < CLIPPED:
+    """The policy moves far within one step: far from the old one, or the clip stops the gradient of many tokens."""
+    low, high, moved = run.all("clip/low"), run.all("clip/high"), run.all("kl_old")
+    share, kl = _mean(low) + _mean(high), _mean(moved)
+    if len(run.steps) < MIN_STEPS or (share < CLIPPED and kl < MOVED):
         return None
     updates = int(run.number("num_iterations", 1) * run.number("num_minibatches", 1)) if run.config else None
-    moved = run.all("kl_old")
-    values = {"share": fmean(low) + fmean(high or [0.0]), "updates": updates, "kl": fmean(moved) if moved else 0.0}
-    return Evidence(values | {"lr": max([*run.all("lr"), 0.0]), "eps": run.number("clip_eps", 0.2)})
+    values = {"share": share, "updates": updates, "kl": kl, "eps": run.number("clip_eps", 0.2)}
+    return Evidence(values | {"lr": max([*run.all("lr"), 0.0])})
+
+
+def _mean(values: list[float]) -> float:
+    return fmean(values) if values else 0.0
 
 
 def grad_norm(run: Recording) -> Evidence | None:
