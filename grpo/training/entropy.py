@@ -25,7 +25,7 @@ depends on how rows are cut; and the choice is made once in a step.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -157,16 +157,17 @@ class EntropyTerms:
         self.scores, self.has_bonus = scores_entropy(cfg), has_bonus(cfg)
         self.before: tuple[float, int] | None = None  # sum of entropies and tokens, of this rank before the updates
         self.parts: list[Tensor] = []  # [] each, of this update's micro-batches: sum over S of H / |S|
+        self.observe: Callable[[MicroBatch, Tensor, Tensor | None], None] = lambda micro, logprobs, entropy: None
 
     def score(self, micro: MicroBatch, backend: Backend) -> Tensor:
         """Log-probs [B, T] for an update. With a bonus the forward also measures the entropies that `add` reads."""
-        if not self.has_bonus:
-            return backend.score(micro)
-        self.scorer.measures_entropy = True
+        self.scorer.measures_entropy = self.has_bonus
         try:
-            return backend.score(micro)
+            logprobs = backend.score(micro)
         finally:
             self.scorer.measures_entropy = False
+        self.observe(micro, logprobs, self.scorer.entropy if self.has_bonus else micro.entropy)
+        return logprobs
 
     def before_updates(self, micro: MicroBatch, backend: Backend) -> MicroBatch:
         """Add entropies to choose tokens by, where none are recorded, and old log-probs of the same forward."""

@@ -47,6 +47,7 @@ SURROUNDINGS = {  # files that a step runs and that its reader may leave for ano
     "grpo/run/run.py": "folders and notices; not the algorithm",
     "grpo/run/log.py": "writes the step's line and metrics",
     "grpo/run/completions_log.py": "completions as text, and the metrics of reward functions",
+    "grpo/run/tokens_log.py": "does nothing in a step whose tokens are not logged",
     "grpo/run/console.py": "prints the line",
     "grpo/run/trackers/jsonl.py": "appends to metrics.jsonl",
     "grpo/checkpoints/background.py": "reports the seconds of the last save",
