@@ -49,7 +49,7 @@ Score = Callable[[tuple[int, ...], Completion], np.ndarray]
 class VllmEngine:
     """See `Engine` in grpo/rollout/__init__.py."""
 
-    chunk_rows = 2**31  # all of a rank: servers batch them
+    chunk_rows: int | None = 2**31  # all of a rank: servers batch them
 
     def __init__(
         self,
