@@ -255,7 +255,16 @@ OF_EVALUATION = set(
 OF_EXPORT = set(re.findall(r'"--(\w+)"', (PROJECT / "grpo" / "export" / "command.py").read_text(encoding="utf-8")))
 # torchrun's, tensorboard's, sbatch's
 OF_VLLM = {"gpu-memory-utilization", "max-model-len", "tensor-parallel-size"}
-OF_OTHERS = OF_VLLM | {"standalone", "nproc_per_node", "policy_loss_type", "gpus-per-node", "logdir", "nodes", "requeue", "signal"}
+OF_OTHERS = OF_VLLM | {
+    "standalone",
+    "nproc_per_node",
+    "policy_loss_type",
+    "gpus-per-node",
+    "logdir",
+    "nodes",
+    "requeue",
+    "signal",
+}
 OF_SCRIPTS = flags_in(
     *(PROJECT / "launch").glob("*.sh"),
     PROJECT / "grpo" / "rollout" / "vllm" / "server.py",
