@@ -274,7 +274,8 @@ def estimate_for(cfg: Config, size: ModelSize, world_size: int) -> Estimate:
     # model states
     memory = list(_state_entries(cfg, size, states, world_size, on_gpu, work.micro_batches > 1))
     memory += _reference_entry(cfg, FP32_BYTES * size.parameters, on_gpu)
-    if shards_weights(cfg):
+    native = cfg.rollout_engine == "native"
+    if shards_weights(cfg) and native:
         note = "the engine's gathered weights, whole on every GPU"
         memory.append(Entry("rollout copy", states.weights, AFTER_LOADING, note))
         memory.append(Entry("parameter being gathered", 2 * FP32_BYTES * size.largest, ("rollout",)))
@@ -299,9 +300,12 @@ def estimate_for(cfg: Config, size: ModelSize, world_size: int) -> Estimate:
     train_rows = work.rank_rows * (8 * work.row_tokens + completion * (29 + flags + 8 * support_width))
     cache = kv_bytes(size, 1, work.row_tokens, cfg.dtype) * work.cache_tokens / work.row_tokens
     drawn = work.decode_rows * completion * (16 + 4 * sampling.records_entropy + 4 * support_width)
+    if native:
+        memory.append(Entry("KV cache", cache, ("rollout",), f"{work.cache_tokens:,} tokens"))
+        memory.append(Entry("drawing a token", draw_bytes(size, work.decode_rows, sampling), ("rollout",)))
+    else:
+        memory += _server_entries(cfg, size)
     memory += [
-        Entry("KV cache", cache, ("rollout",), f"{work.cache_tokens:,} tokens"),
-        Entry("drawing a token", draw_bytes(size, work.decode_rows, sampling), ("rollout",)),
         Entry("what was drawn", drawn, ("rollout",)),
         Entry("activations", activations, ("update",), "one micro-batch"),
         Entry("logits block", logits, ("update",)),
@@ -320,7 +324,20 @@ def estimate_for(cfg: Config, size: ModelSize, world_size: int) -> Estimate:
     host_bytes = loading + payload + snapshot + offloaded + offloaded_states
     if cfg.reference_offload and on_gpu:
         host_bytes += FP32_BYTES * size.parameters
-    return Estimate(size, tuple(memory), tuple(_traffic(cfg, states, work, world_size, payload)), host_bytes)
+    traffic = list(_traffic(cfg, states, work, world_size, payload))
+    if not native:
+        sent = (FP32_BYTES if cfg.dtype == "fp32" else BF16_BYTES) * size.parameters
+        traffic.append(Entry("weights to a vLLM server", sent, (), "by HTTP, once for each server"))
+    return Estimate(size, tuple(memory), tuple(traffic), host_bytes)
+
+
+def _server_entries(cfg: Config, size: ModelSize) -> Iterator[Entry]:
+    """What rollouts by vLLM need on a training process's device."""
+    sent = FP32_BYTES if cfg.dtype == "fp32" else BF16_BYTES
+    if cfg.rollout_server is None:
+        note = "its weights; its KV cache takes the rest of --gpu-memory-utilization (vllm_args)"
+        yield Entry("vLLM's server", sent * size.parameters, AFTER_LOADING, note)
+    yield Entry("weights being sent", 2 * sent * size.largest, ("rollout",), "one tensor at a time")
 
 
 def _offloaded_states(cfg: Config, states: ModelStates, ranks: int) -> float:

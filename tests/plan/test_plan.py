@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.config.settings import Config
 from grpo.forward.precision import arithmetic
@@ -226,3 +226,17 @@ def test_a_config_that_is_no_language_model_is_one_line(folder, capsys):
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
     assert main(arguments(folder)) == 2
     assert "model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("server", [None, "http://a:1"])
+def test_vllm_holds_its_own_cache_and_gets_the_weights(folder, server):
+    """A server beside the trainer shares its device; one elsewhere does not. Control: the native engine."""
+    config = AutoConfig.from_pretrained(folder)
+    settings = {"model": str(folder), "dtype": "bf16"}
+    native = estimate(Config(**settings), config, 1)
+    served = estimate(Config(**settings, rollout_engine="vllm", rollout_server=server), config, 1)
+    names = {entry.name for entry in served.memory}
+    assert ("vLLM's server" in names) == (server is None) and "KV cache" not in names
+    assert "KV cache" in {entry.name for entry in native.memory}
+    [sent] = [entry.bytes for entry in served.traffic if "vLLM" in entry.name]
+    assert sent == 2 * served.size.parameters and len(served.traffic) == len(native.traffic) + 1
