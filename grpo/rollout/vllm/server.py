@@ -265,7 +265,7 @@ def lead_a_group() -> None:
         os.setpgid(0, 0)
     command = ["bash", "-c", 'read -r; kill -9 -- "-$1" 2>/dev/null', "bash", str(os.getpid())]
     subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # its stdin ends with this process
-    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # a forked process would hold that pipe open
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a forked process would hold that pipe open
 
 
 def refuse(line: str) -> NoReturn:
