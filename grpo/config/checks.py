@@ -381,6 +381,8 @@ def _check_engine(cfg: Config) -> None:
         return
     if cfg.deterministic:
         raise UserError("deterministic: vllm promises no equal bits. Use --rollout_engine native.")
+    limit = cfg.stall_timeout_s
+    _require(cfg, "rollout_timeout_s", cfg.rollout_timeout_s < limit, f"less than stall_timeout_s, which is {limit:g}")
     if cfg.load_in_4bit:
         raise UserError("load_in_4bit: its merged weights are not those of a server. Use --rollout_engine native.")
     if cfg.rollout_server is not None and cfg.vllm_args:
