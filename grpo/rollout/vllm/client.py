@@ -140,7 +140,7 @@ def send_weights(
             connection.endheaders()
             connections.append(connection)
         except CONNECTION_ERRORS as error:
-            outcomes[i] = ServerProblem(f"{client.url}: {_why(error)}")
+            outcomes[i] = ServerProblem(f"{client.url}: {_why(error)}.")
             connections.append(None)
 
     def send(*parts: bytes | memoryview) -> None:
@@ -149,7 +149,7 @@ def send_weights(
                 for part in parts if connection is not None else ():
                     connection.send(part)  # type: ignore[union-attr]
             except OSError as error:
-                outcomes[i] = ServerProblem(f"{clients[i].url}: the transfer of weights broke off ({_why(error)})")
+                outcomes[i] = _why_it_broke_off(clients[i], connection, error)
                 connections[i] = None
 
     for piece in pieces:
@@ -162,8 +162,22 @@ def send_weights(
         except ServerProblem as problem:
             outcomes[i] = problem
         except CONNECTION_ERRORS as error:
-            outcomes[i] = ServerProblem(f"{client.url}: the transfer of weights broke off ({_why(error)})")
+            outcomes[i] = _why_it_broke_off(client, None, error)
     return outcomes
+
+
+def _why_it_broke_off(
+    client: Client, connection: http.client.HTTPConnection | None, error: BaseException
+) -> ServerProblem:
+    """A server may answer, and close, before it has read everything."""
+    try:
+        if connection is not None:
+            client.answer(connection.getresponse())
+    except ServerProblem as problem:
+        return problem
+    except CONNECTION_ERRORS:
+        pass
+    return ServerProblem(f"{client.url}: the transfer of weights broke off ({_why(error)}).")
 
 
 def parsed(text: bytes) -> dict[str, Any] | None:
