@@ -45,7 +45,7 @@ class Sampling:
 
 def records_entropy(cfg: Config) -> bool:
     """Whether the engine records the entropy of each token, so that no forward has to measure it."""
-    return cfg.top_entropy_share < 1
+    return cfg.top_entropy_share < 1 and cfg.rollout_engine == "native"
 
 
 def sampling_of(cfg: Config) -> Sampling:
