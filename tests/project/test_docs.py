@@ -267,10 +267,11 @@ def test_every_flag_exists(name):
     everybody = planner | OF_INFERENCE | OF_EVALUATION | OF_EXPORT | OF_OTHERS | OF_SCRIPTS
     owners = {"inference.py": OF_INFERENCE, "grpo.plan": planner, "train.py": OF_TRAIN}
     owners["grpo.config"] = flags_in(PROJECT / "grpo" / "config" / "__main__.py")
-    everybody |= owners["grpo.config"]
     owners["launch/"] = OF_TRAIN | OF_SCRIPTS
     owners["grpo.evaluate"] = OF_EVALUATION
     owners["grpo.export"] = OF_EXPORT
+    owners["grpo.view"] = flags_in(PROJECT / "grpo" / "view" / "command.py")
+    everybody |= owners["grpo.config"] | owners["grpo.view"]
     for line in text.splitlines():
         flags = {flag.split(".")[0] for flag in re.findall(r"(?<![\w-])--([a-zA-Z][\w.]*)", line)}
         known = everybody
