@@ -6,6 +6,7 @@ from importlib import resources
 
 SCRIPTS = (
     "dom.js",
+    "maths.js",
     "source.js",
     "table.js",
     "curves.js",

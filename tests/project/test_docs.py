@@ -286,6 +286,8 @@ def test_every_flag_exists(name):
     owners["launch/"] = OF_TRAIN | OF_SCRIPTS
     owners["grpo.evaluate"] = OF_EVALUATION
     owners["grpo.export"] = OF_EXPORT
+    owners["grpo.view"] = flags_in(PROJECT / "grpo" / "view" / "command.py")
+    everybody |= owners["grpo.config"] | owners["grpo.view"]
     for line in text.splitlines():
         flags = {flag.split(".")[0] for flag in re.findall(r"(?<![\w-])--([a-zA-Z][\w.-]*)", line)}
         known = everybody

@@ -245,6 +245,20 @@ def test_tokens_are_shaded(page):
     until(lambda: "No entropy was logged" in card.inner_text())
 
 
+def test_tex_is_shown_as_symbols_when_asked_for(viewer, new_page, tmp_path):
+    """As it stands by default; what is not known stays, a price is no formula, and markup remains text."""
+    tex = r"So $\frac{1}{\sqrt{x+1}} \le x^{10}_2$, costs $5 or $6, \boxed{\frac{a}{b}} \unknown{<b>} \constructor 三"
+    write_small_run(tmp_path / "run", [answer(1, 0, "$2^3$?", tex, 1.0)], {})
+    page = new_page()
+    page.goto(viewer(tmp_path) + "#rollouts")
+    text = page.locator("#rollouts .card .text")
+    until(lambda: text.count() == 1 and text.text_content() == tex)
+    page.check("#maths")
+    until(lambda: text.text_content() != tex)
+    assert text.text_content() == "So 1/(√(x+1)) ≤ x¹⁰₂, costs $5 or $6, ⟦a/b⟧ \\unknown{<b>} \\constructor 三"
+    assert page.locator("#rollouts .question .text").text_content() == "2³?"
+
+
 def test_two_runs_are_compared(page):
     go(page, "compare")
     page.select_option("#side-a", label="before")

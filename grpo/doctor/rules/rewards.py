@@ -13,6 +13,7 @@ LEARNED = 0.8  # share of a reward's highest value at which the model has learne
 FAILED = 0.01  # share of reward calls
 FLAT_STEPS = 12  # steps after which a rise should be seen
 FLAT_Z = 2.0  # standard errors: less is not a measurable rise
+SMALL = 0.1  # of the range of rewards: a larger gain is none that is missing
 FALL = 0.4  # share of what had been gained, or of the range: lost again
 FALL_Z = 3.0
 HELD_OUT_FALL = 0.05  # of accuracy
@@ -121,7 +122,8 @@ def reward_flat(run: Recording) -> Evidence | None:
     low, high = run.range_of()
     zero = run.all("reward/zero_std_groups")
     at_top = rise.last >= low + (1 - NEAR) * (high - low)
-    if rise.z >= FLAT_Z or at_top or (zero and fmean(zero) >= NO_VARIANCE) or not run.all("grad_norm"):
+    rises = rise.z >= FLAT_Z or rise.last - rise.first >= SMALL * (high - low)
+    if rises or at_top or (zero and fmean(zero) >= NO_VARIANCE) or not run.all("grad_norm"):
         return None
     if max(run.all("grad_norm")) <= 0:
         return None

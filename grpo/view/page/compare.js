@@ -207,7 +207,7 @@ class Compare {
     const change = item.length[1] - item.length[0];
     const strips = item.rows.map((rows, k) => strip(rows.map((row) => this.data[k].columns.reward[row]), this.range));
     append(node, [el("div", { class: "facts" },
-      el("span", { class: `kind kind-${item.kind}` }, item.kind === "same" ? "" : item.kind),
+      item.kind !== "same" && el("span", { class: `kind kind-${item.kind}` }, item.kind),
       strips[0], el("span", {}, "→"), strips[1],
       el("span", {}, `${number(item.reward[0], 2)} → ${number(item.reward[1], 2)}`),
       el("span", { class: "quiet" }, `length ${signed(Math.round(change))}`)), line]);
@@ -235,6 +235,7 @@ class Compare {
       const first = firstDifference(...pieces);
       const unit = of_tokens ? "token" : "word";
       replace(pair, el("p", { class: "quiet first" }, first === null ? "The two completions are the same."
+        : first === 0 ? `They differ from the first ${unit} on.`
         : `They are the same up to ${unit} ${first}; the first ${unit} that differs is marked.`),
         rows.map((row, k) => el("section", { class: "card" },
           el("header", {}, el("b", {}, "AB"[k]), choices[k], pill(this.data[k].columns.reward[row], this.range),

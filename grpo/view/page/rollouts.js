@@ -17,6 +17,7 @@ class Rollouts {
     this.found = null; // rows that have the text, or null
     this.figure = "";
     this.openRow = null;
+    this.maths = false; // TeX as symbols
     this.controls = el("form", { class: "bar filters", onsubmit: (event) => event.preventDefault() });
     this.count = el("p", { class: "quiet", role: "status", id: "count" });
     this.list = new List({
@@ -91,6 +92,10 @@ class Rollouts {
       this.withTokens.size > 0 && labelled("with token figures", el("input", {
         type: "checkbox", id: "filter-tokens", checked: this.filter.tokens,
         onchange: (event) => { this.filter.tokens = event.target.checked; again(); },
+      })),
+      labelled("TeX as symbols", el("input", {
+        type: "checkbox", id: "maths", checked: this.maths,
+        onchange: (event) => { this.maths = event.target.checked; this.list.choose(this.list.chosen); },
       })),
       labelled("sort", select(Object.entries(SORTS), this.sort, (value) => { this.sort = value; again(); }, { id: "sort" }),
         el("button", { type: "button", id: "direction", "aria-label": "direction", onclick: (event) => {
@@ -220,7 +225,7 @@ class Rollouts {
         el("h2", {}, `Step ${step[row]}${heldOut[row] ? ", held out" : ""}`), around(-1), around(1),
         steps.length > 0 && labelled("the same question in step", select([["", "…"], ...steps.slice(0, 500).map((one) => [one, one])], "",
           (value) => value && this.app.compare({ run, step: step[row] }, { run, step: Number(value) }, rows.questions[question[row]], heldOut[row])))),
-      question_and_gold(texts[0]),
+      question_and_gold(texts[0], this.maths),
       el("div", { class: "cards" }, group.map((one, i) => this.card(one, texts[i]))));
     this.detail.scrollTop = 0;
     const chosen = this.mode === "rows" && this.detail.querySelector(".card.chosen");
@@ -229,7 +234,7 @@ class Rollouts {
   card(row, text) {
     const { columns } = this.rows;
     const body = el("div", { class: "body" });
-    const plain = () => replace(body, completionBody(text));
+    const plain = () => replace(body, completionBody(text, this.maths));
     const off = this.matching && !this.matching.has(row);
     const place = `${columns.step[row]}:${columns.row[row]}`;
     const card = el("section", { class: `card${off ? " off" : ""}${this.mode === "rows" && row === this.openRow ? " chosen" : ""}`, "data-row": columns.row[row] },
@@ -272,14 +277,15 @@ class Rollouts {
   }
 }
 
-function completionBody(text) {
-  if (!text.turns) return longText(text.completion || "", appendMarked);
+function completionBody(text, maths) {
+  const shown = (words) => longText(maths ? readable(words) : words, appendMarked);
+  if (!text.turns) return shown(text.completion || "");
   return text.turns.map(([role, words]) => el("div", { class: `turn turn-${/^[a-z]+$/.test(role) ? role : "other"}` },
-    appendLine(el("b", {}), role), longText(words, appendMarked)));
+    appendLine(el("b", {}), role), shown(words)));
 }
 
-function question_and_gold(text) {
-  return el("div", { class: "question" }, longText(text.question || ""),
+function question_and_gold(text, maths = false) {
+  return el("div", { class: "question" }, longText(maths ? readable(text.question || "") : text.question || ""),
     text.gold !== null && text.gold !== undefined && appendText(el("p", { class: "gold", dir: "auto" }, el("b", {}, "gold ")), text.gold.slice(0, 20000)));
 }
 
