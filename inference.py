@@ -54,6 +54,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="one JSON object a line, the answer apart from its reasoning"
     )
+    server = "a rollout server that answers in place of this process (docs/vllm.md); may be repeated"
+    parser.add_argument("--server", action="append", metavar="URL", help=server)
     parser.add_argument("--stream", action="store_true", help="print the answer while it is sampled")
     args = parser.parse_intermixed_args(argv)
     if args.question is not None:
@@ -69,6 +71,8 @@ def check(args: argparse.Namespace) -> None:
     """Check which arguments go together. Raises UserError."""
     if args.stream and args.json:
         raise UserError("stream, json: choose one.")
+    if args.stream and args.server:
+        raise UserError("stream, server: choose one; a server passes an answer on when it is whole.")
     if args.best and args.checkpoint is not None:
         raise UserError("best, checkpoint: choose one.")
     if (args.csv is None) != (args.out is None):
@@ -84,6 +88,10 @@ class Pair:
         device = pick_device(args.device, 0)
         sampling = {"temperature": args.temperature, "top_p": args.top_p}
         self.model = CheckpointModel(folder, device, sampling, args.max_new_tokens, args.seed)
+        if args.server:
+            from grpo.evaluate.on_servers import answer_on_servers  # late: most questions need none of it
+
+            answer_on_servers(self.model, args.server, World(0, 1, 0, 1, device))
         self.language = _language(folder)
         self.base = OtherModel(args.compare, self.model, device, args.seed) if args.compare else None
 

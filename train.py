@@ -22,7 +22,6 @@ from grpo.evaluate.held_out import evaluate_sets
 from grpo.models.checks import check_lengths, check_vocabulary, stop_token_ids
 from grpo.rewards.gold_check import open_checked_rewards
 from grpo.rollout import rollout
-from grpo.rollout.engine import NativeEngine
 from grpo.run.main import run_main
 from grpo.run.run import Run
 from grpo.run.task import load_task
@@ -30,8 +29,9 @@ from grpo.runtime.distributed import World
 from grpo.training.draws import Draws, Stream
 from grpo.training.exchange import deliver
 from grpo.training.kl_in_reward import put_kl_into_rewards
-from grpo.training.load_policy import load_policy, load_rollout_model
+from grpo.training.load_policy import load_policy
 from grpo.training.minibatches import make_plan
+from grpo.training.open_engine import open_engine
 from grpo.training.reference_renewal import renew_reference
 from grpo.training.scoring import Scoring, gather
 from grpo.training.user_table_functions import check_functions
@@ -50,14 +50,14 @@ def train(cfg: Config, world: World) -> None:
     check_lengths(policy.model, cfg.max_prompt_length, cfg.max_generate_length)
     policy.limit_tokens(check_vocabulary(policy.model, task.tokenizer, task.recipe.rules, run.log.write_line))
     stop_ids = stop_token_ids(policy.model, task.tokenizer, task.recipe.end_of_turn, run.log.write_line)
-    engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, policy.num_tokens, task.tokenizer)
+    engine = open_engine(cfg, world, policy, stop_ids, task.tokenizer, run.fail)
 
     total, stream = total_steps(cfg, len(task.questions.items)), Stream(cfg, task.questions, policy)
     first = restore(policy, resumed)
     run.log.describe(task.questions, task.held_out, total, policy, rewards.rewards)
 
     def evaluate(step: int) -> dict[str, float] | None:
-        engine.load_weights(policy.weights())
+        engine.load_weights(policy.weights, policy.counters.updates)
         return evaluate_sets(engine, task, rewards.at(step, total), cfg, world, warn, run.pulse)
 
     with closing(rewards), run.training(total, first, policy, task.tokenizer, task.recipe):
@@ -68,7 +68,7 @@ def train(cfg: Config, world: World) -> None:
             while draws.wanted:  # one round of P prompts; with filter_groups resample until P groups are kept
                 with tally.phase("rollout"):
                     prompts, slots = draws.next_prompts()
-                    engine.load_weights(policy.weights())
+                    engine.load_weights(policy.weights, policy.counters.updates)
                     scoring = Scoring(cfg, rewards.at(step, total), prompts, task.tokenizer, warn, run.pulse)
                     completions = rollout(engine, prompts, slots, cfg, world, scoring)  # this rank's
                     tally.add("guards/oom_rollout", engine.fitting.halvings)
@@ -102,7 +102,7 @@ def train(cfg: Config, world: World) -> None:
             measured = tally.reduce(world)  # metrics over all ranks
             run.log.log_step(step + 1, total, table, advantages, measured, norms, policy, scored.logs)
             run.log.log_samples(step + 1, scored, advantages)
-            policy.trust_sampler(measured.sampler_gap)
+            policy.trust_sampler(measured)
             policy.counters.step = step + 1
             run.save_if_due(step + 1, total)
         run.evaluate_if_due(total, first, total, evaluate)

@@ -4,7 +4,7 @@ import sys
 
 EXIT_BUG = 1  # an exception that is none of the others, with its traceback
 EXIT_USER = 2  # config, data, reward or checkpoint: the user can correct it
-EXIT_STALLED = 74  # no progress on any rank
+EXIT_STALLED = 74  # no progress on any rank, or a rollout server is lost
 EXIT_PREEMPTED = 75  # stopped by a signal; the same command continues
 EXIT_DIVERGED = 76  # too many bad steps in a row
 EXIT_CORRUPTED = 77  # weights or optimizer state changed in memory between updates
@@ -21,6 +21,12 @@ class Preempted(UserError):
     """The run was stopped by a signal. Not a failure: the same command continues it."""
 
     code = EXIT_PREEMPTED
+
+
+class Lost(UserError):
+    """What the run needs beside itself is gone, such as a rollout server; all ranks left after a checkpoint."""
+
+    code = EXIT_STALLED
 
 
 class Diverged(UserError):

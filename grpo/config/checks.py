@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import PurePath
 from types import NoneType
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -68,14 +69,18 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must 
         lambda value: 0 < value < math.inf,
         "a finite number > 0",
     ),
-    ("stall_timeout_s", lambda value: 1 <= value < math.inf, "a finite number of seconds >= 1"),
+    ("stall_timeout_s rollout_timeout_s", lambda value: 1 <= value < math.inf, "a finite number of seconds >= 1"),
     (
         "beta router_aux_loss_coef entropy_coef weight_decay clip_eps preempt_grace_s",
         lambda value: 0 <= value < math.inf,
         "a finite number >= 0",
     ),
     ("clip_eps_high", lambda value: value is None or 0 <= value < math.inf, ">= 0, or null"),
-    ("off_policy_threshold", lambda value: value is None or 0 < value < math.inf, "a finite number > 0, or null"),
+    (
+        "off_policy_threshold max_sampler_gap",
+        lambda value: value is None or 0 < value < math.inf,
+        "a finite number > 0, or null",
+    ),
     ("reward_memory_mb", lambda value: value >= 64, ">= 64"),
     (
         "top_p prompt_length_quantile reference_mixup top_entropy_share",
@@ -137,6 +142,7 @@ def check(cfg: Config) -> None:
             f"offload: {cfg.offload} needs zero_stage >= {3 if cfg.offload == 'all' else 1}, got {cfg.zero_stage}."
         )
     _check_adapter(cfg)
+    _check_engine(cfg)
     _check_schedule(cfg)
     check_algorithm(cfg)
     if not scales_advantages(cfg) and cfg.advantage_clip != Config().advantage_clip:
@@ -364,3 +370,22 @@ def field_names() -> list[str]:
 def _require(cfg: Config, name: str, holds: bool, allowed: str) -> None:
     if not holds:
         raise UserError(f"{name}: must be {allowed}, got {getattr(cfg, name)}.")
+
+
+def _check_engine(cfg: Config) -> None:
+    """The settings of vLLM's rollouts. Raises UserError."""
+    if cfg.rollout_engine == "native":
+        for name in ("rollout_server", "max_sampler_gap", "vllm_args"):
+            if getattr(cfg, name):
+                raise UserError(f"{name}: it needs --rollout_engine vllm, got native.")
+        return
+    if cfg.deterministic:
+        raise UserError("deterministic: vllm promises no equal bits. Use --rollout_engine native.")
+    if cfg.load_in_4bit:
+        raise UserError("load_in_4bit: its merged weights are not those of a server. Use --rollout_engine native.")
+    if cfg.rollout_server is not None and cfg.vllm_args:
+        raise UserError("vllm_args: they are for a server that training starts. Give them to launch/vllm_server.sh.")
+    for url in [cfg.rollout_server] if isinstance(cfg.rollout_server, str) else cfg.rollout_server or []:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/"):
+            raise UserError(f"rollout_server: must be http://host:port, or a list of such, got {url[:100]!r}.")

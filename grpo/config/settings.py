@@ -272,6 +272,16 @@ class Config:
     """Most tokens of one backward, a prompt counted once: memory and speed only. Fewer, to keep all ranks busy."""
     rollout_chunk_rows: int = 64
     """Most completions that a process samples at once: memory and speed only. Fewer, to keep all ranks busy."""
+    rollout_engine: Literal["native", "vllm"] = "native"
+    """What samples completions: native, in the training process; vllm: a vLLM server (docs/vllm.md)."""
+    rollout_server: str | list[str] | None = None
+    """With vllm: address of a running server, http://host:port, or several; null: training starts its own."""
+    rollout_timeout_s: float = 300.0
+    """With vllm: seconds without a new token or an answer after which a server is lost and the run ends; >= 1."""
+    max_sampler_gap: float | None = None
+    """With vllm: largest mean |sampler - trainer| log-prob, in nats; above, the run ends. null: 0.02, bf16 0.1."""
+    vllm_args: list[str] = field(default_factory=list)
+    """Flags of vLLM for the server that training starts, such as [--gpu-memory-utilization, "0.4"]."""
     rollout_tokens: int | None = None
     """Most tokens in the KV cache of a process, counting prompts and the longest possible completions; null: those of
     rollout_chunk_rows. Rows wait until others end, so a large chunk keeps the batch full in little memory."""
@@ -362,6 +372,11 @@ def kl_in_loss(cfg: Config) -> bool:
 def scales_advantages(cfg: Config) -> bool:
     """Whether advantages are divided by a standard deviation, that of their group or of all rows."""
     return cfg.scale_rewards != "none" and cfg.weighting != "dr_grpo"
+
+
+def sampler_gap_limit(cfg: Config) -> float:
+    """Largest mean |sampler - trainer| log-prob of a rollout server, in nats."""
+    return (0.02 if cfg.dtype == "fp32" else 0.1) if cfg.max_sampler_gap is None else cfg.max_sampler_gap
 
 
 def is_deepspeed(cfg: Config) -> bool:

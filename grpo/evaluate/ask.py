@@ -43,7 +43,7 @@ def _answer(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray, finish: s
 
 
 def _ask(
-    engine: NativeEngine,
+    engine: NativeEngine | Any,
     tokenizer: PreTrainedTokenizerBase,
     sampling: Sampling,
     ids: tuple[int, ...],
@@ -51,7 +51,8 @@ def _ask(
 ) -> Answer:
     """Sample one completion; `on_text` gets its text piece by piece while it is sampled."""
     printer = None if on_text is None else TokenPrinter(tokenizer, on_text)
-    [completion] = engine.generate([Request(0, 0, 0, ids)], sampling, on_tokens=printer)
+    more: dict[str, Any] = {} if printer is None else {"on_tokens": printer}
+    [completion] = engine.generate([Request(0, 0, 0, ids)], sampling, **more)
     return _answer(tokenizer, completion.token_ids, completion.finish)
 
 
@@ -80,7 +81,7 @@ class CheckpointModel:
         num_tokens = check_vocabulary(model, self.tokenizer, self.recipe.rules)
         stop_ids = stop_token_ids(model, self.tokenizer, self.recipe.end_of_turn)
         stop_strings = StopStrings.of(self.tokenizer, self.recipe.stop)
-        self.engine = NativeEngine(
+        self.engine: NativeEngine | Any = NativeEngine(  # or another (on_servers.py)
             model, stop_ids, self.max_new_tokens, seed, dtype, num_tokens=num_tokens, stop_strings=stop_strings
         )
         self.sampling = Sampling(**sampling, logit_clamp=self.recipe.logit_clamp)

@@ -27,6 +27,7 @@ from grpo.errors import UserError, warn
 from grpo.evaluate import arguments, report
 from grpo.evaluate.ask import CheckpointModel
 from grpo.evaluate.extract import Marks, marker_of, marks_of, task_of
+from grpo.evaluate.on_servers import answer_on_servers
 from grpo.models.checks import quiet
 from grpo.run.console import Console
 from grpo.runtime.distributed import World, start, stop
@@ -72,6 +73,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--dtype", choices=["fp32", "bf16"], help="default: as in training")
     threads = arguments.whole("num_threads", 1)
     add("--num_threads", type=threads, help="CPU threads of each process (default: as num_threads null)")
+    server = "a rollout server that answers in place of this process (docs/vllm.md); may be repeated"
+    add("--server", action="append", metavar="URL", help=server)
     add("--out", type=Path, help="JSONL of results: q, gold, pred, full, correct")
     args = parser.parse_args(argv)
     _check(args)
@@ -145,6 +148,8 @@ def evaluate_checkpoint(
     greedy = args.samples == 1 if args.temperature is None else args.temperature == 0
     sampling = {"temperature": 0.0 if greedy else args.temperature or cfg.temperature, "top_p": args.top_p}
     model = CheckpointModel(folder, world.device, sampling, args.max_new_tokens, args.seed, cfg.dtype, weights)
+    if args.server:
+        answer_on_servers(model, args.server, world)
     questions = load_questions(cfg, model.recipe, model.tokenizer, held_out=True)
     golds = [str(prompt.columns["answer"]) for prompt in questions.items]
     rules = report.Rules(

@@ -26,7 +26,7 @@ from grpo.evaluate.statistics import of_several_answers
 from grpo.reward_library.scanning import inside
 from grpo.rewards import Reward, RewardInput, completion_text, short_names
 from grpo.rewards.pool import Rewards
-from grpo.rollout import Engine, Request
+from grpo.rollout import Engine, Request, chunk_rows
 from grpo.rollout.chunks import cut_chunks
 from grpo.rollout.sampling import Sampling, sampling_of
 from grpo.run.completions_log import answer_marks, user_metrics
@@ -81,7 +81,7 @@ def evaluate(
     table = np.zeros((len(prompts) * num_each + 1, num_rewards + 2))
     scoring = Scoring(cfg, rewards, prompts, tokenizer, report, pulse, num_generations=num_each)
     shares = shares_of(cfg, world.size)
-    chunks = cut_chunks(len(prompts), num_each, cfg.rollout_chunk_rows, shares, scoring.grouped)
+    chunks = cut_chunks(len(prompts), num_each, chunk_rows(engine, cfg), shares, scoring.grouped)
     completions: list[Completion] = []
     # sample and score this rank's chunks
     for i in world.deal(len(chunks)):

@@ -5,11 +5,11 @@ token, why it stopped. An engine is a file here and its line in train.py.
 
 An engine is a class with two methods:
 
-    load_weights(weights)                take the policy's tensors, a stream of (name, tensor), once per rollout
+    load_weights(weights, version)       take the policy's tensors, weights() -> (name, tensor)s, once per rollout
     generate(requests, sampling, pulse,  sample one completion for each request, in their order; pass each one to
              on_finished)                on_finished when it is final, while others are still being sampled
 
-`engine.py` is the native engine, on transformers' models; another engine (vLLM) is another file with these methods.
+`engine.py` is the native engine, on transformers' models; vllm/ asks servers, with these methods too.
 
 The N = P*G rows of a step are cut into chunks of at most `rollout_chunk_rows`, as many for each rank. Ranks take the
 next chunk whenever they are free, so that they finish together. What a row samples depends neither on its chunk nor on
@@ -31,6 +31,7 @@ from grpo.runtime.shares import shares_of
 from grpo.types import Completion, Prompt, Pulse
 
 OnFinished = Callable[[list[Completion]], None]
+Weights = Callable[[], Iterable[tuple[str, Tensor]]]  # every rank must iterate to the end
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,11 @@ class Engine(Protocol):
     fitting: FittingSize
     """How many rows fit into memory at once, as found when memory ran out."""
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take the policy's current weights."""
+    takes_all_rows: bool
+    """Whether a rank's rows are one call of `generate`; False: at most rollout_chunk_rows of them."""
+
+    def load_weights(self, weights: Weights, version: int) -> None:
+        """Take the policy's current weights. version: equal numbers mean equal weights. Every rank must call it."""
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, pulse: Pulse, *, on_finished: OnFinished | None = None
@@ -86,6 +90,11 @@ def requests_of(
     return [Request(n, slots[p], g, prompts[p].token_ids) for n, p, g in places]
 
 
+def chunk_rows(engine: Engine, cfg: Config) -> int:
+    """Most rows of one call of `generate`."""
+    return 2**31 if engine.takes_all_rows else cfg.rollout_chunk_rows
+
+
 def rollout(
     engine: Engine,
     prompts: Sequence[Prompt],
@@ -100,7 +109,7 @@ def rollout(
     """
     pulse, on_finished = (lambda: False, None) if listener is None else (listener.pulse, listener.take)
     shares, grouped = shares_of(cfg, world.size), listener is not None and listener.grouped
-    chunks = cut_chunks(len(prompts), cfg.num_generations, cfg.rollout_chunk_rows, shares, grouped)
+    chunks = cut_chunks(len(prompts), cfg.num_generations, chunk_rows(engine, cfg), shares, grouped)
     completions: list[Completion] = []
     for i in world.deal(len(chunks)):
         requests = requests_of(chunks[i], prompts, cfg.num_generations, slots)

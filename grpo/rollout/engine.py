@@ -17,7 +17,7 @@ from grpo.forward.logprobs import Head
 from grpo.forward.precision import arithmetic, host_reads_are_free
 from grpo.forward.shared_attention import can_share
 from grpo.randomness import uniforms
-from grpo.rollout import OnFinished, Request
+from grpo.rollout import OnFinished, Request, Weights
 from grpo.rollout.admission import Admission
 from grpo.rollout.cache_choice import checked_fast_llama, choose_cache
 from grpo.rollout.caches import open_cache, parts
@@ -38,6 +38,8 @@ OnTokens = Callable[[list[tuple[int, int]]], None]
 
 class NativeEngine:
     """Samples with the given model; it may be the trainer's own."""
+
+    takes_all_rows = False
 
     def __init__(
         self,
@@ -75,10 +77,10 @@ class NativeEngine:
         settings = (cfg.max_generate_length, cfg.seed, cfg.dtype, cfg.rollout_tokens, cfg.cuda_graphs)
         return cls(model, stop_ids, *settings, tokens, StopStrings.of(reader, cfg.stop))
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load_weights(self, weights: Weights, version: int = 0) -> None:
         """Copy the tensors that this engine's model does not already share."""
         own = dict(self.model.named_parameters())
-        for name, tensor in weights:
+        for name, tensor in weights():
             if own[name].data_ptr() != tensor.data_ptr():
                 own[name].data.copy_(tensor)
 

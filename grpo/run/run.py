@@ -24,7 +24,7 @@ from grpo.config.exit_file import write_exit
 from grpo.config.settings import Config, shards_weights
 from grpo.data.questions import Questions
 from grpo.data.recipe import KEPT, Recipe, load_recipe
-from grpo.errors import EXIT_BUG, EXIT_STALLED, Corrupted, Preempted, UserError, warn
+from grpo.errors import EXIT_BUG, EXIT_STALLED, Corrupted, Lost, Preempted, UserError, warn
 from grpo.rewards import Reward
 from grpo.run.completions_log import answer_marks
 from grpo.run.log import RunLog
@@ -245,7 +245,7 @@ class Run:
         changed = policy.changed_tensor() if every and step % every == 0 else None
         if changed is not None:
             warn(f"error: {self.heartbeat.where()}: {changed} is not what the last update left: a bit has flipped")
-        return self.stop.received_at is not None, changed is not None
+        return self.stop.requested, changed is not None
 
     def act_on_notices(self, notices: Notices) -> None:
         """Leave the run if a rank's notice requires it, on every rank alike. Raises Corrupted or Preempted."""
@@ -257,12 +257,18 @@ class Run:
         if notices.stop_requested:
             self.preempt()
 
+    def fail(self, line: str) -> None:
+        """Ask all ranks to stop at the next safe point, after a checkpoint: this rank cannot go on."""
+        warn(f"error: {self.heartbeat.where()}: {line}")
+        self.stop.failure = line
+
     def preempt(self) -> NoReturn:
-        """Save if there is something new and time for it. Raises Preempted."""
+        """Save if there is something new and time for it. Raises Preempted, or Lost after `fail` on any rank."""
         self.saver.wait()
         step = self.policy.counters.step
         name = f"{self.output_dir}/checkpoint_{step}"
-        (late,) = self.world.any_rank(self.stop.seconds_left() < SAVE_MARGIN * self.saver.expected_s)
+        is_late = self.stop.seconds_left() < SAVE_MARGIN * self.saver.expected_s
+        late, lost = self.world.any_rank(is_late, self.stop.failure is not None)
         if step in (0, self.resumed_step) or (self.saver.step == step and self.saver.failure is None):
             outcome = f"{name} holds all finished steps" if step else "no step is finished, nothing to save"
         elif late:
@@ -272,6 +278,9 @@ class Run:
             self.saver.wait()
             failure = self.saver.failure
             outcome = f"saved {name}" if failure is None else f"{name} could not be written: {failure}"
+        if lost:
+            reason = self.stop.failure or "another rank cannot go on, see its error"
+            raise Lost(f"ended after step {step}: {reason} {outcome}. When that is mended, the same command continues.")
         raise Preempted(f"asked to stop after step {step}; {outcome}. The same command continues.")
 
     def finish(self, first: int, total: int) -> None:

@@ -32,6 +32,7 @@ class StopRequest:
         self.grace_s = grace_s
         self.training = False  # before the first step there is nothing to save: end at once
         self.received_at: float | None = None
+        self.failure: str | None = None  # why this rank cannot go on although no signal came
         self.name = ""
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
@@ -43,7 +44,12 @@ class StopRequest:
     def pulse(self) -> bool:
         """Count a finished piece of work. Returns True when it should be the last one."""
         self.heartbeat.beat()
-        return self.received_at is not None
+        return self.requested
+
+    @property
+    def requested(self) -> bool:
+        """Whether the run should stop at the next safe point."""
+        return self.received_at is not None or self.failure is not None
 
     def seconds_left(self) -> float:
         """What is left of the grace time; infinite without a signal."""

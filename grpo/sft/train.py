@@ -61,7 +61,7 @@ def train_sft(cfg: Config, world: World) -> None:
                 of_set = policy.measure(held_out_part.all())
                 metrics |= {eval_tag(name, metric): value for metric, value in of_set.items()}
             if grade_answers is not None:
-                engine.load_weights(policy.weights())
+                engine.load_weights(policy.weights)
                 rewards.at(step, total)
                 accuracy_metrics = grade_answers()
                 return None if accuracy_metrics is None else metrics | accuracy_metrics

@@ -26,8 +26,9 @@ from grpo.runtime.out_of_memory import FittingSize, OutOfMemory, ran_out
 from grpo.training.backends import Backend, load_backend
 from grpo.training.entropy import EntropyTerms
 from grpo.training.losses import LossInputs, policy_loss
-from grpo.training.metrics import Tally, declare
+from grpo.training.metrics import Reduced, Tally, declare
 from grpo.training.router_balance import RouterBalance
+from grpo.training.sampler_correction import check_gap
 from grpo.training.schedule import learning_rate
 from grpo.training.skipped_updates import SkippedUpdate, count_skip
 from grpo.training.special_micro_batches import halves
@@ -251,10 +252,11 @@ class Policy:
             self.remember_checksums()
         return norms
 
-    def trust_sampler(self, gap: float | None) -> None:
-        """Decide whether the sampler's log-probs serve as the next step's old ones.
+    def trust_sampler(self, measured: Reduced) -> None:
+        """Decide whether the sampler's log-probs serve as the next step's old ones, and whether it can be used at all.
 
-        gap: largest |policy - sampler| log-prob over all ranks in this step; None: not measured, nothing changes.
+        Nothing changes in a step that did not measure it. Raises Lost, on every rank alike.
         """
-        if gap is not None:
-            self.counters.trust_sampler = gap <= MAX_TRUSTED_GAP
+        if measured.sampler_gap is not None:
+            check_gap(measured.metrics, self.cfg)
+            self.counters.trust_sampler = measured.sampler_gap <= MAX_TRUSTED_GAP

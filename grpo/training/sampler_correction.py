@@ -21,7 +21,8 @@ import math
 import torch
 from torch import Tensor
 
-from grpo.config.settings import Config
+from grpo.config.settings import Config, sampler_gap_limit
+from grpo.errors import Lost
 from grpo.training.metrics import declare
 
 LOG_RATIO_CLAMP = 20.0
@@ -79,3 +80,19 @@ def with_sample_size(metrics: dict[str, float]) -> dict[str, float]:
     (0.5, {'lr': 1.0})
     """
     return metrics if U not in metrics else {**metrics, ESS: metrics[U] ** 2 / metrics[U_SQUARED]}
+
+
+def check_gap(metrics: dict[str, float], cfg: Config) -> None:
+    """End a run whose rollout server computes something else. Raises Lost.
+
+    >>> check_gap({"sampler_gap/mean": 3.0}, Config(rollout_engine="vllm"))
+    Traceback (most recent call last):
+    grpo.errors.Lost: max_sampler_gap: log-probs of the rollout server are 3 nats from ...
+    """
+    gap, limit = metrics.get("sampler_gap/mean", 0.0), sampler_gap_limit(cfg)
+    if cfg.rollout_engine == "vllm" and not gap <= limit:
+        raise Lost(
+            f"max_sampler_gap: log-probs of the rollout server are {gap:.3g} nats from the trainer's on average, "
+            f"{limit:g} are allowed. This step is not saved. Compare the server's flags (--dtype, quantisation, rope) "
+            "with this run, or set max_sampler_gap."
+        )

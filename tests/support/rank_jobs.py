@@ -183,7 +183,7 @@ def free_rollout(world: World, out: Path, **settings):
         for step in range(3):
             injected_step(cfg, world, policy, step, 3, 0, Tally())
     engine = NativeEngine(sampler, [0, 9], cfg.max_generate_length, seed=cfg.seed)
-    engine.load_weights(policy.weights())
+    engine.load_weights(policy.weights)
     completions = rollout(engine, prompts, range(3, 100), cfg, world)
     return {str(c.row): [c.token_ids.tolist(), c.sampler_logprobs.tolist(), c.finish] for c in completions}
 
@@ -219,7 +219,7 @@ def sealed_update(world: World, out: Path, rank: int, **settings):
     cfg = config(**settings)
     policy = make_policy(cfg, world)
     injected_step(cfg, world, policy, 0, 3, 0, Tally())
-    NativeEngine(with_adapter(cfg, tiny_model("qwen3", VOCAB)), [0], 4, 1).load_weights(policy.weights())
+    NativeEngine(with_adapter(cfg, tiny_model("qwen3", VOCAB)), [0], 4, 1).load_weights(policy.weights)
     untouched = policy.changed_tensor()
     tensors = dict(policy.backend.local_tensors())
     found = {}
@@ -284,7 +284,7 @@ def architecture_steps(world: World, out: Path, architecture: str, steps: int = 
     group = cfg.num_generations
     for step in range(steps):
         prompts, _, _ = injected(cfg, step)
-        engine.load_weights(policy.weights())
+        engine.load_weights(policy.weights)
         completions = rollout(engine, prompts, range(step, 100), cfg, world)
         facts = np.zeros((len(prompts) * group, 3))
         for c in completions:
@@ -351,7 +351,7 @@ def counted_step(world: World, out: Path, seed: int = 0, **settings):
     policy = make_policy(cfg, world)
     prompts, _, _ = injected(cfg, 0, seed)
     engine = NativeEngine(tiny_model("qwen3", VOCAB), [0, 9], cfg.max_generate_length, cfg.seed)
-    engine.load_weights(policy.weights())
+    engine.load_weights(policy.weights)
     counts: dict[str, int] = {}
     originals = {name: getattr(torch.distributed, name) for name in COLLECTIVES}
 

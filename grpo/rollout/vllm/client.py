@@ -1,0 +1,173 @@
+"""One rollout server as the trainer sees it: facts, weights, a stream of completions. Errors are one line.
+
+A connection that breaks is tried again until the server has been silent for `timeout_s`; requests that were not
+answered are asked again, and give the same tokens, because each carries its own seed.
+"""
+
+import http.client
+import json
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from grpo.rollout.vllm.wire import PROTOCOL, TOKEN_VARIABLE
+
+READ_S = 30.0  # a server that is alive sends a line twice a second
+RETRY_S = 1.0  # between two tries
+CONNECTION_ERRORS = (OSError, http.client.HTTPException, ValueError)  # ValueError: what came back is no JSON
+
+
+class ServerProblem(Exception):
+    """A server cannot do what was asked; the message names its address."""
+
+
+class Unusable(ServerProblem):
+    """Trying again cannot help: wrong token, model, or weights."""
+
+
+class Client:
+    """A server at one address."""
+
+    def __init__(self, url: str, token: str, timeout_s: float):
+        """timeout_s: without a sign of progress, before the server counts as lost."""
+        self.url, self.timeout_s = url.rstrip("/"), timeout_s
+        parts = urlsplit(self.url)
+        self.kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self.address = parts.netloc
+        self.headers = {"Authorization": f"Bearer {token}"}
+
+    def ask(self, method: str, path: str, body: Any = None, read_s: float = READ_S) -> dict[str, Any]:
+        """One request, its whole answer. Raises ServerProblem, and CONNECTION_ERRORS."""
+        connection = self.kind(self.address, timeout=read_s)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body), self.headers)
+            return self._answer(connection.getresponse())
+        finally:
+            connection.close()
+
+    def _answer(self, response: http.client.HTTPResponse) -> dict[str, Any]:
+        answer = json.loads(response.read())
+        if not isinstance(answer, dict):
+            raise ServerProblem(f"{self.url}: answers with something that is no rollout server's. Check the address.")
+        self._check(response.status, answer)
+        return answer
+
+    def _check(self, status: int, answer: dict[str, Any]) -> None:
+        if status == 401:
+            raise Unusable(
+                f"{self.url}: refuses the token. {TOKEN_VARIABLE} must be the secret that the server was started with."
+            )
+        if status == 404:
+            raise Unusable(f"{self.url}: is no rollout server of this project. Start one with launch/vllm_server.sh.")
+        if status != 200:
+            raise ServerProblem(f"{self.url}: {str(answer.get('error', status))[:500]}")
+
+    def facts(self) -> dict[str, Any]:
+        """What the server holds. Raises ServerProblem, and CONNECTION_ERRORS."""
+        facts = self.ask("GET", "/health")
+        if facts.get("protocol") != PROTOCOL:
+            raise Unusable(
+                f"{self.url}: speaks protocol {str(facts.get('protocol'))[:20]}, this version {PROTOCOL}. Use the "
+                "same version of this project on both sides."
+            )
+        return facts
+
+    def wait(
+        self, pulse: Callable[[], bool] = lambda: False, ready: Callable[[dict[str, Any]], bool] | None = None
+    ) -> dict[str, Any]:
+        """The server's facts, once it answers and is `ready`. Raises ServerProblem after timeout_s."""
+        until, problem = time.monotonic() + self.timeout_s, ""
+        while True:
+            try:
+                facts = self.facts()
+                if ready is None or ready(facts):
+                    return facts
+                problem = "it has restarted and lost the weights that it was sent"
+            except Unusable:
+                raise
+            except ServerProblem as error:
+                problem = str(error).removeprefix(f"{self.url}: ")
+            except CONNECTION_ERRORS as error:
+                problem = _why(error)
+            if time.monotonic() > until or pulse():
+                raise ServerProblem(f"{self.url}: no answer for {self.timeout_s:g} s ({problem}).")
+            time.sleep(RETRY_S)
+
+    def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The lines of /generate. Raises ServerProblem, and CONNECTION_ERRORS when it breaks off."""
+        connection = self.kind(self.address, timeout=READ_S)
+        try:
+            connection.request("POST", "/generate", json.dumps(body), self.headers)
+            response = connection.getresponse()
+            if response.status != 200:
+                self._answer(response)
+            for text in response:
+                line = json.loads(text)
+                if "error" in line:
+                    raise ServerProblem(f"{self.url}: {str(line['error'])[:500]}")
+                if "done" in line:
+                    return
+                yield line
+            raise ConnectionResetError("the answer broke off")
+        finally:
+            with suppress(OSError):
+                connection.close()
+
+
+def send_weights(
+    clients: list[Client], pieces: Iterable[bytes | memoryview], version: str, load_s: float
+) -> list[dict[str, Any] | ServerProblem]:
+    """Send one stream of tensors to every server; what each answered, or its problem. The stream is always read whole.
+
+    load_s: seconds that a server may take to load what it got.
+    """
+    connections: list[http.client.HTTPConnection | None] = []
+    outcomes: list[dict[str, Any] | ServerProblem] = [ServerProblem(client.url) for client in clients]
+    for i, client in enumerate(clients):
+        connection = client.kind(client.address, timeout=max(READ_S, load_s))
+        try:
+            connection.putrequest("POST", f"/weights?version={quote(version)}")
+            for name, value in client.headers.items():
+                connection.putheader(name, value)
+            connection.putheader("Transfer-Encoding", "chunked")
+            connection.endheaders()
+            connections.append(connection)
+        except CONNECTION_ERRORS as error:
+            outcomes[i] = ServerProblem(f"{client.url}: {_why(error)}")
+            connections.append(None)
+
+    def send(*parts: bytes | memoryview) -> None:
+        for i, connection in enumerate(connections):
+            try:
+                for part in parts if connection is not None else ():
+                    connection.send(part)  # type: ignore[union-attr]
+            except OSError as error:
+                outcomes[i] = ServerProblem(f"{clients[i].url}: the transfer of weights broke off ({_why(error)})")
+                connections[i] = None
+
+    for piece in pieces:
+        send(b"%x\r\n" % len(piece), piece, b"\r\n") if len(piece) else None
+    send(b"0\r\n\r\n")
+    for i, (client, open_connection) in enumerate(zip(clients, connections, strict=True)):
+        try:
+            if open_connection is not None:
+                outcomes[i] = client._answer(open_connection.getresponse())
+        except ServerProblem as problem:
+            outcomes[i] = problem
+        except CONNECTION_ERRORS as error:
+            outcomes[i] = ServerProblem(f"{client.url}: the transfer of weights broke off ({_why(error)})")
+    return outcomes
+
+
+def _why(error: BaseException) -> str:
+    """A connection's error in words."""
+    if isinstance(error, ConnectionRefusedError):
+        return "nothing listens there"
+    if isinstance(error, socket.gaierror):
+        return "its name cannot be resolved"
+    if isinstance(error, TimeoutError):
+        return f"silent for {READ_S:g} s"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

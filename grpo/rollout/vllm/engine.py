@@ -1,0 +1,320 @@
+"""The engine that samples with vLLM: all rows of a step at once, on one or several servers.
+
+Each rank asks for its own rows; a group stays on one server, which computes its prompt once. The uniform that picks a
+token is the native engine's, a hash of (seed, slot, g, t), so what a row draws depends neither on its rank nor on its
+server, up to rounding. One rank sends the weights to a server, which answers with a checksum of every tensor that
+arrived and then samples fixed texts; their log-probs are compared with the trainer's own. A server that fails ends the
+run on all ranks, after a checkpoint.
+"""
+
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from grpo.config.settings import Config, sampler_gap_limit
+from grpo.errors import UserError
+from grpo.rollout import OnFinished, Request, Weights
+from grpo.rollout.sampling import Sampling, sampling_of
+from grpo.rollout.vllm.client import CONNECTION_ERRORS, Client, ServerProblem, Unusable, send_weights
+from grpo.rollout.vllm.wire import DTYPES, NOT_FINITE, frames, packed, unpacked
+from grpo.runtime.checksums import checksum, first_difference
+from grpo.runtime.distributed import World
+from grpo.runtime.out_of_memory import FittingSize
+from grpo.types import Completion, Pulse
+
+GRACE_S = 5.0  # for a thread that waits for its server to say first why
+WAIT_S = 0.05  # for a line of any server, between two pulses
+LOAD_S = 300.0  # for a server to load the weights that it got
+MAX_TRIES = 3  # of a transfer, and of requests that a server refuses
+PROBES = (  # texts whose continuations are compared with the trainer's after each transfer
+    "The farmer has 12 sheep and sells 5 of them. How many sheep are left? Let us count step by step:",
+    "def mean(values):\n    return sum(values) / len(values)\n\nThe mean of 3, 5 and 10 is",
+    "小明有八个苹果，又买了三个。现在他一共有",
+)
+PROBE_TOKENS = 8
+PROBE_SLOT = 2**63  # no question's
+
+Score = Callable[[tuple[int, ...], Completion], np.ndarray]
+"""Prompt ids and a completion -> [C] log-probs of the trained model. Called on every rank alike."""
+
+
+class VllmEngine:
+    """See `Engine` in grpo/rollout/__init__.py."""
+
+    takes_all_rows = True  # servers batch them
+
+    def __init__(
+        self,
+        cfg: Config,
+        world: World,
+        clients: Sequence[Client],
+        owned: Sequence[Client],
+        stop_ids: Iterable[int],
+        num_tokens: int,
+        tokenizer: PreTrainedTokenizerBase,
+        score: Score,
+        fail: Callable[[str], None],
+        merged: Weights | None = None,
+    ):
+        """clients: those that this rank asks. owned: those that it sends weights to; each server has one such rank.
+
+        num_tokens: ids from here on are never drawn. fail: asks all ranks to stop, after a checkpoint.
+
+        merged: the weights to send in place of the policy's trained ones, where these are an adapter's.
+        """
+        self.merged = merged
+        self.cfg, self.world, self.clients, self.owned = cfg, world, list(clients), list(owned)
+        self.most_owned = int(world.gather_rows(np.array([float(len(self.owned))])).max())
+        self.stop_ids, self.num_tokens, self.score = sorted(stop_ids), num_tokens, score
+        self.fitting = FittingSize("rollout", "rollout_chunk_rows", "rows")
+        texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
+        self.probes = [tuple(ids[: cfg.max_prompt_length or 64]) for ids in texts if ids]
+        self.dtype = "float32"
+        self.loaded: int | None = None  # the policy's version that the servers hold
+        self.version = ""  # the same, as they know it
+        self.loads = 0
+        # one name for this process of the run, on every rank
+        number = np.array([float(secrets.randbits(48) if world.is_main else 0)])
+        self.name = f"{int(world.sum_rows(number)[0]):012x}"
+        self.failed = False
+        self._fail = fail
+
+    def fail(self, line: str) -> None:
+        """Give up: `generate` returns nothing from now on, and the run stops."""
+        if not self.failed:
+            self.failed = True
+            self._fail(line)
+
+    # --- weights
+
+    def load_weights(self, weights: Weights, version: int) -> None:
+        """Send the policy's weights, unless the servers hold this version of them. Every rank must call it."""
+        if version == self.loaded:
+            return
+        self.loads += 1
+        self.loaded, self.version = version, f"{self.name}-{self.loads}"
+        for _ in range(MAX_TRIES):
+            problem = self._send((self.merged or weights)())
+            again, hopeless = self.world.any_rank(problem is not None, isinstance(problem, Unusable))
+            if not again or hopeless:
+                break
+        if problem is not None:
+            self.fail(str(problem))
+        for place in range(0 if again else self.most_owned):
+            self._probe(self.owned[place] if place < len(self.owned) else None)
+
+    def _send(self, weights: Iterable[tuple[str, Tensor]]) -> ServerProblem | None:
+        """One transfer to the servers of this rank; what went wrong."""
+        sent: dict[str, int] = {}
+        dtype = DTYPES[self.dtype]
+
+        def converted() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                passed = tensor.detach().to(dtype)
+                sent[name] = int(checksum(passed))
+                yield name, passed
+
+        problem: ServerProblem | None = None
+        try:
+            for client in self.owned:
+                client.wait()
+        except ServerProblem as error:
+            problem = error
+        if problem is not None or not self.owned:
+            for _ in weights:  # where weights are sharded, gathering them needs every rank
+                pass
+            return problem
+        for client, outcome in zip(
+            self.owned, send_weights(self.owned, frames(converted()), self.version, LOAD_S), strict=True
+        ):
+            if isinstance(outcome, ServerProblem):
+                return outcome
+            for arrived in outcome["arrived"]:
+                got = {name: int(found[0]) for name, found in arrived.items()}
+                if (name := first_difference(sent, got)) is not None:
+                    return ServerProblem(f"{client.url}: {name} arrived changed.")
+        return None
+
+    def _probe(self, client: Client | None) -> None:
+        """Compare the log-probs of a server with the trainer's, on fixed texts.
+
+        client: None on a rank that owns fewer; it scores something too: a collective where weights are sharded.
+        """
+        sampling = sampling_of(self.cfg)
+        requests = [Request(i, PROBE_SLOT, i, ids) for i, ids in enumerate(self.probes)]
+        lines: queue.Queue[tuple[str, Any]] = queue.Queue()
+        if client is not None:
+            self._ask(client, dict(enumerate(requests)), sampling, PROBE_TOKENS, lines, threading.Event())
+        answers: dict[int, Completion] = {}
+        while not lines.empty():
+            kind, content = lines.get()
+            if kind == "failed":
+                self.fail(content)
+            elif kind == "row" and len(content.token_ids):
+                answers[content.row] = content
+        gaps: list[float] = []
+        support = np.full((1, sampling.support_width), -1, np.int32) if sampling.support_width else None
+        nothing = Completion(0, np.zeros(1, np.int32), np.zeros(1, np.float32), "length", support)
+        for request in requests:
+            answer = answers.get(request.row, nothing)
+            found = self.score(request.prompt_ids, answer)
+            if answer is not nothing:
+                gaps += np.abs(found - answer.sampler_logprobs).tolist()
+        gap, limit = float(np.mean(gaps)) if gaps else 0.0, sampler_gap_limit(self.cfg)
+        if client is not None and not gap <= limit:
+            self.fail(
+                f"{client.url}: every tensor arrived as it was sent, but on fixed texts its log-probs differ from the "
+                f"trainer's by {gap:.3g} nats on average, {limit:g} are allowed (max_sampler_gap). It computes "
+                "something else: compare its --model (rope, architecture), --dtype and quantisation with this run's."
+            )
+
+    # --- completions
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        pulse: Pulse = lambda: False,
+        *,
+        on_finished: OnFinished | None = None,
+    ) -> list[Completion]:
+        """As `Engine.generate`. Completions that `pulse` interrupts are dropped."""
+        lines: queue.Queue[tuple[str, Any]] = queue.Queue()
+        ended = threading.Event()
+        shares: list[dict[int, Request]] = [{} for _ in self.clients]
+        for key, request in enumerate(requests):
+            shares[request.slot % len(self.clients)][key] = request
+        asked = [(client, share) for client, share in zip(self.clients, shares, strict=True) if share]
+        rest = (sampling, self.cfg.max_generate_length, lines, ended)
+        threads = [threading.Thread(target=self._ask, args=(*each, *rest), daemon=True) for each in asked]
+        completed: dict[int, Completion] = {}
+        drawn: dict[str, int] = {}  # tokens that each server reports
+        last_progress = time.monotonic()
+        if not self.failed:
+            for thread in threads:
+                thread.start()
+        while len(completed) < len(requests) and not self.failed:
+            try:
+                kind, content = lines.get(timeout=WAIT_S)
+            except queue.Empty:
+                kind, content = "", None
+            if kind == "row":
+                completed[content.row] = content
+                last_progress = time.monotonic()
+                if on_finished is not None:
+                    on_finished([content])
+            elif kind == "progress" and drawn.get(content[0]) != content[1]:
+                drawn[content[0]] = content[1]
+                last_progress = time.monotonic()
+            elif kind == "failed":
+                self.fail(content)
+            if time.monotonic() - last_progress > self.cfg.rollout_timeout_s + GRACE_S:
+                waiting = sum(request.row not in completed for request in requests)
+                self.fail(
+                    f"{', '.join(client.url for client, _ in asked)}: no new token for "
+                    f"{self.cfg.rollout_timeout_s:g} s (rollout_timeout_s), {waiting} completions are missing."
+                )
+            if pulse():
+                break
+        ended.set()
+        return [completed[request.row] for request in requests if request.row in completed]
+
+    def _ask(
+        self,
+        client: Client,
+        pending: dict[int, Request],
+        sampling: Sampling,
+        limit: int,
+        lines: "queue.Queue[tuple[str, Any]]",
+        ended: threading.Event,
+    ) -> None:
+        """Put the completions of these requests into `lines`, asking again for those that a server did not finish."""
+        refusals = 0
+        while pending and not ended.is_set():
+            try:
+                for line in client.stream(self._body(pending, sampling, limit)):
+                    if ended.is_set():
+                        return
+                    if "key" in line and line["finish"] in ("stop", "length"):
+                        request = pending.pop(line["key"])
+                        lines.put(("row", self._completion(request, line, sampling, limit)))
+                    elif "progress" in line:
+                        lines.put(("progress", (client.url, line["progress"])))
+            except (KeyError, TypeError, Unusable) as error:
+                text = (
+                    str(error) if isinstance(error, Unusable) else f"{client.url}: answers are malformed ({error!r})."
+                )
+                lines.put(("failed", text))
+                return
+            except (ServerProblem, *CONNECTION_ERRORS) as error:
+                refusals += isinstance(error, ServerProblem)
+                try:
+                    if refusals >= MAX_TRIES:
+                        raise error if isinstance(error, ServerProblem) else ServerProblem(str(error))
+                    client.wait(ended.is_set, lambda facts: facts["version"] == self.version)
+                except ServerProblem as problem:
+                    lines.put(("failed", str(problem)))
+                    return
+
+    def _body(self, pending: dict[int, Request], sampling: Sampling, limit: int) -> dict[str, Any]:
+        """The body of /generate."""
+        prompts = list(dict.fromkeys(request.prompt_ids for request in pending.values()))
+        place = {ids: i for i, ids in enumerate(prompts)}
+        probe = limit == PROBE_TOKENS and next(iter(pending.values())).slot >= PROBE_SLOT
+        return {
+            "version": self.version,
+            "prompts": [packed(ids, "<i4") for ids in prompts],
+            "requests": [
+                [key, place[one.prompt_ids], limit, self.cfg.seed, one.slot, one.generation, one.num_drawn]
+                for key, one in pending.items()
+            ],
+            "sampling": list(asdict(sampling).values()),
+            "support_width": sampling.support_width,
+            "num_tokens": self.num_tokens,
+            "stop_ids": [] if probe else self.stop_ids,
+            "stop": [] if probe else self.cfg.stop,
+        }
+
+    def _completion(self, request: Request, line: dict[str, Any], sampling: Sampling, limit: int) -> Completion:
+        """A line as a completion. Raises KeyError, TypeError or ValueError when it is malformed."""
+        ids, logprobs = unpacked(line["tokens"], "<i4"), unpacked(line["logprobs"], "<f4")
+        width = sampling.support_width
+        support = unpacked(line["support"], "<i4").reshape(-1, width) if width else None
+        lengths = {len(ids), len(logprobs), *(() if support is None else (len(support),))}
+        inside = len(ids) and int(ids.min()) >= 0 and int(ids.max()) < self.num_tokens
+        if line["version"] != self.version or len(lengths) > 1 or len(ids) > limit or not inside:
+            raise KeyError(f"row {request.row} has {len(ids)} tokens of weights {line['version']}")
+        broken = np.flatnonzero(~(logprobs < NOT_FINITE))
+        finish, end = ("error", int(broken[0])) if len(broken) else (line["finish"], len(ids))
+        return Completion(request.row, ids[:end], logprobs[:end], finish, None if support is None else support[:end])
+
+
+def check_facts(facts: dict[str, Any], url: str, cfg: Config, config: Any) -> None:
+    """Compare a server's model with the trained one. config: of the trained model. Raises UserError."""
+    text = config.get_text_config()
+    own = {name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
+    own["architecture"] = next(iter(config.architectures or [None]))
+    for name, value in own.items():
+        if value is not None and facts.get(name) != value:
+            raise UserError(
+                f"rollout_server: {url} serves {str(facts.get('model'))[:100]!r} with {name} "
+                f"{str(facts.get(name))[:60]}, the trained model has {value}. Start it with --model {cfg.model}."
+            )
+    needed = (cfg.max_prompt_length or 0) + cfg.max_generate_length
+    if facts.get("max_model_len", 0) < needed:
+        raise UserError(
+            f"rollout_server: {url} takes {facts.get('max_model_len')} tokens, max_prompt_length + max_generate_length "
+            f"are {needed}. Start it with --max-model-len {needed}."
+        )
+    if facts.get("dtype") not in DTYPES:
+        raise UserError(
+            f"rollout_server: {url} computes in {facts.get('dtype')}. Start it with --dtype bfloat16 or float32."
+        )

@@ -1,0 +1,122 @@
+"""What runs inside vLLM's processes: the draw of grpo/rollout/sampling.py, and new weights.
+
+vLLM computes logits; the token is drawn here, by the code and the keyed random numbers of the native engine. So every
+setting of sampling means the same on both engines, equal logits give equal tokens, and neither the batch nor a request
+that is asked again changes what a row draws. The drawn token is handed to vLLM's sampler as the only one possible:
+
+    logits of a row  ->  the drawn token: its log-prob;  other ids of its support: IN_SUPPORT;  all others: -inf
+
+and comes back as "logprobs", because the server runs with logprobs_mode processed_logits.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from grpo.randomness import uniforms
+from grpo.rollout.sampling import Sampling, draw
+from grpo.rollout.vllm.wire import DRAW, IN_SUPPORT, NOT_FINITE, index_of, read_frames
+from grpo.runtime.checksums import checksum
+
+Row = tuple[list[Any], Sequence[int]]  # arguments of the draw; the tokens drawn so far, a list that vLLM extends
+
+
+class KeyedDraw(LogitsProcessor):
+    """Draws every row's token. Arguments: extra_args[DRAW] = [seed, slot, g, first token, ids, *fields of Sampling]."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
+        self.rows: dict[int, Row] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        """No: so it runs first, and for every row."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow rows that leave, join and move."""
+        if batch_update is None:
+            return
+        for index in batch_update.removed:
+            self.rows.pop(index, None)
+        for index, params, _, drawn in batch_update.added:
+            self._set(index, _row_of(params, drawn))
+        for start, end, direction in batch_update.moved:
+            moved, replaced = self.rows.pop(start, None), self.rows.pop(end, None)
+            self._set(end, moved)
+            if direction == MoveDirectionality.SWAP:
+                self._set(start, replaced)
+
+    def _set(self, index: int, row: Row | None) -> None:
+        if row is None:
+            self.rows.pop(index, None)
+        else:
+            self.rows[index] = row
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Replace logits [B, V] of the rows that have arguments."""
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for index, (arguments, _) in self.rows.items():
+            if index < len(logits):
+                kinds.setdefault(tuple(arguments[4:]), []).append(index)
+        for (num_tokens, *settings), indices in kinds.items():
+            slots, generations, firsts = np.array([self.rows[i][0][1:4] for i in indices], dtype=np.uint64).T
+            ages = firsts + np.array([len(self.rows[i][1]) for i in indices], dtype=np.uint64)
+            numbers = uniforms(self.rows[indices[0]][0][0], slots, generations, 1, ages)[:, 0]
+            chosen = torch.tensor(indices, device=logits.device)
+            sampling = Sampling(*settings)
+            given = logits[chosen, :num_tokens]
+            drawn = draw(given, torch.from_numpy(numbers).to(logits.device), sampling)
+            result = logits.new_full((len(indices), logits.shape[1] + 1), -torch.inf)  # the last column: padding
+            if drawn.support is not None:
+                result.scatter_(1, torch.where(drawn.support < 0, logits.shape[1], drawn.support), IN_SUPPORT)
+            logprobs = torch.where(drawn.finite, drawn.logprobs, NOT_FINITE).to(result.dtype)
+            result.scatter_(1, drawn.token_ids[:, None], logprobs[:, None])
+            logits[chosen] = result[:, :-1]
+        return logits
+
+
+def _row_of(params: SamplingParams, drawn: Sequence[int]) -> Row | None:
+    given = (params.extra_args or {}).get(DRAW)
+    if given is None:
+        return None
+    assert len(given) == 5 + len(fields(Sampling))
+    return list(given), drawn
+
+
+def _repack_heads(model: torch.nn.Module) -> None:
+    """Pack heads again that share their weight with the embedding.
+
+    On CPU vLLM computes with a packed copy of a weight. It renews those of the weights that are loaded, and a tied head
+    is not: it would go on with the old weights.
+    """
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+            module.quant_method.process_weights_after_loading(module)
+
+
+class WeightReceiver:
+    """Methods that vLLM adds to its workers (worker_extension_cls)."""
+
+    def receive_weights(self, file: str) -> dict[str, list[Any]]:
+        """Load the weights of a stored stream in place. Name -> [checksum of what arrived, dtype].
+
+        Raises BadStream, or vLLM's error for weights that do not fit its model.
+        """
+        index = index_of(Path(file))  # complete, before any weight changes
+        arrived: dict[str, list[Any]] = {}
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in read_frames(Path(file), index):
+                arrived[name] = [int(checksum(tensor)), str(tensor.dtype)]
+                yield name, tensor
+
+        self.model_runner.reload_weights(weights_iterator=tensors())  # type: ignore[attr-defined]
+        _repack_heads(self.model_runner.get_model())  # type: ignore[attr-defined]
+        return arrived
