@@ -12,6 +12,7 @@ folders          merged_16bit, merged_4bit, lora: folders that transformers or p
 gguf_model       gguf: settings and tensors of the architectures that were checked against llama.cpp
 gguf_tokenizer   gguf: tokens, merges, and the name of llama.cpp's pre-tokenizer that equals the tokenizer's
 gguf_file        gguf: writing the files, quantising with llama.cpp, checking a file with it
+serving_template the prompt recipe as a chat template, for servers (--for_serving)
 push             sending an export to a hub, with its model card (grpo/checkpoints/card.py)
 
 A single method is written into --out itself, several into a folder each. MANIFEST.json lists the files.

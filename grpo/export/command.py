@@ -46,6 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quant", help="with gguf, with commas: f16 (default), q8_0, q5_k_m, q4_k_m")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of merged_16bit (default: bf16)")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; it must not exist")
+    parser.add_argument("--for_serving", action="store_true", help="put the prompt recipe into the chat template")
     parser.add_argument("--metrics", type=Path, help="metrics.jsonl for the model card (default: the run's own)")
     parser.add_argument(
         "--push",
@@ -84,6 +85,8 @@ def check(args: argparse.Namespace) -> None:
     for flag, goes_with in (("quant", {"gguf"}), ("dtype", {"merged_16bit"}), ("metrics", set(METHODS))):
         if getattr(args, flag) is not None and not goes_with & set(methods):
             raise UserError(f"{flag}: goes with --to {' or '.join(sorted(goes_with))}. Leave it out.")
+    if args.for_serving and not args.to:
+        raise UserError("for_serving: goes with --checkpoint and --to. Leave it out.")
     if not args.to and not args.out.is_dir():
         raise UserError(f"out: no export in {str(args.out)[:200]!r}. Make one with --checkpoint and --to.")
 
@@ -191,7 +194,9 @@ def export(args: argparse.Namespace) -> None:
     """Write all requested methods, or nothing. Raises UserError."""
     methods = split(args.to, "to", METHODS)
     check_out(args.out)
-    source = Source(choose(args.checkpoint, Path()))
+    source = Source(choose(args.checkpoint, Path()), args.for_serving)
+    if args.for_serving:
+        source.tokenizer  # noqa: B018  refuses before weights are read
     writers = prepare(source, methods, args)
     metrics, written = card.read_metrics(source.raw_config, source.step, args.metrics), []
     with written_whole(args.out) as folder:

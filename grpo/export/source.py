@@ -14,6 +14,7 @@ from grpo.checkpoints.card import without_paths
 from grpo.checkpoints.resume import read_state
 from grpo.data.recipe import Recipe, load_recipe
 from grpo.errors import UserError
+from grpo.export.serving_template import response_template, served_recipe, serving_template
 from grpo.models.checks import check_vocabulary, load_model, stop_token_ids
 from grpo.models.loading import load_tokenizer, resolve
 from grpo.models.lora_checks import is_adapter
@@ -26,6 +27,7 @@ class Source:
     """A verified checkpoint. Its parts are read on first use; reading raises UserError."""
 
     folder: Path
+    for_serving: bool = False  # the chat template holds the recipe (serving_template.py)
 
     @cached_property
     def is_adapter(self) -> bool:
@@ -47,14 +49,22 @@ class Source:
         return {"counters": dataclasses.asdict(self._state["counters"]), "config": without_paths(self.raw_config)}
 
     @cached_property
-    def recipe(self) -> Recipe:
-        """How prompts are built."""
+    def _own_recipe(self) -> Recipe:
         return load_recipe(self.folder / "trainer" / "recipe.json")
+
+    @property
+    def recipe(self) -> Recipe:
+        """How prompts are built, with the chat template of `tokenizer`."""
+        return served_recipe(self._own_recipe) if self.for_serving else self._own_recipe
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with the chat template of the run."""
-        return load_tokenizer(str(self.folder))
+        """The tokenizer, with the chat template of the run, or with the one for servers."""
+        tokenizer = load_tokenizer(str(self.folder))
+        if self.for_serving:
+            tokenizer.chat_template = serving_template(self._own_recipe, tokenizer)
+            tokenizer.response_template = response_template(self._own_recipe, tokenizer)
+        return tokenizer
 
     @cached_property
     def config(self) -> PreTrainedConfig:
