@@ -44,8 +44,8 @@ class Sampling:
 
 
 def records_entropy(cfg: Config) -> bool:
-    """Whether the engine records the entropy of each token, so that no forward has to measure it."""
-    return cfg.top_entropy_share < 1
+    """Whether the engine records the entropy of each token, as the native one does: no forward has to measure it."""
+    return cfg.top_entropy_share < 1 and getattr(cfg, "rollout_engine", "native") == "native"
 
 
 def sampling_of(cfg: Config) -> Sampling:
