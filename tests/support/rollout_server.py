@@ -67,7 +67,7 @@ class StandIn:
         self.change_facts: Callable[[dict[str, Any]], Any] = lambda facts: facts
         self.change_stored: Callable[[Path], None] = lambda file: None
         self.change_weights: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
-        self.change_lines: Callable[[Iterator[bytes]], Iterator[bytes]] = lambda lines: lines
+        self.change_lines: Callable[[Iterator[bytes], dict[str, Any]], Iterator[bytes]] = lambda lines, given: lines
         self.before: Callable[[str], tuple[int, bytes] | None] = lambda path: None  # another answer than its own
 
     @property
@@ -245,7 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for line in server.change_lines(server.lines(given)):
+        for line in server.change_lines(server.lines(given), given):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
         self.wfile.write(b"0\r\n\r\n")
 

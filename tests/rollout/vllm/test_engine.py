@@ -69,7 +69,7 @@ def at_line(number, fault):
     """Lines of an answer, with a fault before the line of that number, the first time."""
     left = [number]
 
-    def change(lines):
+    def change(lines, given):
         for line in lines:
             if left and b"key" in line:
                 left[0] -= 1
@@ -90,12 +90,12 @@ def silent(line):
     yield line
 
 
-def always_silent(lines):
+def always_silent(lines, given):
     time.sleep(3)
     yield from lines
 
 
-def slow_but_alive(lines):
+def slow_but_alive(lines, given):
     """More time than rollout_timeout_s + GRACE_S in all, but never without a sign."""
     for number, line in enumerate(lines):
         time.sleep(0.2)
@@ -106,7 +106,7 @@ def slow_but_alive(lines):
 def edited(**fields):
     """Every completion with other fields."""
 
-    def change(lines):
+    def change(lines, given):
         for line in lines:
             yield json.dumps(json.loads(line) | fields).encode() + b"\n" if b"key" in line else line
 
@@ -115,7 +115,7 @@ def edited(**fields):
 
 def instead(*texts):
     """Other lines."""
-    return lambda lines: iter([text + b"\n" for text in texts])
+    return lambda lines, given: iter([text + b"\n" for text in texts])
 
 
 def flip_a_bit(file):
