@@ -24,7 +24,13 @@ from grpo.data.chat_templates import render_chat
 from grpo.data.recipe import Recipe, build, encode, render
 from grpo.errors import UserError
 
-PROBES = ("Tom has 5 eggs. How many?", " two\n lines\n", "小明有10个苹果", "{question} {{ x }} {% y %} \\n \"'", "<b>&amp;</b>")
+PROBES = (
+    "Tom has 5 eggs. How many?",
+    " two\n lines\n",
+    "小明有10个苹果",
+    "{question} {{ x }} {% y %} \\n \"'",
+    "<b>&amp;</b>",
+)
 PLAIN_TURNS = """\
 {%- for turn in messages %}
 {{- turn['content'] }}
