@@ -161,14 +161,12 @@ def test_for_serving_goes_with_an_export(tmp_path, capsys):
     assert "for_serving: goes with --checkpoint and --to" in capsys.readouterr().err
 
 
-def test_the_requests_of_the_page_are_json():
+def test_request_and_answer_of_the_page_are_json():
     text = (PROJECT / "docs" / "serving.md").read_text(encoding="utf-8")
-    bodies = re.findall(r"-d '(.*?)'\n", text, re.S)
-    assert len(bodies) >= 2
-    for body in bodies:
-        json.loads(body)
-    for answer in re.findall(r"^```json\n(.*?)^```$", text, re.M | re.S):
-        json.loads(answer)
+    [body] = re.findall(r"-d '(.*?)'\n", text, re.S)
+    assert {"model", "messages", "temperature", "max_tokens", "logprobs", "top_logprobs"} == set(json.loads(body))
+    [answer] = re.findall(r"^```json\n(.*?)^```$", text, re.M | re.S)
+    assert json.loads(answer)["choices"][0]["logprobs"]["content"]
 
 
 def post(port: int, key: str, **body):

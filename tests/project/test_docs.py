@@ -252,8 +252,21 @@ OF_EVALUATION = set(
     re.findall(r'"--(\w+)"', (PROJECT / "grpo" / "evaluate" / "command.py").read_text(encoding="utf-8"))
 )
 OF_EXPORT = set(re.findall(r'"--(\w+)"', (PROJECT / "grpo" / "export" / "command.py").read_text(encoding="utf-8")))
-# torchrun's, tensorboard's, sbatch's
+# torchrun's, tensorboard's, sbatch's; of servers (docs/serving.md) what stands before the first hyphen
 OF_OTHERS = {"standalone", "nproc_per_node", "logdir", "nodes", "requeue", "signal"}
+OF_OTHERS |= {
+    "api",
+    "api_key",
+    "chat",
+    "enable",
+    "enforce",
+    "jinja",
+    "logprobs",
+    "lora",
+    "model_alias",
+    "n_ctx",
+    "served",
+}
 OF_SCRIPTS = flags_in(
     *(PROJECT / "launch").glob("*.sh"), *(PROJECT / "benchmarks").glob("*.py"), *(PROJECT / "demo").glob("*.py")
 )
