@@ -254,7 +254,17 @@ OF_EVALUATION = set(
 )
 OF_EXPORT = set(re.findall(r'"--(\w+)"', (PROJECT / "grpo" / "export" / "command.py").read_text(encoding="utf-8")))
 # torchrun's, tensorboard's, sbatch's; those of vLLM, of servers (docs/serving.md) and of other trainers
-OF_VLLM = {"gpu-memory-utilization", "max-model-len", "tensor-parallel-size", "enable-lora", "enforce-eager"}
+OF_VLLM = {
+    "max-logprobs",
+    "max-lora-rank",
+    "logprobs-mode",
+    "trust-request-chat-template",
+    "gpu-memory-utilization",
+    "max-model-len",
+    "tensor-parallel-size",
+    "enable-lora",
+    "enforce-eager",
+}
 OF_SERVERS = {
     "api-key",
     "api_key",
