@@ -263,6 +263,7 @@ OF_OTHERS |= {
     "jinja",
     "logprobs",
     "lora",
+    "max",
     "model_alias",
     "n_ctx",
     "served",
