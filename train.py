@@ -58,7 +58,7 @@ def train(cfg: Config, world: World) -> None:
 
     def evaluate(step: int) -> dict[str, float] | None:
         engine.load_weights(policy.weights, policy.counters.updates)
-        return evaluate_sets(engine, task, rewards.at(step, total), cfg, world, warn, run.pulse)
+        return evaluate_sets(engine, task, rewards.at(step, total), cfg, world, warn, run.pulse, run.log.log_answers)
 
     with closing(rewards), run.training(total, first, policy, task.tokenizer, task.recipe):
         for step in range(first, total):

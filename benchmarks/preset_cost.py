@@ -6,6 +6,7 @@
 One process samples a step once (`rollout_s`). Then grpo and the variation take turns, who goes first alternating:
 advantages, plan, delivery, old log-probs, the update, at a learning rate that leaves every fp32 weight as it is. The
 ratio is that of whole steps, rollout_s plus the rest; medians of the pairs' ratios. The control is grpo against itself.
+Where the variation records something while it samples, both sample in every turn, the same tokens.
 Variations that choose groups do the same work for each group and differ in what they sample, so they are not here.
 """
 
@@ -52,6 +53,7 @@ def measure(words: Sequence[str], cases: Sequence[str], pairs: int, threads: int
     from grpo.models.checks import stop_token_ids
     from grpo.rollout import rollout
     from grpo.rollout.engine import NativeEngine
+    from grpo.rollout.sampling import sampling_of
     from grpo.run.task import load_task
     from grpo.runtime.distributed import start
     from grpo.training.exchange import deliver
@@ -60,7 +62,7 @@ def measure(words: Sequence[str], cases: Sequence[str], pairs: int, threads: int
     from grpo.training.minibatches import make_plan
     from grpo.training.policy import Policy
     from grpo.training.scoring import advantages_of
-    from grpo.types import FACTS, Table
+    from grpo.types import FACTS, Completion, Table
 
     plain = settings(words, folder, threads)
     world = start("cpu", threads)
@@ -69,41 +71,46 @@ def measure(words: Sequence[str], cases: Sequence[str], pairs: int, threads: int
     stops = stop_token_ids(policy.model, task.tokenizer, task.recipe.end_of_turn, print)
     engine = NativeEngine.of(plain, policy.model, stops, policy.num_tokens, task.tokenizer)
     prompts = task.questions.prompts(0, plain.batch_size * plain.gradient_accumulation_steps)
-    sampling = []
-    for _ in range(3):
+
+    def sample(cfg: Config) -> tuple[list[Completion], float]:
         began = time.monotonic()
-        completions = rollout(engine, prompts, range(len(prompts)), plain, world)
-        sampling.append(time.monotonic() - began)
-    rollout_s = statistics.median(sampling)
+        completions = rollout(engine, prompts, range(len(prompts)), cfg, world)
+        return sorted(completions, key=lambda one: one.row), time.monotonic() - began
+
+    rollout_s = statistics.median(sample(plain)[1] for _ in range(3))
     # half of each group is right: every row carries gradient
-    completions = sorted(completions, key=lambda one: one.row)
-    lengths = np.array([len(one.token_ids) for one in completions], dtype=np.float64)
-    rewards = np.arange(len(completions)) % 2 + 0.1 * (np.arange(len(completions)) % 3)
+    sampled, _ = sample(plain)
+    lengths = np.array([len(one.token_ids) for one in sampled], dtype=np.float64)
+    rewards = np.arange(len(sampled)) % 2 + 0.1 * (np.arange(len(sampled)) % 3)
     facts = {name: np.zeros(len(lengths)) for name in FACTS} | {"length": lengths, "trained": lengths}
     table = Table(["r"], rewards[:, None], rewards, facts, plain.num_generations, reward_weights=(1.0,))
 
-    def rest_of_a_step(cfg: Config, policy: Policy) -> float:
+    def step(cfg: Config, policy: Policy, samples: bool) -> tuple[float, float]:
+        """Seconds of the rollout and of the rest of a step."""
+        completions, seconds = sample(cfg) if samples else (sampled, rollout_s)
+        assert [len(one.token_ids) for one in completions] == lengths.tolist()
         policy.cfg = policy.scorer.cfg = cfg
         began = time.monotonic()
         gains = advantages_of(table, cfg)
         plan = make_plan(cfg, prompts, table.lengths, gains, 1, policy.scorer.shares_prompts, table.num_trained)
         batches = policy.annotate(deliver(world, cfg, plan, prompts, completions, table, gains))
         policy.train_on(batches, Tally(), 10, False, lambda *skipped: sys.exit("an update was skipped"))
-        return time.monotonic() - began
+        return seconds, time.monotonic() - began
 
     print(f"rollout {rollout_s:.2f} s, {int(lengths.sum())} tokens in {len(lengths)} completions", flush=True)
     for case in cases:
         other = settings(words, folder, threads, **CASES[case])
         theirs = load_policy(other, world)
         theirs.counters.trust_sampler = policy.counters.trust_sampler = True
-        rest_of_a_step(plain, policy), rest_of_a_step(other, theirs)
+        samples = sampling_of(other) != sampling_of(plain)
+        step(plain, policy, samples), step(other, theirs, samples)
         ratios, updates = [], []
         for pair in range(pairs):
             turns = [(plain, policy), (other, theirs)]
-            seconds = {id(turn[1]): rest_of_a_step(*turn) for turn in (turns if pair % 2 else turns[::-1])}
+            seconds = {id(turn[1]): step(*turn, samples) for turn in (turns if pair % 2 else turns[::-1])}
             ours, base = seconds[id(theirs)], seconds[id(policy)]
-            ratios.append((rollout_s + ours) / (rollout_s + base))
-            updates.append(ours / base)
+            ratios.append(sum(ours) / sum(base))
+            updates.append(ours[1] / base[1])
         print(
             f"{case}: step {statistics.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f}), "
             f"without the rollout {statistics.median(updates):.3f}",

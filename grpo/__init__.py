@@ -20,9 +20,11 @@ and leaves a room stands in its __init__.py.
     training/          scores -> advantages -> micro-batches -> loss -> update; backends/
     checkpoints/       writing, choosing and resuming checkpoints
     plan/              python -m grpo.plan: memory and traffic before a run
+    doctor/            python -m grpo.doctor: what is wrong with a run, from its logs
     run/               folders, console, trackers/, exit codes
     evaluate/          python -m grpo.evaluate; asking a checkpoint
     export/            python -m grpo.export: merged weights, GGUF, hub
+    view/              python -m grpo.view: runs in a browser
     sft/               python -m grpo.sft: supervised training before GRPO
     replay             python -m grpo.replay: a skipped update, computed again
 

@@ -1,6 +1,7 @@
 """Errors for users: one line (setting, value given, values allowed, what to do), an exit code, no traceback."""
 
 import sys
+import unicodedata
 
 EXIT_BUG = 1  # an exception that is none of the others, with its traceback
 EXIT_USER = 2  # config, data, reward or checkpoint: the user can correct it
@@ -41,9 +42,26 @@ class Corrupted(UserError):
     code = EXIT_CORRUPTED
 
 
+def printable(text: str) -> str:
+    """A text that a terminal shows and does not act on; line breaks, tabs and spaces of any width stay.
+
+    Control characters, surrogates and marks of direction become the replacement character.
+
+    >>> printable("a\\x1b[2Jb\\u202ec\\u3000\\n")
+    'a\ufffd[2Jb\ufffdc\\u3000\\n'
+    """
+    if text.isprintable():
+        return text
+    kept = "\n\t"
+    return "".join(
+        letter if letter.isprintable() or letter in kept or unicodedata.category(letter) == "Zs" else "\ufffd"
+        for letter in text
+    )
+
+
 def warn(line: str) -> None:
     """Print a line on stderr, on any rank."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:

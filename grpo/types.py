@@ -33,6 +33,7 @@ class Completion:
     support: np.ndarray | None = None  # [C, K] int32, ids that each token was drawn from, -1 padded; None: all ids
     clamped: int = 0  # logits that the clamp moved, summed over the tokens
     trained: np.ndarray = None  # type: ignore[assignment]  # [C] bool, tokens that carry loss; None: all
+    entropy: np.ndarray | None = None  # [C] float32 nats, of each token's sampling distribution; None: not recorded
 
     def __post_init__(self) -> None:
         _fill_trained(self)
@@ -49,9 +50,9 @@ def _fill_trained(row: Any) -> None:
     assert row.trained.shape == (len(row.token_ids),) and row.trained.dtype == bool
 
 
-# of a row: tokens, trained tokens, ended by itself, logits not finite, logits clamped, sum of log-probs, failed
-# rewards, the rank that sampled it
-FACTS = ("length", "trained", "stopped", "broken", "clamped", "logprob_sum", "failures", "rank")
+# of a row: tokens, trained tokens, ended by itself, logits not finite, logits clamped, sums of log-probs and recorded
+# entropies, failed rewards, the rank that sampled it
+FACTS = ("length", "trained", "stopped", "broken", "clamped", "logprob_sum", "entropy_sum", "failures", "rank")
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class TrainRow:
     support: np.ndarray | None  # [C, K] int32
     advantage: float
     trained: np.ndarray = None  # type: ignore[assignment]  # [C] bool, see Completion
+    chosen: np.ndarray | None = None  # [C] bool, see MicroBatch
 
     def __post_init__(self) -> None:
         _fill_trained(self)

@@ -56,8 +56,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must 
         ">= 1",
     ),
     (
-        "save_steps eval_steps eval_rows eval_generations log_samples_steps log_completions_steps check_weights_steps "
-        "top_k seed reward_workers data_rows warmup_steps reference_sync_steps",
+        "save_steps eval_steps eval_rows eval_generations log_samples_steps log_completions_steps log_tokens_steps "
+        "check_weights_steps top_k seed reward_workers data_rows warmup_steps reference_sync_steps",
         lambda value: value >= 0,
         ">= 0",
     ),
@@ -65,7 +65,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # settings, what must 
     ("save_total_limit num_threads rollout_tokens", lambda value: value is None or value >= 1, ">= 1, or null"),
     (
         "lr temperature max_grad_norm logit_clamp advantage_clip max_importance_weight reward_timeout_s push_timeout_s "
-        "entropy_coef_step entropy_coef_max",
+        "entropy_coef_step entropy_coef_max log_tokens_mb",
         lambda value: 0 < value < math.inf,
         "a finite number > 0",
     ),
@@ -381,6 +381,8 @@ def _check_engine(cfg: Config) -> None:
         return
     if cfg.deterministic:
         raise UserError("deterministic: vllm promises no equal bits. Use --rollout_engine native.")
+    limit = cfg.stall_timeout_s
+    _require(cfg, "rollout_timeout_s", cfg.rollout_timeout_s < limit, f"less than stall_timeout_s, which is {limit:g}")
     if cfg.load_in_4bit:
         raise UserError("load_in_4bit: its merged weights are not those of a server. Use --rollout_engine native.")
     if cfg.rollout_server is not None and cfg.vllm_args:

@@ -335,10 +335,16 @@ class Config:
     """offline: wandb, swanlab and trackio only write to runs_dir/run_name, to be synced later."""
     log_samples_steps: int = 10
     """Write completions with rewards and advantages every so many steps: JSON lines, a few as text; 0: never."""
+    log_tokens_steps: int = 10
+    """Write log-prob, ratio, mask and text of each token of 16 rows of a step, every so many steps; 0: never."""
+    log_tokens_mb: float = 64.0
+    """MB (10^6 bytes) that these figures may have in a run; the oldest are thinned out first; > 0."""
     log_completions_steps: int = 0
     """Print a few completions as a table on the console every so many steps; 0: never."""
     console_language: Literal["en", "zh", "zh-Hant"] = "en"
     """Language of console texts about completions, in training, evaluation and inference (grpo/run/languages.py)."""
+    quiet: bool = False
+    """Print warnings, errors and the last line only; train.log has everything. false: a live view on a terminal."""
     inference_questions: list[str] = field(default_factory=list)
     """Built-in cases of inference.py, kept in the checkpoint; empty: the first held-out (or training) questions."""
 

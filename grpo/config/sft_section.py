@@ -70,6 +70,8 @@ OF_ROLLOUTS = frozenset(
         "eval_generations",
         "log_samples_steps",
         "log_completions_steps",
+        "log_tokens_steps",
+        "log_tokens_mb",
     }
 )
 WARMUP = ("warmup_ratio", "warmup_steps")  # two ways to set the same: one in the section replaces both

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -26,14 +27,14 @@ from grpo.evaluate.statistics import of_several_answers
 from grpo.reward_library.scanning import inside
 from grpo.rewards import Reward, RewardInput, completion_text, short_names
 from grpo.rewards.pool import Rewards
-from grpo.rollout import Engine, Request, chunk_rows
+from grpo.rollout import Engine, Request
 from grpo.rollout.chunks import cut_chunks
 from grpo.rollout.sampling import Sampling, sampling_of
 from grpo.run.completions_log import answer_marks, user_metrics
 from grpo.run.task import Task
 from grpo.runtime.distributed import World
 from grpo.runtime.shares import shares_of
-from grpo.training.scoring import Scoring
+from grpo.training.scoring import Scored, Scoring
 from grpo.types import Completion, Prompt, Pulse
 
 
@@ -45,11 +46,15 @@ def evaluate_sets(
     world: World,
     report: Callable[[str], None],
     pulse: Pulse = lambda: False,
+    keep: Callable[[str, Scored], None] = lambda name, scored: None,
 ) -> dict[str, float] | None:
-    """`evaluate` every set; the metrics of a set that has a name carry it: eval/NAME/accuracy."""
+    """`evaluate` every set; the metrics of a set that has a name carry it: eval/NAME/accuracy.
+
+    keep: gets the name of a set and this rank's scored answers to its questions.
+    """
     metrics: dict[str, float] = {}
     for name, questions in task.held_out.items():
-        of_set = evaluate(engine, questions, rewards, task.tokenizer, cfg, world, report, pulse)
+        of_set = evaluate(engine, questions, rewards, task.tokenizer, cfg, world, report, pulse, partial(keep, name))
         if of_set is None:
             return None
         metrics |= {eval_tag(name, metric): value for metric, value in of_set.items()}
@@ -65,11 +70,12 @@ def evaluate(
     world: World,
     report: Callable[[str], None],
     pulse: Pulse = lambda: False,
+    keep: Callable[[Scored], None] = lambda scored: None,
 ) -> dict[str, float] | None:
     """Answer every held-out question and score the answers. Equal on every rank; None: `pulse` asked to stop.
 
     Answers are scored while others are still being sampled; `report` gets a reward function's first failures of the
-    whole evaluation.
+    whole evaluation, `keep` this rank's scored answers when all are there.
     """
     # longest first, so that a chunk's prompts have similar lengths
     prompts = sorted(questions.items, key=lambda prompt: (-len(prompt.token_ids), prompt.data_row))
@@ -81,7 +87,7 @@ def evaluate(
     table = np.zeros((len(prompts) * num_each + 1, num_rewards + 2))
     scoring = Scoring(cfg, rewards, prompts, tokenizer, report, pulse, num_generations=num_each)
     shares = shares_of(cfg, world.size)
-    chunks = cut_chunks(len(prompts), num_each, chunk_rows(engine, cfg), shares, scoring.grouped)
+    chunks = cut_chunks(len(prompts), num_each, engine.chunk_rows or cfg.rollout_chunk_rows, shares, scoring.grouped)
     completions: list[Completion] = []
     # sample and score this rank's chunks
     for i in world.deal(len(chunks)):
@@ -101,6 +107,7 @@ def evaluate(
     table, stop = np.split(world.sum_rows(table), [-1])
     if stop.any():
         return None
+    keep(scored)
     scores, length, vote = np.split(table, [num_rewards, num_rewards + 1], axis=1)
     metrics = {"eval/length_mean": float(length.mean())}
     right = right_answers(scores[:, 0], rewards.rewards[0])

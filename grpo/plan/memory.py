@@ -15,9 +15,10 @@ from grpo.config.settings import Config, is_deepspeed, prompts_per_step, shards_
 from grpo.forward.recomputed import recomputes_cheap
 from grpo.plan.model_size import BF16_BYTES, FP32_BYTES, ModelSize, ModelStates, model_size, model_states
 from grpo.rollout.chunks import cut_chunks
-from grpo.rollout.sampling import sampling_of
+from grpo.rollout.sampling import Sampling, sampling_of
 from grpo.runtime.shares import next_multiple, shares_of
 from grpo.training.backends.gradient_sums import BUCKET_ELEMENTS
+from grpo.training.entropy import has_bonus, scores_entropy
 
 MEMORY_PHASES = ("start-up", "rollout", "update", "optimizer")
 AFTER_LOADING = MEMORY_PHASES[1:]
@@ -107,22 +108,33 @@ def activation_bytes(
     return layers + _after_layers_bytes(size, tokens)
 
 
-def head_bytes(size: ModelSize, completion_tokens: int, chunk_mb: int, truncates: bool, frozen: bool = False) -> int:
+def head_bytes(
+    size: ModelSize, completion_tokens: int, chunk_mb: int, truncates: bool, frozen: bool = False, more_copies: int = 0
+) -> int:
     """One block of logits, fp32, in the backward: 4 copies (3 under truncation), or 1 and the head's new gradient.
 
     The copies are the block, its softmax twice, and its gradient in two parts. A frozen head has no gradient.
+    more_copies: see `entropy_copies`.
     """
     row = size.vocab * FP32_BYTES
     block = min(completion_tokens * row, max(chunk_mb * 2**20, row))
-    return max((3 if truncates else 4) * block, 0 if frozen else block + row * size.hidden)
+    return max((3 if truncates else 4 + more_copies) * block, 0 if frozen else block + row * size.hidden)
 
 
-def draw_bytes(size: ModelSize, rows: int, temperature: float) -> int:
+def entropy_copies(cfg: Config) -> int:
+    """Further copies of a block of logits where entropies are measured with the log-probs, without truncation.
+
+    One in the fused head; where the head goes through autograd its log-probs, their exponentials and the product.
+    """
+    return (3 if shards_weights(cfg) else 1) if has_bonus(cfg) or scores_entropy(cfg) else 0
+
+
+def draw_bytes(size: ModelSize, rows: int, sampling: Sampling) -> int:
     """Tensors [rows, V] while a token is drawn: logits, exponentials, and those padded to whole blocks; all fp32.
 
-    A temperature other than 1 makes a scaled copy of the logits.
+    A temperature other than 1 makes a scaled copy of the logits, and an entropy over the whole vocabulary another.
     """
-    copies = 3 if temperature == 1.0 else 4
+    copies = 3 + (sampling.temperature != 1.0) + (sampling.records_entropy and not sampling.truncates)
     return rows * size.vocab * FP32_BYTES * copies
 
 
@@ -255,13 +267,15 @@ def estimate_for(cfg: Config, size: ModelSize, world_size: int) -> Estimate:
     """`estimate` of a model whose size is known."""
     work, on_gpu = work_of(cfg, world_size), cfg.device != "cpu"
     states, completion = model_states(cfg, size), cfg.max_generate_length
-    support_width = sampling_of(cfg).support_width
+    sampling = sampling_of(cfg)
+    support_width, chooses = sampling.support_width, cfg.top_entropy_share < 1
     loading = FP32_BYTES * size.parameters  # every process loads whole weights into CPU memory first
 
     # model states
     memory = list(_state_entries(cfg, size, states, world_size, on_gpu, work.micro_batches > 1))
     memory += _reference_entry(cfg, FP32_BYTES * size.parameters, on_gpu)
-    if shards_weights(cfg):
+    native = cfg.rollout_engine == "native"
+    if shards_weights(cfg) and native:
         note = "the engine's gathered weights, whole on every GPU"
         memory.append(Entry("rollout copy", states.weights, AFTER_LOADING, note))
         memory.append(Entry("parameter being gathered", 2 * FP32_BYTES * size.largest, ("rollout",)))
@@ -280,13 +294,18 @@ def estimate_for(cfg: Config, size: ModelSize, world_size: int) -> Estimate:
         offloaded, activations = activations, layer_bytes(*sizes) + _after_layers_bytes(size, micro_tokens)
 
     # rows of a step: the constants are bytes per token of ids, positions, masks and log-probs
-    logits = head_bytes(size, work.micro_rows * completion, cfg.logits_chunk_mb, support_width > 0, cfg.lora_r > 0)
-    train_rows = work.rank_rows * (8 * work.row_tokens + completion * (29 + 8 * support_width))
+    of_head = (cfg.logits_chunk_mb, support_width > 0, cfg.lora_r > 0, entropy_copies(cfg))
+    logits = head_bytes(size, work.micro_rows * completion, *of_head)
+    flags = chooses + 4 * has_bonus(cfg)  # chosen tokens, and their weights in the bonus
+    train_rows = work.rank_rows * (8 * work.row_tokens + completion * (29 + flags + 8 * support_width))
     cache = kv_bytes(size, 1, work.row_tokens, cfg.dtype) * work.cache_tokens / work.row_tokens
-    drawn = work.decode_rows * completion * (16 + 4 * support_width)
+    drawn = work.decode_rows * completion * (16 + 4 * sampling.records_entropy + 4 * support_width)
+    if native:
+        memory.append(Entry("KV cache", cache, ("rollout",), f"{work.cache_tokens:,} tokens"))
+        memory.append(Entry("drawing a token", draw_bytes(size, work.decode_rows, sampling), ("rollout",)))
+    else:
+        memory += _server_entries(cfg, size)
     memory += [
-        Entry("KV cache", cache, ("rollout",), f"{work.cache_tokens:,} tokens"),
-        Entry("drawing a token", draw_bytes(size, work.decode_rows, cfg.temperature), ("rollout",)),
         Entry("what was drawn", drawn, ("rollout",)),
         Entry("activations", activations, ("update",), "one micro-batch"),
         Entry("logits block", logits, ("update",)),
@@ -305,7 +324,20 @@ def estimate_for(cfg: Config, size: ModelSize, world_size: int) -> Estimate:
     host_bytes = loading + payload + snapshot + offloaded + offloaded_states
     if cfg.reference_offload and on_gpu:
         host_bytes += FP32_BYTES * size.parameters
-    return Estimate(size, tuple(memory), tuple(_traffic(cfg, states, work, world_size, payload)), host_bytes)
+    traffic = list(_traffic(cfg, states, work, world_size, payload))
+    if not native:
+        sent = (FP32_BYTES if cfg.dtype == "fp32" else BF16_BYTES) * size.parameters
+        traffic.append(Entry("weights to a vLLM server", sent, (), "by HTTP, once for each server"))
+    return Estimate(size, tuple(memory), tuple(traffic), host_bytes)
+
+
+def _server_entries(cfg: Config, size: ModelSize) -> Iterator[Entry]:
+    """What rollouts by vLLM need on a training process's device."""
+    sent = FP32_BYTES if cfg.dtype == "fp32" else BF16_BYTES
+    if cfg.rollout_server is None:
+        note = "its weights; its KV cache takes the rest of --gpu-memory-utilization (vllm_args)"
+        yield Entry("vLLM's server", sent * size.parameters, AFTER_LOADING, note)
+    yield Entry("weights being sent", 2 * sent * size.largest, ("rollout",), "one tensor at a time")
 
 
 def _offloaded_states(cfg: Config, states: ModelStates, ranks: int) -> float:

@@ -51,8 +51,8 @@ class Engine(Protocol):
     fitting: FittingSize
     """How many rows fit into memory at once, as found when memory ran out."""
 
-    takes_all_rows: bool
-    """Whether a rank's rows are one call of `generate`; False: at most rollout_chunk_rows of them."""
+    chunk_rows: int | None
+    """Most rows of one call of `generate`; None: rollout_chunk_rows."""
 
     def load_weights(self, weights: Weights, version: int) -> None:
         """Take the policy's current weights. version: equal numbers mean equal weights. Every rank must call it."""
@@ -90,11 +90,6 @@ def requests_of(
     return [Request(n, slots[p], g, prompts[p].token_ids) for n, p, g in places]
 
 
-def chunk_rows(engine: Engine, cfg: Config) -> int:
-    """Most rows of one call of `generate`."""
-    return 2**31 if engine.takes_all_rows else cfg.rollout_chunk_rows
-
-
 def rollout(
     engine: Engine,
     prompts: Sequence[Prompt],
@@ -109,7 +104,7 @@ def rollout(
     """
     pulse, on_finished = (lambda: False, None) if listener is None else (listener.pulse, listener.take)
     shares, grouped = shares_of(cfg, world.size), listener is not None and listener.grouped
-    chunks = cut_chunks(len(prompts), cfg.num_generations, chunk_rows(engine, cfg), shares, grouped)
+    chunks = cut_chunks(len(prompts), cfg.num_generations, engine.chunk_rows or cfg.rollout_chunk_rows, shares, grouped)
     completions: list[Completion] = []
     for i in world.deal(len(chunks)):
         requests = requests_of(chunks[i], prompts, cfg.num_generations, slots)

@@ -50,6 +50,8 @@ class DrawnTokens:
             parts["clamped"] = torch.stack([none if drawn.clamped is None else drawn.clamped for drawn in draws], 1)
         if draws[0].support is not None:
             parts["support"] = torch.stack([drawn.support.int() for drawn in draws if drawn.support is not None], 1)
+        if draws[0].entropy is not None:
+            parts["entropy"] = torch.stack([drawn.entropy for drawn in draws if drawn.entropy is not None], 1)
         # each row continues at its own count
         rows = torch.arange(len(self.counts), device=self.device)[:, None]
         places = self.counts[:, None] + torch.arange(len(draws), device=self.device)
@@ -89,6 +91,7 @@ class DrawnTokens:
                     finish,
                     drawn["support"][:length].copy() if "support" in drawn else None,
                     int(drawn["clamped"][:length].sum()) if "clamped" in drawn else 0,
+                    entropy=drawn["entropy"][:length].copy() if "entropy" in drawn else None,
                 )
             )
         return completions

@@ -39,7 +39,7 @@ OnTokens = Callable[[list[tuple[int, int]]], None]
 class NativeEngine:
     """Samples with the given model; it may be the trainer's own."""
 
-    takes_all_rows = False
+    chunk_rows: int | None = None
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from grpo.forward.logprobs import bounded_logits
 from grpo.forward.precision import host_reads_are_free
 
 BLOCK = 512  # vocabulary entries of one block of the cumulative sum
+NOTHING = -1e30  # logit of what is not in the support: its weight is 0, and so is their product
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Sampling:
     min_p: float = 0.0
     max_support: int = 128
     logit_clamp: float = 100.0
+    records_entropy: bool = False  # whether a draw has the entropy of its distribution
 
     @property
     def truncates(self) -> bool:
@@ -41,9 +43,15 @@ class Sampling:
         return min(self.top_k or self.max_support, self.max_support) if self.truncates else 0
 
 
+def records_entropy(cfg: Config) -> bool:
+    """Whether the engine records the entropy of each token, so that no forward has to measure it."""
+    return cfg.top_entropy_share < 1 and cfg.rollout_engine == "native"
+
+
 def sampling_of(cfg: Config) -> Sampling:
     """The sampling distribution of training."""
-    return Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, cfg.max_support, cfg.logit_clamp)
+    truncation = (cfg.top_p, cfg.top_k, cfg.min_p, cfg.max_support)
+    return Sampling(cfg.temperature, *truncation, cfg.logit_clamp, records_entropy(cfg))
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class Draw:
     finite: Tensor  # [B] bool; False: the row's logits were not finite, and its token is arbitrary
     clamped: Tensor | None  # [B] int64, logits that the clamp changed; None: no row had any
     support: Tensor | None = None  # [B, K] int64, ascending, -1 padded
+    entropy: Tensor | None = None  # [B] float32, nats; None: not recorded
 
 
 def kept_support(probs: Tensor, sampling: Sampling) -> Tensor:
@@ -94,22 +103,24 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Draw:
         logprobs = logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
         return Draw(token_ids, logprobs, finite, clamped)
     if not sampling.truncates:
-        picks, logprobs = _pick(logits, uniforms)
-        return Draw(picks, logprobs, finite, clamped)
+        picks, logprobs, entropy = _pick(logits, uniforms, sampling.records_entropy)
+        return Draw(picks, logprobs, finite, clamped, None, entropy)
     support = kept_support(torch.softmax(logits, dim=-1), sampling)
-    inside = logits.gather(-1, support.clamp(min=0)).masked_fill(support < 0, -torch.inf)  # [B, K]
-    picks, logprobs = _pick(inside, uniforms)
-    return Draw(support.gather(-1, picks[:, None])[:, 0], logprobs, finite, clamped, support)
+    inside = logits.gather(-1, support.clamp(min=0)).masked_fill(support < 0, NOTHING)  # [B, K]
+    picks, logprobs, entropy = _pick(inside, uniforms, sampling.records_entropy)
+    return Draw(support.gather(-1, picks[:, None])[:, 0], logprobs, finite, clamped, support, entropy)
 
 
-def _pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse CDF: logits [B, V], uniforms [B] -> token [B] and its log-prob [B].
+def _pick(logits: Tensor, uniforms: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inverse CDF: logits [B, V], uniforms [B] -> token [B], its log-prob [B], the entropy [B] where asked for.
 
     A long cumulative sum is computed over blocks and then within one block, so that only one block is in float64. A
     uniform is at most 1 - 2^-53, so its product with the total is below the total and some entry exceeds it.
     """
-    high = logits.amax(-1, keepdim=True)
-    weights = (logits - high).exp_()
+    high, moment = logits.amax(-1, keepdim=True), None
+    weights = (below := logits - high).exp() if with_entropy else (logits - high).exp_()
+    if with_entropy:  # below: b = z - max z; H = log sum e^b - sum(b e^b) / sum e^b
+        moment = below.mul_(weights).sum(-1, dtype=torch.float64, keepdim=True)
     if weights.shape[-1] <= BLOCK:
         inside = weights.cumsum(-1, dtype=torch.float64)
         total = inside[:, -1:]
@@ -128,7 +139,8 @@ def _pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].double().cumsum(-1)
         token_ids = block[:, 0] * BLOCK + _first_beyond(inside, threshold - before)[:, 0]
     chosen = logits.gather(-1, token_ids[:, None]) - high
-    return token_ids, (chosen - total.log().float())[:, 0]
+    entropy = None if moment is None else (total.log() - moment / total).float()[:, 0]
+    return token_ids, (chosen - total.log().float())[:, 0], entropy
 
 
 def _first_beyond(sums: Tensor, threshold: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Logged completions: question, gold answer, completion, rewards, advantage. As JSON lines, Markdown or a table.
 
 Every rank writes the completions that it sampled to runs/<name>/rollouts-rank<R>.jsonl: no rank has all texts, and
-no rank waits for another. `cat rollouts-rank*.jsonl` gives all completions of a step. The Markdown and the table show
-the step's first rows, whichever rank sampled them.
+no rank waits for another. `cat rollouts-rank*.jsonl` gives all completions of a step. Answers to held-out questions are
+in held_out-rank<R>.jsonl, in the same form. The Markdown and the table show the step's first rows, whichever rank
+sampled them.
 """
 
 import json
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.config.settings import Config
+from grpo.errors import printable
 from grpo.reward_library.scanning import inside
 from grpo.rewards import Reward, completion_text, short_names
 from grpo.rewards.logged import Logs, means
@@ -46,6 +48,7 @@ class Rollout:
     advantage: float
     extracted: str | None = None  # the answer in the completion; None: not found, or the task marks none
     extra: dict[str, Any] = field(default_factory=dict)  # column -> value, from log_extra
+    length: int | None = None  # tokens
 
 
 def answer_marks(cfg: Config, rewards: Sequence[Reward]) -> tuple[str, str] | None:
@@ -108,6 +111,7 @@ def rollouts_of(
                 advantage=float(advantages[completion.row]),
                 extracted=inside(text, *marks) if marks else None,
                 extra=scored.logs.columns.get(completion.row, {}),
+                length=len(completion.token_ids),
             )
         )
     return sorted(rollouts, key=lambda rollout: rollout.row)
@@ -120,14 +124,15 @@ def _none_if_nan(value: float) -> float | None:
 class RolloutFile:
     """Appends one rank's rollouts. A resumed run first drops lines of steps after `done`. Raises OSError."""
 
-    def __init__(self, folder: Path, rank: int, done: int):
+    def __init__(self, folder: Path, rank: int, done: int, name: str = "rollouts"):
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = open_after(folder / f"rollouts-rank{rank}.jsonl", done)
+        self.file = open_after(folder / f"{name}-rank{rank}.jsonl", done)
 
-    def write(self, rollouts: Sequence[Rollout]) -> None:
-        """Write one line per rollout."""
+    def write(self, rollouts: Sequence[Rollout], **more: str) -> None:
+        """Write one line per rollout, each with `more`; NaN, an answer's advantage, as null."""
         for rollout in rollouts:
-            line = {name: value for name, value in vars(rollout).items() if name != "extra" or value}
+            line = {name: value for name, value in vars(rollout).items() if name != "extra" or value} | more
+            line["advantage"] = _none_if_nan(rollout.advantage)
             self.file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
         self.file.flush()
 
@@ -191,8 +196,7 @@ def _number(value: float | None, none: str) -> str:
 
 def _printable(text: str) -> str:
     """Replace control characters: a model's text must not control the terminal."""
-    shown = text if len(text) <= MAX_CELL_CHARACTERS else text[:MAX_CELL_CHARACTERS] + " …"
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in shown)
+    return printable(text if len(text) <= MAX_CELL_CHARACTERS else text[:MAX_CELL_CHARACTERS] + " …")
 
 
 def _escape(text: str) -> str:

@@ -1,26 +1,22 @@
-"""Output of rank 0: one line per step on stdout and in runs/<name>/train.log; on a terminal, a progress bar below."""
+"""Output of rank 0: one line per step on stdout and in runs/<name>/train.log.
+
+On a terminal the lines of steps are replaced by a view of two lines (live_view.py); train.log has them all.
+"""
 
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.box import ASCII
 from rich.console import Console as RichConsole
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from grpo.errors import warn
+from grpo.errors import printable, warn
+from grpo.run.live_view import LiveView
 from grpo.training.metrics import PHASES
 
 TABLE_WIDTH = 120  # without a terminal
@@ -28,24 +24,43 @@ LINES = "┏━┳┓┃┡╇┩├─┼┤│└┴┘"  # around the cells o
 
 
 class Console:
-    """Lines and the progress bar of a run; silent on other ranks."""
+    """Lines and the live view of a run; silent on other ranks. quiet: only train.log is written."""
 
-    def __init__(self, is_main: bool, log: Path | None = None):
+    def __init__(self, is_main: bool, log: Path | None = None, quiet: bool = False):
         self.is_main = is_main
         self.log_file = log.open("a", encoding="utf-8") if is_main and log is not None else None
         self.rich = RichConsole(highlight=False, soft_wrap=True)
-        self.progress: Progress | None = None
-        self.task: TaskID | None = None
+        self.quiet = quiet
+        self.view: LiveView | None = None
+        self.step_lines = True  # the key l switches them where there is a view
+        self.held_out = ""  # the last evaluation, in the view
 
     def write_line(self, line: str) -> None:
         """Print a line and append it to train.log."""
         if not self.is_main:
             return
-        if self.progress is not None:
-            self.progress.console.print(line, markup=False)
+        line = printable(line)
+        self._print(line)
+        self._append_to_log(line + "\n")
+
+    def _print(self, line: str) -> None:
+        if self.quiet:
+            return
+        if self.view is not None:
+            self.rich.print(line, markup=False, emoji=False)
         else:
             print(line, flush=True)
+
+    def write_step(self, line: str, metrics: dict[str, float], description: str) -> None:
+        """A step is done: its line, or where there is a live view its figures there. description: before the bar."""
+        if not self.is_main:
+            return
+        if self.step_lines:
+            self._print(line)
         self._append_to_log(line + "\n")
+        if self.view is not None:
+            self.view.show_step(metrics, self.held_out)
+            self.view.advance(description)
 
     def _append_to_log(self, text: str) -> None:
         try:
@@ -64,31 +79,30 @@ class Console:
         plain = RichConsole(file=io.StringIO(), width=width, color_system=None)
         plain.print(table)
         assert isinstance(plain.file, io.StringIO)
-        if self.is_main and self.rich.is_terminal:
-            (self.progress.console if self.progress else self.rich).print(table, soft_wrap=False)
-        elif self.is_main:
+        if self.is_main and self.rich.is_terminal and not self.quiet:
+            self.rich.print(table, soft_wrap=False)
+        elif self.is_main and not self.quiet:
             print(plain.file.getvalue(), end="", flush=True)
         self._append_to_log(plain.file.getvalue())
 
-    def start(self, total: int, done: int, what: str = "training") -> None:
-        """Show the progress bar when stdout is a terminal."""
-        if self.is_main and self.rich.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-            )
-            self.progress = Progress(*columns, console=self.rich, transient=True)
-            self.task = self.progress.add_task(what, total=total, completed=done)
-            self.progress.start()
+    def start(self, total: int, done: int, what: str = "training", sample: Callable[[], None] | None = None) -> None:
+        """Show the live view when stdout is a terminal. sample: prints the last completion, for the key s."""
+        if not self.is_main or self.quiet or not self.rich.is_terminal or self.rich.is_dumb_terminal:
+            return
+        keys: dict[str, Callable[[], None]] = {}
+        if sample is not None:
+            self.step_lines = False
+            keys = {"s": sample, "l": self._switch_lines}
+        self.view = LiveView(self.rich, what, total, done, keys)
+        self.view.start()
+
+    def _switch_lines(self) -> None:
+        self.step_lines = not self.step_lines
 
     def advance(self, description: str) -> None:
         """Advance the progress bar by one step."""
-        if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, advance=1, description=description)
+        if self.view is not None:
+            self.view.advance(description)
 
     def __enter__(self) -> "Console":
         return self
@@ -96,8 +110,9 @@ class Console:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.progress is not None:
-            self.progress.stop()
+        if self.view is not None:
+            self.view.stop()
+            self.view = None
         if self.log_file is not None:
             self.log_file.close()
 
@@ -129,8 +144,8 @@ def rounded(value: float, digits: int) -> float:
 def step_line(step: int, total: int, metrics: dict[str, float]) -> str:
     """The console's line of one GRPO step. `grpo_loss` names the metric `loss`, whatever its weighting is."""
     parts = [
-        f"step: {step}/{total}  grpo_loss: {rounded(metrics['loss'], 4):.4f}",
-        reward_of(metrics),
+        f"step: {step}/{total}  {reward_of(metrics)}",
+        f"grpo_loss: {rounded(metrics['loss'], 4):.4f}",
         f"length {metrics['completions/length_mean']:.1f}",
     ]
     if "groups/drawn" in metrics:

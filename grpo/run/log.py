@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from grpo.checkpoints.best import METRIC, BestCheckpoint
 from grpo.config.held_out import eval_sets, metrics_of_set
@@ -18,10 +19,11 @@ from grpo.errors import warn
 from grpo.rewards import Reward, completion_text, see_groups, short_names
 from grpo.rewards.logged import Logs
 from grpo.run.completions_log import RolloutFile, as_markdown, as_table, first_of_all, rollouts_of, user_metrics
-from grpo.run.console import Console, reward_of, rounded, sft_line, step_line
+from grpo.run.console import Console, rounded, sft_line, step_line
 from grpo.run.languages import label
 from grpo.run.reward_notices import notices
 from grpo.run.task import held_out_notices
+from grpo.run.tokens_log import TokensLog, TokenTexts
 from grpo.run.trackers import Tracker, check_trackers, load_trackers
 from grpo.runtime.distributed import World
 from grpo.training.metrics import Reduced
@@ -52,16 +54,20 @@ class RunLog:
         self.world = world
         self.folder = folder
         self._label = partial(label, cfg.console_language)
-        self.console = Console(world.is_main, folder / "train.log")
+        self.console = Console(world.is_main, folder / "train.log", cfg.quiet)
         self.write_line = self.console.write_line
         self.trackers: list[Tracker] = []
         self.rollouts: RolloutFile | None = None
+        self.tokens = TokensLog(cfg, folder, world.rank, world.size, 0, None)  # nothing, until `log_tokens`
+        self.answers: RolloutFile | None = None  # to held-out questions
+        self.answered = 0  # steps done before the evaluation that runs
         self.best: BestCheckpoint | None = None  # on rank 0
         self.total = 0
         self.marks: tuple[str, str] | None = None  # around the answer in a completion
         self.of_rewards: Sequence[Reward] = ()
         self.noticed = False  # the first completions were compared with what their rewards read
         self.moved = False  # whether any update had a gradient
+        self.last_sample: tuple[int, Scored, np.ndarray] | None = None  # what a key may ask for
         self.without_reward = False  # the last step had no reward: said once
         self.extras: Callable[[], dict[str, float]] = dict  # metrics of rank 0 alone, such as the seconds of saves
 
@@ -74,14 +80,24 @@ class RunLog:
         if self.cfg.log_samples_steps:
             with self._rollouts_optional():
                 self.rollouts = RolloutFile(self.folder, self.world.rank, done)
-        self.console.start(total, done)
+                self.answers = RolloutFile(self.folder, self.world.rank, done, "held_out")
+        self.console.start(total, done, sample=self._show_last_sample)
+
+    def log_tokens(self, tokenizer: PreTrainedTokenizerBase, policy: Policy, done: int) -> None:
+        """Log figures of single tokens from now on, where log_tokens_steps says so."""
+        if self.cfg.log_tokens_steps:
+            where = (self.folder, self.world.rank, self.world.size)
+            self.tokens = TokensLog(self.cfg, *where, done, TokenTexts(tokenizer))
+            policy.entropy.observe = self.tokens.observe
 
     def close(self) -> None:
         """Close trackers and files."""
+        self.tokens.close()
         for tracker in self.trackers:
             self._call(tracker, tracker.close)
-        if self.rollouts is not None:
-            self.rollouts.close()
+        for file in (self.rollouts, self.answers):
+            if file is not None:
+                file.close()
 
     def evaluated(self, step: int) -> bool:
         """Whether metrics.jsonl has the evaluation after `step` steps: a resume does not repeat it. A collective."""
@@ -146,8 +162,7 @@ class RunLog:
         metrics["guards/trust_sampler"] = float(bool(policy.counters.trust_sampler))
         metrics |= user_metrics(self.world, self.of_rewards, logs or Logs())
         if self.world.is_main:
-            self.write_line(step_line(step, total, metrics))
-            self.console.advance(reward_of(metrics))
+            self.console.write_step(step_line(step, total, metrics), metrics, "training")
             if "reward/mean" not in metrics and not self.without_reward:
                 warn(
                     f"warning: step {step}: no completion has a reward, every function gave None (does not apply, or "
@@ -155,7 +170,22 @@ class RunLog:
                 )
             self.without_reward = "reward/mean" not in metrics
         self.log(step, metrics)
+        self._log_distributions(step, table, advantages)
         return metrics
+
+    def _log_distributions(self, step: int, table: Table, advantages: np.ndarray) -> None:
+        """Rewards, lengths and advantages of a step, where a tracker shows distributions. advantages: [N]."""
+        if not self._due(self.cfg.log_samples_steps, step):
+            return
+        known = table.rewards[~np.isnan(table.rewards)]
+        values = {"reward": known, "length": table.lengths, "advantage": advantages}
+        for tracker in list(self.trackers):
+            if (show := getattr(tracker, "histograms", None)) is not None:
+                self._call(tracker, partial(show, step, values))
+
+    @staticmethod
+    def _due(every: int, step: int) -> bool:
+        return bool(every) and (step % every == 0 or step == 1)
 
     def _measured(self, measured: Reduced, norms: Sequence[float], policy: Policy, tokens: float) -> dict[str, float]:
         """Metrics of every kind of step, reduced over ranks. tokens: what tokens_per_s counts."""
@@ -182,8 +212,7 @@ class RunLog:
         metrics = {name: value for name, value in all_metrics.items() if name not in ROLLOUT_METRICS}
         metrics |= {"sft/loss": metrics.pop("loss"), "sft/tokens": float(tokens)}
         if self.world.is_main:
-            self.write_line(sft_line(step, total, metrics))
-            self.console.advance(f"loss {rounded(metrics['sft/loss'], 3):.3f}")
+            self.console.write_step(sft_line(step, total, metrics), metrics, "training")
         self.log(step, metrics)
 
     def log_eval(self, step: int, metrics: dict[str, float]) -> None:
@@ -198,6 +227,8 @@ class RunLog:
                 results.append(self._held_out_reward(of_set, first))
             shown = f" {name}" if name else ""
             self.write_line(self._label("held_out", name=shown, step=step, results=", ".join(results)))
+        shares = [value for name, value in metrics.items() if name == METRIC or name.endswith("/accuracy")]
+        self.console.held_out = f"held-out {shares[0]:.1%}" if shares else ""
         self.log(step, metrics)
         metric = self.best.metric_of(metrics, first) if self.best is not None else None
         if self.best is None or metric is None:
@@ -244,9 +275,10 @@ class RunLog:
             self.noticed = True
             for line in notices(self.of_rewards, [completion_text(one.completion) for one in scored.inputs]):
                 warn(line)
+        self.tokens.write(step, scored.completions)
+        self.last_sample = (step, scored, advantages)
         to_file, to_console = (
-            every and (step % every == 0 or step == 1)
-            for every in (self.cfg.log_samples_steps, self.cfg.log_completions_steps)
+            self._due(every, step) for every in (self.cfg.log_samples_steps, self.cfg.log_completions_steps)
         )
         if not (to_file or to_console):
             return
@@ -264,6 +296,21 @@ class RunLog:
             text = as_markdown(shown, *how)
             self._call(tracker, lambda tracker=tracker, text=text: tracker.text(step, "samples", text))  # type: ignore[misc]
 
+    def _show_last_sample(self) -> None:
+        """Print the first completion that this rank sampled last. Called by a key, between two steps or in one."""
+        if self.last_sample is None:
+            return
+        rollouts = rollouts_of(*self.last_sample, self.cfg, self.marks)
+        if rollouts:
+            self.console.show(as_table(rollouts[:1], self.cfg.console_language, self.marks is not None))
+
+    def log_answers(self, name: str, scored: Scored) -> None:
+        """This rank's answers to a set of held-out questions as JSON lines, where completions are logged."""
+        if self.answers is not None:
+            none = np.full(scored.num_rows, np.nan)
+            with self._rollouts_optional():
+                self.answers.write(rollouts_of(self.answered, scored, none, self.cfg, self.marks), set=name)
+
     @contextmanager
     def _rollouts_optional(self) -> Iterator[None]:
         """A disk error stops the logging of completions, not the run."""
@@ -271,4 +318,4 @@ class RunLog:
             yield
         except OSError as error:
             warn(f"warning: rank {self.world.rank}: no rollouts in {self.folder} from now on ({error})")
-            self.rollouts = None
+            self.rollouts = self.answers = None

@@ -37,7 +37,7 @@ def run_main(
         cfg, notice = load_config(argv)
         if is_main:
             forget_exit(Path(cfg.output_dir))
-            if notice:
+            if notice and not cfg.quiet:
                 print(notice, flush=True)
         quiet()
         output_dir = Path(cfg.output_dir)

@@ -6,6 +6,7 @@ train.py and grpo/sft/train.py are the loops; they call a `Run` for everything t
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -20,10 +21,11 @@ from grpo.checkpoints import contents as checkpoint
 from grpo.checkpoints.background import Saver, no_gradient
 from grpo.checkpoints.fingerprints import fingerprints
 from grpo.checkpoints.resume import check_same_run, read_state
-from grpo.config.exit_file import write_exit
+from grpo.config.exit_file import forget_exit, write_exit
 from grpo.config.settings import Config, shards_weights
 from grpo.data.questions import Questions
 from grpo.data.recipe import KEPT, Recipe, load_recipe
+from grpo.doctor.report import short_form
 from grpo.errors import EXIT_BUG, EXIT_STALLED, Corrupted, Lost, Preempted, UserError, warn
 from grpo.rewards import Reward
 from grpo.run.completions_log import answer_marks
@@ -161,6 +163,8 @@ class Run:
         self.stop.training = True
         with self.log.console:
             self.log.open(total, done)
+            self.log.log_tokens(tokenizer, policy, done)
+            self._record_start(total)
             try:
                 yield
                 self.saver.finish()
@@ -168,7 +172,9 @@ class Run:
                     self.heartbeat(total, "push")
                     self.pusher.finish(go_on=lambda: not self.pulse())
                 self.heartbeat.leave()
+                self._record_end(0, "done")
             except UserError as error:
+                self._record_end(error.code, str(error), error.on_one_rank)
                 if not error.on_one_rank:  # all ranks leave together: let the running save end
                     self.saver.wait()
                     self.heartbeat.leave()
@@ -183,7 +189,25 @@ class Run:
                 self.log.close()
 
     def _stalled(self, line: str) -> None:
-        write_exit(self.output_dir, EXIT_STALLED, line)
+        for folder in (self.output_dir, self.folder):
+            write_exit(folder, EXIT_STALLED, line)
+
+    def _record_start(self, total: int) -> None:
+        """What the run is, beside its logs, which may be copied elsewhere: run.json. A disk error is a warning."""
+        if not self.world.is_main:
+            return
+        forget_exit(self.folder)
+        facts = {"started": datetime.now().isoformat(timespec="seconds"), "total_steps": total}
+        facts |= {"processes": self.world.size, "settings": dataclasses.asdict(self.cfg)}
+        try:
+            (self.folder / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            warn(f"warning: {self.folder}/run.json cannot be written ({error})")
+
+    def _record_end(self, code: int, reason: str, on_this_rank: bool = False) -> None:
+        """exit.json beside the logs, as in output_dir."""
+        if self.world.is_main or on_this_rank:
+            write_exit(self.folder, code, reason)
 
     @property
     def pulse(self) -> Pulse:
@@ -199,10 +223,12 @@ class Run:
         lines = [*self.heartbeat.gone(), f"{self.heartbeat.where()}: {type(error).__name__}: {message}"]
         for line in lines:
             warn(f"error: {line}")
-        write_exit(self.output_dir, EXIT_BUG, "; ".join(lines), first=True)
+        for folder in (self.output_dir, self.folder):
+            write_exit(folder, EXIT_BUG, "; ".join(lines), first=True)
 
     def tally(self, step: int) -> Tally:
         """The metrics of step `step` (counted from 1); its phases show in this rank's heartbeat."""
+        self.log.tokens.begin(step)
         return Tally(on_phase=lambda phase: self.heartbeat(step, phase))
 
     def evaluation_due(self, step: int, first: int, total: int) -> bool:
@@ -224,6 +250,7 @@ class Run:
         if not self.evaluation_due(step, first, total):
             return
         self.heartbeat(step, "eval")
+        self.log.answered = step
         metrics = evaluate(step)
         if metrics is None:
             self.preempt()
@@ -290,6 +317,8 @@ class Run:
         newest = checkpoint.checkpoint_folders(self.output_dir)
         if first < total and not self.log.moved:
             warn(f"warning: nothing was learned in the steps from {first + 1} to {total}. {no_gradient(self.cfg)}")
+        if first < total and (line := short_form(self.folder, self.cfg.console_language)):
+            warn(line)
         if first >= total > 0:
             print(
                 f"nothing to do: {newest[0]} is already the last of {total} steps. Ask it: python inference.py "

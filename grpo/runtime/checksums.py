@@ -24,7 +24,7 @@ def checksum(tensor: Tensor) -> Tensor:
     words = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width])
     pairs = 8 // width
     if words.storage_offset() % pairs:
-        return words.sum(dtype=torch.int64)
+        words = words.clone()  # equal bits give equal sums, wherever they lie
     paired = len(words) // pairs * pairs  # eight bytes at a time: no conversion, 30 times faster on CPU
     return words[:paired].view(torch.int64).sum() + words[paired:].sum(dtype=torch.int64)
 

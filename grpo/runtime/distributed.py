@@ -2,9 +2,9 @@
 
 Three collectives a step, in addition to those of the gradients: `sum_rows` (the O(N) table of the rollout), `exchange`
 (each row's payload, once, to the rank that trains on it) and `gather_rows` (metrics). Their number depends neither on
-the data nor on gradient accumulation; showing completions adds two, a KL in the rewards two, entropies two and one an
-update. `any_rank` is for start-up, evaluations, stopping and checkpoints. Work is distributed through a counter in the
-rendezvous store. Nothing is pickled.
+the data nor on gradient accumulation; showing completions adds two, a KL in the rewards two, entropies up to two and
+one an update. `any_rank` is for start-up, evaluations, stopping and checkpoints. Work is distributed through a counter
+in the rendezvous store. Nothing is pickled.
 """
 
 import itertools

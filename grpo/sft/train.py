@@ -53,7 +53,9 @@ def train_sft(cfg: Config, world: World) -> None:
         if held_out and cfg.rewards:
             rewards = open_parts.enter_context(closing(open_rewards(cfg, warn if world.is_main else lambda _: None)))
             engine = NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, num_tokens, tokenizer)
-            grade_answers = partial(evaluate_sets, engine, task, rewards, cfg, world, warn, run.pulse)
+            grade_answers = partial(
+                evaluate_sets, engine, task, rewards, cfg, world, warn, run.pulse, run.log.log_answers
+            )
 
         def evaluate(step: int) -> dict[str, float] | None:
             metrics: dict[str, float] = {}

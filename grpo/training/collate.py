@@ -31,6 +31,7 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
     lengths = np.array([len(row.token_ids) for row in rows], np.int64)
     first = rows[0].support
     support = None if first is None else np.full((num_rows, width, first.shape[1]), -1, np.int64)
+    chosen = None if rows[0].chosen is None else np.zeros((num_rows, width), bool)
     for b, row in enumerate(rows):
         prompt, length = len(row.prompt_ids), len(row.token_ids)
         input_ids[b, : prompt + length - 1] = [*row.prompt_ids, *row.token_ids[:-1].tolist()]
@@ -41,6 +42,8 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
         token_weights[b, :length] = weights[row.row]
         if support is not None and row.support is not None:
             support[b, :length] = row.support
+        if chosen is not None:
+            chosen[b, :length] = row.chosen
     to_device = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
     return MicroBatch(
         rows=tuple(row.row for row in rows),
@@ -53,6 +56,7 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
         sampler_logprobs=to_device(logprobs),
         support=None if support is None else to_device(support),
         weights=to_device(token_weights),
+        chosen=None if chosen is None else to_device(chosen),
         flat=flatten(input_ids, positions, lengths.clip(min=1), device) if flat else None,
         trained_index=to_device(np.flatnonzero(trained)),
     )

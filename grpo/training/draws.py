@@ -20,12 +20,13 @@ import numpy as np
 from grpo.config.settings import Config, prompts_per_step
 from grpo.data.questions import Questions
 from grpo.rewards.logged import Logs
+from grpo.runtime.distributed import World
 from grpo.training.advantages import group_advantages
 from grpo.training.difficulty import Difficulty
 from grpo.training.metrics import Tally, declare
 from grpo.training.policy import Policy
 from grpo.training.scoring import Scored, advantages_of
-from grpo.training.user_table_functions import load_group_filter
+from grpo.training.user_table_functions import check_advantages, load_group_filter
 from grpo.types import Counters, Prompt, Table
 
 GroupFilter = Callable[[Table], np.ndarray]
@@ -37,9 +38,9 @@ def varied_groups(table: Table) -> np.ndarray:
     return (group_advantages(table.grouped) != 0).any(-1)
 
 
-def filter_of(cfg: Config) -> GroupFilter:
+def filter_of(cfg: Config, world: World) -> GroupFilter:
     """The filter that `group_filter` names. Raises UserError."""
-    return varied_groups if cfg.group_filter == "zero_variance" else load_group_filter(cfg)
+    return varied_groups if cfg.group_filter == "zero_variance" else load_group_filter(cfg, world)
 
 
 class Stream:
@@ -47,7 +48,7 @@ class Stream:
 
     def __init__(self, cfg: Config, questions: Questions, policy: Policy):
         """Make it before the policy's state is restored: the state of questions is a part of that."""
-        self.cfg, self.questions = cfg, questions
+        self.cfg, self.questions, self.world = cfg, questions, policy.world
         self.difficulty: Difficulty | None = None
         if cfg.difficulty_range is not None:
             low, high = cfg.difficulty_range
@@ -79,7 +80,7 @@ class Draws:
 
     def __init__(self, stream: Stream, drawn: int, keeps: GroupFilter | None = None):
         """drawn: the first place of the stream that is free. keeps: None: the filter that `group_filter` names."""
-        self.cfg, self.stream, self.keeps = stream.cfg, stream, keeps or filter_of(stream.cfg)
+        self.cfg, self.stream, self.keeps = stream.cfg, stream, keeps or filter_of(stream.cfg, stream.world)
         self.drawn = drawn
         self.wanted = prompts_per_step(self.cfg)  # prompts to draw in the next round; 0: there is none
         self.rounds = 0
@@ -117,12 +118,11 @@ class Draws:
         table = self.table
         if self.kl_penalty is not None:
             table = replace(table, rewards=table.rewards - self.kl_penalty)
-        if len(self.chosen) == len(self.prompts):
-            return advantages_of(table, self.cfg)
         advantages = np.zeros(table.grouped.shape)
         if self.chosen:
             of_chosen = advantages_of(groups_of(table, self.chosen), self.cfg)
             advantages[self.chosen] = of_chosen.reshape(len(self.chosen), -1)
+        check_advantages(self.cfg, self.stream.world, advantages)
         return advantages.ravel()
 
     def finish(self, counters: Counters, tally: Tally) -> None:

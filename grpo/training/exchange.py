@@ -1,7 +1,6 @@
 """From a plan and completions to micro-batches: every row moves to the rank that trains on it and is collated there."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -9,63 +8,28 @@ from grpo.config.settings import Config
 from grpo.rollout.sampling import sampling_of
 from grpo.runtime.distributed import World
 from grpo.training.collate import collate
+from grpo.training.entropy import choose_recorded
 from grpo.training.minibatches import Minibatch, trainers_of
+from grpo.training.payload import Payload, payload_of
 from grpo.training.special_micro_batches import even_out
 from grpo.training.user_table_functions import load_weighting
 from grpo.types import Completion, MicroBatch, Prompt, Table, TrainRow
 
 
-@dataclass(frozen=True)
-class Payload:
-    """The part of a completion that is trained on, C tokens: what moves between ranks."""
-
-    token_ids: np.ndarray  # [C] int32
-    sampler_logprobs: np.ndarray  # [C] float32
-    trained: np.ndarray  # [C] bool
-    support: np.ndarray | None  # [C, K] int32
-
-    def pack(self) -> np.ndarray:
-        """As int32 words; `trained` takes one bit per token."""
-        bits = np.packbits(self.trained)
-        bits = np.pad(bits, (0, -len(bits) % 4)).view(np.int32)
-        support = np.zeros(0, np.int32) if self.support is None else self.support.ravel()
-        return np.concatenate([self.token_ids, self.sampler_logprobs.view(np.int32), bits, support]).astype(np.int32)
-
-    @staticmethod
-    def num_words(length: int, support_width: int) -> int:
-        """Length of `pack`'s result for C = length and K = support_width.
-
-        >>> Payload.num_words(33, 0), len(payload_of(Completion(0, *[np.zeros(33, np.int32)] * 2, "stop")).pack())
-        (68, 68)
-        """
-        return length * (2 + support_width) + -(-length // 32)
-
-    @staticmethod
-    def unpack(words: np.ndarray, length: int, support_width: int) -> "Payload":
-        """The inverse of `pack`."""
-        words = words.copy()
-        token_ids, logprobs, bits, support = np.split(words, np.cumsum([length, length, -(-length // 32)]))
-        return Payload(
-            token_ids,
-            logprobs.view(np.float32),
-            np.unpackbits(bits.view(np.uint8), count=length).astype(bool),
-            support.reshape(length, support_width) if support_width else None,
-        )
-
-
-def payload_of(completion: Completion) -> Payload:
-    """The payload of a completion; its arrays are shared."""
-    return Payload(completion.token_ids, completion.sampler_logprobs, completion.trained, completion.support)
-
-
 def exchange(
-    world: World, completions: Sequence[Completion], table: Table, trainers: dict[int, int], support_width: int
+    world: World,
+    completions: Sequence[Completion],
+    table: Table,
+    trainers: dict[int, int],
+    support_width: int,
+    chosen: dict[int, np.ndarray] | None = None,
 ) -> dict[int, Payload]:
     """Move every row to the rank that trains on it, in one all-to-all. Returns row -> payload of this rank's rows.
 
-    completions: of the rows that this rank sampled; trainers: row -> rank that trains on it.
+    completions: of the rows that this rank sampled; trainers: row -> rank that trains on it; chosen: see Payload.
     """
-    sampled = {completion.row: payload_of(completion) for completion in completions}
+    chooses, chosen = chosen is not None, chosen or {}
+    sampled = {completion.row: payload_of(completion, chosen.get(completion.row)) for completion in completions}
     if world.size == 1:
         return {row: sampled[row] for row in trainers}
     lengths, sampled_by = table.lengths, table.sampled_by
@@ -77,7 +41,7 @@ def exchange(
         outgoing.append(np.concatenate([np.zeros(0, np.int32), *(sampled[n].pack() for n in rows)]))
 
     # the sizes of what comes from each rank follow from the table
-    num_words = {n: Payload.num_words(int(lengths[n]), support_width) for n in trainers}
+    num_words = {n: Payload.num_words(int(lengths[n]), support_width, chooses) for n in trainers}
     incoming_rows = [
         [n for n in sorted(trainers) if trainers[n] == world.rank and sampled_by[n] == rank]
         for rank in range(world.size)
@@ -89,7 +53,7 @@ def exchange(
     for rows, words in zip(incoming_rows, incoming, strict=True):
         pieces = np.split(words, np.cumsum([num_words[n] for n in rows])[:-1]) if rows else []
         for row, piece in zip(rows, pieces, strict=True):
-            received[row] = Payload.unpack(piece, int(lengths[row]), support_width)
+            received[row] = Payload.unpack(piece, int(lengths[row]), support_width, chooses)
     return received
 
 
@@ -120,12 +84,13 @@ def deliver(
     ([[7, 8, 5], [7, 8, 0]], [[5, 0], [6, 0]], [[0.25, 0.25], [0.5, 0.0]])
     """
     num_trained, support_width = table.num_trained, sampling_of(cfg).support_width
-    payloads = exchange(world, completions, table, trainers_of(plan), support_width)
+    chosen = choose_recorded(world, cfg, [minibatch.rows for minibatch in plan], completions, table)
+    payloads = exchange(world, completions, table, trainers_of(plan), support_width, chosen)
     prompt_of = {n: prompts[n // cfg.num_generations].token_ids for n in payloads}
     train_rows = {n: TrainRow(n, prompt_of[n], advantage=float(advantages[n]), **vars(payloads[n])) for n in payloads}
     batches = []
     for minibatch in plan:
-        weights = load_weighting(cfg)([int(num_trained[n]) for n in minibatch.rows], cfg.max_generate_length)
+        weights = load_weighting(cfg, world)([int(num_trained[n]) for n in minibatch.rows], cfg.max_generate_length)
         weight_of = dict(zip(minibatch.rows, weights, strict=True))
         mine = [
             collate([train_rows[n] for n in rows], weight_of, world.device, flat=minibatch.shares_prompts)

@@ -13,7 +13,7 @@ import numpy as np
 
 from grpo.config.settings import Config, kl_in_loss
 from grpo.runtime.shares import cut_for, shares_of, split_evenly
-from grpo.training.entropy import needs_entropy
+from grpo.training.entropy import needs_every_row
 from grpo.training.shared_prompt_batches import SharedPromptCut
 from grpo.types import Prompt
 
@@ -82,7 +82,7 @@ def make_plan(
     lengths_of, prompts_of = lengths.tolist(), [prompt.token_ids for prompt in prompts]
     row_tokens = [len(prompts_of[n // group]) + length for n, length in enumerate(lengths_of)]
     counts = lengths if num_trained is None else num_trained
-    every = kl_in_loss(cfg) or cfg.router_aux_loss_coef > 0 or needs_entropy(cfg)  # rows with advantage 0 matter, too
+    every = kl_in_loss(cfg) or cfg.router_aux_loss_coef > 0 or needs_every_row(cfg)  # also of advantage 0
     carries = [bool(count > 0 and (every or gain != 0)) for count, gain in zip(counts, advantages, strict=True)]
     plan = []
     shares = shares_of(cfg, world_size)

@@ -25,6 +25,8 @@ def rollout_metrics(table: Table, advantages: np.ndarray, vocab_size: int) -> di
         "entropy": float(-table.facts["logprob_sum"].sum() / max(1, trained)),
         "guards/clamped_logits": float(table.facts["clamped"].sum() / max(1, tokens * vocab_size)),
     }
+    if table.facts["entropy_sum"].any():  # the engine recorded entropies
+        metrics["entropy/true"] = float(table.facts["entropy_sum"].sum() / max(1, trained))
     if len(known):
         metrics |= {"reward/mean": float(known.mean()), "reward/std": float(known.std())}
     for k, short in enumerate(short_names(table.names).values()):

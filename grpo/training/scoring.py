@@ -205,6 +205,7 @@ def _facts_of(completion: Completion, faults: np.ndarray, rank: int) -> dict[str
         "broken": completion.finish == "error",
         "clamped": completion.clamped,
         "logprob_sum": completion.sampler_logprobs[completion.trained].sum(dtype=np.float64),
+        "entropy_sum": 0.0 if completion.entropy is None else completion.entropy[completion.trained].sum(dtype=float),
         "failures": np.count_nonzero(faults),
         "rank": rank,
     }

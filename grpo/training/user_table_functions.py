@@ -16,10 +16,13 @@ They get keyword arguments, copies: num_trained [N], the trained tokens of each 
 max_length, the setting max_generate_length; rewards [P, G], NaN where a row has none; scores, a dictionary from the
 names in `rewards:` to [P, G], NaN where a function gave none; lengths [P, G] in tokens; truncated [P, G] bool,
 completions that were cut at max_generate_length. Every rank calls them with the same numbers, and they must return the
-same on each.
+same on each; `check_equal` compares what they returned, so that ranks that disagree end instead of waiting for each
+other. Rounding may differ between machines: results count as equal when they are 0 in the same places and their sums
+over random factors agree.
 """
 
 import functools
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,10 +30,13 @@ import numpy as np
 
 from grpo.config.algorithm import check_function
 from grpo.config.settings import Config
+from grpo.runtime.distributed import World
 from grpo.training.losses import WEIGHTINGS, row_weights
 from grpo.training.user_functions import UserFunction, load_user_function
 from grpo.training.user_surrogate import load_surrogate
 from grpo.types import FACTS, Table
+
+ROUNDING = 1e-9  # relative
 
 Weighting = Callable[[Sequence[int], int], list[float]]
 """Trained tokens of each row of a minibatch, max_generate_length -> weight of each token of each row."""
@@ -62,6 +68,24 @@ def check_functions(cfg: Config) -> dict[str, str]:
     return sources
 
 
+def check_equal(world: World, own: UserFunction, result: np.ndarray) -> None:
+    """Raise UserError, on every rank alike, where ranks got different results, arrays of any shape. One gather."""
+    if world.size == 1:
+        return
+    values = np.asarray(result, np.float64).ravel()
+    factors = np.random.default_rng(len(values)).uniform(0.5, 1.0, len(values))
+    places = zlib.crc32(np.packbits(values != 0).tobytes())
+    sums = [len(values), places, values @ factors, np.abs(values) @ factors]
+    of_ranks = world.gather_rows(np.array(sums, np.float64))
+    allowed = np.array([0.0, 0.0, 1.0, 1.0]) * ROUNDING * of_ranks[0, 3]
+    differ = np.flatnonzero((np.abs(of_ranks - of_ranks[0]) > allowed).any(1))
+    if len(differ):
+        raise own.wrong(
+            f"returned one result on rank 0 and another on rank {differ[0]}, from the same numbers. It must return the "
+            "same on every process: leave out random numbers, the clock, and what differs between processes."
+        )
+
+
 def tiny_table(cfg: Config) -> Table:
     """Three groups: different rewards; equal ones; and different ones whose last row has none."""
     G, names = cfg.num_generations, list(cfg.rewards)
@@ -79,11 +103,21 @@ def tiny_table(cfg: Config) -> Table:
 # --- weighting
 
 
-def load_weighting(cfg: Config) -> Weighting:
-    """The weighting of `weighting`, one of the table in losses.py or the user's own. Raises UserError."""
+def load_weighting(cfg: Config, world: World) -> Weighting:
+    """The weighting of `weighting`, one of the table in losses.py or the user's own. Raises UserError.
+
+    The user's own takes a collective: every rank must call it.
+    """
     if cfg.weighting in WEIGHTINGS:
         return functools.partial(row_weights, cfg.weighting)
-    return functools.partial(own_weights, load_user_function("weighting", cfg.weighting))
+    own = load_user_function("weighting", cfg.weighting)
+
+    def checked_weights(num_trained: Sequence[int], max_length: int) -> list[float]:
+        weights = own_weights(own, num_trained, max_length)
+        check_equal(world, own, np.array(weights))
+        return weights
+
+    return checked_weights
 
 
 def own_weights(own: UserFunction, num_trained: Sequence[int], max_length: int) -> list[float]:
@@ -98,6 +132,12 @@ def own_weights(own: UserFunction, num_trained: Sequence[int], max_length: int) 
 
 
 # --- advantage
+
+
+def check_advantages(cfg: Config, world: World, advantages: np.ndarray) -> None:
+    """`check_equal` of a step's advantages where a function of the user's own computed them."""
+    if cfg.advantage is not None:
+        check_equal(world, load_user_function("advantage", cfg.advantage), advantages)
 
 
 def own_advantages(table: Table, cfg: Config) -> np.ndarray:
@@ -126,9 +166,19 @@ def _arguments(table: Table) -> dict[str, Any]:
 # --- group filter
 
 
-def load_group_filter(cfg: Config) -> Callable[[Table], np.ndarray]:
-    """The function that `group_filter` names, from a table to [P] bool, the groups to keep. Raises UserError."""
-    return functools.partial(own_filter, load_user_function("group_filter", cfg.group_filter))
+def load_group_filter(cfg: Config, world: World) -> Callable[[Table], np.ndarray]:
+    """The function that `group_filter` names, from a table to [P] bool, the groups to keep. Raises UserError.
+
+    It takes a collective: every rank must call it.
+    """
+    own = load_user_function("group_filter", cfg.group_filter)
+
+    def checked_filter(table: Table) -> np.ndarray:
+        kept = own_filter(own, table)
+        check_equal(world, own, kept)
+        return kept
+
+    return checked_filter
 
 
 def own_filter(own: UserFunction, table: Table) -> np.ndarray:

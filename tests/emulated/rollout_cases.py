@@ -43,6 +43,9 @@ def same(expected, found, atol=1e-5):
     for a, b in zip(expected, found, strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist() and a.finish == b.finish
         np.testing.assert_allclose(a.sampler_logprobs, b.sampler_logprobs, atol=atol)
+        assert (a.entropy is None) == (b.entropy is None)
+        if a.entropy is not None:
+            np.testing.assert_allclose(a.entropy, b.entropy, atol=10 * atol)
         assert (a.support is None) == (b.support is None)
         if a.support is not None:
             assert a.support.tolist() == b.support.tolist()
@@ -50,10 +53,10 @@ def same(expected, found, atol=1e-5):
 
 DRAWS = {
     "plain": Sampling(),
-    "top_p": Sampling(top_p=0.8),
+    "top_p": Sampling(top_p=0.8, records_entropy=True),
     "top_k, min_p": Sampling(top_k=9, min_p=0.05, temperature=0.7),
     "greedy": Sampling(temperature=0.0),
-    "clamped": Sampling(logit_clamp=2.0),
+    "clamped": Sampling(logit_clamp=2.0, records_entropy=True),
 }
 
 

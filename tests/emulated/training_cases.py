@@ -22,6 +22,7 @@ from grpo.training.exchange import deliver
 from grpo.training.metrics import Tally
 from grpo.training.minibatches import make_plan
 from grpo.training.policy import Policy
+from grpo.training.reference_renewal import renew_reference
 from grpo.training.skipped_updates import SkippedUpdate
 from grpo.types import TrainRow
 from tests import emulated
@@ -98,6 +99,32 @@ def test_training_ends_where_it_ends_on_the_cpu(architecture, settings, device):
     np.testing.assert_allclose(our_norms, norms, rtol=1e-4)
     for name in ("loss", "kl_old", "clip/low", "clip/high"):
         assert our_metrics[name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("mixup", [0.6, 1.0])
+def test_an_offloaded_reference_is_renewed_where_it_lies(mixup, device):
+    """It stays in CPU memory, and the run ends where it ends on the CPU; with a reference that stays it does not."""
+    settings = {"beta": 0.3, "reference_sync_steps": 1, "reference_mixup": mixup}
+    ends, references = {}, {}
+    for name, where, cfg in (
+        ("cpu", CPU, config(**settings)),
+        ("offloaded", device, config(**settings, reference_offload=True)),
+        ("stays", device, config(beta=0.3, reference_offload=True)),
+    ):
+        policy = policy_on(where, cfg)
+        policy.reference.to("cpu")
+        for step in range(3):
+            injected_step(cfg, policy.world, policy, step, 3, 0, Tally())
+            assert {parameter.device for parameter in policy.reference.parameters()} == {CPU}
+            renew_reference(policy, step + 1)
+        ends[name] = weights_of(policy)
+        references[name] = {key: tensor.clone() for key, tensor in policy.reference.model.named_parameters()}
+    start, fixed = (weights_of(policy_on(CPU, config(), seed=seed)) for seed in (0, 1))
+    for found, begin in ((ends, start), (references, fixed)):
+        length = distance(found["cpu"], begin)
+        assert distance(found["cpu"], found["offloaded"]) < 1e-3 * length < distance(found["cpu"], found["stays"])
+    if mixup == 1.0:
+        assert all(torch.equal(references["offloaded"][name], end) for name, end in ends["offloaded"].items())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gemma3"])

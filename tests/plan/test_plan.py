@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.config.settings import Config
 from grpo.forward.precision import arithmetic
@@ -14,6 +14,7 @@ from grpo.models.loading import prepare
 from grpo.plan.command import GB, advise, main
 from grpo.plan.memory import MEMORY_PHASES, activation_bytes, draw_bytes, estimate, head_bytes, kv_bytes, work_of
 from grpo.plan.model_size import model_size
+from grpo.rollout.sampling import Sampling
 from tests.support.tiny import ARCHITECTURES, tiny_config, tiny_model
 
 LARGE = {"vocab_size": 100_000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16}
@@ -129,7 +130,7 @@ def test_what_zero_shards_falls_with_the_ranks():
 def test_more_rows_longer_texts_more_memory():
     size = model_size(tiny_config("qwen3"))
     assert kv_bytes(size, 64, 128, "fp32") == 2 * kv_bytes(size, 32, 128, "fp32")
-    assert draw_bytes(size, 64, 1.0) == 2 * draw_bytes(size, 32, 1.0)
+    assert draw_bytes(size, 64, Sampling()) == 2 * draw_bytes(size, 32, Sampling())
     assert activation_bytes(size, 512, 128, "fp32", False, True) < activation_bytes(size, 512, 128, "fp32", True, False)
     assert head_bytes(size, 10**6, 1, False) == 4 * 2**20 < head_bytes(size, 10**6, 2, False)
 
@@ -225,3 +226,17 @@ def test_a_config_that_is_no_language_model_is_one_line(folder, capsys):
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
     assert main(arguments(folder)) == 2
     assert "model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("server", [None, "http://a:1"])
+def test_vllm_holds_its_own_cache_and_gets_the_weights(folder, server):
+    """A server beside the trainer shares its device; one elsewhere does not. Control: the native engine."""
+    config = AutoConfig.from_pretrained(folder)
+    settings = {"model": str(folder), "dtype": "bf16"}
+    native = estimate(Config(**settings), config, 1)
+    served = estimate(Config(**settings, rollout_engine="vllm", rollout_server=server), config, 1)
+    names = {entry.name for entry in served.memory}
+    assert ("vLLM's server" in names) == (server is None) and "KV cache" not in names
+    assert "KV cache" in {entry.name for entry in native.memory}
+    [sent] = [entry.bytes for entry in served.traffic if "vLLM" in entry.name]
+    assert sent == 2 * served.size.parameters and len(served.traffic) == len(native.traffic) + 1

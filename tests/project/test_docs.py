@@ -112,6 +112,7 @@ def test_exit_codes_are_named():
 
 
 class Answerer:
+    chunk_rows = None
     """An engine that says one token."""
 
     fitting = FittingSize("rollout", "rollout_chunk_rows", "rows")
@@ -252,24 +253,36 @@ OF_EVALUATION = set(
     re.findall(r'"--(\w+)"', (PROJECT / "grpo" / "evaluate" / "command.py").read_text(encoding="utf-8"))
 )
 OF_EXPORT = set(re.findall(r'"--(\w+)"', (PROJECT / "grpo" / "export" / "command.py").read_text(encoding="utf-8")))
-# torchrun's, tensorboard's, sbatch's; of servers (docs/serving.md) what stands before the first hyphen
-OF_OTHERS = {"standalone", "nproc_per_node", "logdir", "nodes", "requeue", "signal"}
-OF_OTHERS |= {
-    "api",
+# torchrun's, tensorboard's, sbatch's; those of vLLM, of servers (docs/serving.md) and of other trainers
+OF_VLLM = {
+    "max-logprobs",
+    "max-lora-rank",
+    "logprobs-mode",
+    "trust-request-chat-template",
+    "gpu-memory-utilization",
+    "max-model-len",
+    "tensor-parallel-size",
+    "enable-lora",
+    "enforce-eager",
+}
+OF_SERVERS = {
+    "api-key",
     "api_key",
-    "chat",
-    "enable",
-    "enforce",
+    "chat-template",
     "jinja",
     "logprobs",
     "lora",
-    "max",
+    "lora-modules",
     "model_alias",
     "n_ctx",
-    "served",
 }
+OF_OTHERS = OF_VLLM | OF_SERVERS | {"served-model-name", "standalone", "nproc_per_node", "policy_loss_type"}
+OF_OTHERS |= {"gpus-per-node", "logdir", "nodes", "requeue", "signal"}
 OF_SCRIPTS = flags_in(
-    *(PROJECT / "launch").glob("*.sh"), *(PROJECT / "benchmarks").glob("*.py"), *(PROJECT / "demo").glob("*.py")
+    *(PROJECT / "launch").glob("*.sh"),
+    PROJECT / "grpo" / "rollout" / "vllm" / "server.py",
+    *(PROJECT / "benchmarks").glob("*.py"),
+    *(PROJECT / "demo").glob("*.py"),
 )
 
 
@@ -281,12 +294,15 @@ def test_every_flag_exists(name):
     everybody = planner | OF_INFERENCE | OF_EVALUATION | OF_EXPORT | OF_OTHERS | OF_SCRIPTS
     owners = {"inference.py": OF_INFERENCE, "grpo.plan": planner, "train.py": OF_TRAIN}
     owners["grpo.config"] = flags_in(PROJECT / "grpo" / "config" / "__main__.py")
-    everybody |= owners["grpo.config"]
+    owners["grpo.doctor"] = flags_in(PROJECT / "grpo" / "doctor" / "command.py")
+    everybody |= owners["grpo.config"] | owners["grpo.doctor"]
     owners["launch/"] = OF_TRAIN | OF_SCRIPTS
     owners["grpo.evaluate"] = OF_EVALUATION
     owners["grpo.export"] = OF_EXPORT
+    owners["grpo.view"] = flags_in(PROJECT / "grpo" / "view" / "command.py")
+    everybody |= owners["grpo.config"] | owners["grpo.view"]
     for line in text.splitlines():
-        flags = {flag.split(".")[0] for flag in re.findall(r"(?<![\w-])--([a-zA-Z][\w.]*)", line)}
+        flags = {flag.split(".")[0] for flag in re.findall(r"(?<![\w-])--([a-zA-Z][\w.-]*)", line)}
         known = everybody
         if re.match(r"(python|torchrun|bash) ", line):
             known = next((own for program, own in owners.items() if program in line), OF_SCRIPTS) | OF_OTHERS

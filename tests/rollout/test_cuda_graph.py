@@ -60,13 +60,15 @@ def same(expected, found):
         np.testing.assert_allclose(a.sampler_logprobs, b.sampler_logprobs, atol=1e-4)
         if a.support is not None:
             assert a.support.tolist() == b.support.tolist()
+        if a.entropy is not None:
+            np.testing.assert_allclose(a.entropy, b.entropy, atol=1e-4)
 
 
 DRAWS = {
     "plain": Sampling(),
     "greedy": Sampling(temperature=0.0),
-    "truncated": Sampling(temperature=0.8, top_p=0.9, top_k=20, max_support=16),
-    "clamped": Sampling(logit_clamp=2.0),
+    "truncated": Sampling(temperature=0.8, top_p=0.9, top_k=20, max_support=16, records_entropy=True),
+    "clamped": Sampling(logit_clamp=2.0, records_entropy=True),
 }
 
 

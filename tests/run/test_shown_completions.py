@@ -174,14 +174,14 @@ def metrics(**given):
 def test_no_number_is_minus_zero(value):
     """The control: a number that is shown keeps its sign."""
     line = step_line(1, 2, metrics(loss=value, kl=value, **{"reward/mean": value}))
-    assert "grpo_loss: 0.0000  reward 0.000±0.000" in line and "kl 0.00000" in line and "-" not in line
+    assert "reward 0.000±0.000  grpo_loss: 0.0000" in line and "kl 0.00000" in line and "-" not in line
     assert "-" not in sft_line(1, 2, metrics(**{"sft/loss": value}))
-    assert "grpo_loss: -0.0001  reward -0.001" in step_line(1, 2, metrics(loss=-6e-5, **{"reward/mean": -6e-4}))
+    assert "reward -0.001±0.000  grpo_loss: -0.0001" in step_line(1, 2, metrics(loss=-6e-5, **{"reward/mean": -6e-4}))
 
 
 def test_a_step_without_rewards_says_so():
     without = {name: value for name, value in metrics().items() if not name.startswith("reward/")}
-    assert "grpo_loss: 0.0000  reward none  length" in step_line(1, 2, without)
+    assert "reward none  grpo_loss: 0.0000  length" in step_line(1, 2, without)
 
 
 NONE = """

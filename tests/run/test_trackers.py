@@ -28,7 +28,7 @@ from grpo.training.scoring import Scored
 from grpo.types import Completion
 from tests.support.launcher import PROJECT, environment, fork_script
 
-HOSTILE = "<script>alert(1)</script>\n\x1b[31mred & [bold]gold[/bold]"
+HOSTILE = "<script>alert(1)</script>\n\x1b[31mred & [bold]gold[/bold]\u2028\x85\u2029\x0b"
 
 
 # --- a real run on two processes
@@ -153,7 +153,7 @@ def test_a_resumed_run_writes_a_step_once(tmp_path):
     write(2, 1)  # step 2 was lost, and is done again
     (tmp_path / "rollouts-rank3.jsonl").open("a").write('{"step": 2, "row"')  # the line that a kill cut
     write(3, 2)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "rollouts-rank3.jsonl").read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "rollouts-rank3.jsonl").read_text().split("\n")[:-1]]
     assert steps == [1, 1, 2, 2, 3, 3]
 
 

@@ -275,9 +275,10 @@ def test_something_else_at_the_port_is_not_taken_for_node_0():
 SLURM = {
     "scontrol": 'case $1 in show) printf "node-7\\nnode-8\\n" ;; *) echo "scontrol $*" >>"$CALLS" ;; esac',
     "srun": """
-while [[ $1 == --* ]]; do echo "srun $1" >>"$CALLS"; shift; done
+nodes=2
+while [[ $1 == --* ]]; do echo "srun $1" >>"$CALLS"; case $1 in --nodes=*) nodes=${1#*=} ;; esac; shift; done
 code=0
-for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@" || code=$?; done
+for ((SLURM_NODEID = 0; SLURM_NODEID < nodes; SLURM_NODEID++)); do export SLURM_NODEID; "$@" || code=$?; done
 exit $code""",
     "python": """
 if [[ $1 == - ]]; then echo "$NODE_RANK of $NNODES at $MASTER_ADDR:$MASTER_PORT" >>"$CALLS"; exit 0; fi
@@ -285,19 +286,18 @@ echo "$*" >>"$CALLS"; exit $TRAINER""",
 }
 
 
-def slurm(tmp_path, trainer, cwd=PROJECT, **variables):
-    """launch/slurm.sbatch as sbatch would start it. Returns the finished process and the calls made."""
-    for name, text in SLURM.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+def slurm(tmp_path, trainer, cwd=PROJECT, name="slurm.sbatch", args=("8", "--seed", "7"), **variables):
+    """A job script of launch/ as sbatch would start it. Returns the finished process and the calls made."""
+    for command, text in SLURM.items():
+        (tmp_path / command).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / command).chmod(0o755)
     (tmp_path / "calls").write_text("")
     job = {"SLURM_JOB_ID": "120042", "SLURM_JOB_NODELIST": "node-[7-8]", "SLURM_JOB_NUM_NODES": "2"}
     played = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
     env = env_of(**job, **played, TRAINER=str(trainer)) | {"GRPO_PYTHON": str(tmp_path / "python")} | variables
     script = tmp_path / "slurm_script"  # Slurm runs a copy
-    script.write_text((PROJECT / "launch" / "slurm.sbatch").read_text())
-    command = ["bash", str(script), "8", "--seed", "7"]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    script.write_text((PROJECT / "launch" / name).read_text())
+    done = subprocess.run(["bash", str(script), *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
     return done, (tmp_path / "calls").read_text().splitlines()
 
 
@@ -325,6 +325,39 @@ def test_slurm_script_outside_slurm_or_the_project_says_so(tmp_path):
     one_line((done.returncode, done.stderr, ""), "not under Slurm")
     done, _ = slurm(tmp_path, 0, cwd=tmp_path)
     one_line((done.returncode, done.stderr, ""), "Submit from the project's folder")
+
+
+def slurm_vllm(tmp_path, trainer, *args, **variables):
+    """launch/slurm_vllm.sbatch on two nodes."""
+    python = {"GRPO_VLLM_PYTHON": str(tmp_path / "python")}
+    return slurm(tmp_path, trainer, name="slurm_vllm.sbatch", args=args, **python, **variables)
+
+
+def test_slurm_serves_on_the_last_node_and_trains_on_the_others(tmp_path):
+    done, calls = slurm_vllm(tmp_path, 0, "M", "--seed", "7", SLURM_GPUS_ON_NODE="8", VLLM_FLAGS="--dtype bfloat16")
+    assert done.returncode == 0, done.stderr
+    [server] = [call for call in calls if "grpo.rollout.vllm.server" in call]
+    assert server.endswith("--model M --host 0.0.0.0 --port 30042 --gpus 8 --dtype bfloat16")
+    assert {"srun --nodelist=node-8", "srun --nodelist=node-7"} <= set(calls)
+    trained = [call for call in calls if "torchrun.py" in call]
+    expected = 'train.py --model M --rollout_engine vllm --rollout_server ["http://node-8:30042"] '
+    assert trained and all(call.endswith(expected + "--rollout_timeout_s 1800 --seed 7") for call in trained)
+    assert "--nnodes=1 --node_rank=0 --nproc_per_node=8 --master_addr=node-7" in trained[0]
+
+
+@pytest.mark.parametrize(
+    "args, variables, problem",
+    [((), {}, "the model comes first"), (("M",), {"SERVERS": "2"}, "SERVERS must be 1 to 1 of 2 nodes, got 2")],
+)
+def test_slurm_with_vllm_says_what_is_wrong(tmp_path, args, variables, problem):
+    done, calls = slurm_vllm(tmp_path, 0, *args, **variables)
+    one_line((done.returncode, done.stderr, ""), problem)
+    assert not any("torchrun" in call for call in calls)
+
+
+def test_slurm_with_vllm_keeps_the_code(tmp_path):
+    done, calls = slurm_vllm(tmp_path, 74, "M")
+    assert done.returncode == 74 and "scontrol requeue 120042" in calls
 
 
 def deepspeed(*args, **variables):

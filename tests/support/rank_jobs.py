@@ -18,6 +18,7 @@ from grpo.rewards.pool import InProcess
 from grpo.rollout import rollout
 from grpo.rollout.engine import NativeEngine
 from grpo.runtime.distributed import World, start, stop
+from grpo.training import entropy
 from grpo.training import exchange as batching
 from grpo.training.advantages import group_advantages
 from grpo.training.draws import Draws
@@ -57,7 +58,8 @@ def injected(
 ) -> tuple[list[Prompt], list[Completion], np.ndarray]:
     """Prompts, completions and advantages of a step, the same on every rank: lengths 1 to max, one row empty.
 
-    masked: about a third of the tokens carry no loss, and all tokens of row 4.
+    masked: about a third of the tokens carry no loss, and all tokens of row 4. With top_entropy_share completions have
+    entropies, which are no model's.
     """
     rng = np.random.default_rng([seed, step])
     prompts = [
@@ -71,6 +73,10 @@ def injected(
         logprobs = rng.normal(-5.5, 0.5, length).astype(np.float32)
         completions.append(Completion(n, ids, logprobs, "stop"))
     advantages = rng.choice([-1.0, 0.0, 0.5, 1.5], len(completions))
+    if cfg.top_entropy_share < 1:
+        rng_of_entropies = np.random.default_rng([seed, step, 1])
+        recorded = [rng_of_entropies.gamma(2.0, size=len(c.token_ids)).astype(np.float32) for c in completions]
+        completions = [dataclasses.replace(c, entropy=h) for c, h in zip(completions, recorded, strict=True)]
     if masked:
         flags = [rng.random(len(one.token_ids)) > (1 if one.row == 4 else 1 / 3) for one in completions]
         completions = [dataclasses.replace(c, trained=flag) for c, flag in zip(completions, flags, strict=True)]
@@ -113,7 +119,7 @@ def injected_step(
     table = table_of(cfg, lengths, np.arange(len(completions)) % world.size, num_trained)
     if cfg.kl_estimator == "k1_reward":  # what else are advantages are rewards
         table = dataclasses.replace(table, rewards=advantages)
-        draws = Draws(SimpleNamespace(cfg=cfg), 0)  # type: ignore[arg-type]
+        draws = Draws(SimpleNamespace(cfg=cfg, world=world), 0)  # type: ignore[arg-type]
         draws.add(prompts, Scored(mine, [], np.zeros((0, 0)), np.zeros((0, 0)), len(completions)), table)
         put_kl_into_rewards(draws, policy, tally)
         advantages = draws.advantages()
@@ -145,10 +151,17 @@ def injected_updates(
     broken: str = "",
     masked: bool = False,
     architecture: str = "qwen3",
+    scored: bool = False,
     **settings,
 ):
-    """Train on injected rollouts; rank 0 saves the weights. `broken` names a deliberate defect, for controls."""
+    """Train on injected rollouts; rank 0 saves the weights. `broken` names a deliberate defect, for controls.
+
+    scored: as with an engine that records no entropies.
+    """
     cfg = config(**settings)
+    records_entropy = entropy.records_entropy
+    if scored:
+        entropy.records_entropy = lambda cfg: False
     policy = make_policy(cfg, world, architecture)
     tally = Tally()
     norms = []
@@ -156,10 +169,10 @@ def injected_updates(
         if broken == "moments" and step == steps // 2:
             policy.backend.load_moments(lambda name, moment, start, length: torch.zeros(length), 1)
         if broken == "denominator":  # weights divide by the rows of a micro-batch, not of the minibatch
-            batching.load_weighting = lambda cfg: lambda counts, _: [1 / max(1, c) / 7 / (1 + c % 2) for c in counts]
+            batching.load_weighting = lambda *_: lambda counts, _: [1 / max(1, c) / 7 / (1 + c % 2) for c in counts]
         norms += injected_step(cfg, world, policy, step, steps, seed, tally, masked)
         renew_reference(policy, step + 1)
-    batching.load_weighting = load_weighting  # later jobs run without the defect
+    batching.load_weighting, entropy.records_entropy = load_weighting, records_entropy  # of later jobs
     weights = {key: value.contiguous().clone() for key, value in policy.weights()}
     if world.is_main:
         save_file(weights, out / f"{name}.safetensors")

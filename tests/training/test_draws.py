@@ -28,6 +28,8 @@ VARIED, EQUAL = (1.0, 0.0), (1.0, 1.0)
 class NoPolicy:
     """What a Stream needs of a policy."""
 
+    world = None
+
     def __init__(self):
         self.extras = {}
 

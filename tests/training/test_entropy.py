@@ -1,5 +1,6 @@
 """Entropy of tokens by hand: values and gradients, the bonus, its adaptive coefficient, tokens of high entropy.
 
+In this file the engine records no entropies, but in the cases named so; test_recorded_entropy.py has the other way.
 The part on several ranks has one launch for each number of ranks; its rollouts are those of test_invariance.py.
 """
 
@@ -36,6 +37,11 @@ from tests.training.test_invariance import ZERO, distance, flat, load_file
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 NEEDED = dict(model="m", data="d", rewards={"mark_reward": 1.0})
+
+
+@pytest.fixture(autouse=True)
+def nothing_recorded(monkeypatch):
+    monkeypatch.setattr(entropy_module, "records_entropy", lambda cfg: False)
 
 
 def apart(a, b):
@@ -323,61 +329,79 @@ def test_a_checkpoint_with_a_wrong_state_is_refused(tmp_path, name, value, fine)
 
 
 SHARP = {"temperature": 0.2}  # else the tiny model's tokens are nearly equally likely
-SHARE = {"top_entropy_share": 0.3, "entropy_coef": 0.3, **SHARP}
+RECORDED = {"top_entropy_share": 0.3, "entropy_coef": 0.3, **SHARP}
+SHARE = {**RECORDED, "scored": True}
 ADAPTED = {"entropy_target": 4.95, "entropy_coef": 0.2, "entropy_coef_step": 0.1, "weighting": "dapo", **SHARP}
 CASES = {
     "share": SHARE,
     "adaptive": ADAPTED,
     "two passes": {**SHARE, "num_iterations": 2, "num_minibatches": 2, "steps": 5, "beta": 0.04},
     "deterministic": {**SHARE, "deterministic": True},
+    "recorded": RECORDED,
+    "recorded alone": {"top_entropy_share": 0.3, **SHARP},
+    "deterministic, recorded": {**RECORDED, "deterministic": True, "num_minibatches": 2},
 }
 OF_ONE = {
     "no share": {"entropy_coef": 0.3, **SHARP},
-    "no bonus": {"top_entropy_share": 0.3, **SHARP},
+    "no bonus": {"top_entropy_share": 0.3, "scored": True, **SHARP},
     "plain": {"weighting": "dapo", **SHARP},
 }
 OF_TWO = {
     "share, cut": {**SHARE, "micro_batch_tokens": 1},
     "adaptive, cut": {**ADAPTED, "micro_batch_tokens": 1},
     "adaptive, crowded": {**ADAPTED, "where": "backward"},  # on rank 1 memory runs out, and updates begin again
+    "recorded, cut": {**RECORDED, "micro_batch_tokens": 1},
     "share, zero2": {**SHARE, **ZERO["zero2"]},
+    "recorded alone, zero3": {"top_entropy_share": 0.3, **SHARP, **ZERO["zero3"]},
     "adaptive, zero3": {**ADAPTED, **ZERO["zero3"]},
 }
+OF_THREE = {"recorded": RECORDED, "deterministic, recorded": CASES["deterministic, recorded"]}
+FREE = {"architecture": "qwen3", "deterministic": True, "steps": 5, "top_entropy_share": 0.3, **SHARP}
 
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
-    """ends[W][name]: what rank 0 reported, and the final weights."""
+    """ends[W][name]: what rank 0 reported, and the final weights; of "free" rank 0's report alone."""
     found = {}
-    for size, cases in ((1, CASES | OF_ONE), (2, CASES | OF_TWO)):
+    for size, cases in ((1, CASES | OF_ONE), (2, CASES | OF_TWO), (3, OF_THREE)):
         out = tmp_path_factory.mktemp(f"ranks{size}")
         jobs = [
             ("crowded_updates" if "where" in how else "injected_updates", {"name": name, **how})
             for name, how in cases.items()
-        ]
+        ] + [("architecture_steps", FREE), ("architecture_steps", {**FREE, "top_entropy_share": 1.0})]
         ranks = run_ranks(jobs, size, out, timeout=240)
         assert all(len({rank[i]["sha256"] for rank in ranks}) == 1 for i in range(len(jobs)))
         found[size] = {
             name: (ranks[0][i], flat(load_file(out / f"{name}.safetensors"))) for i, name in enumerate(cases)
-        }
+        } | {"free": (ranks[0][-2], None), "free, all": (ranks[0][-1], None)}
     return found
 
 
-@pytest.mark.parametrize("name", [*CASES, *OF_TWO])
-def test_neither_ranks_nor_micro_batches_matter(ends, name):
+@pytest.mark.parametrize(("size", "name"), [(2, name) for name in [*CASES, *OF_TWO]] + [(3, name) for name in OF_THREE])
+def test_neither_ranks_nor_micro_batches_matter(ends, size, name):
     """20 updates end within 1e-3 of the distance travelled; without the mask or the bonus above 1e-2."""
-    alone, several = ends[1][name.split(",")[0]], ends[2][name]
+    alone, several = ends[1][name if name in CASES else name.split(",")[0]], ends[size][name]
     assert distance(alone[1], several[1]) < 1e-3
     keys = [key for key in alone[0]["metrics"] if key.startswith("entropy/")]
-    assert len(keys) == (2 if "adaptive" in name else 3)
+    assert len(keys) == (2 if "adaptive" in name else 1 if "alone" in name else 3)
     measured = [{key: end[0]["metrics"][key] for key in keys} for end in (alone, several)]
     assert measured[1] == pytest.approx(measured[0], rel=1e-3)
-    for other in {"share": ("no share", "no bonus"), "adaptive": ("plain",)}.get(name, ()):
+    controls = {"share": ("no share", "no bonus"), "adaptive": ("plain",), "recorded": ("no share", "recorded alone")}
+    for other in controls.get(name, ()):
         assert distance(alone[1], ends[1][other][1]) > 1e-2, other
     if name == "adaptive":
         assert 0 < measured[0]["entropy/coef"] < 1
-    if name == "deterministic":
+    if "deterministic" in name:
         assert alone[0]["sha256"] == several[0]["sha256"]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_free_running_steps_choose_the_same_tokens_for_any_number_of_ranks(ends, size):
+    """Entropies recorded by the engine, bit-identical weights. Control: a run without the choice ends elsewhere."""
+    alone, several = (ends[count]["free"][0] for count in (1, size))
+    assert alone["sha256"] == several["sha256"] != ends[size]["free, all"][0]["sha256"]
+    assert all(alone["sampled"][key] == ids for key, ids in several["sampled"].items()) and several["sampled"]
+    assert 0.2 < alone["metrics"]["entropy/chosen"] < 0.5
 
 
 # --- settings
@@ -405,4 +429,4 @@ def test_settings_that_make_no_sense_are_refused(settings, said):
 def test_settings_that_go_together():
     check(Config(**NEEDED, entropy_target=0.5, entropy_coef_step=0.01, top_entropy_share=0.2, surrogate="reinforce"))
     check(Config(**NEEDED, entropy_coef=0.01, ratio="sequence"))
-    assert not entropy_module.needs_entropy(Config())
+    assert not entropy_module.needs_every_row(Config())

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from grpo.config.settings import Config
 from grpo.runtime.distributed import World, start, stop
-from grpo.training.exchange import Payload, exchange
+from grpo.training.exchange import exchange
 from grpo.training.minibatches import make_plan, trainers_of
+from grpo.training.payload import Payload
 from grpo.types import Completion, Prompt, Table
 from tests.support.launcher import run_script
 

@@ -39,7 +39,7 @@ def drawn(cfg, policy, rewards=None, masked=True):
     trained = np.array([np.count_nonzero(one.trained) for one in completions])
     table = table_of(cfg, lengths, np.zeros(len(completions)), trained)
     table = dataclasses.replace(table, rewards=advantages if rewards is None else rewards)
-    draws = Draws(SimpleNamespace(cfg=cfg), 0)
+    draws = Draws(SimpleNamespace(cfg=cfg, world=start()), 0)
     draws.add(prompts, Scored(completions, [], np.zeros((0, 0)), np.zeros((0, 0)), len(completions)), table)
     tally = Tally()
     put_kl_into_rewards(draws, policy, tally)

@@ -17,10 +17,11 @@ from grpo.config.settings import Config
 from grpo.errors import UserError
 from grpo.runtime.distributed import World
 from grpo.training import backends
-from grpo.training.exchange import Payload, deliver, payload_of
+from grpo.training.exchange import deliver
 from grpo.training.losses import WEIGHTINGS, LossInputs, policy_loss
 from grpo.training.metrics import MEANS, Tally
 from grpo.training.minibatches import make_plan
+from grpo.training.payload import Payload, payload_of
 from grpo.training.surrogates import SURROGATES
 from grpo.training.user_surrogate import load_surrogate
 from grpo.types import Completion
@@ -212,8 +213,8 @@ def test_rows_without_a_trained_token_are_not_computed_and_still_count():
     assert 4 in minibatch.rows and not any(4 in micro for micro in minibatch.micro_batches)
 
 
-@given(st.integers(0, 70), st.integers(0, 3), st.integers(0, 2**16))
-def test_a_payload_arrives_as_it_was(length, support_width, seed):
+@given(st.integers(0, 70), st.integers(0, 3), st.booleans(), st.integers(0, 2**16))
+def test_a_payload_arrives_as_it_was(length, support_width, chooses, seed):
     rng = np.random.default_rng(seed)
     support = rng.integers(-1, 99, (length, support_width)).astype(np.int32) if support_width else None
     sent = payload_of(
@@ -224,11 +225,12 @@ def test_a_payload_arrives_as_it_was(length, support_width, seed):
             "stop",
             support,
             trained=rng.random(length) > 0.5,
-        )
+        ),
+        rng.random(length) > 0.5 if chooses else None,
     )
     words = sent.pack()
-    assert len(words) == Payload.num_words(length, support_width)
-    found = Payload.unpack(words, length, support_width)
+    assert len(words) == Payload.num_words(length, support_width, chooses)
+    found = Payload.unpack(words, length, support_width, chooses)
     for field in dataclasses.fields(Payload):
         np.testing.assert_array_equal(getattr(sent, field.name), getattr(found, field.name))
 

@@ -18,6 +18,7 @@ from grpo.training.metrics import Tally
 from grpo.training.reference_renewal import KeptReference, keep_reference, renew_reference
 from tests.support.launcher import fork_script, run_ranks
 from tests.support.rank_jobs import config, injected_step, make_policy
+from tests.support.tiers import short
 from tests.support.tiny import save_tiny, tiny_model
 
 KL = {"beta": 0.3}
@@ -134,9 +135,9 @@ def task(tmp_path_factory):
     (folder / "d.jsonl").write_text("\n".join(rows) + "\n")
     (folder / "t.yaml").write_text(SETTINGS)
 
-    def run(name, every, steps, *more):
+    def run(name, every, steps, *more, nproc=None):
         out = ("--output_dir", name, "--reference_sync_steps", str(every), "--max_steps", str(steps))
-        done = fork_script("train.py", "--config", "t.yaml", *out, *more, cwd=folder)
+        done = fork_script("train.py", "--config", "t.yaml", *out, *more, nproc=nproc, cwd=folder)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return folder / name / f"checkpoint_{steps}"
 
@@ -162,6 +163,23 @@ def test_a_resumed_run_ends_with_the_same_bits(task, every):
     base = load_file(whole.parents[1] / "base" / "model.safetensors")
     kept = tensors_of(halfway)[1]
     assert all(torch.equal(kept[name], base[name]) for name in kept) == (every == 3)
+
+
+ZERO2 = ("--backend", "deepspeed", "--zero_stage", "2")
+ON_TWO = {"ddp": (), "zero2": ZERO2, "zero3": ("--backend", "deepspeed", "--zero_stage", "3")}
+
+
+@pytest.mark.parametrize("name", short(ON_TWO, ["ddp", "zero3"]))
+def test_a_resumed_run_on_two_ranks_ends_with_the_same_bits(task, name):
+    """Renewed at step 2, which the checkpoint holds, or at step 3, after the resume; every rank reads the reference."""
+    for every in (2, 3):
+        whole = task(f"{name}_whole_{every}", every, 4, *ON_TWO[name], nproc=2)
+        halfway = task(f"{name}_halves_{every}", every, 2, *ON_TWO[name], nproc=2)
+        resumed = task(f"{name}_halves_{every}", every, 4, "--resume", "must", *ON_TWO[name], nproc=2)
+        for ours, theirs in zip(tensors_of(whole), tensors_of(resumed), strict=True):
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    base = load_file(whole.parents[1] / "base" / "model.safetensors")
+    assert all(torch.equal(tensor, base[name]) for name, tensor in tensors_of(halfway)[1].items())
 
 
 def test_the_kept_reference_is_neither_the_model_nor_sent_to_a_hub(task, tmp_path):

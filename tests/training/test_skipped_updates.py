@@ -94,6 +94,7 @@ def test_rollout_metrics_by_hand():
         "stopped": np.array([1.0, 1.0, 0.0, 0.0]),
         "broken": np.array([0.0, 0.0, 0.0, 1.0]),
         "logprob_sum": np.array([-2.0, -4.0, -2.0, 0.0]),
+        "entropy_sum": np.array([1.0, 6.0, 1.0, 4.0]),
         "clamped": np.array([8.0, 0.0, 0.0, 0.0]),
     }
     scores = np.array([[1.0], [0.0], [2.0], [np.nan]])
@@ -107,6 +108,7 @@ def test_rollout_metrics_by_hand():
         "completions/truncated": 0.25,
         "completions/broken": 1.0,
         "entropy": 1.0,
+        "entropy/true": 1.5,
         "guards/clamped_logits": 0.1,
         "advantage/abs_mean": 0.5,
     }

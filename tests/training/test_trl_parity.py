@@ -10,21 +10,26 @@ denominator, or a missing KL term, is off by more than 1e-2, which each test ass
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from grpo.config.settings import Config, updates_per_step
+from grpo.forward.token_entropy import entropy_of
 from grpo.models.checks import load_model
 from grpo.models.loading import load_tokenizer
 from grpo.runtime.distributed import start
-from grpo.training import other_advantages
+from grpo.training import entropy, other_advantages
+from grpo.training.draws import Draws
 from grpo.training.exchange import deliver
+from grpo.training.kl_in_reward import put_kl_into_rewards
 from grpo.training.metrics import Tally
 from grpo.training.minibatches import make_plan
 from grpo.training.policy import Policy
-from grpo.training.scoring import advantages_of
+from grpo.training.reference_renewal import renew_reference
+from grpo.training.scoring import Scored
 from grpo.types import Completion, Prompt
 from tests.support.rank_jobs import table_of
 from tests.support.tiny import save_tiny
@@ -89,8 +94,32 @@ def start_model(base):
     return model, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def trl_movement(base, out, loss, beta, num_updates=1, **more):
-    """TRL's SGD on the injected rollouts. more: options of GRPOConfig."""
+def arguments(out, beta, num_updates, steps):
+    """Options of both trainers."""
+    return dict(
+        output_dir=str(out),
+        beta=beta,
+        num_generations=G,
+        num_iterations=num_updates,
+        max_steps=num_updates * steps,
+        max_completion_length=MAX_LENGTH,
+        temperature=TEMPERATURE,
+        optim="sgd",
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        disable_dropout=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+def trl_movement(base, out, loss, beta, num_updates=1, steps=1, **more):
+    """TRL's SGD on the injected rollouts, the same in every step. more: options of GRPOConfig."""
     tokenizer = load_tokenizer(str(base))
     prompts, completions, rewards = rollouts(tokenizer)
     ids_of = {p.text: [completions[p.data_row * G + g].token_ids.tolist() for g in range(G)] for p in prompts}
@@ -111,28 +140,8 @@ def trl_movement(base, out, loss, beta, num_updates=1, **more):
         return [second_of(ids) for ids in completion_ids]
 
     model, before = start_model(base)  # its config names the folder, from where TRL loads the reference
-    args = trl.GRPOConfig(
-        output_dir=str(out),
-        loss_type=loss,
-        beta=beta,
-        **{"use_bias_correction_kl": False, "scale_rewards": "none"} | PARTS | more,
-        num_generations=G,
-        num_iterations=num_updates,
-        max_steps=num_updates,
-        max_completion_length=MAX_LENGTH,
-        temperature=TEMPERATURE,
-        optim="sgd",
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        disable_dropout=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    options = {"use_bias_correction_kl": False, "scale_rewards": "none"} | PARTS | more
+    args = trl.GRPOConfig(loss_type=loss, **options, **arguments(out, beta, num_updates, steps))
     trl.GRPOTrainer(
         model=model,
         reward_funcs=[injected_reward, second_reward] if "reward_weights" in more else injected_reward,
@@ -144,10 +153,34 @@ def trl_movement(base, out, loss, beta, num_updates=1, **more):
     return movement(model, before)
 
 
-def our_movement(base, loss, beta, num_updates=1, **more):
+def rloo_movement(base, out, beta):
+    """One SGD step of TRL's RLOOTrainer, whose completions are given in place of generated ones."""
+    tokenizer = load_tokenizer(str(base))
+    prompts, completions, rewards = rollouts(tokenizer)
+    rows_of = {p.text: [completions[p.data_row * G + g] for g in range(G)] for p in prompts}
+    reward_of = {tuple(c.token_ids.tolist()): float(r) for c, r in zip(completions, rewards, strict=True)}
+
+    class Injected(trl.RLOOTrainer):
+        def _generate(self, texts):
+            chosen = [rows_of[text][texts[:i].count(text)].token_ids.tolist() for i, text in enumerate(texts)]
+            return [tokenizer(text)["input_ids"] for text in texts], chosen, tokenizer.batch_decode(chosen)
+
+    model, before = start_model(base)
+    args = trl.RLOOConfig(normalize_advantages=False, **PARTS, **arguments(out, beta, 1, 1))
+    Injected(
+        model=model,
+        reward_funcs=lambda completion_ids, **columns: [reward_of[tuple(ids)] for ids in completion_ids],
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_dict({"prompt": QUESTIONS}),
+    ).train()
+    return movement(model, before)
+
+
+def our_movement(base, loss, beta, num_updates=1, steps=1, **more):
     """SGD with our gradients: the plan, delivery, log-probs and loss of training, in several micro-batches.
 
-    Also returns the share of tokens that the last pass clipped.
+    Every step has the same rollouts. Also returns the share of tokens that the last pass clipped.
     """
     cfg = Config(
         weighting=loss,
@@ -171,19 +204,26 @@ def our_movement(base, loss, beta, num_updates=1, **more):
     table = table_of(cfg, lengths, np.zeros(len(lengths)))
     if cfg.truncated == "mask":
         completions = [c.without_loss() if c.finish == "length" else c for c in completions]
+    if cfg.top_entropy_share < 1 or cfg.kl_estimator == "k1_reward":
+        completions = [as_sampled(model, prompts[c.row // G], c) for c in completions]
     trained = np.array([np.count_nonzero(c.trained) for c in completions])
     table = dataclasses.replace(table, facts=table.facts | {"trained": trained})
     table = dataclasses.replace(table, rewards=rewards)
     if cfg.normalize_each_reward:
         scores = np.column_stack([rewards, [second_of(c.token_ids.tolist()) for c in completions]])
         table = dataclasses.replace(table, scores=scores, rewards=scores @ WEIGHTS, reward_weights=WEIGHTS)
-    advantages = advantages_of(table, cfg)
+    draws, tally = Draws(SimpleNamespace(cfg=cfg, world=world), 0), Tally()
+    draws.add(prompts, Scored(completions, [], table.scores, table.faults, len(completions)), table)
+    put_kl_into_rewards(draws, policy, tally)
+    advantages = draws.advantages()
     plan = make_plan(cfg, prompts, lengths, advantages, world.size, num_trained=trained)
     assert len(plan[0].micro_batches) > 1
-    [minibatch] = policy.annotate(deliver(world, cfg, plan, prompts, completions, table, advantages))
-    policy.counters.trust_sampler = True  # no correction for the sampler: its log-probs are made up
     parameters = list(model.parameters())
-    for _ in range(updates_per_step(cfg)):
+    for update in range(steps * updates_per_step(cfg)):
+        if update % updates_per_step(cfg) == 0:
+            policy.counters.trust_sampler = False  # old log-probs are the policy's
+            [minibatch] = policy.annotate(deliver(world, cfg, plan, prompts, completions, table, advantages))
+            policy.counters.trust_sampler = True  # no correction for the sampler: its log-probs are made up
         tally = Tally()
         summed = [torch.zeros_like(parameter) for parameter in parameters]
         for micro in minibatch:
@@ -195,8 +235,20 @@ def our_movement(base, loss, beta, num_updates=1, **more):
                 parameter.sub_(LR * gradient)
         policy.entropy.after_update(policy.counters, tally)
         policy.entropy.parts.clear()
+        if (update + 1) % updates_per_step(cfg) == 0:
+            renew_reference(policy, (update + 1) // updates_per_step(cfg))
     metrics = tally.reduce(world).metrics
     return movement(model, before), metrics.get("clip/low", 0.0) + metrics.get("clip/high", 0.0)
+
+
+@torch.no_grad()
+def as_sampled(model, prompt, completion):
+    """With the log-probs and entropies that the engine would have recorded."""
+    ids = torch.tensor([[*prompt.token_ids, *completion.token_ids[:-1].tolist()]])
+    logits = model(input_ids=ids).logits[0, len(prompt.token_ids) - 1 :].double() / TEMPERATURE
+    chosen = logits.log_softmax(-1).gather(-1, torch.tensor(completion.token_ids.tolist())[:, None])[:, 0]
+    values = {"sampler_logprobs": chosen.float().numpy(), "entropy": entropy_of(logits).float().numpy()}
+    return dataclasses.replace(completion, **values)
 
 
 def apart(ours, theirs):
@@ -287,7 +339,7 @@ ENTROPY = {  # passes, our settings, TRL's options, our settings of a broken con
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo"])
 @pytest.mark.parametrize("name", ENTROPY)
-def test_entropy_moves_the_weights_as_in_trl(name, loss, base, tmp_path):
+def test_entropy_moves_the_weights_as_in_trl(name, loss, base, tmp_path, monkeypatch):
     """TRL computes one part of all rows, because its quantile and its mean are those of a part; here there are several.
 
     One pass with a share: TRL chooses the tokens anew in each.
@@ -296,7 +348,45 @@ def test_entropy_moves_the_weights_as_in_trl(name, loss, base, tmp_path):
     theirs = trl_movement(base, tmp_path, loss, 0.04, passes, **WHOLE, **options)
     ours, _ = our_movement(base, loss, 0.04, passes, **settings)
     other, _ = our_movement(base, loss, 0.04, passes, **settings | broken)
+    monkeypatch.setattr(entropy, "records_entropy", lambda cfg: False)
+    scored, _ = our_movement(base, loss, 0.04, passes, **settings)
     same, control = apart(ours, theirs), apart(other, theirs)
-    print(f"\n{name}, {loss}: {same:.1e}, control {control:.1e}")
-    assert same <= TOLERANCE
+    print(f"\n{name}, {loss}: {same:.1e}, nothing recorded {apart(scored, theirs):.1e}, control {control:.1e}")
+    assert same <= TOLERANCE and apart(scored, theirs) <= TOLERANCE
     assert control > BROKEN
+
+
+def test_a_kl_in_the_reward_moves_the_weights_as_in_rloo(base, tmp_path):
+    """TRL's RLOOTrainer, one pass: its ratio is the product over a row, which is 1 there; its loss is the mean over
+    rows of the sum over tokens. Controls: half the KL; none, where the group of equal rewards has no advantage."""
+    (tmp_path / "rows.py").write_text(
+        "import numpy as np\n\n\ndef rows(num_trained, max_length):\n"
+        "    return np.full(len(num_trained), 1 / len(num_trained))\n"
+    )
+    beta, loss = 0.4, f"{tmp_path}/rows.py:rows"
+    how = {"baseline": "leave_one_out", "kl_estimator": "k1_reward"}
+    theirs = rloo_movement(base, tmp_path / "out", beta)
+    same, half = (apart(our_movement(base, loss, b, **how)[0], theirs) for b in (beta, beta / 2))
+    none = apart(our_movement(base, loss, 0.0, baseline="leave_one_out")[0], theirs)
+    print(f"\nk1_reward: {same:.1e}, half the KL {half:.1e}, none {none:.1e}")
+    assert same <= TOLERANCE
+    assert half > BROKEN and none > BROKEN
+
+
+@pytest.mark.parametrize("mixup", [0.6, 1.0])
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_renewed_reference_moves_the_weights_as_in_trl(every, mixup, base, tmp_path):
+    """Three steps. Controls: a reference that stays, and another mixture."""
+    options = {"sync_ref_model": True, "ref_model_sync_steps": every, "ref_model_mixup_alpha": mixup}
+    theirs = trl_movement(base, tmp_path, "grpo", 0.4, steps=3, **options)
+    ours = {
+        name: apart(our_movement(base, "grpo", 0.4, steps=3, **how)[0], theirs)
+        for name, how in {
+            "same": {"reference_sync_steps": every, "reference_mixup": mixup},
+            "stays": {},
+            "another mixture": {"reference_sync_steps": every, "reference_mixup": mixup - 0.3},
+        }.items()
+    }
+    print(f"\nreference every {every} steps, {mixup}: " + ", ".join(f"{name} {x:.1e}" for name, x in ours.items()))
+    assert ours["same"] <= TOLERANCE
+    assert ours["stays"] > BROKEN and ours["another mixture"] > BROKEN

@@ -17,7 +17,9 @@ from grpo.training.losses import WEIGHTINGS
 from grpo.training.metrics import Tally
 from grpo.training.minibatches import make_plan
 from grpo.training.scoring import advantages_of
-from grpo.training.user_table_functions import check_functions, load_weighting, tiny_table
+from grpo.training.user_functions import UserFunction
+from grpo.training.user_table_functions import check_equal, check_functions, load_weighting, tiny_table
+from tests.support.jobs import fork_server
 from tests.support.launcher import PROJECT, fork_script, metrics_of
 from tests.support.rank_jobs import config, injected, make_policy, table_of
 
@@ -55,8 +57,8 @@ def test_the_three_weightings_written_by_hand_give_the_same_weights(tmp_path, na
     """Row 1 has no trained token: 1 / 0 there is nothing that a weight could act on."""
     cfg = own(tmp_path, "weighting", body)
     counts = [3, 0, 5, 8]
-    plain = load_weighting(dataclasses.replace(cfg, weighting=name))(counts, 8)
-    found = load_weighting(cfg)(counts, 8)
+    plain = load_weighting(dataclasses.replace(cfg, weighting=name), ALONE)(counts, 8)
+    found = load_weighting(cfg, ALONE)(counts, 8)
     assert found[1] == 0.0 and [found[n] for n in (0, 2, 3)] == pytest.approx([plain[n] for n in (0, 2, 3)], rel=1e-15)
     assert set(check_functions(cfg)) == {"surrogate_source", "weighting_source"}
 
@@ -118,8 +120,8 @@ def test_a_filter_sees_which_completions_were_cut(tmp_path):
     table.facts["stopped"][:] = 1
     table.facts["stopped"][0] = 0  # group 0: cut
     table.facts["stopped"][5], table.facts["broken"][5] = 0, 1  # group 1: an error, not a cut
-    assert filter_of(cfg)(table).tolist() == [False, True, True]
-    assert filter_of(Config()) is varied_groups and varied_groups(table).tolist() == [True, False, True]
+    assert filter_of(cfg, ALONE)(table).tolist() == [False, True, True]
+    assert filter_of(Config(), ALONE) is varied_groups and varied_groups(table).tolist() == [True, False, True]
 
 
 # --- what is refused
@@ -208,7 +210,7 @@ def test_what_is_wrong_only_later_ends_the_run_in_one_line(tmp_path):
     cfg = own(tmp_path, "weighting", "return [1.0 if n < 6 else float('nan') for n in num_trained]")
     check_functions(cfg)
     with pytest.raises(UserError, match=r"^weighting: .* negative or not finite"):
-        load_weighting(cfg)([3, 7], 8)
+        load_weighting(cfg, ALONE)([3, 7], 8)
 
 
 # --- a whole run, and the page
@@ -220,7 +222,7 @@ def blocks():
     return dict(re.findall(r"^`(my_\w+\.py)`:\n\n```python\n(.*?)```", page, re.S | re.M))
 
 
-def run_of(tmp_path, steps, **settings):
+def command_of(tmp_path, steps, **settings):
     more = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     folders = ["--output_dir", str(tmp_path / "o"), "--runs_dir", str(tmp_path / "r")]
     command = [
@@ -234,7 +236,11 @@ def run_of(tmp_path, steps, **settings):
         "8",
     ]
     command += ["--report_to", "none", "--num_threads", "1", "--lr_schedule", "constant", "--max_steps", str(steps)]
-    return fork_script("train.py", *command, *folders, *more)
+    return [*command, *folders, *more]
+
+
+def run_of(tmp_path, steps, **settings):
+    return fork_script("train.py", *command_of(tmp_path, steps, **settings))
 
 
 def test_the_examples_of_the_page_train_and_their_text_belongs_to_the_run(tmp_path):
@@ -267,6 +273,76 @@ def test_the_examples_of_the_page_train_and_their_text_belongs_to_the_run(tmp_pa
         (tmp_path / name).write_text(files[name])
     done = run_of(tmp_path, 2, **settings)
     assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr[-2000:]
+
+
+OF_A_RANK = {  # body, other settings
+    "weighting": ("return np.full(len(num_trained), (1 + 1e-6 * RANK) / num_trained.sum())", {}),
+    "advantage": ("return np.nan_to_num(rewards - np.nanmean(rewards, 1, keepdims=True)) + lengths * 1e-6 * RANK", {}),
+    "group_filter": ("return np.arange(len(rewards)) != RANK", {"filter_groups": "resample", "max_rounds": 2}),
+}
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["differs", "control"])
+@pytest.mark.parametrize("setting", OF_A_RANK)
+def test_ranks_that_get_different_results_end_in_one_line(tmp_path, setting, same):
+    """Neither rank waits for the other. Control: the same function with one value on both.
+
+    The launcher ends a rank that is still closing when the other one has left, so one of the codes may be SIGTERM's.
+    """
+    body, more = OF_A_RANK[setting]
+    rank = "0" if same else "int(os.environ['RANK'])"
+    (tmp_path / "own.py").write_text(
+        f"import os\n\nimport numpy as np\n\nRANK = {rank}\n\n\ndef mine({ARGUMENTS[setting]}):\n    {body}\n"
+    )
+    job = fork_server().launch(
+        str(PROJECT / "train.py"),
+        command_of(tmp_path, 1, **{setting: f"{tmp_path}/own.py:mine"}, **more),
+        2,
+        torchrun=True,
+        cwd=PROJECT,
+    )
+    codes = job.wait(120)
+    errors = [line for rank in range(2) for line in job.text(rank, "err").splitlines() if line.startswith("error:")]
+    if same:
+        assert codes == [0, 0] and not errors
+        return
+    assert 2 in codes and {*codes} <= {2, -15}
+    if codes[0] != 2:
+        return  # rank 0, which speaks for both, was ended
+    assert len(errors) == 1 and errors[0].startswith(
+        f"error: {setting}: {tmp_path}/own.py:mine returned one result on rank 0 and another on"
+    )
+
+
+class Ranks(World):
+    """A rank beside another one, whose row of a gather is given."""
+
+    def gather_rows(self, row):
+        return np.stack([row, self.waits(row)])
+
+
+@pytest.mark.parametrize(
+    "values, equal",
+    [
+        ([1.0, -2.0, 0.0], True),
+        ([1.0 + 1e-13, -2.0, 0.0], True),  # rounding
+        ([1.0 + 1e-6, -2.0, 0.0], False),
+        ([-2.0, 1.0, 0.0], False),  # another order
+        ([1.0, -2.0, 1e-30], False),  # a row that one rank would compute and the other would not
+        ([1.0, -2.0], False),
+    ],
+)
+def test_results_are_equal_up_to_rounding(tmp_path, values, equal):
+    own = UserFunction("advantage", "own.py:mine", len, "")
+    found = []
+    second = Ranks(1, 2, 1, 2, torch.device("cpu"), waits=lambda row: found.append(row) or row)
+    check_equal(second, own, np.array([values]))
+    first = Ranks(0, 2, 0, 2, torch.device("cpu"), waits=lambda row: found[0])
+    if equal:
+        check_equal(first, own, np.array([[1.0, -2.0, 0.0]]))
+    else:
+        with pytest.raises(UserError, match="another on rank 1, from the same numbers"):
+            check_equal(first, own, np.array([[1.0, -2.0, 0.0]]))
 
 
 def test_a_run_without_own_functions_has_no_further_fingerprints():

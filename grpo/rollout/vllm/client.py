@@ -15,9 +15,10 @@ from urllib.parse import quote, urlsplit
 
 from grpo.rollout.vllm.wire import PROTOCOL, TOKEN_VARIABLE
 
-READ_S = 30.0  # a server that is alive sends a line twice a second
+READ_S = 30.0  # most seconds between two lines; a server that is alive sends two a second
 RETRY_S = 1.0  # between two tries
-CONNECTION_ERRORS = (OSError, http.client.HTTPException, ValueError)  # ValueError: what came back is no JSON
+CONNECTION_ERRORS = (OSError, http.client.HTTPException)
+FACTS = {"version": str, "dtype": str, "max_model_len": int}  # what the trainer reads of a server's facts
 
 
 class ServerProblem(Exception):
@@ -25,7 +26,7 @@ class ServerProblem(Exception):
 
 
 class Unusable(ServerProblem):
-    """Trying again cannot help: wrong token, model, or weights."""
+    """Trying again cannot help: wrong token, model, or weights, or no answer for as long as is allowed."""
 
 
 class Client:
@@ -34,58 +35,57 @@ class Client:
     def __init__(self, url: str, token: str, timeout_s: float):
         """timeout_s: without a sign of progress, before the server counts as lost."""
         self.url, self.timeout_s = url.rstrip("/"), timeout_s
+        self.read_s = min(READ_S, timeout_s)
         parts = urlsplit(self.url)
         self.kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.address = parts.netloc
         self.headers = {"Authorization": f"Bearer {token}"}
 
-    def ask(self, method: str, path: str, body: Any = None, read_s: float = READ_S) -> dict[str, Any]:
-        """One request, its whole answer. Raises ServerProblem, and CONNECTION_ERRORS."""
-        connection = self.kind(self.address, timeout=read_s)
-        try:
-            connection.request(method, path, None if body is None else json.dumps(body), self.headers)
-            return self._answer(connection.getresponse())
-        finally:
-            connection.close()
-
-    def _answer(self, response: http.client.HTTPResponse) -> dict[str, Any]:
-        answer = json.loads(response.read())
-        if not isinstance(answer, dict):
-            raise ServerProblem(f"{self.url}: answers with something that is no rollout server's. Check the address.")
-        self._check(response.status, answer)
-        return answer
-
-    def _check(self, status: int, answer: dict[str, Any]) -> None:
+    def answer(self, response: http.client.HTTPResponse) -> dict[str, Any]:
+        """What a whole response says. Raises ServerProblem, and CONNECTION_ERRORS."""
+        status, answer = response.status, parsed(response.read())
         if status == 401:
             raise Unusable(
                 f"{self.url}: refuses the token. {TOKEN_VARIABLE} must be the secret that the server was started with."
             )
-        if status == 404:
+        if status in (404, 405) or (status == 200 and answer is None):
             raise Unusable(f"{self.url}: is no rollout server of this project. Start one with launch/vllm_server.sh.")
-        if status != 200:
-            raise ServerProblem(f"{self.url}: {str(answer.get('error', status))[:500]}")
+        if status != 200 or answer is None:
+            raise ServerProblem(f"{self.url}: {str((answer or {}).get('error', f'HTTP status {status}'))[:500]}")
+        return answer
 
     def facts(self) -> dict[str, Any]:
         """What the server holds. Raises ServerProblem, and CONNECTION_ERRORS."""
-        facts = self.ask("GET", "/health")
+        connection = self.kind(self.address, timeout=self.read_s)
+        try:
+            connection.request("GET", "/health", None, self.headers)
+            facts = self.answer(connection.getresponse())
+        finally:
+            connection.close()
         if facts.get("protocol") != PROTOCOL:
             raise Unusable(
                 f"{self.url}: speaks protocol {str(facts.get('protocol'))[:20]}, this version {PROTOCOL}. Use the "
                 "same version of this project on both sides."
             )
+        for name, kind in FACTS.items():
+            if not isinstance(facts.get(name), kind):
+                raise Unusable(f"{self.url}: answers are malformed ({name} {str(facts.get(name))[:60]}).")
         return facts
 
     def wait(
         self, pulse: Callable[[], bool] = lambda: False, ready: Callable[[dict[str, Any]], bool] | None = None
     ) -> dict[str, Any]:
-        """The server's facts, once it answers and is `ready`. Raises ServerProblem after timeout_s."""
-        until, problem = time.monotonic() + self.timeout_s, ""
+        """The server's facts, once it answers. Raises Unusable after timeout_s, or when it answers and is not `ready`.
+
+        ready: whether it holds the weights that it was sent.
+        """
+        until = time.monotonic() + self.timeout_s
         while True:
             try:
                 facts = self.facts()
                 if ready is None or ready(facts):
                     return facts
-                problem = "it has restarted and lost the weights that it was sent"
+                raise Unusable(f"{self.url}: it has restarted and lost the weights that it was sent.")
             except Unusable:
                 raise
             except ServerProblem as error:
@@ -93,19 +93,23 @@ class Client:
             except CONNECTION_ERRORS as error:
                 problem = _why(error)
             if time.monotonic() > until or pulse():
-                raise ServerProblem(f"{self.url}: no answer for {self.timeout_s:g} s ({problem}).")
+                raise Unusable(f"{self.url}: no answer for {self.timeout_s:g} s ({problem}).")
             time.sleep(RETRY_S)
 
     def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The lines of /generate. Raises ServerProblem, and CONNECTION_ERRORS when it breaks off."""
-        connection = self.kind(self.address, timeout=READ_S)
+        connection = self.kind(self.address, timeout=self.read_s)
         try:
             connection.request("POST", "/generate", json.dumps(body), self.headers)
             response = connection.getresponse()
             if response.status != 200:
-                self._answer(response)
+                self.answer(response)
             for text in response:
-                line = json.loads(text)
+                if not text.endswith(b"\n"):
+                    break
+                line = parsed(text)
+                if line is None:
+                    raise Unusable(f"{self.url}: answers are malformed ({text[:60]!r}).")
                 if "error" in line:
                     raise ServerProblem(f"{self.url}: {str(line['error'])[:500]}")
                 if "done" in line:
@@ -127,7 +131,7 @@ def send_weights(
     connections: list[http.client.HTTPConnection | None] = []
     outcomes: list[dict[str, Any] | ServerProblem] = [ServerProblem(client.url) for client in clients]
     for i, client in enumerate(clients):
-        connection = client.kind(client.address, timeout=max(READ_S, load_s))
+        connection = client.kind(client.address, timeout=load_s)
         try:
             connection.putrequest("POST", f"/weights?version={quote(version)}")
             for name, value in client.headers.items():
@@ -136,7 +140,7 @@ def send_weights(
             connection.endheaders()
             connections.append(connection)
         except CONNECTION_ERRORS as error:
-            outcomes[i] = ServerProblem(f"{client.url}: {_why(error)}")
+            outcomes[i] = ServerProblem(f"{client.url}: {_why(error)}.")
             connections.append(None)
 
     def send(*parts: bytes | memoryview) -> None:
@@ -145,7 +149,7 @@ def send_weights(
                 for part in parts if connection is not None else ():
                     connection.send(part)  # type: ignore[union-attr]
             except OSError as error:
-                outcomes[i] = ServerProblem(f"{clients[i].url}: the transfer of weights broke off ({_why(error)})")
+                outcomes[i] = _why_it_broke_off(clients[i], connection, error)
                 connections[i] = None
 
     for piece in pieces:
@@ -154,12 +158,35 @@ def send_weights(
     for i, (client, open_connection) in enumerate(zip(clients, connections, strict=True)):
         try:
             if open_connection is not None:
-                outcomes[i] = client._answer(open_connection.getresponse())
+                outcomes[i] = client.answer(open_connection.getresponse())
         except ServerProblem as problem:
             outcomes[i] = problem
         except CONNECTION_ERRORS as error:
-            outcomes[i] = ServerProblem(f"{client.url}: the transfer of weights broke off ({_why(error)})")
+            outcomes[i] = _why_it_broke_off(client, None, error)
     return outcomes
+
+
+def _why_it_broke_off(
+    client: Client, connection: http.client.HTTPConnection | None, error: BaseException
+) -> ServerProblem:
+    """A server may answer, and close, before it has read everything."""
+    try:
+        if connection is not None:
+            client.answer(connection.getresponse())
+    except ServerProblem as problem:
+        return problem
+    except CONNECTION_ERRORS:
+        pass
+    return ServerProblem(f"{client.url}: the transfer of weights broke off ({_why(error)}).")
+
+
+def parsed(text: bytes) -> dict[str, Any] | None:
+    """A JSON object; None: it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _why(error: BaseException) -> str:
@@ -169,5 +196,5 @@ def _why(error: BaseException) -> str:
     if isinstance(error, socket.gaierror):
         return "its name cannot be resolved"
     if isinstance(error, TimeoutError):
-        return f"silent for {READ_S:g} s"
+        return "it is silent"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

@@ -32,7 +32,6 @@ from grpo.types import Completion, Pulse
 
 GRACE_S = 5.0  # for a thread that waits for its server to say first why
 WAIT_S = 0.05  # for a line of any server, between two pulses
-LOAD_S = 300.0  # for a server to load the weights that it got
 MAX_TRIES = 3  # of a transfer, and of requests that a server refuses
 PROBES = (  # texts whose continuations are compared with the trainer's after each transfer
     "The farmer has 12 sheep and sells 5 of them. How many sheep are left? Let us count step by step:",
@@ -40,6 +39,7 @@ PROBES = (  # texts whose continuations are compared with the trainer's after ea
     "小明有八个苹果，又买了三个。现在他一共有",
 )
 PROBE_TOKENS = 8
+FP32_PROBE_GAP = 1e-3  # nats, where both sides compute in fp32: there about 1e-6 is usual
 PROBE_SLOT = 2**63  # no question's
 
 Score = Callable[[tuple[int, ...], Completion], np.ndarray]
@@ -49,7 +49,7 @@ Score = Callable[[tuple[int, ...], Completion], np.ndarray]
 class VllmEngine:
     """See `Engine` in grpo/rollout/__init__.py."""
 
-    takes_all_rows = True  # servers batch them
+    chunk_rows: int | None = 2**31  # all of a rank: servers batch them
 
     def __init__(
         self,
@@ -133,14 +133,19 @@ class VllmEngine:
                 pass
             return problem
         for client, outcome in zip(
-            self.owned, send_weights(self.owned, frames(converted()), self.version, LOAD_S), strict=True
+            self.owned,
+            send_weights(self.owned, frames(converted()), self.version, self.cfg.rollout_timeout_s),
+            strict=True,
         ):
             if isinstance(outcome, ServerProblem):
                 return outcome
-            for arrived in outcome["arrived"]:
-                got = {name: int(found[0]) for name, found in arrived.items()}
+            try:
+                workers = [{name: int(found[0]) for name, found in one.items()} for one in outcome["arrived"]]
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                return Unusable(f"{client.url}: answers are malformed ({error!r}).")
+            for got in workers or [{}]:
                 if (name := first_difference(sent, got)) is not None:
-                    return ServerProblem(f"{client.url}: {name} arrived changed.")
+                    return ServerProblem(f"{client.url}: the weight {name} arrived changed.")
         return None
 
     def _probe(self, client: Client | None) -> None:
@@ -150,26 +155,21 @@ class VllmEngine:
         """
         sampling = sampling_of(self.cfg)
         requests = [Request(i, PROBE_SLOT, i, ids) for i, ids in enumerate(self.probes)]
-        lines: queue.Queue[tuple[str, Any]] = queue.Queue()
-        if client is not None:
-            self._ask(client, dict(enumerate(requests)), sampling, PROBE_TOKENS, lines, threading.Event())
-        answers: dict[int, Completion] = {}
-        while not lines.empty():
-            kind, content = lines.get()
-            if kind == "failed":
-                self.fail(content)
-            elif kind == "row" and len(content.token_ids):
-                answers[content.row] = content
+        asked = [] if client is None or self.failed else [(client, dict(enumerate(requests)))]
+        answers = self._gather(asked, sampling, PROBE_TOKENS)
         gaps: list[float] = []
         support = np.full((1, sampling.support_width), -1, np.int32) if sampling.support_width else None
         nothing = Completion(0, np.zeros(1, np.int32), np.zeros(1, np.float32), "length", support)
         for request in requests:
             answer = answers.get(request.row, nothing)
+            answer = answer if len(answer.token_ids) else nothing
             found = self.score(request.prompt_ids, answer)
             if answer is not nothing:
                 gaps += np.abs(found - answer.sampler_logprobs).tolist()
         gap, limit = float(np.mean(gaps)) if gaps else 0.0, sampler_gap_limit(self.cfg)
-        if client is not None and not gap <= limit:
+        if self.cfg.max_sampler_gap is None and (self.cfg.dtype, self.dtype) == ("fp32", "float32"):
+            limit = FP32_PROBE_GAP
+        if client is not None and not self.failed and not (gaps and gap <= limit):
             self.fail(
                 f"{client.url}: every tensor arrived as it was sent, but on fixed texts its log-probs differ from the "
                 f"trainer's by {gap:.3g} nats on average, {limit:g} are allowed (max_sampler_gap). It computes "
@@ -187,27 +187,41 @@ class VllmEngine:
         on_finished: OnFinished | None = None,
     ) -> list[Completion]:
         """As `Engine.generate`. Completions that `pulse` interrupts are dropped."""
-        lines: queue.Queue[tuple[str, Any]] = queue.Queue()
-        ended = threading.Event()
         shares: list[dict[int, Request]] = [{} for _ in self.clients]
         for key, request in enumerate(requests):
             shares[request.slot % len(self.clients)][key] = request
         asked = [(client, share) for client, share in zip(self.clients, shares, strict=True) if share]
-        rest = (sampling, self.cfg.max_generate_length, lines, ended)
-        threads = [threading.Thread(target=self._ask, args=(*each, *rest), daemon=True) for each in asked]
+        if self.failed:
+            return []
+        completed = self._gather(asked, sampling, self.cfg.max_generate_length, pulse, on_finished)
+        return [completed[request.row] for request in requests if request.row in completed]
+
+    def _gather(
+        self,
+        asked: Sequence[tuple[Client, dict[int, Request]]],
+        sampling: Sampling,
+        limit: int,
+        pulse: Pulse = lambda: False,
+        on_finished: OnFinished | None = None,
+    ) -> dict[int, Completion]:
+        """The completions of these requests, by row, of at most `limit` tokens."""
+        lines: queue.Queue[tuple[str, Any]] = queue.Queue()
+        ended = threading.Event()
+        missing = {request.row for _, share in asked for request in share.values()}
+        urls = ", ".join(client.url for client, _ in asked)
+        for each in asked:
+            threading.Thread(target=self._ask, args=(*each, sampling, limit, lines, ended), daemon=True).start()
         completed: dict[int, Completion] = {}
-        drawn: dict[str, int] = {}  # tokens that each server reports
+        drawn: dict[str, Any] = {}  # tokens that each server reports
         last_progress = time.monotonic()
-        if not self.failed:
-            for thread in threads:
-                thread.start()
-        while len(completed) < len(requests) and not self.failed:
+        while missing and not self.failed:
             try:
                 kind, content = lines.get(timeout=WAIT_S)
             except queue.Empty:
                 kind, content = "", None
             if kind == "row":
                 completed[content.row] = content
+                missing.discard(content.row)
                 last_progress = time.monotonic()
                 if on_finished is not None:
                     on_finished([content])
@@ -217,15 +231,14 @@ class VllmEngine:
             elif kind == "failed":
                 self.fail(content)
             if time.monotonic() - last_progress > self.cfg.rollout_timeout_s + GRACE_S:
-                waiting = sum(request.row not in completed for request in requests)
                 self.fail(
-                    f"{', '.join(client.url for client, _ in asked)}: no new token for "
-                    f"{self.cfg.rollout_timeout_s:g} s (rollout_timeout_s), {waiting} completions are missing."
+                    f"{urls}: no new token for {self.cfg.rollout_timeout_s:g} s (rollout_timeout_s), {len(missing)} "
+                    "completions are missing."
                 )
             if pulse():
                 break
         ended.set()
-        return [completed[request.row] for request in requests if request.row in completed]
+        return completed
 
     def _ask(
         self,
@@ -243,22 +256,24 @@ class VllmEngine:
                 for line in client.stream(self._body(pending, sampling, limit)):
                     if ended.is_set():
                         return
-                    if "key" in line and line["finish"] in ("stop", "length"):
-                        request = pending.pop(line["key"])
-                        lines.put(("row", self._completion(request, line, sampling, limit)))
-                    elif "progress" in line:
+                    if "key" not in line:
                         lines.put(("progress", (client.url, line["progress"])))
-            except (KeyError, TypeError, Unusable) as error:
-                text = (
-                    str(error) if isinstance(error, Unusable) else f"{client.url}: answers are malformed ({error!r})."
-                )
-                lines.put(("failed", text))
+                    elif line["finish"] in ("stop", "length"):
+                        lines.put(("row", self._completion(pending[line["key"]], line, sampling, limit)))
+                        del pending[line["key"]]
+                if pending:
+                    raise ServerProblem(f"{client.url}: its answer ended without {len(pending)} completions.")
+            except Unusable as problem:
+                lines.put(("failed", str(problem)))
+                return
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                lines.put(("failed", f"{client.url}: answers are malformed ({' '.join(str(error).split())[:200]})."))
                 return
             except (ServerProblem, *CONNECTION_ERRORS) as error:
                 refusals += isinstance(error, ServerProblem)
                 try:
-                    if refusals >= MAX_TRIES:
-                        raise error if isinstance(error, ServerProblem) else ServerProblem(str(error))
+                    if isinstance(error, ServerProblem) and refusals >= MAX_TRIES:
+                        raise error
                     client.wait(ended.is_set, lambda facts: facts["version"] == self.version)
                 except ServerProblem as problem:
                     lines.put(("failed", str(problem)))
@@ -284,15 +299,22 @@ class VllmEngine:
         }
 
     def _completion(self, request: Request, line: dict[str, Any], sampling: Sampling, limit: int) -> Completion:
-        """A line as a completion. Raises KeyError, TypeError or ValueError when it is malformed."""
+        """A line as a completion. Raises AttributeError, KeyError, TypeError or ValueError when it is malformed."""
         ids, logprobs = unpacked(line["tokens"], "<i4"), unpacked(line["logprobs"], "<f4")
         width = sampling.support_width
         support = unpacked(line["support"], "<i4").reshape(-1, width) if width else None
         lengths = {len(ids), len(logprobs), *(() if support is None else (len(support),))}
         inside = len(ids) and int(ids.min()) >= 0 and int(ids.max()) < self.num_tokens
         if line["version"] != self.version or len(lengths) > 1 or len(ids) > limit or not inside:
-            raise KeyError(f"row {request.row} has {len(ids)} tokens of weights {line['version']}")
+            raise ValueError(f"row {request.row} has {len(ids)} tokens of weights {str(line['version'])[:60]}")
         broken = np.flatnonzero(~(logprobs < NOT_FINITE))
+        kept = None if support is None else support[: broken[0] if len(broken) else None]
+        if kept is not None and not (
+            kept.min(initial=-1) >= -1
+            and kept.max(initial=-1) < self.num_tokens
+            and (kept == ids[: len(kept), None]).any(1).all()
+        ):
+            raise ValueError(f"row {request.row} has tokens outside of their support")
         finish, end = ("error", int(broken[0])) if len(broken) else (line["finish"], len(ids))
         return Completion(request.row, ids[:end], logprobs[:end], finish, None if support is None else support[:end])
 

@@ -36,7 +36,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from grpo.rollout.vllm.wire import DRAW, IN_SUPPORT, PROTOCOL, TOKEN_VARIABLE, BadStream, packed, unpacked
+from grpo.rollout.vllm.wire import DRAW, IN_SUPPORT, PROTOCOL, TOKEN_VARIABLE, BadStream, index_of, packed, unpacked
 
 INSIDE = "grpo.rollout.vllm.inside"
 STREAM_INTERVAL = 64  # tokens of a completion between two reports of its progress
@@ -139,8 +139,9 @@ class Server:
     async def load(self, file: Path, version: str) -> dict[str, Any]:
         """Load the weights of a stored stream. Requests that are running are ended first.
 
-        Raises BadStream, and what vLLM raises for weights that do not fit.
+        Raises BadStream, with everything as it was, and what vLLM raises for weights that do not fit.
         """
+        index_of(file)
         for task in self.running:
             task.cancel()
         await asyncio.gather(*self.running, return_exceptions=True)
@@ -265,7 +266,7 @@ def lead_a_group() -> None:
         os.setpgid(0, 0)
     command = ["bash", "-c", 'read -r; kill -9 -- "-$1" 2>/dev/null', "bash", str(os.getpid())]
     subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # its stdin ends with this process
-    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # a forked process would hold that pipe open
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a forked process would hold that pipe open
 
 
 def refuse(line: str) -> NoReturn:

@@ -98,12 +98,12 @@ def index_of(path: Path) -> list[Frame]:
                     raise BadStream(f"{len(found)} tensors in {size} bytes, where {header['count']} were announced")
                 return found
             name, dtype, shape = header.get("name"), header.get("dtype"), header.get("shape")
-            if not isinstance(name, str) or dtype not in DTYPES or shape is None or not _is_shape(shape):
+            if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in DTYPES or not _is_shape(shape):
                 raise BadStream(f"tensor {len(found)} has the header {str(header)[:200]}")
-            found.append(Frame(name, DTYPES[dtype], tuple(shape), file.tell()))
-            file.seek(found[-1].length, 1)
-            if file.tell() > size:
+            found.append(Frame(name, DTYPES[dtype], tuple(shape or ()), file.tell()))
+            if found[-1].length > size - file.tell():
                 raise BadStream(f"it ends inside {name[:200]}")
+            file.seek(found[-1].length, 1)
 
 
 def read_frames(path: Path, index: list[Frame]) -> Iterator[tuple[str, Tensor]]:
@@ -130,7 +130,7 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
         raise BadStream(f"it breaks off after {at} bytes")
     try:
         header = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise BadStream(f"no header at byte {at}")

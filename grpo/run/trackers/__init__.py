@@ -24,6 +24,8 @@ class Tracker(Protocol):
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Metrics of a step."""
 
+    # A tracker may also have histograms(step, {name: numbers [n]}): distributions of a step.
+
     def text(self, step: int, name: str, text: str) -> None:
         """A Markdown text, in which < and & of the model's text are escaped."""
 

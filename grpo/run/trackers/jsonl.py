@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON object a step, for plots and tests."""
 
 import json
+import re
 from pathlib import Path
 from typing import TextIO
 
@@ -8,10 +9,10 @@ from typing import TextIO
 def open_after(path: Path, done: int) -> TextIO:
     """A file of JSON lines, opened to append. Lines of steps after `done` and a cut last line are dropped first."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        valid = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+        lines = re.findall(r"[^\n]*\n", path.read_text(encoding="utf-8"))  # splitlines would cut texts at U+2028
+        valid = [line for line in lines if json.loads(line)["step"] <= done]
         path.write_text("".join(valid), encoding="utf-8")
-    return path.open("a", encoding="utf-8")
+    return path.open("a", encoding="utf-8", errors="backslashreplace")  # a lone surrogate: its JSON escape
 
 
 class JsonLines:
