@@ -72,8 +72,10 @@ class RealServer:
     def kill(self, engine: bool) -> None:
         """SIGKILL to vLLM's engine, or to the server."""
         self.port_file.unlink()
-        (pid,) = [pid for pid, command in self.processes().items() if ("EngineCore" in command) is engine]
-        os.kill(pid, signal.SIGKILL)
+        mark = "EngineCore" if engine else "-m grpo.rollout.vllm.server"
+        found = {pid: command for pid, command in self.processes().items() if mark in command}
+        assert found, self.processes()
+        os.kill(min(found), signal.SIGKILL)
 
     def stop(self) -> None:
         """SIGTERM to the script, as an operator does."""
