@@ -19,12 +19,14 @@ from grpo.checkpoints.best import best_folder
 from grpo.checkpoints.choose import choose
 from grpo.checkpoints.resume import read_state
 from grpo.config.messages import OneLineParser
+from grpo.data.recipe import build, encode, load_recipe, render
 from grpo.errors import UserError, warn
 from grpo.evaluate.arguments import BATCH_ROWS, MAX_NEW_TOKENS, REFUSAL, SEED, TEMPERATURE, TOP_P
 from grpo.evaluate.ask import Answer, CheckpointModel, OtherModel
 from grpo.evaluate.extract import marks_of, split_reasoning
 from grpo.evaluate.multiple_choice import predict
 from grpo.models.checks import quiet
+from grpo.models.loading import load_tokenizer
 from grpo.run.console import json_line
 from grpo.run.languages import label, language_of
 from grpo.runtime.distributed import World, pick_device
@@ -56,6 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     server = "a rollout server that answers in place of this process (docs/vllm.md); may be repeated"
     parser.add_argument("--server", action="append", metavar="URL", help=server)
+    parser.add_argument("--show_prompt", action="store_true", help="print the question's prompt and answer nothing")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is sampled")
     args = parser.parse_intermixed_args(argv)
     if args.question is not None:
@@ -79,6 +82,16 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("csv, out: one needs the other: --csv test.csv --out submission.csv.")
     if args.csv is not None and (args.words or args.question is not None or args.compare or args.json or args.stream):
         raise UserError("csv: takes no question, --compare, --json or --stream. Choose one way of asking.")
+
+
+def show_prompt(folder: Path, question: str) -> None:
+    """Print the prompt of a question; its number of tokens goes to stderr. Reads no weights. Raises UserError."""
+    if not question.strip():
+        raise UserError("show_prompt: needs a question. Give one.")
+    recipe, tokenizer = load_recipe(folder / "trainer" / "recipe.json"), load_tokenizer(str(folder))
+    text = render(recipe, build(recipe, question, {}), tokenizer)
+    warn(f"prompt: {len(encode(recipe, text, tokenizer))} tokens")
+    print(text, flush=True)
 
 
 class Pair:
@@ -105,8 +118,7 @@ class Pair:
         return fields
 
     def _parts(self, answer: Answer) -> dict[str, Any]:
-        recipe = self.model.recipe
-        reasoning, final = split_reasoning(answer.text, marks_of(recipe.system_prompt, recipe.prompt_template))
+        reasoning, final = split_reasoning(answer.text, marks_of(self.model.text_of("?", {})))
         return {"reasoning": reasoning, "answer": final, "text": answer.text, "finish": answer.finish}
 
     def show(self, question: str, stream: bool) -> None:
@@ -172,6 +184,9 @@ def main(argv: list[str]) -> int:
         quiet()
         folder = choose(best_folder(args.output_dir) if args.best else args.checkpoint, args.output_dir)
         warn(f"checkpoint: {folder}")
+        if args.show_prompt:
+            show_prompt(folder, args.question if args.question is not None else " ".join(args.words))
+            return 0
         pair = Pair(folder, args)
         if args.csv is None:
             answer(pair, args)

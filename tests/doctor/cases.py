@@ -93,7 +93,9 @@ BAD = {
     "nan": Case({"rewards": RIGHT, "lr": 1e38}),
     "nan_surrogate": Case({"rewards": RIGHT, "surrogate": "tests/doctor/bad_surrogate.py:sometimes_nan"}),
     "trap": Case({"rewards": of("trap"), "lr": 3e-4, "max_steps": 24, "num_generations": 8}),
-    "trap_2": Case({"rewards": of("trap"), "lr": 2e-4, "max_steps": 24, "num_generations": 8, "num_minibatches": 2}),
+    "noise": Case(
+        {"rewards": of("noise"), "lr": 6e-4, "max_steps": 24, "num_generations": 8, "max_generate_length": 48}
+    ),
     "bonus": Case({"rewards": RIGHT, "entropy_coef": 1.0, "lr": 3e-4, "max_steps": 18}, "taught"),
     "iterations": Case({"rewards": of("long"), "num_iterations": 8, "lr": 5e-4}),
     "minibatches": Case({"rewards": of("short"), "num_minibatches": 4, "num_iterations": 3, "lr": 1e-3, "seed": 6}),
@@ -145,7 +147,7 @@ TRIGGERS = {  # rule: the run its threshold was set by, and one that was not
     "language_switching": ("chinese", "to_chinese"),
     "reward_fell": ("fast", "faster"),
     "held_out_fell": ("unlearned", "unlearned_2"),
-    "entropy_collapse": ("trap", "trap_2"),
+    "entropy_collapse": ("trap", "noise"),
     "entropy_explosion": ("bonus", "fast"),
     "clip_share": ("iterations", "minibatches"),
     "grad_norm": ("thousand", "low_norm"),

@@ -253,18 +253,31 @@ OF_EVALUATION = set(
     re.findall(r'"--(\w+)"', (PROJECT / "grpo" / "evaluate" / "command.py").read_text(encoding="utf-8"))
 )
 OF_EXPORT = set(re.findall(r'"--(\w+)"', (PROJECT / "grpo" / "export" / "command.py").read_text(encoding="utf-8")))
-# torchrun's, tensorboard's, sbatch's
-OF_VLLM = {"gpu-memory-utilization", "max-model-len", "tensor-parallel-size"}
-OF_OTHERS = OF_VLLM | {
-    "standalone",
-    "nproc_per_node",
-    "policy_loss_type",
-    "gpus-per-node",
-    "logdir",
-    "nodes",
-    "requeue",
-    "signal",
+# torchrun's, tensorboard's, sbatch's; those of vLLM, of servers (docs/serving.md) and of other trainers
+OF_VLLM = {
+    "max-logprobs",
+    "max-lora-rank",
+    "logprobs-mode",
+    "trust-request-chat-template",
+    "gpu-memory-utilization",
+    "max-model-len",
+    "tensor-parallel-size",
+    "enable-lora",
+    "enforce-eager",
 }
+OF_SERVERS = {
+    "api-key",
+    "api_key",
+    "chat-template",
+    "jinja",
+    "logprobs",
+    "lora",
+    "lora-modules",
+    "model_alias",
+    "n_ctx",
+}
+OF_OTHERS = OF_VLLM | OF_SERVERS | {"served-model-name", "standalone", "nproc_per_node", "policy_loss_type"}
+OF_OTHERS |= {"gpus-per-node", "logdir", "nodes", "requeue", "signal"}
 OF_SCRIPTS = flags_in(
     *(PROJECT / "launch").glob("*.sh"),
     PROJECT / "grpo" / "rollout" / "vllm" / "server.py",

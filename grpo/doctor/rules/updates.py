@@ -33,14 +33,15 @@ def entropy_collapse(run: Recording) -> Evidence | None:
     if len(run.steps) < MIN_STEPS or entropy is None or zero is None or reward is None:
         return None
     low, high = run.range_of()
-    if entropy.last > COLLAPSED * entropy.first or reward.last >= low + TOP * (high - low):
+    start = fmean(run.all("entropy")[: max(2, len(run.steps) // 8)])  # it may be gone within the first third
+    if start <= 0 or entropy.last > COLLAPSED * start or reward.last >= low + TOP * (high - low):
         return None
     means = run.all("reward/mean")
     half = len(means) // 2
     recent = fmean(means[-max(1, half // 2) :]) - fmean(means[half : max(half + 1, len(means) - half // 2)])
     if zero.last < max(0.5, zero.first) or recent > 0.05 * (high - low):
         return None
-    values = {"first": entropy.first, "last": entropy.last, "zero": zero.last, "mean": reward.last}
+    values = {"first": start, "last": entropy.last, "zero": zero.last, "mean": reward.last}
     return Evidence(values | {"lr": max([*run.all("lr"), 0.0]), **run.span()})
 
 

@@ -40,6 +40,7 @@ class Client:
         self.kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.address = parts.netloc
         self.headers = {"Authorization": f"Bearer {token}"}
+        self.notice: Callable[[str], None] | None = None  # told once, each time the server has to be waited for
 
     def answer(self, response: http.client.HTTPResponse) -> dict[str, Any]:
         """What a whole response says. Raises ServerProblem, and CONNECTION_ERRORS."""
@@ -79,7 +80,7 @@ class Client:
 
         ready: whether it holds the weights that it was sent.
         """
-        until = time.monotonic() + self.timeout_s
+        until, notice = time.monotonic() + self.timeout_s, self.notice
         while True:
             try:
                 facts = self.facts()
@@ -92,6 +93,9 @@ class Client:
                 problem = str(error).removeprefix(f"{self.url}: ")
             except CONNECTION_ERRORS as error:
                 problem = _why(error)
+            if notice is not None:
+                notice(f"{self.url}: {problem}; waiting, at most {self.timeout_s:g} s (rollout_timeout_s)")
+                notice = None
             if time.monotonic() > until or pulse():
                 raise Unusable(f"{self.url}: no answer for {self.timeout_s:g} s ({problem}).")
             time.sleep(RETRY_S)

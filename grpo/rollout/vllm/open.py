@@ -7,7 +7,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config.settings import Config
-from grpo.errors import UserError
+from grpo.errors import UserError, warn
 from grpo.rollout import Weights
 from grpo.rollout.vllm.child import ChildServer
 from grpo.rollout.vllm.client import Client, ServerProblem
@@ -37,6 +37,7 @@ def open_vllm(
             clients, owns = _running_servers(cfg), world.is_main
         dtypes = []
         for client in clients:
+            client.notice = warn if world.is_main else None
             facts = client.wait()
             check_facts(facts, client.url, cfg, model.config)
             dtypes.append(facts["dtype"])
