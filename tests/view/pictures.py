@@ -11,15 +11,16 @@ import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-
-from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from typing import TYPE_CHECKING
 
 from grpo.view.server import Logs, Server
 from tests.view.conftest import NAMES
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
-def shade_a_completion(page: Page) -> None:
+
+def shade_a_completion(page: "Page") -> None:
     """Open a group with figures and with both kinds of rewards, and shade one of its completions."""
     page.locator("#run").select_option(index=page.locator("#run option").count() - 1)
     page.wait_for_selector("#filter-tokens").check()
@@ -35,6 +36,9 @@ def shade_a_completion(page: Page) -> None:
 
 def take(roots: list[Path], out: Path, scheme: str, width: int, height: int) -> None:
     """Write view_overview.png, view_rollouts.png and view_compare.png."""
+    from PIL import Image  # late, like playwright: the tests import this file where neither is installed
+    from playwright.sync_api import sync_playwright
+
     server = Server(Logs(roots), 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with sync_playwright() as playwright:
