@@ -311,7 +311,7 @@ def architecture_steps(world: World, out: Path, architecture: str, steps: int = 
         batches = policy.annotate(batches)
         norms += policy.train_on(batches, tally, steps * updates_per_step(cfg), False, on_skip=lambda *_: None)
         sampled |= {f"{step}.{c.row}": c.token_ids.tolist() for c in completions}
-        policy.trust_sampler(tally.reduce(world).sampler_gap)
+        policy.trust_sampler(tally.reduce(world))
     ends = dict(policy.weights())
     moved = {name: float((ends[name] - start_weights[name]).abs().max()) for name in ends}
     if world.is_main:

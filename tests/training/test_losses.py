@@ -131,15 +131,15 @@ def test_trust_comes_from_a_value_and_not_from_the_log():
     """A metric of that name changes nothing; the measured gap, over all micro-batches, decides."""
     policy = make_policy(config(), ALONE)
     tally, mask = Tally(), torch.ones(1, 1, dtype=torch.bool)
-    policy.trust_sampler(tally.reduce(ALONE).sampler_gap)
+    policy.trust_sampler(tally.reduce(ALONE))
     assert policy.counters.trust_sampler is None, "nothing was measured"
     for gap in (3e-6, 5e-5):
         tally.micro_batch(torch.tensor(0.0), {}, {"sampler_gap/max": torch.tensor(1.0)}, mask, torch.tensor(gap))
     reduced = tally.reduce(ALONE)
     assert reduced.sampler_gap == pytest.approx(5e-5) and reduced.metrics["sampler_gap/max"] == 1.0
-    policy.trust_sampler(reduced.sampler_gap)
+    policy.trust_sampler(reduced)
     assert policy.counters.trust_sampler is True
-    policy.trust_sampler(2e-4)
+    policy.trust_sampler(dataclasses.replace(reduced, sampler_gap=2e-4))
     assert policy.counters.trust_sampler is False
 
 
