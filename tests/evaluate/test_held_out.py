@@ -89,6 +89,8 @@ def early_letter_reward(completions, **columns):
 class Scripted:
     """An engine whose answers are given by question and number: each a text."""
 
+    chunk_rows = None
+
     def __init__(self, texts):
         self.texts, self.requests, self.sampling = texts, [], None
 

@@ -216,6 +216,7 @@ class Holding:
     """An engine that holds completions back until a file is there: within its n-th call, or before it."""
 
     fitting = FittingSize("rollout", "rollout_chunk_rows", "rows")
+    chunk_rows = None
 
     def __init__(self, file, call, first):
         """first: rows that are finished, in this order, before it waits."""
