@@ -6,6 +6,7 @@ payload that every rank gathers, miss that by far.
 """
 
 import dataclasses
+import gc
 import json
 import sys
 import tracemalloc
@@ -77,6 +78,16 @@ def measured(world: World, control: str) -> dict[str, float]:
     return words
 
 
+def least_measured(world: World, control: str) -> dict[str, float]:
+    """The measurement with the fewest bytes of three: what other threads and first imports allocate only adds to one."""
+    gc.disable()  # a cycle that waits for the collector would be counted or not, by chance
+    found = []
+    for _ in range(3):
+        gc.collect()
+        found.append(measured(world, control))
+    return min(found, key=lambda words: words["bytes"])
+
+
 def main() -> None:
     """This rank's measurements as JSON, by W and control."""
     world = start("cpu", num_threads=1)
@@ -85,7 +96,7 @@ def main() -> None:
     for size, group in ((2, pair), (4, world.control)):
         if world.rank < size:
             part = World(world.rank, size, world.rank, size, world.device, group)
-            found[str(size)] = {control: measured(part, control) for control in ("", "one owner", "every rank")}
+            found[str(size)] = {control: least_measured(part, control) for control in ("", "one owner", "every rank")}
     Path(sys.argv[1], f"rank_{world.rank}.json").write_text(json.dumps(found))
     stop()
 
