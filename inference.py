@@ -29,7 +29,8 @@ from grpo.models.checks import quiet
 from grpo.models.loading import load_tokenizer
 from grpo.run.console import json_line
 from grpo.run.languages import label, language_of
-from grpo.runtime.distributed import World, pick_device
+from grpo.runtime.devices import pick_device
+from grpo.runtime.distributed import World
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

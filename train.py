@@ -33,6 +33,7 @@ from grpo.training.load_policy import load_policy
 from grpo.training.minibatches import make_plan
 from grpo.training.open_engine import open_engine
 from grpo.training.reference_renewal import renew_reference
+from grpo.training.rollout_metrics import measure_engine
 from grpo.training.scoring import Scoring, gather
 from grpo.training.user_table_functions import check_functions
 
@@ -70,8 +71,8 @@ def train(cfg: Config, world: World) -> None:
                     prompts, slots = draws.next_prompts()
                     engine.load_weights(policy.weights, policy.counters.updates)
                     scoring = Scoring(cfg, rewards.at(step, total), prompts, task.tokenizer, warn, run.pulse)
-                    completions = rollout(engine, prompts, slots, cfg, world, scoring)  # this rank's
-                    tally.add("guards/oom_rollout", engine.fitting.halvings)
+                    completions = rollout(engine, prompts, slots, cfg, world, scoring, draws.following(step + 1, total))
+                    measure_engine(engine, tally)
 
                 with tally.phase("reward"):
                     scored = scoring.finish(completions)  # waits for the missing scores

@@ -25,7 +25,8 @@ from grpo.config.names import model_name, with_new_names
 from grpo.config.settings import Config
 from grpo.errors import UserError, warn
 from grpo.models.checks import load_model, quiet
-from grpo.runtime.distributed import World, pick_device
+from grpo.runtime.devices import pick_device
+from grpo.runtime.distributed import World
 from grpo.sft.policy import SftPolicy
 from grpo.training.load_policy import load_trained
 from grpo.training.metrics import Tally

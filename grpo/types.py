@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -186,11 +186,16 @@ class Counters:
     last_entropy: float | None = None  # nats, mean at the last update with entropy_target; None: not measured yet
 
 
-class Extra(Protocol):
+class Extra:
     """More state that checkpoints keep: trainer/NAME.safetensors, see Policy.extras."""
+
+    def gather(self, counters: Counters) -> None:
+        """Called on every rank before `tensors`, where ranks hold different parts."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """A copy, on CPU. Called on rank 0."""
+        raise NotImplementedError
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse, on every rank. Raises ValueError for tensors of something else."""
+        raise NotImplementedError

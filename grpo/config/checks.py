@@ -375,10 +375,14 @@ def _require(cfg: Config, name: str, holds: bool, allowed: str) -> None:
 def _check_engine(cfg: Config) -> None:
     """The settings of vLLM's rollouts. Raises UserError."""
     if cfg.rollout_engine == "native":
-        for name in ("rollout_server", "max_sampler_gap", "vllm_args"):
+        for name in ("rollout_server", "max_sampler_gap", "vllm_args", "rollout_ahead"):
             if getattr(cfg, name):
                 raise UserError(f"{name}: it needs --rollout_engine vllm, got native.")
         return
+    alone = {"filter_groups": cfg.filter_groups == "resample", "sampler_correction": cfg.sampler_correction == "none"}
+    for name, holds in (alone | {"difficulty_range": cfg.difficulty_range}).items():
+        if cfg.rollout_ahead and holds:
+            raise UserError(f"{name}: {getattr(cfg, name)} does not go with rollout_ahead 1. Use --rollout_ahead 0.")
     if cfg.deterministic:
         raise UserError("deterministic: vllm promises no equal bits. Use --rollout_engine native.")
     limit = cfg.stall_timeout_s

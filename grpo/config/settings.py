@@ -280,6 +280,8 @@ class Config:
     """With vllm: seconds without a new token or an answer after which a server is lost and the run ends; >= 1."""
     max_sampler_gap: float | None = None
     """With vllm: largest mean |sampler - trainer| log-prob, in nats; above, the run ends. null: 0.02, bf16 0.1."""
+    rollout_ahead: Literal[0, 1] = 0
+    """With vllm, 1: it samples the next step's completions while this step is trained, by weights a step older."""
     vllm_args: list[str] = field(default_factory=list)
     """Flags of vLLM for the server that training starts, such as [--gpu-memory-utilization, "0.4"]."""
     rollout_tokens: int | None = None

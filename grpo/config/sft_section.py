@@ -63,6 +63,7 @@ OF_ROLLOUTS = frozenset(
         "rollout_timeout_s",
         "max_sampler_gap",
         "vllm_args",
+        "rollout_ahead",
         "max_importance_weight",
         "off_policy_threshold",
         "max_reward_failures",

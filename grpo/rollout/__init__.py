@@ -18,7 +18,7 @@ the rank that takes it, up to rounding; with `deterministic` the cut is the same
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -54,6 +54,9 @@ class Engine(Protocol):
     chunk_rows: int | None
     """Most rows of one call of `generate`; None: rollout_chunk_rows."""
 
+    behind: int
+    """Updates by which weights that sampled the last rollout were older than those that were loaded; 0 but ahead."""
+
     def load_weights(self, weights: Weights, version: int) -> None:
         """Take the policy's current weights. version: equal numbers mean equal weights. Every rank must call it."""
 
@@ -67,6 +70,14 @@ class Engine(Protocol):
         that does not know may call it at the end. Completions that were cut because `pulse` returned True may be among
         them.
         """
+
+
+@runtime_checkable
+class SamplesAhead(Protocol):
+    """What an engine has besides, where it can sample while the caller does something else."""
+
+    def begin(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """Begin to sample these, with the weights that were loaded last; a later `generate` returns them."""
 
 
 class Listener(Protocol):
@@ -97,18 +108,26 @@ def rollout(
     cfg: Config,
     world: World,
     listener: Listener | None = None,
+    following: tuple[Sequence[Prompt], Sequence[int]] | None = None,
 ) -> list[Completion]:
     """Sample this rank's part of a step's completions, chunk after chunk, until none is left or a pulse is True.
 
     slots: of each prompt, what the random numbers of its completions are keyed by: its place in the run's stream.
+    following: prompts and slots of the next step, which the engine begins with (rollout_ahead).
     """
     pulse, on_finished = (lambda: False, None) if listener is None else (listener.pulse, listener.take)
     shares, grouped = shares_of(cfg, world.size), listener is not None and listener.grouped
     chunks = cut_chunks(len(prompts), cfg.num_generations, engine.chunk_rows or cfg.rollout_chunk_rows, shares, grouped)
+    # what is asked for ahead must be taken by the rank that asked
+    dealt = range(world.rank, len(chunks), world.size) if cfg.rollout_ahead else world.deal(len(chunks))
     completions: list[Completion] = []
-    for i in world.deal(len(chunks)):
+    for i in dealt:
         requests = requests_of(chunks[i], prompts, cfg.num_generations, slots)
         completions += engine.generate(requests, sampling_of(cfg), pulse, on_finished=on_finished)
         if pulse():
             break
+    if following is not None and not pulse():
+        coming = [row for i in range(world.rank, len(chunks), world.size) for row in chunks[i]]
+        assert isinstance(engine, SamplesAhead)  # as settings are checked
+        engine.begin(requests_of(coming, following[0], cfg.num_generations, following[1]), sampling_of(cfg))
     return [c.without_loss() if cfg.truncated == "mask" and c.finish == "length" else c for c in completions]

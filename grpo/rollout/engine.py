@@ -40,6 +40,7 @@ class NativeEngine:
     """Samples with the given model; it may be the trainer's own."""
 
     chunk_rows: int | None = None
+    behind = 0
 
     def __init__(
         self,

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grpo.types import Extra
+
 OPEN = -1  # the last epoch of a rest that is over, or never began
 
 
-class Difficulty:
-    """The state of every question, kept in checkpoints (grpo.types.Extra)."""
+class Difficulty(Extra):
+    """The state of every question, kept in checkpoints."""
 
     def __init__(self, num_questions: int, low: float, high: float, rest: int):
         self.low, self.high, self.rest = low, high, rest

@@ -97,6 +97,13 @@ class Draws:
         self.slots, self.drawn = [*self.slots, *slots], slots[-1] + 1
         return self.stream.questions.at(slots), slots
 
+    def following(self, step: int, total: int) -> tuple[list[Prompt], list[int]] | None:
+        """Prompts and slots of `step`, counted from 0, where they are sampled one step ahead (rollout_ahead)."""
+        if step == total or not self.cfg.rollout_ahead:
+            return None
+        slots = self.stream.slots(self.drawn, prompts_per_step(self.cfg))
+        return self.stream.questions.at(slots), slots
+
     def add(self, prompts: list[Prompt], scored: Scored, table: Table) -> None:
         """Add what was sampled in a round, choose groups, and decide whether another round follows."""
         P, first = prompts_per_step(self.cfg), len(self.prompts)

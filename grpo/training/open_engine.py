@@ -13,7 +13,9 @@ from grpo.rollout.engine import NativeEngine
 from grpo.runtime.distributed import World
 from grpo.training.collate import collate
 from grpo.training.load_policy import load_rollout_model
+from grpo.training.metrics import declare
 from grpo.training.policy import Policy
+from grpo.training.rollout_metrics import BEHIND
 from grpo.types import Completion, TrainRow
 
 
@@ -28,14 +30,21 @@ def open_engine(
     """Open the engine that the configuration names. fail: called with one line when it is lost. Raises UserError."""
     if cfg.rollout_engine == "native":
         return NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, policy.num_tokens, tokenizer)
-    from grpo.rollout.vllm.open import open_vllm  # late: most runs need none of it
+    from grpo.rollout.vllm.ahead import NAME as AHEAD  # late: most runs need none of it
+    from grpo.rollout.vllm.open import open_vllm
 
     merged = None
     if cfg.lora_r:
         from grpo.models.lora_merged import merged_weights  # late: peft takes seconds
 
         merged = partial(merged_weights, policy.model)
-    return open_vllm(cfg, world, policy.model, stop_ids, policy.num_tokens, tokenizer, scorer_of(policy), fail, merged)
+    score, pulse = scorer_of(policy), lambda: policy.pulse()
+    model, num_tokens = policy.model, policy.num_tokens
+    engine = open_vllm(cfg, world, model, stop_ids, num_tokens, tokenizer, score, fail, merged, pulse)
+    if engine.ahead is not None:
+        policy.extras[AHEAD] = engine.ahead
+        declare(maxima=(BEHIND,))
+    return engine
 
 
 def scorer_of(policy: Policy) -> Callable[[tuple[int, ...], Completion], np.ndarray]:

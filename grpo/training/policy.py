@@ -257,6 +257,8 @@ class Policy:
 
         Nothing changes in a step that did not measure it. Raises Lost, on every rank alike.
         """
-        if measured.sampler_gap is not None:
+        if self.cfg.rollout_ahead:  # the sampler is an older policy: its log-probs are no old ones, and differ
+            self.counters.trust_sampler = False
+        elif measured.sampler_gap is not None:
             check_gap(measured.metrics, self.cfg)
             self.counters.trust_sampler = measured.sampler_gap <= MAX_TRUSTED_GAP

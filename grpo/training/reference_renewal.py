@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from grpo.training.policy import Policy
+from grpo.types import Extra
 
 REFERENCE = "reference"  # its name among Policy.extras, and of its file
 
 
 @dataclass(frozen=True)
-class KeptReference:
-    """The reference as a part of checkpoints, see grpo.types.Extra."""
+class KeptReference(Extra):
+    """The reference as a part of checkpoints."""
 
     model: nn.Module
 

@@ -3,9 +3,13 @@
 import numpy as np
 
 from grpo.rewards import short_names
+from grpo.rollout import Engine
 from grpo.training.advantages import equal_groups
+from grpo.training.metrics import Tally
 from grpo.training.scoring import LATE
 from grpo.types import Table
+
+BEHIND = "rollout/updates_behind"
 
 
 def rollout_metrics(table: Table, advantages: np.ndarray, vocab_size: int) -> dict[str, float]:
@@ -37,3 +41,10 @@ def rollout_metrics(table: Table, advantages: np.ndarray, vocab_size: int) -> di
         if len(column):
             metrics |= {f"reward/{short}/mean": float(column.mean()), f"reward/{short}/std": float(column.std())}
     return metrics
+
+
+def measure_engine(engine: Engine, tally: Tally) -> None:
+    """Record what the engine found in this rollout."""
+    tally.add("guards/oom_rollout", engine.fitting.halvings)
+    if BEHIND in tally.maxima:
+        tally.top(BEHIND, engine.behind)

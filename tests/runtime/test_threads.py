@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from grpo.runtime.distributed import set_threads
+from grpo.runtime.devices import set_threads
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 

@@ -79,7 +79,7 @@ def measured(world: World, control: str) -> dict[str, float]:
 
 
 def least_measured(world: World, control: str) -> dict[str, float]:
-    """The measurement with the fewest bytes of three: what other threads and first imports allocate only adds to one."""
+    """The one with the fewest bytes of three: what other threads and first imports allocate only adds to it."""
     gc.disable()  # a cycle that waits for the collector would be counted or not, by chance
     found = []
     for _ in range(3):

@@ -7,12 +7,9 @@ arrived and then samples fixed texts; their log-probs are compared with the trai
 run on all ranks, after a checkpoint.
 """
 
-import queue
 import secrets
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,16 +20,16 @@ from grpo.config.settings import Config, sampler_gap_limit
 from grpo.errors import UserError
 from grpo.rollout import OnFinished, Request, Weights
 from grpo.rollout.sampling import Sampling, sampling_of
-from grpo.rollout.vllm.client import CONNECTION_ERRORS, Client, ServerProblem, Unusable, send_weights
-from grpo.rollout.vllm.wire import DTYPES, NOT_FINITE, frames, packed, unpacked
+from grpo.rollout.vllm.ahead import Ahead
+from grpo.rollout.vllm.asked import Asked, Form
+from grpo.rollout.vllm.client import Client, ServerProblem, Unusable, send_weights
+from grpo.rollout.vllm.wire import DTYPES, frames
 from grpo.runtime.checksums import checksum, first_difference
 from grpo.runtime.distributed import World
 from grpo.runtime.out_of_memory import FittingSize
 from grpo.types import Completion, Pulse
 
-GRACE_S = 5.0  # for a thread that waits for its server to say first why
-WAIT_S = 0.05  # for a line of any server, between two pulses
-MAX_TRIES = 3  # of a transfer, and of requests that a server refuses
+MAX_TRIES = 3  # of a transfer
 PROBES = (  # texts whose continuations are compared with the trainer's after each transfer
     "The farmer has 12 sheep and sells 5 of them. How many sheep are left? Let us count step by step:",
     "def mean(values):\n    return sum(values) / len(values)\n\nThe mean of 3, 5 and 10 is",
@@ -50,6 +47,7 @@ class VllmEngine:
     """See `Engine` in grpo/rollout/__init__.py."""
 
     chunk_rows: int | None = 2**31  # all of a rank: servers batch them
+    behind = 0
 
     def __init__(
         self,
@@ -63,12 +61,14 @@ class VllmEngine:
         score: Score,
         fail: Callable[[str], None],
         merged: Weights | None = None,
+        pulse: Pulse = lambda: False,
     ):
         """clients: those that this rank asks. owned: those that it sends weights to; each server has one such rank.
 
         num_tokens: ids from here on are never drawn. fail: asks all ranks to stop, after a checkpoint.
 
-        merged: the weights to send in place of the policy's trained ones, where these are an adapter's.
+        merged: the weights to send in place of the policy's trained ones, where these are an adapter's. pulse: called
+        while it waits outside of `generate`.
         """
         self.merged = merged
         self.cfg, self.world, self.clients, self.owned = cfg, world, list(clients), list(owned)
@@ -86,6 +86,7 @@ class VllmEngine:
         self.name = f"{int(world.sum_rows(number)[0]):012x}"
         self.failed = False
         self._fail = fail
+        self.ahead = Ahead(cfg, world, num_tokens, pulse, self.fail) if cfg.rollout_ahead else None
 
     def fail(self, line: str) -> None:
         """Give up: `generate` returns nothing from now on, and the run stops."""
@@ -99,6 +100,9 @@ class VllmEngine:
         """Send the policy's weights, unless the servers hold this version of them. Every rank must call it."""
         if version == self.loaded:
             return
+        if self.ahead is not None:
+            self.ahead.settle()  # by the weights that it was asked of
+            self.world.any_rank(False)  # on every rank
         self.loads += 1
         self.loaded, self.version = version, f"{self.name}-{self.loads}"
         for _ in range(MAX_TRIES):
@@ -155,8 +159,10 @@ class VllmEngine:
         """
         sampling = sampling_of(self.cfg)
         requests = [Request(i, PROBE_SLOT, i, ids) for i, ids in enumerate(self.probes)]
-        asked = [] if client is None or self.failed else [(client, dict(enumerate(requests)))]
-        answers = self._gather(asked, sampling, PROBE_TOKENS)
+        answers: dict[int, Completion] = {}
+        if client is not None and not self.failed:
+            form = replace(self._form(sampling), limit=PROBE_TOKENS, stop_ids=[], stop=[])
+            answers = self._collected(Asked(form, [(client, dict(enumerate(requests)))]))
         gaps: list[float] = []
         support = np.full((1, sampling.support_width), -1, np.int32) if sampling.support_width else None
         nothing = Completion(0, np.zeros(1, np.int32), np.zeros(1, np.float32), "length", support)
@@ -187,136 +193,45 @@ class VllmEngine:
         on_finished: OnFinished | None = None,
     ) -> list[Completion]:
         """As `Engine.generate`. Completions that `pulse` interrupts are dropped."""
+        completed: dict[int, Completion] = {}
+        if self.ahead is not None:
+            assert self.loaded is not None
+            completed = self.ahead.take(requests, self.loaded, pulse, on_finished)
+            self.behind = self.ahead.behind
+        missing = [request for request in requests if request.row not in completed]
+        if missing and not self.failed:
+            asked = self._ask(missing, self._form(sampling))
+            completed |= self._collected(asked, pulse, on_finished)
+        return [completed[request.row] for request in requests if request.row in completed]
+
+    def begin(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """See `SamplesAhead`."""
+        assert self.ahead is not None and self.loaded is not None
+        if not self.failed:
+            self.ahead.begin(self._ask(requests, self._form(sampling)), requests, self.loaded)
+
+    def _form(self, sampling: Sampling) -> Form:
+        """Of a step's or an evaluation's requests."""
+        limit, timeout_s = self.cfg.max_generate_length, self.cfg.rollout_timeout_s
+        common = (self.version, self.cfg.seed, sampling, limit, self.num_tokens)
+        return Form(*common, self.stop_ids, self.cfg.stop, timeout_s)
+
+    def _ask(self, requests: Sequence[Request], form: Form) -> Asked:
+        """Send the requests, a group to one server."""
         shares: list[dict[int, Request]] = [{} for _ in self.clients]
         for key, request in enumerate(requests):
             shares[request.slot % len(self.clients)][key] = request
-        asked = [(client, share) for client, share in zip(self.clients, shares, strict=True) if share]
-        if self.failed:
-            return []
-        completed = self._gather(asked, sampling, self.cfg.max_generate_length, pulse, on_finished)
-        return [completed[request.row] for request in requests if request.row in completed]
+        return Asked(form, [each for each in zip(self.clients, shares, strict=True) if each[1]])
 
-    def _gather(
-        self,
-        asked: Sequence[tuple[Client, dict[int, Request]]],
-        sampling: Sampling,
-        limit: int,
-        pulse: Pulse = lambda: False,
-        on_finished: OnFinished | None = None,
+    def _collected(
+        self, asked: Asked, pulse: Pulse = lambda: False, on_finished: OnFinished | None = None
     ) -> dict[int, Completion]:
-        """The completions of these requests, by row, of at most `limit` tokens."""
-        lines: queue.Queue[tuple[str, Any]] = queue.Queue()
-        ended = threading.Event()
-        missing = {request.row for _, share in asked for request in share.values()}
-        urls = ", ".join(client.url for client, _ in asked)
-        for each in asked:
-            threading.Thread(target=self._ask, args=(*each, sampling, limit, lines, ended), daemon=True).start()
-        completed: dict[int, Completion] = {}
-        drawn: dict[str, Any] = {}  # tokens that each server reports
-        last_progress = time.monotonic()
-        while missing and not self.failed:
-            try:
-                kind, content = lines.get(timeout=WAIT_S)
-            except queue.Empty:
-                kind, content = "", None
-            if kind == "row":
-                completed[content.row] = content
-                missing.discard(content.row)
-                last_progress = time.monotonic()
-                if on_finished is not None:
-                    on_finished([content])
-            elif kind == "progress" and drawn.get(content[0]) != content[1]:
-                drawn[content[0]] = content[1]
-                last_progress = time.monotonic()
-            elif kind == "failed":
-                self.fail(content)
-            if time.monotonic() - last_progress > self.cfg.rollout_timeout_s + GRACE_S:
-                self.fail(
-                    f"{urls}: no new token for {self.cfg.rollout_timeout_s:g} s (rollout_timeout_s), {len(missing)} "
-                    "completions are missing."
-                )
-            if pulse():
-                break
-        ended.set()
+        """The completions, by row; what `pulse` interrupts is dropped."""
+        completed = asked.collect(pulse, on_finished)
+        asked.end()
+        if asked.problem is not None:
+            self.fail(asked.problem)
         return completed
-
-    def _ask(
-        self,
-        client: Client,
-        pending: dict[int, Request],
-        sampling: Sampling,
-        limit: int,
-        lines: "queue.Queue[tuple[str, Any]]",
-        ended: threading.Event,
-    ) -> None:
-        """Put the completions of these requests into `lines`, asking again for those that a server did not finish."""
-        refusals = 0
-        while pending and not ended.is_set():
-            try:
-                for line in client.stream(self._body(pending, sampling, limit)):
-                    if ended.is_set():
-                        return
-                    if "key" not in line:
-                        lines.put(("progress", (client.url, line["progress"])))
-                    elif line["finish"] in ("stop", "length"):
-                        lines.put(("row", self._completion(pending[line["key"]], line, sampling, limit)))
-                        del pending[line["key"]]
-                if pending:
-                    raise ServerProblem(f"{client.url}: its answer ended without {len(pending)} completions.")
-            except Unusable as problem:
-                lines.put(("failed", str(problem)))
-                return
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                lines.put(("failed", f"{client.url}: answers are malformed ({' '.join(str(error).split())[:200]})."))
-                return
-            except (ServerProblem, *CONNECTION_ERRORS) as error:
-                refusals += isinstance(error, ServerProblem)
-                try:
-                    if isinstance(error, ServerProblem) and refusals >= MAX_TRIES:
-                        raise error
-                    client.wait(ended.is_set, lambda facts: facts["version"] == self.version)
-                except ServerProblem as problem:
-                    lines.put(("failed", str(problem)))
-                    return
-
-    def _body(self, pending: dict[int, Request], sampling: Sampling, limit: int) -> dict[str, Any]:
-        """The body of /generate."""
-        prompts = list(dict.fromkeys(request.prompt_ids for request in pending.values()))
-        place = {ids: i for i, ids in enumerate(prompts)}
-        probe = limit == PROBE_TOKENS and next(iter(pending.values())).slot >= PROBE_SLOT
-        return {
-            "version": self.version,
-            "prompts": [packed(ids, "<i4") for ids in prompts],
-            "requests": [
-                [key, place[one.prompt_ids], limit, self.cfg.seed, one.slot, one.generation, one.num_drawn]
-                for key, one in pending.items()
-            ],
-            "sampling": list(asdict(sampling).values()),
-            "support_width": sampling.support_width,
-            "num_tokens": self.num_tokens,
-            "stop_ids": [] if probe else self.stop_ids,
-            "stop": [] if probe else self.cfg.stop,
-        }
-
-    def _completion(self, request: Request, line: dict[str, Any], sampling: Sampling, limit: int) -> Completion:
-        """A line as a completion. Raises AttributeError, KeyError, TypeError or ValueError when it is malformed."""
-        ids, logprobs = unpacked(line["tokens"], "<i4"), unpacked(line["logprobs"], "<f4")
-        width = sampling.support_width
-        support = unpacked(line["support"], "<i4").reshape(-1, width) if width else None
-        lengths = {len(ids), len(logprobs), *(() if support is None else (len(support),))}
-        inside = len(ids) and int(ids.min()) >= 0 and int(ids.max()) < self.num_tokens
-        if line["version"] != self.version or len(lengths) > 1 or len(ids) > limit or not inside:
-            raise ValueError(f"row {request.row} has {len(ids)} tokens of weights {str(line['version'])[:60]}")
-        broken = np.flatnonzero(~(logprobs < NOT_FINITE))
-        kept = None if support is None else support[: broken[0] if len(broken) else None]
-        if kept is not None and not (
-            kept.min(initial=-1) >= -1
-            and kept.max(initial=-1) < self.num_tokens
-            and (kept == ids[: len(kept), None]).any(1).all()
-        ):
-            raise ValueError(f"row {request.row} has tokens outside of their support")
-        finish, end = ("error", int(broken[0])) if len(broken) else (line["finish"], len(ids))
-        return Completion(request.row, ids[:end], logprobs[:end], finish, None if support is None else support[:end])
 
 
 def check_facts(facts: dict[str, Any], url: str, cfg: Config, config: Any) -> None:

@@ -14,6 +14,7 @@ from grpo.rollout.vllm.client import Client, ServerProblem
 from grpo.rollout.vllm.engine import Score, VllmEngine, check_facts
 from grpo.rollout.vllm.wire import TOKEN_VARIABLE
 from grpo.runtime.distributed import World
+from grpo.types import Pulse
 
 
 def open_vllm(
@@ -26,6 +27,7 @@ def open_vllm(
     score: Score,
     fail: Callable[[str], None],
     merged: Weights | None = None,
+    pulse: Pulse = lambda: False,
 ) -> VllmEngine:
     """The engine, once every server answers and fits the model. Raises UserError, on every rank alike."""
     problem: UserError | None = None
@@ -51,7 +53,7 @@ def open_vllm(
     if failed:
         raise problem or UserError("rollout_server: another rank cannot use it, see its error.")
     owned = clients if owns else []
-    engine = VllmEngine(cfg, world, clients, owned, stop_ids, num_tokens, tokenizer, score, fail, merged)
+    engine = VllmEngine(cfg, world, clients, owned, stop_ids, num_tokens, tokenizer, score, fail, merged, pulse)
     engine.dtype = dtypes[0]
     return engine
 

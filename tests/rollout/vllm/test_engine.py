@@ -218,7 +218,7 @@ AT_GENERATE = {  # what goes wrong -> (lines of the answer, words of the line)
 @pytest.mark.parametrize("case", AT_GENERATE.values(), ids=AT_GENERATE)
 def test_faults_of_a_rollout(tiny_folder, stand_in, case, monkeypatch):
     """One line with the address; whatever had been finished before is whole."""
-    monkeypatch.setattr("grpo.rollout.vllm.engine.GRACE_S", 0.2)
+    monkeypatch.setattr("grpo.rollout.vllm.asked.GRACE_S", 0.2)
     change, words = case
     server = stand_in()
     trainer = Trainer(tiny_folder, [server], rollout_timeout_s=1.0)
@@ -300,7 +300,7 @@ def test_a_server_that_dies_for_good(tiny_folder, stand_in, of_two):
 
 def test_slow_is_not_silent(tiny_folder, stand_in, monkeypatch):
     """Tokens that come slowly, over a multiple of rollout_timeout_s, are waited for."""
-    monkeypatch.setattr("grpo.rollout.vllm.engine.GRACE_S", 0.0)
+    monkeypatch.setattr("grpo.rollout.vllm.asked.GRACE_S", 0.0)
     server = stand_in()
     trainer = Trainer(tiny_folder, [server], rollout_timeout_s=1.0)
     trainer.send()
