@@ -9,7 +9,8 @@ SmolLM2-135M-Instruct and the task of demo/real_model: 8 prompts a step, 8 compl
 beta 0, constant rate, AdamW (0.9, 0.999) without decay, norm clipped at 1. Reached: the end of the first step where the
 mean reward over the last 5 steps is at least the threshold. Seconds are those of the steps up to there, start-up left
 out. The sides take steps in turn, one works at a time; who is done, or has had --max_steps steps or --cap_s seconds,
-leaves the other alone. With --whole a run goes on after the threshold. --curves writes every step.
+leaves the other alone. With --together both work at once, each on --threads cores of its own, so that what else the
+machine does meets both. With --whole a run goes on after the threshold. --curves writes every step.
 
 First a sweep, one seed, gives each side its own best rate: fewest seconds, or, where none reached it, the highest
 last mean. Then --seeds other seeds at that rate. Control: our side, same rate and as many steps, on rewards shuffled
@@ -20,10 +21,12 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,13 +93,23 @@ def race(runs: list[tuple[str, str, Workload, list[str]]], args: argparse.Namesp
             for i, (which, python, work, more) in enumerate(runs)
         ]
         races = [Race(args.threshold, args.max_steps, args.cap_s, args.whole) for _ in sides]
+
+        def go(i: int, steps: float) -> None:
+            """So many steps more of a side, or all."""
+            while steps > 0 and not races[i].over:
+                step, steps = sides[i].run(1), steps - 1
+                races[i].add(step["reward"], step["step_s"], step["new_tokens"])
+
         try:
+            if args.together:
+                for i, side in enumerate(sides):
+                    os.sched_setaffinity(side.process.pid, range(i * args.threads, (i + 1) * args.threads))
+                with ThreadPoolExecutor(len(sides)) as pool:
+                    list(pool.map(lambda i: go(i, math.inf), range(len(sides))))
             turn = 0
             while not all(one.over for one in races):
                 for i in range(len(sides)) if turn % 2 == 0 else reversed(range(len(sides))):
-                    if not races[i].over:
-                        step = sides[i].run(1)
-                        races[i].add(step["reward"], step["step_s"], step["new_tokens"])
+                    go(i, 1)
                 turn += 1
         finally:
             for side in sides:
@@ -153,6 +166,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workload", choices=["demo", "real"], default="demo")
     parser.add_argument("--model", help="with real: SmolLM2-135M-Instruct")
+    parser.add_argument("--together", action="store_true", help="both sides at once, on cores of their own")
     parser.add_argument("--whole", action="store_true", help="go on after the threshold")
     parser.add_argument("--curves", help="JSONL file to append every run's steps to")
     return parser.parse_args()

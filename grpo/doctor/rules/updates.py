@@ -86,8 +86,8 @@ def sampler_gap(run: Recording) -> Evidence | None:
     gaps, ess = run.all("sampler_gap/mean"), run.all("sampler/ess")
     gap = fmean(gaps) if gaps else 0.0
     size = fmean(ess) if ess else 1.0
-    if len(run.steps) < MIN_STEPS or (gap < GAP and size >= ESS):
-        return None
+    if len(run.steps) < MIN_STEPS or (gap < GAP and size >= ESS) or run.setting("rollout_ahead", 0):
+        return None  # ahead, they are two policies
     corrected = run.all("clip/importance")
     values = {"gap": gap, "ess": size, "corrected": fmean(corrected) if corrected else 0.0}
     return Evidence(values | {"dtype": run.setting("dtype", "?"), "largest": max([*run.all("sampler_gap/max"), 0.0])})
