@@ -74,11 +74,6 @@ def trap(completions, **columns):
     return [1.0 if _share(text, "trap") < 0.04 else float(_share(text) < 0.5) / 2 for text in completions]
 
 
-def noise(completions, question, **columns):
-    """As `coin`, but by question and text: no text is good for all questions."""
-    return [float(_share(text, str(asked)) < 0.5) for text, asked in zip(completions, question)]
-
-
 def han(completions, **columns):
     """Share of Chinese characters."""
     return [sum("\u4e00" <= letter <= "\u9fff" for letter in text) / max(1, len(text)) for text in completions]

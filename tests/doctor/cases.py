@@ -67,7 +67,6 @@ BAD = {
     "two_tokens": Case({"rewards": of("coin"), "max_generate_length": 2}),
     "four_tokens": Case({"max_generate_length": 4, "max_steps": 6, "num_generations": 4} | FEW, "real", config=SMOLLM2),
     "cut_44": Case({"rewards": RIGHT, "max_generate_length": 44}, "taught"),
-    "cut_36": Case({"rewards": RIGHT, "max_generate_length": 36, "seed": 5, "temperature": 1.2}, "taught"),
     "long": Case({"rewards": of(coin=0.1, long=1.0), "lr": 3e-4, "max_steps": 18}),
     "long_tiny": Case({"rewards": of(coin=0.05, long=1.0), "lr": 1e-2, "max_steps": 24, "stop": ENDS}, "tiny"),
     "short": Case(
@@ -93,9 +92,6 @@ BAD = {
     "nan": Case({"rewards": RIGHT, "lr": 1e38}),
     "nan_surrogate": Case({"rewards": RIGHT, "surrogate": "tests/doctor/bad_surrogate.py:sometimes_nan"}),
     "trap": Case({"rewards": of("trap"), "lr": 3e-4, "max_steps": 24, "num_generations": 8}),
-    "noise": Case(
-        {"rewards": of("noise"), "lr": 6e-4, "max_steps": 24, "num_generations": 8, "max_generate_length": 48}
-    ),
     "bonus": Case({"rewards": RIGHT, "entropy_coef": 1.0, "lr": 3e-4, "max_steps": 18}, "taught"),
     "iterations": Case({"rewards": of("long"), "num_iterations": 8, "lr": 5e-4}),
     "minibatches": Case({"rewards": of("short"), "num_minibatches": 4, "num_iterations": 3, "lr": 1e-3, "seed": 6}),
@@ -105,9 +101,6 @@ BAD = {
     "slow_rate": Case({"rewards": RIGHT, "lr": 1e-9, "max_steps": 20, "num_generations": 8}),
     "other_sampler": Case(
         {"rewards": of("coin"), "max_generate_length": 16}, "tiny", patch=SAMPLER.format("one.sampler_logprobs * 1.1")
-    ),
-    "noisy_sampler": Case(
-        {"rewards": RIGHT, "seed": 9}, patch=SAMPLER.format("one.sampler_logprobs - 0.2 * (one.token_ids % 3)")
     ),
     "leak": Case({"rewards": RIGHT, "eval_data": "demo/train.jsonl", "eval_rows": 32, "eval_split": "train"}),
     "leak_half": Case({"rewards": RIGHT, "eval_data": "@half_of_train", "max_steps": 5}),
@@ -125,6 +118,13 @@ BAD = {
     "saves_2": Case({"rewards": of("coin"), "save_steps": 2, "save_in_background": False, "max_generate_length": 8}),
     "idle": Case({"rewards": of("longest"), "batch_size": 1, "num_generations": 6}, ranks=2),
     "idle_2": Case({"rewards": RIGHT, "rollout_chunk_rows": 8, "max_steps": 8}, ranks=2, patch=SLOW_RANK),
+    "cut_40": Case({"rewards": RIGHT, "max_generate_length": 40, "seed": 21, "lora_r": 8, "lr": 1e-3}, "taught"),
+    "coarse_sampler": Case(
+        {"rewards": of("coin"), "max_generate_length": 12, "seed": 22},
+        "tiny",
+        patch=SAMPLER.format("(one.sampler_logprobs * 4).round() / 4"),
+    ),
+    "trap_tiny": Case({"rewards": of("trap"), "lr": 1e-2, "max_steps": 48, "stop": ENDS, "seed": 23}, "tiny"),
     "memory": Case({"rewards": RIGHT}, patch=LITTLE_MEMORY.format("sample", 5)),
     "memory_2": Case({"rewards": RIGHT, "seed": 12}, patch=LITTLE_MEMORY.format("train", 3)),
 }
@@ -140,19 +140,19 @@ TRIGGERS = {  # rule: the run its threshold was set by, and one that was not
     "one_sided": ("digit_not_large", "anything_not_rare"),
     "identical_completions": ("cold", "greedy"),
     "never_ends": ("two_tokens", "four_tokens"),
-    "truncated": ("cut_44", "cut_36"),
+    "truncated": ("cut_44", "cut_40"),
     "length_explosion": ("long", "long_tiny"),
     "length_collapse": ("short", "unlearned"),
     "repetition": ("ones", "loops"),
     "language_switching": ("chinese", "to_chinese"),
     "reward_fell": ("fast", "faster"),
     "held_out_fell": ("unlearned", "unlearned_2"),
-    "entropy_collapse": ("trap", "noise"),
+    "entropy_collapse": ("trap", "trap_tiny"),
     "entropy_explosion": ("bonus", "fast"),
     "clip_share": ("iterations", "minibatches"),
     "grad_norm": ("thousand", "low_norm"),
     "reward_flat": ("flat", "slow_rate"),
-    "sampler_gap": ("other_sampler", "noisy_sampler"),
+    "sampler_gap": ("other_sampler", "coarse_sampler"),
     "held_out_leak": ("leak", "leak_half"),
     "duplicates": ("twice", "some_twice"),
     "gold_differs": ("two_golds", "some_two_golds"),
