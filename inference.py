@@ -10,7 +10,6 @@ Prompts are built exactly as in training: the recipe comes from the checkpoint. 
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from grpo.checkpoints.choose import choose
 from grpo.checkpoints.resume import read_state
 from grpo.config.messages import OneLineParser
 from grpo.data.recipe import build, encode, load_recipe, render
-from grpo.errors import UserError, warn
+from grpo.errors import UserError, exit_with, warn
 from grpo.evaluate.arguments import BATCH_ROWS, MAX_NEW_TOKENS, REFUSAL, SEED, TEMPERATURE, TOP_P
 from grpo.evaluate.ask import Answer, CheckpointModel, OtherModel
 from grpo.evaluate.extract import marks_of, split_reasoning
@@ -201,4 +200,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main)

@@ -51,7 +51,7 @@ def train(cfg: Config, world: World) -> None:
     check_lengths(policy.model, cfg.max_prompt_length, cfg.max_generate_length)
     policy.limit_tokens(check_vocabulary(policy.model, task.tokenizer, task.recipe.rules, run.log.write_line))
     stop_ids = stop_token_ids(policy.model, task.tokenizer, task.recipe.end_of_turn, run.log.write_line)
-    engine = open_engine(cfg, world, policy, stop_ids, task.tokenizer, run.fail)
+    engine = open_engine(cfg, world, policy, stop_ids, task.tokenizer, run.stopping)
 
     total, stream = total_steps(cfg, len(task.questions.items)), Stream(cfg, task.questions, policy)
     first = restore(policy, resumed)

@@ -1,7 +1,11 @@
 """Errors for users: one line (setting, value given, values allowed, what to do), an exit code, no traceback."""
 
+import os
+import signal
 import sys
 import unicodedata
+from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_BUG = 1  # an exception that is none of the others, with its traceback
 EXIT_USER = 2  # config, data, reward or checkpoint: the user can correct it
@@ -71,3 +75,21 @@ def first_line(error: BaseException) -> str:
     ('not found', 'KeyError')
     """
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def exit_with(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Run a command on the arguments of this process and end with its code.
+
+    Where the reader of its output has left, as in `| head`, it ends in silence, with the code of SIGPIPE.
+    """
+    code: int | str | None
+    try:
+        try:
+            code = main(sys.argv[1:])
+        except SystemExit as ended:  # --help
+            code = ended.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush does not fail again
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)

@@ -10,7 +10,6 @@ recorded numbers are reproduced, 1 when not, 2 when something is missing.
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 from grpo.config.messages import OneLineParser
 from grpo.config.names import model_name, with_new_names
 from grpo.config.settings import Config
-from grpo.errors import UserError, warn
+from grpo.errors import UserError, exit_with, warn
 from grpo.models.checks import load_model, quiet
 from grpo.runtime.devices import pick_device
 from grpo.runtime.distributed import World
@@ -123,6 +122,11 @@ def replay(folder: Path, device: torch.device) -> bool:
             tensors = {f.name: getattr(micro, f.name) for f in dataclasses.fields(micro)}
             moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
             micro = MicroBatch(**{**tensors, **moved})
+            if not evidence.losses and evidence.config.get("rollout_ahead"):
+                raise UserError(
+                    f"replay: {folder}: logits of the rollout were not finite, and with rollout_ahead older weights "
+                    "sampled it, which were not kept. It cannot be replayed."
+                )
             if not evidence.losses:
                 same &= _replay_rollout(policy, micro)
                 continue
@@ -184,4 +188,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main)

@@ -190,7 +190,7 @@ class Extra:
     """More state that checkpoints keep: trainer/NAME.safetensors, see Policy.extras."""
 
     def gather(self, counters: Counters) -> None:
-        """Called on every rank before `tensors`, where ranks hold different parts."""
+        """Called on every rank before a save, where ranks hold different parts."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """A copy, on CPU. Called on rank 0."""

@@ -58,6 +58,11 @@ class Saver:
         """Begin to save the policy as it is now, after the previous save has ended. last: no save will follow."""
         self.wait()
         step, world = policy.counters.step, policy.world
+        if policy.extras:
+            began = time.monotonic()
+            for extra in policy.extras.values():
+                extra.gather(policy.counters)
+            self.seconds["save/gather_s"] = time.monotonic() - began
         began = time.monotonic()
         self.heartbeat.saving(step, "snapshot")
         if world.is_main and self.tokenizer_files is None:

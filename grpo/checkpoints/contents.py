@@ -92,8 +92,6 @@ def take_snapshot(
 ) -> Snapshot:
     """Copy what checkpoint_{step} needs. Every rank must call it: gathering sharded weights is a collective."""
     is_main = policy.world.is_main
-    for extra in policy.extras.values():
-        extra.gather(policy.counters)
     streamed = {name: tensor.to("cpu", copy=True) for name, tensor in policy.weights() if is_main}
     moments = {f"{p.name}|{p.moment}|{p.start}": p.values.to("cpu", copy=True) for p in policy.backend.moments()}
     if not is_main:

@@ -10,7 +10,7 @@ from grpo.config.command_line import check_yaml
 from grpo.config.documentation import markdown_table
 from grpo.config.from_trl import as_yaml, check_result, convert
 from grpo.config.messages import OneLineParser
-from grpo.errors import UserError
+from grpo.errors import UserError, exit_with
 
 
 def converted(file: Path, processes: int | None, rows: int | None) -> str:
@@ -57,4 +57,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main)

@@ -1,8 +1,7 @@
 """`python -m grpo.doctor`: see command.py."""
 
-import sys
-
 from grpo.doctor.command import main
+from grpo.errors import exit_with
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main)

@@ -11,6 +11,7 @@ from grpo.evaluate.ask import CheckpointModel
 from grpo.forward.logprobs import Scorer
 from grpo.rollout.vllm.open import open_vllm
 from grpo.runtime.distributed import World
+from grpo.runtime.signals import Stopping
 from grpo.training.collate import collate
 from grpo.types import Completion, TrainRow
 
@@ -43,6 +44,6 @@ def answer_on_servers(model: CheckpointModel, servers: Sequence[str], world: Wor
         raise lost
 
     stop_ids = own.stop_ids.tolist()
-    engine = open_vllm(cfg, world, own.model, stop_ids, own.head.num_tokens, model.tokenizer, score, fail)
+    engine = open_vllm(cfg, world, own.model, stop_ids, own.head.num_tokens, model.tokenizer, score, Stopping(fail))
     engine.load_weights(own.model.named_parameters, 0)
     model.engine = engine

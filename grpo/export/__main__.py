@@ -3,8 +3,9 @@
 import signal
 import sys
 
+from grpo.errors import exit_with
 from grpo.export.command import main
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the temporary folder is removed
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main)

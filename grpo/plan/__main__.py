@@ -1,8 +1,7 @@
 """`python -m grpo.plan`: see command.py."""
 
-import sys
-
+from grpo.errors import exit_with
 from grpo.plan.command import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main)

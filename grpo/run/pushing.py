@@ -11,6 +11,7 @@ next.
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import huggingface_hub
 
 from grpo.checkpoints.card import card_text, read_metrics, without_paths
 from grpo.checkpoints.contents import step_of
-from grpo.checkpoints.manifest import MANIFEST, OPTIMIZER, file_sha256, manifest_text
+from grpo.checkpoints.manifest import MANIFEST, file_sha256, manifest_text
 from grpo.config.names import find_path
 from grpo.config.settings import PROJECT, Config
 from grpo.errors import UserError, warn
@@ -32,7 +33,6 @@ from grpo.models.lora_checks import is_adapter
 from grpo.models.lora_files import base_of
 from grpo.models.upload import find_token
 from grpo.strict_json import read_object
-from grpo.training.reference_renewal import REFERENCE
 
 PREFIX = ".push-"  # of the folder that is sent; prepare_output removes what a killed run leaves
 POLL_S = 0.2  # of the wait at the end of a run
@@ -61,8 +61,8 @@ def stage(folder: Path, staged: Path, config: dict[str, Any]) -> None:
     """Link what is sent of a checkpoint into a folder. Raises OSError, or KeyError or ValueError for no checkpoint."""
     shutil.rmtree(staged, ignore_errors=True)
     listed = dict(read_object(folder / MANIFEST)["files"])
-    kept_here = (f"trainer/{OPTIMIZER}", f"trainer/{REFERENCE}.safetensors")  # for resuming, on this machine
-    files = {name: entry for name, entry in listed.items() if not name.startswith(kept_here)}
+    kept_here = re.compile(r"trainer/.*\.safetensors")  # for resuming, on this machine
+    files = {name: entry for name, entry in listed.items() if not kept_here.fullmatch(name)}
     for name in files:
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         if name == STATE:

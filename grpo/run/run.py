@@ -33,7 +33,7 @@ from grpo.run.log import RunLog
 from grpo.run.pushing import Pusher, check_push
 from grpo.runtime.distributed import World
 from grpo.runtime.heartbeat import Heartbeat, Watchdog
-from grpo.runtime.signals import StopRequest
+from grpo.runtime.signals import Stopping, StopRequest
 from grpo.runtime.startup import OutputLock, check_folder_shared, check_ranks_agree
 from grpo.training import skipped_updates
 from grpo.training.metrics import Tally
@@ -288,6 +288,15 @@ class Run:
         """Ask all ranks to stop at the next safe point, after a checkpoint: this rank cannot go on."""
         warn(f"error: {self.heartbeat.where()}: {line}")
         self.stop.failure = line
+
+    @property
+    def stopping(self) -> Stopping:
+        """For parts that wait for others: half of the grace time, and twice what a save took last, stay for saving."""
+
+        def may_wait() -> bool:
+            return self.stop.seconds_left() > max(self.cfg.preempt_grace_s / 2, 2 * SAVE_MARGIN * self.saver.expected_s)
+
+        return Stopping(self.fail, self.pulse, may_wait)
 
     def preempt(self) -> NoReturn:
         """Save if there is something new and time for it. Raises Preempted, or Lost after `fail` on any rank."""

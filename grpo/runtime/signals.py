@@ -11,15 +11,26 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.config.exit_file import write_exit
 from grpo.errors import EXIT_BUG, EXIT_PREEMPTED, UserError, first_line, warn
 from grpo.runtime.heartbeat import Heartbeat
+from grpo.types import Pulse
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_REQUEST_S = 1.0  # a terminal and a launcher may both pass on one Ctrl-C
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """What a part of a run that waits for others must know of its end."""
+
+    fail: Callable[[str], None]  # one line: asks all ranks to stop at the next safe point, after a checkpoint
+    pulse: Pulse = lambda: False  # called while waiting
+    may_wait: Callable[[], bool] = lambda: True  # whether a run that was asked to stop has time to wait before it saves
 
 
 class StopRequest:

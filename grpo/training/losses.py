@@ -127,7 +127,7 @@ def policy_loss(
 
     weights: [B, T], already divided by the global denominator. trust_sampler: the old log-probs are the sampler's, so
     no importance weight is needed. weights_unchanged: sampler and trainer hold the same weights, so every gap between
-    their log-probs is arithmetic.
+    their log-probs is arithmetic (or, with rollout_ahead, the sampler's are the last step's).
     """
     trained, logprobs, old = inputs.trained, inputs.logprobs, inputs.old_logprobs
     measured = Measured()

@@ -11,6 +11,7 @@ from grpo.config.settings import Config
 from grpo.rollout import Engine
 from grpo.rollout.engine import NativeEngine
 from grpo.runtime.distributed import World
+from grpo.runtime.signals import Stopping
 from grpo.training.collate import collate
 from grpo.training.load_policy import load_rollout_model
 from grpo.training.metrics import declare
@@ -25,9 +26,9 @@ def open_engine(
     policy: Policy,
     stop_ids: Iterable[int],
     tokenizer: PreTrainedTokenizerBase,
-    fail: Callable[[str], None],
+    stopping: Stopping,
 ) -> Engine:
-    """Open the engine that the configuration names. fail: called with one line when it is lost. Raises UserError."""
+    """Open the engine that the configuration names. Raises UserError."""
     if cfg.rollout_engine == "native":
         return NativeEngine.of(cfg, load_rollout_model(policy), stop_ids, policy.num_tokens, tokenizer)
     from grpo.rollout.vllm.ahead import NAME as AHEAD  # late: most runs need none of it
@@ -38,9 +39,8 @@ def open_engine(
         from grpo.models.lora_merged import merged_weights  # late: peft takes seconds
 
         merged = partial(merged_weights, policy.model)
-    score, pulse = scorer_of(policy), lambda: policy.pulse()
-    model, num_tokens = policy.model, policy.num_tokens
-    engine = open_vllm(cfg, world, model, stop_ids, num_tokens, tokenizer, score, fail, merged, pulse)
+    score, model, num_tokens = scorer_of(policy), policy.model, policy.num_tokens
+    engine = open_vllm(cfg, world, model, stop_ids, num_tokens, tokenizer, score, stopping, merged)
     if engine.ahead is not None:
         policy.extras[AHEAD] = engine.ahead
         declare(maxima=(BEHIND,))

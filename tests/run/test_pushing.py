@@ -53,6 +53,9 @@ def taught(tmp_path_factory):
     return taught_checkpoint(tmp_path_factory.mktemp("taught") / "checkpoint_3", [("2+2?", {}, "4")], SETTINGS)
 
 
+NOT_SENT = {f"trainer/{name}.safetensors" for name in ("optimizer-00000-of-00001", "reference", "questions", "ahead")}
+
+
 @pytest.fixture
 def checkpoint(taught, tmp_path):
     """A checkpoint with optimizer state, in an output_dir of its own."""
@@ -61,7 +64,8 @@ def checkpoint(taught, tmp_path):
     for path in taught.rglob("*"):
         if path.is_file() and path.name != "MANIFEST.json":
             (folder / path.relative_to(taught)).write_bytes(path.read_bytes())
-    (folder / "trainer" / "optimizer-00000-of-00001.safetensors").write_bytes(b"moments")
+    for name in NOT_SENT:
+        (folder / name).write_bytes(b"state")
     write_manifest(folder, 3)
     return folder
 
@@ -94,7 +98,7 @@ def test_the_model_and_its_card_arrive_in_one_commit(server, checkpoint, tmp_pat
     assert said == ["pushed checkpoint_3 to mia/tiny"] and files_in(checkpoint) == before
     assert not list(checkpoint.parent.glob(".push-*")) and capfd.readouterr() == ("", "")
     files = sent(server)
-    assert {name for name in before if name not in files} == {"trainer/optimizer-00000-of-00001.safetensors"}
+    assert {name for name in before if name not in files} == NOT_SENT
     assert {name for name in files if files[name] != before.get(name)} == {
         "README.md",
         "MANIFEST.json",

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,28 @@ def test_every_command_quotes_what_it_got(command, env):
     assert done.returncode == (0 if command == "config" else 2), said[-2000:]
     if command not in ("config", "train"):
         assert "\\u6570" in said, said[-2000:]
+
+
+PRINTING = {
+    "plan": ["-m", "grpo.plan"],
+    "config": ["-m", "grpo.config"],
+    "help": ["-m", "grpo.doctor", "--help"],
+    "inference": ["inference.py", "--help"],
+}
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=pytest.mark.full if name in SLOW else ()) for name in PRINTING]
+)
+def test_a_reader_that_leaves_ends_a_command_in_silence(command):
+    """As `| head` does. Python's own end would be a traceback, or code 120 and a line about an ignored exception."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, *PRINTING[command]]
+    done = subprocess.run(command, cwd=PROJECT, env=environment(), stdout=writing, stderr=subprocess.PIPE, timeout=240)
+    os.close(writing)
+    assert done.returncode == (0 if "--help" in command else 128 + signal.SIGPIPE), done.stderr  # argparse ignores it
+    assert not re.search(b"Error|Exception|Traceback", done.stderr), done.stderr
 
 
 def test_every_command_imports_the_package_that_does_it():

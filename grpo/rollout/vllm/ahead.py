@@ -8,8 +8,8 @@ been interrupted. Completions that could not be kept, because their server was l
 the checkpoint, with a notice.
 """
 
-import time
-from collections.abc import Callable, Sequence
+import atexit
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from grpo.rollout import OnFinished, Request
 from grpo.rollout.sampling import sampling_of
 from grpo.rollout.vllm.asked import Asked
 from grpo.runtime.distributed import World
+from grpo.runtime.signals import Stopping
 from grpo.types import Completion, Counters, Extra, Pulse
 
 Key = tuple[int, int]  # slot, g
@@ -33,54 +34,50 @@ NAME = "ahead"  # among Policy.extras, and of its file
 class Ahead(Extra):
     """This rank's completions that were asked for ahead; a part of checkpoints."""
 
-    def __init__(self, cfg: Config, world: World, num_tokens: int, pulse: Pulse, fail: Callable[[str], None]):
-        """num_tokens: ids from here on are no tokens. fail: asks all ranks to stop, a server is lost."""
-        self.cfg, self.world, self.num_tokens, self.pulse, self.fail = cfg, world, num_tokens, pulse, fail
+    def __init__(self, cfg: Config, world: World, num_tokens: int, stopping: Stopping):
+        """num_tokens: ids from here on are no tokens."""
+        self.cfg, self.world, self.num_tokens, self.stopping = cfg, world, num_tokens, stopping
         self.asked: Asked | None = None  # what servers work on
         self.waiting: dict[Key, int] = {}  # its requests -> row
         self.updates = 0  # of the policy that samples it
         self.kept: dict[Key, tuple[Completion, int]] = {}  # finished; the policy's updates when they were sampled
+        self.taken: set[Key] = set()  # of `kept`, for the step that is trained now
         self.lost = 0  # completions that the checkpoint of a resumed run did not hold
         self.behind = 0  # updates between the oldest weights that sampled the step, and those that it trains
         self.gathered: dict[str, Tensor] = {}  # on rank 0
+        atexit.register(self._end)  # before a server that this rank started waits for its requests
 
     def begin(self, asked: Asked, requests: Sequence[Request], updates: int) -> None:
         """Servers sample the next step's requests now, with the weights after so many updates."""
         self._tell_lost()
         self.asked, self.updates = asked, updates
         self.waiting = {(one.slot, one.generation): one.row for one in requests}
-        before = min((one.slot for one in requests), default=0) - prompts_per_step(self.cfg)
-        self.kept = {key: value for key, value in self.kept.items() if key[0] >= before}  # the step's own: see gather
+        self.kept = {key: self.kept[key] for key in self.taken}  # the step's own, until it is trained: see gather
+        self.taken = set()
 
     def settle(self, pulse: Pulse | None = None, on_finished: OnFinished | None = None) -> None:
-        """Wait for what servers work on. A run that was asked to stop waits for half of its grace time."""
+        """Wait for what servers work on. A run that was asked to stop waits as long as it has time (Stopping)."""
         if self.asked is None:
             return
         asked, self.asked = self.asked, None
-        completed = asked.collect(self._patient(pulse or self.pulse), on_finished)
+        pulse = pulse or self.stopping.pulse
+        completed = asked.collect(lambda: pulse() and not self.stopping.may_wait(), on_finished)
         asked.end()
         if asked.problem is not None:
-            self.fail(asked.problem)
+            self.stopping.fail(asked.problem)
         for key, row in self.waiting.items():
             if row in completed:
                 self.kept[key] = completed[row], self.updates
 
-    def _patient(self, pulse: Pulse) -> Pulse:
-        since: list[float] = []
-
-        def patient() -> bool:
-            if pulse():
-                since.append(time.monotonic())
-            return bool(since) and since[-1] - since[0] > self.cfg.preempt_grace_s / 2
-
-        return patient
+    def _end(self) -> None:
+        if self.asked is not None:
+            self.asked.end()
 
     def _tell_lost(self) -> None:
         """A step was trained after the run was resumed."""
         if self.lost and self.world.is_main:
             warn(
-                f"{self.lost} completions of the first step were not in the checkpoint, because a server was lost or "
-                "the grace time was short: the weights of the checkpoint have sampled them."
+                f"{self.lost} completions of the first step were not in the checkpoint: its weights have sampled them."
             )
         self.lost = 0
 
@@ -101,6 +98,7 @@ class Ahead(Extra):
         found = {row: self.kept[key] for key, row in keys.items() if key in self.kept}
         completed = {row: replace(one, row=row) for row, (one, _) in found.items()}
         if found:
+            self.taken |= {key for key in keys if key in self.kept}
             self.behind = updates - min(sampled for _, sampled in found.values())
             tell([one for row, one in completed.items() if row not in told])
         return completed
@@ -137,8 +135,9 @@ class Ahead(Extra):
         return np.concatenate(arrived).view(column.dtype).reshape(-1, *column.shape[1:])
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `gather` found: [n, 5] rows, and their tokens one after the other."""
-        return self.gathered
+        """What `gather` found, once: [n, 5] rows, and their tokens one after the other."""
+        found, self.gathered = self.gathered, {}
+        return found
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """The completions of a checkpoint, all ranks' on each. Raises ValueError."""
@@ -147,6 +146,8 @@ class Ahead(Extra):
         kinds |= {"support": torch.int32} if width else {}
         if {name: tensor.dtype for name, tensor in tensors.items()} != kinds:
             raise ValueError("these are no completions of such a run")
+        if not all(tensor.dim() for tensor in tensors.values()):
+            raise ValueError("completions have other shapes")
         rows, total = tensors["rows"], len(tensors["token_ids"])
         shapes = {"rows": (len(rows), PER_ROW), "token_ids": (total,), "sampler_logprobs": (total,)}
         shapes |= {"support": (total, width)} if width else {}
@@ -158,9 +159,14 @@ class Ahead(Extra):
         G = self.cfg.num_generations
         if bool((rows[:, 1] >= G).any()) or bool((rows[:, 2] >= len(FINISHES)).any()):
             raise ValueError("completions are of no group")
+        slots = {(slot, g) for slot, g, *_ in rows.tolist()}
+        if len(slots) < len(rows) or len({slot for slot, _ in slots}) > prompts_per_step(self.cfg):
+            raise ValueError("completions are of several steps")
         for name in ("token_ids", *(["support"] if width else [])):
             if not all(-(name == "support") <= int(end) < self.num_tokens for end in _ends(tensors[name])):
                 raise ValueError(f"{name} are beyond the vocabulary")
+        if width and not bool((tensors["support"] == tensors["token_ids"][:, None]).any(1).all()):
+            raise ValueError("tokens are outside of their support")
         if not bool(torch.isfinite(tensors["sampler_logprobs"]).all()):
             raise ValueError("log-probs hold NaN or Inf")
         columns = {name: np.split(tensors[name].numpy(), lengths.cumsum(0)[:-1]) for name in kinds if name != "rows"}

@@ -96,16 +96,14 @@ class Asked:
             except queue.Empty:
                 kind, content = "", None
             if kind == "row":
-                self.completed[content.row] = content
-                self.missing.discard(content.row)
+                self._add(content, on_finished)
                 last_progress = time.monotonic()
-                if on_finished is not None:
-                    on_finished([content])
             elif kind == "progress" and drawn.get(content[0]) != content[1]:
                 drawn[content[0]] = content[1]
                 last_progress = time.monotonic()
             elif kind == "failed":
                 self.problem = content
+                self._take_finished(on_finished)
             if time.monotonic() - last_progress > self.form.timeout_s + GRACE_S:
                 urls = ", ".join(client.url for client, _ in self.shares)
                 self.problem = (
@@ -115,6 +113,22 @@ class Asked:
             if pulse():
                 break
         return self.completed
+
+    def _take_finished(self, on_finished: OnFinished | None) -> None:
+        """What other servers have finished behind the line of one that failed."""
+        while True:
+            try:
+                kind, content = self.lines.get_nowait()
+            except queue.Empty:
+                return
+            if kind == "row":
+                self._add(content, on_finished)
+
+    def _add(self, one: Completion, on_finished: OnFinished | None) -> None:
+        self.completed[one.row] = one
+        self.missing.discard(one.row)
+        if on_finished is not None:
+            on_finished([one])
 
     def end(self) -> None:
         """Nothing more is wanted: servers drop what is not finished."""
@@ -144,6 +158,8 @@ class Asked:
                 return
             except (ServerProblem, *CONNECTION_ERRORS) as error:
                 refusals += isinstance(error, ServerProblem)
+                if self.ended.is_set():
+                    return
                 try:
                     if isinstance(error, ServerProblem) and refusals >= MAX_TRIES:
                         raise error

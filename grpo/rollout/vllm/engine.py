@@ -27,6 +27,7 @@ from grpo.rollout.vllm.wire import DTYPES, frames
 from grpo.runtime.checksums import checksum, first_difference
 from grpo.runtime.distributed import World
 from grpo.runtime.out_of_memory import FittingSize
+from grpo.runtime.signals import Stopping
 from grpo.types import Completion, Pulse
 
 MAX_TRIES = 3  # of a transfer
@@ -59,16 +60,13 @@ class VllmEngine:
         num_tokens: int,
         tokenizer: PreTrainedTokenizerBase,
         score: Score,
-        fail: Callable[[str], None],
+        stopping: Stopping,
         merged: Weights | None = None,
-        pulse: Pulse = lambda: False,
     ):
         """clients: those that this rank asks. owned: those that it sends weights to; each server has one such rank.
 
-        num_tokens: ids from here on are never drawn. fail: asks all ranks to stop, after a checkpoint.
-
-        merged: the weights to send in place of the policy's trained ones, where these are an adapter's. pulse: called
-        while it waits outside of `generate`.
+        num_tokens: ids from here on are never drawn. merged: the weights to send in place of the policy's trained ones,
+        where these are an adapter's.
         """
         self.merged = merged
         self.cfg, self.world, self.clients, self.owned = cfg, world, list(clients), list(owned)
@@ -85,14 +83,14 @@ class VllmEngine:
         number = np.array([float(secrets.randbits(48) if world.is_main else 0)])
         self.name = f"{int(world.sum_rows(number)[0]):012x}"
         self.failed = False
-        self._fail = fail
-        self.ahead = Ahead(cfg, world, num_tokens, pulse, self.fail) if cfg.rollout_ahead else None
+        self.stopping = stopping
+        self.ahead = Ahead(cfg, world, num_tokens, replace(stopping, fail=self.fail)) if cfg.rollout_ahead else None
 
     def fail(self, line: str) -> None:
         """Give up: `generate` returns nothing from now on, and the run stops."""
         if not self.failed:
             self.failed = True
-            self._fail(line)
+            self.stopping.fail(line)
 
     # --- weights
 
@@ -102,7 +100,9 @@ class VllmEngine:
             return
         if self.ahead is not None:
             self.ahead.settle()  # by the weights that it was asked of
-            self.world.any_rank(False)  # on every rank
+            (ends,) = self.world.any_rank(self.failed or self.stopping.pulse())
+            if ends and self.loaded is not None:
+                return  # nothing more is sampled: the time is for the checkpoint
         self.loads += 1
         self.loaded, self.version = version, f"{self.name}-{self.loads}"
         for _ in range(MAX_TRIES):

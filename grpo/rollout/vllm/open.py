@@ -1,7 +1,7 @@
 """Find or start the rollout servers of a run."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +14,7 @@ from grpo.rollout.vllm.client import Client, ServerProblem
 from grpo.rollout.vllm.engine import Score, VllmEngine, check_facts
 from grpo.rollout.vllm.wire import TOKEN_VARIABLE
 from grpo.runtime.distributed import World
-from grpo.types import Pulse
+from grpo.runtime.signals import Stopping
 
 
 def open_vllm(
@@ -25,9 +25,8 @@ def open_vllm(
     num_tokens: int,
     tokenizer: PreTrainedTokenizerBase,
     score: Score,
-    fail: Callable[[str], None],
+    stopping: Stopping,
     merged: Weights | None = None,
-    pulse: Pulse = lambda: False,
 ) -> VllmEngine:
     """The engine, once every server answers and fits the model. Raises UserError, on every rank alike."""
     problem: UserError | None = None
@@ -53,7 +52,7 @@ def open_vllm(
     if failed:
         raise problem or UserError("rollout_server: another rank cannot use it, see its error.")
     owned = clients if owns else []
-    engine = VllmEngine(cfg, world, clients, owned, stop_ids, num_tokens, tokenizer, score, fail, merged, pulse)
+    engine = VllmEngine(cfg, world, clients, owned, stop_ids, num_tokens, tokenizer, score, stopping, merged)
     engine.dtype = dtypes[0]
     return engine
 

@@ -14,6 +14,7 @@ from grpo.rollout.stop_strings import StopStrings
 from grpo.rollout.vllm.client import Client
 from grpo.rollout.vllm.engine import VllmEngine
 from grpo.runtime.distributed import World
+from grpo.runtime.signals import Stopping
 from grpo.training.collate import collate
 from grpo.types import TrainRow
 from tests.support.rollout_server import TOKEN
@@ -45,7 +46,7 @@ class Trainer:
             self.num_tokens,
             self.tokenizer,
             self.score,
-            self.problems.append,
+            Stopping(self.problems.append),
         )
         self.updates = 0
 

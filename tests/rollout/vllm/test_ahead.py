@@ -4,6 +4,9 @@ The servers are stand-ins, of which equal requests get equal bits. Every ending 
 nothing happened to; the model is random, so nothing is equal by chance.
 """
 
+import shutil
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from grpo.config.command_line import load_config
 from grpo.errors import UserError
 from grpo.rollout.sampling import sampling_of
 from grpo.rollout.vllm.ahead import NAME, Ahead
+from grpo.runtime.signals import Stopping
 from grpo.types import Completion, Counters
 from tests.faults.fault import Fault
 from tests.rollout.vllm.asking import ALONE, Trainer
@@ -66,19 +70,23 @@ def test_a_step_is_sampled_by_the_weights_before_the_last_update(arena, stand_in
         assert tokens_of(alone) == tokens
 
 
-def test_killed_and_asked_to_stop_it_goes_on_with_what_was_sampled_ahead(arena, stand_in):  # noqa: F811
-    """SIGKILL and SIGTERM in every phase, saves at other steps, evaluations between: the same end to the bit."""
+ENDS = [
+    ("kill9", "update", 5, 2),
+    ("term", "reward", 3, 9),
+    ("kill9", "rollout", 3, 1),
+    ("term", "rollout", 2, 9),
+    ("term", "update", 4, 9),
+]
+
+
+@pytest.mark.parametrize("ends", [ENDS[:2], pytest.param(ENDS[2:], marks=pytest.mark.full)], ids=["sample", "others"])
+def test_killed_and_asked_to_stop_it_goes_on_with_what_was_sampled_ahead(arena, stand_in, ends):  # noqa: F811
+    """Signal, phase, step, save_steps; evaluations between: the same end to the bit."""
     servers = [stand_in(), stand_in()]
     ahead = dict(**asking(*servers), rollout_ahead=1)
     calm = arena.run(**ahead)
     calm.finish(env=ENV)
-    for kind, phase, step, every in (
-        ("kill9", "rollout", 3, 1),
-        ("kill9", "update", 5, 2),
-        ("term", "rollout", 2, 9),
-        ("term", "reward", 3, 9),
-        ("term", "update", 4, 9),
-    ):
+    for kind, phase, step, every in ends:
         for server in servers:
             server.behave()
         run = arena.run(**ahead, save_steps=every)
@@ -92,14 +100,57 @@ def test_killed_and_asked_to_stop_it_goes_on_with_what_was_sampled_ahead(arena, 
             server.behave()
         run.finish(env=ENV)
         assert run.ending().differences(calm.ending()) == [], (kind, phase)
-    # on one rank instead of two: the kept completions are those of both
-    run = arena.run(**ahead)
-    run.launch([Fault("kill9", "update", None, 3)], env=ENV).wait(60)
-    run.finish(env=ENV, world=1)
-    assert tokens_of(run)[3, 5] == tokens_of(calm)[3, 5]
-    assert {key: ids for key, ids in tokens_of(run).items() if key[0] <= 3} == {
-        key: ids for key, ids in tokens_of(calm).items() if key[0] <= 3
-    }
+
+
+def test_on_another_number_of_ranks_it_goes_on_with_what_was_sampled_ahead(arena, stand_in):  # noqa: F811
+    """On one instead of two, and on two instead of one: the kept completions are those of all ranks."""
+    servers = [stand_in(), stand_in()]
+    ahead = dict(**asking(*servers), rollout_ahead=1)
+    calm = arena.run(**ahead)
+    calm.finish(env=ENV)
+    for before, after in ((2, 1), (1, 2)):
+        run = arena.run(**ahead)
+        run.launch([Fault("kill9", "update", None, 3)], env=ENV, world=before).wait(60)
+        assert run.valid()[0] == 2
+        shutil.rmtree(run.seen / "rollouts")
+        job = run.finish(env=ENV, world=after)
+        assert "were not in the checkpoint" not in job.text()
+        tokens = tokens_of(run)
+        assert {step for step, _ in tokens} == {3, 4, 5}
+        assert all(tokens[3, row] == tokens_of(calm)[3, row] for row in range(ROWS))
+
+
+def test_asked_to_stop_it_waits_no_longer_than_a_save_allows(arena, stand_in):  # noqa: F811
+    """A server that is slow: what it did not finish is sampled anew, and the finished step is saved in time."""
+    server = stand_in()
+    run = arena.run(world=1, **asking(server), rollout_ahead=1, eval_steps=0, save_steps=99, preempt_grace_s=3)
+
+    def slow(lines, given):
+        for place, line in enumerate(lines):
+            if step_of_rollout(given) == 3 and place == 5:
+                time.sleep(20)
+            yield line
+
+    server.change_lines = slow
+    began = time.monotonic()
+    job = run.launch([Fault("term", "update", None, 2)], env=ENV)
+    assert run.ended_with(job, 75) == []
+    assert run.valid() == [2] and time.monotonic() - began < 20
+    kept = load_file(run.output / "checkpoint_2" / "trainer" / f"{NAME}.safetensors")
+    assert len(kept["rows"]) == 5
+    server.behave()
+    assert "7 completions of the first step were not in the checkpoint" in run.finish(env=ENV).text()
+
+
+def test_a_skipped_update_leaves_the_weights_and_the_step_goes_on(arena, stand_in):  # noqa: F811
+    """The servers hold the version that was not changed: nothing is sent, and what was asked for is still collected."""
+    server = stand_in()
+    asked = versions_of(server)
+    run = arena.run(world=1, **asking(server), rollout_ahead=1, eval_steps=0)
+    run.finish(faults=[Fault("nan loss", step=2)], env=ENV)
+    assert asked == {1: {1}, 2: {1}, 3: {2}, 4: {2}, 5: {3}}
+    steps = [row for row in run.metrics() if "loss" in row or "guards/skipped_updates" in row]
+    assert [row["rollout/updates_behind"] for row in steps] == [0, 1, 0, 1, 1]
 
 
 def test_what_a_lost_server_did_not_finish_is_sampled_anew(arena, stand_in):  # noqa: F811
@@ -153,7 +204,7 @@ def pair(tiny_folder, stand_in):
 
 def loaded(trainer, tensors):
     """Another process that reads them."""
-    other = Ahead(trainer.cfg, ALONE, trainer.num_tokens, lambda: False, trainer.problems.append)
+    other = Ahead(trainer.cfg, ALONE, trainer.num_tokens, Stopping(trainer.problems.append))
     other.load(tensors)
     return other
 
@@ -185,6 +236,11 @@ DAMAGES = {
     "an unknown end": lambda t: {**t, "rows": t["rows"] + torch.tensor([0, 0, 9, 0, 0])},
     "a negative slot": lambda t: {**t, "rows": t["rows"] - torch.tensor([100, 0, 0, 0, 0])},
     "NaN": lambda t: {**t, "sampler_logprobs": t["sampler_logprobs"] * float("nan")},
+    "no shape": lambda t: {**t, "rows": t["rows"].sum()},
+    "a row twice": lambda t: {**t, "rows": t["rows"] * torch.tensor([1, 0, 1, 1, 1])},
+    "other steps": lambda t: {**t, "rows": t["rows"] + torch.arange(9)[:, None] * torch.tensor([5, 0, 0, 0, 0])},
+    "a length beyond the limit": lambda t: {**t, "rows": t["rows"] + torch.tensor([0, 0, 0, 10**6, 0])},
+    "tokens outside of their support": lambda t: {**t, "support": torch.full_like(t["support"], -1)},
     "a shape": lambda t: {**t, "rows": t["rows"].reshape(-1)},
 }
 
