@@ -5,6 +5,7 @@ torchrun turns the code into 1; the launch scripts return the code from this fil
 
 import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ def write_exit(output_dir: Path, code: int, reason: str, first: bool = False) ->
         output_dir.mkdir(parents=True, exist_ok=True)
         with (output_dir / "exit.json").open("x" if first else "w", encoding="utf-8") as file:
             file.write(json.dumps({"code": code, "reason": reason}) + "\n")
+
+
+def await_exit(output_dir: Path, seconds: float = 10.0) -> None:
+    """Wait until rank 0 has said why the run ends: torchrun stops it as soon as another rank has ended."""
+    until = time.monotonic() + seconds
+    with contextlib.suppress(OSError, ValueError):
+        while time.monotonic() < until and not (output_dir / "exit.json").exists():
+            time.sleep(0.05)
 
 
 def forget_exit(output_dir: Path) -> None:

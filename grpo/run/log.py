@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo.checkpoints.best import METRIC, BestCheckpoint
 from grpo.config.held_out import eval_sets, metrics_of_set
 from grpo.config.names import model_name, tracker_names
-from grpo.config.settings import Config, prompts_per_step
+from grpo.config.settings import Config, prompts_per_step, updates_per_step
 from grpo.data.questions import Questions, length_summary
 from grpo.errors import warn
 from grpo.rewards import Reward, completion_text, see_groups, short_names
@@ -135,6 +135,8 @@ class RunLog:
         cfg = self.cfg
         work = f"{total} steps of {prompts_per_step(cfg)} prompts x {cfg.num_generations} completions"
         self.describe_parts(questions, held_out, policy, work)
+        if cfg.warmup_steps >= (updates := total * updates_per_step(cfg)) > 0:
+            self.write_line(f"note: warmup_steps {cfg.warmup_steps}: the run has {updates} updates, lr is not reached")
         most_busy = prompts_per_step(cfg) * (1 if see_groups(rewards) else cfg.num_generations)
         if most_busy < self.world.size:
             self.write_line(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grpo.config.command_line import load_sft_config
-from grpo.config.exit_file import forget_exit, output_dir_of, write_exit
+from grpo.config.exit_file import await_exit, forget_exit, output_dir_of, write_exit
 from grpo.config.settings import Config
 from grpo.data.show_prompt import show_prompt
 from grpo.errors import Preempted, UserError, warn
@@ -57,6 +57,8 @@ def run_main(
             write_exit(folder, error.code, str(error))
         elif cfg is not None and world is None:  # torch.distributed did not start: each rank may have another reason
             warn(f"error: rank {rank}: {error}")
+        elif cfg is not None:
+            await_exit(Path(cfg.output_dir))
         return error.code
     if is_main:
         write_exit(Path(cfg.output_dir), 0, "done")

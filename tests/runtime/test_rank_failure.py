@@ -117,6 +117,26 @@ def test_ranks_that_mean_different_runs_are_refused(tmp_path):
     assert json.loads((tmp_path / "output" / "exit.json").read_text())["code"] == 2
 
 
+def test_rank_0_has_time_to_say_why_all_ranks_end(tmp_path):
+    """torchrun stops it as soon as another one has ended; here its line comes late."""
+    patch = """
+import os, time
+import grpo.run.main
+plain = grpo.run.main.warn
+def late(line):
+    time.sleep(5)
+    plain(line)
+if os.environ["RANK"] == "1":
+    sys.argv += ["--lr", "0.5"]
+else:
+    grpo.run.main.warn = late
+"""
+    settings = ("--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"), *FAST)
+    done = run_script(patched_train(tmp_path, patch), *settings, nproc=2, timeout=120)
+    assert "error: ranks disagree about lr" in done.stderr, done.stderr[-3000:]
+    assert json.loads((tmp_path / "output" / "exit.json").read_text())["code"] == 2
+
+
 @pytest.mark.parametrize(
     "place, nproc",
     [("grpo.run.run.Run.identify", None), ("grpo.run.run.Run.finish", None), ("grpo.run.run.Run.identify", 2)],

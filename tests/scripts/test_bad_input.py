@@ -190,6 +190,14 @@ def test_output_folder_that_cannot_be_written(tmp_path):
     assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("steps, said", [(2, True), (1, False)])
+def test_a_warmup_longer_than_the_run_is_said(tmp_path, steps, said):
+    places = ["--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"), "--eval_data", "null"]
+    done = fork_script("train.py", *places, "--max_steps", "2", "--warmup_steps", str(steps), "--save_steps", "0")
+    note = f"note: warmup_steps {steps}: the run has 2 updates, lr is not reached"
+    assert done.returncode == 0 and (note in done.stdout) == said
+
+
 def test_a_reward_that_always_fails_stops_the_run(model, tmp_path):
     """On two ranks: both stop, rank 0 names the function, exit.json says 2."""
     (tmp_path / "mine.py").write_text("def broken_reward(completions, **columns):\n    return [1 / 0]\n")
