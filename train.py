@@ -33,7 +33,7 @@ from grpo.training.load_policy import load_policy
 from grpo.training.minibatches import make_plan
 from grpo.training.open_engine import open_engine
 from grpo.training.reference_renewal import renew_reference
-from grpo.training.rollout_metrics import measure_engine
+from grpo.training.rollout_metrics import rest_engine
 from grpo.training.scoring import Scoring, gather
 from grpo.training.user_table_functions import check_functions
 
@@ -72,7 +72,6 @@ def train(cfg: Config, world: World) -> None:
                     engine.load_weights(policy.weights, policy.counters.updates)
                     scoring = Scoring(cfg, rewards.at(step, total), prompts, task.tokenizer, warn, run.pulse)
                     completions = rollout(engine, prompts, slots, cfg, world, scoring, draws.following(step + 1, total))
-                    measure_engine(engine, tally)
 
                 with tally.phase("reward"):
                     scored = scoring.finish(completions)  # waits for the missing scores
@@ -83,6 +82,7 @@ def train(cfg: Config, world: World) -> None:
                     draws.add(prompts, scored, table)
 
             with tally.phase("logprobs"):
+                rest_engine(engine, tally)
                 put_kl_into_rewards(draws, policy, tally)  # with kl_estimator k1_reward
             with tally.phase("exchange"):
                 prompts, scored, table = draws.prompts, draws.scored, draws.table  # of all rounds

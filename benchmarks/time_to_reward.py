@@ -12,9 +12,10 @@ out. The sides take steps in turn, one works at a time; who is done, or has had 
 leaves the other alone. With --together both work at once, each on --threads cores of its own, so that what else the
 machine does meets both. With --whole a run goes on after the threshold. --curves writes every step.
 
-First a sweep, one seed, gives each side its own best rate: fewest seconds, or, where none reached it, the highest
-last mean. Then --seeds other seeds at that rate. Control: our side, same rate and as many steps, on rewards shuffled
-within their group (benchmarks/shuffled_reward.py), must not reach it; exit code 1 when it does.
+First a sweep, one seed, gives each side its own best rate: fewest seconds, or, where none reached it or the runs are
+whole, the highest last mean; --rates gives them instead. Then --seeds other seeds at that rate. Control: our side, same
+rate and as many steps, on rewards shuffled within their group (benchmarks/shuffled_reward.py), must not reach it; exit
+code 1 when it does.
 """
 
 import argparse
@@ -123,15 +124,15 @@ def race(runs: list[tuple[str, str, Workload, list[str]]], args: argparse.Namesp
     return races
 
 
-def best(sweep: dict[float, Race]) -> float:
-    """The rate that was fastest; where none reached the threshold, the one that came nearest.
+def best(sweep: dict[float, Race], whole: bool = False) -> float:
+    """The rate that was fastest; where none reached the threshold, or runs are whole, the one that ended highest.
 
     >>> def run(reward, seconds):
     ...     return Race(0.5, 9, 9.0, False, [reward] * 5, [seconds] * 5, [0.0] * 5)
     >>> best({1e-4: run(0.6, 4.0), 2e-4: run(0.5, 3.0), 5e-4: run(0.1, 1.0)})
     0.0002
     """
-    return min(sweep, key=lambda lr: (sweep[lr].at(sweep[lr].seconds), -sweep[lr].mean()))
+    return min(sweep, key=lambda lr: (0.0 if whole else sweep[lr].at(sweep[lr].seconds), -sweep[lr].mean()))
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
@@ -160,6 +161,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trl_python", default=sys.executable)
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 1 on")
     parser.add_argument("--sweep", type=float, nargs="+", default=[5e-5, 1e-4, 2e-4, 5e-4], help="learning rates")
+    parser.add_argument("--rates", type=float, nargs=2, help="ours and TRL's, in place of the sweep")
     parser.add_argument("--threshold", type=float, default=0.8, help="of the mean reward, whose highest value is 1")
     parser.add_argument("--max_steps", type=int, default=60, help="of a run")
     parser.add_argument("--cap_s", type=float, default=300.0, help="seconds of steps of a run")
@@ -180,12 +182,13 @@ def main() -> int:
         pythons = {"ours": sys.executable, "trl": args.trl_python}
         at = lambda lr, seed: dataclasses.replace(base, lr=lr, seed=seed)  # noqa: E731
         sweeps: dict[str, dict[float, Race]] = {which: {} for which in pythons}
-        for lr in args.sweep:
+        for lr in () if args.rates else args.sweep:
             races = race([(which, python, at(lr, SWEEP_SEED), []) for which, python in pythons.items()], args)
             for which, one in zip(pythons, races, strict=True):
                 sweeps[which][lr] = one
                 print(f"sweep, lr {lr:g}: {NAMES[which]:5} {one}", flush=True)
-        rates = {which: best(sweep) for which, sweep in sweeps.items()}
+        rates = {which: best(sweep, args.whole) for which, sweep in sweeps.items() if sweep}
+        rates = rates or dict(zip(pythons, args.rates, strict=True))
         results = {}
         for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
             results[seed] = race([(w, python, at(rates[w], seed), []) for w, python in pythons.items()], args)

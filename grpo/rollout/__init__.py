@@ -3,11 +3,12 @@
 In: the step's `Prompt`s and the policy's weights. Out: this rank's `Completion`s: token ids, the log-prob of every
 token, why it stopped. An engine is a file here and its line in train.py.
 
-An engine is a class with two methods:
+An engine is a class with these methods:
 
     load_weights(weights, version)       take the policy's tensors, weights() -> (name, tensor)s, once per rollout
     generate(requests, sampling, pulse,  sample one completion for each request, in their order; pass each one to
              on_finished)                on_finished when it is final, while others are still being sampled
+    rest()                               nothing more is sampled in this step
 
 `engine.py` is the native engine, on transformers' models; vllm/ asks servers, with these methods too.
 
@@ -48,14 +49,9 @@ class Request:
 class Engine(Protocol):
     """What samples completions."""
 
-    fitting: FittingSize
-    """How many rows fit into memory at once, as found when memory ran out."""
-
-    chunk_rows: int | None
-    """Most rows of one call of `generate`; None: rollout_chunk_rows."""
-
-    behind: int
-    """Updates by which weights that sampled the last rollout were older than those that were loaded; 0 but ahead."""
+    fitting: FittingSize  # how many rows fit into memory at once, as found when memory ran out
+    chunk_rows: int | None  # most rows of one call of `generate`; None: rollout_chunk_rows
+    behind: int  # updates between the weights that sampled the last rollout and those that were loaded; 0 but ahead
 
     def load_weights(self, weights: Weights, version: int) -> None:
         """Take the policy's current weights. version: equal numbers mean equal weights. Every rank must call it."""
@@ -70,6 +66,9 @@ class Engine(Protocol):
         that does not know may call it at the end. Completions that were cut because `pulse` returned True may be among
         them.
         """
+
+    def rest(self) -> None:
+        """Nothing is sampled before the next `load_weights`: give memory back to the update."""
 
 
 @runtime_checkable

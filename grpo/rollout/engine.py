@@ -85,6 +85,9 @@ class NativeEngine:
             if own[name].data_ptr() != tensor.data_ptr():
                 own[name].data.copy_(tensor)
 
+    def rest(self) -> None:
+        """Between two rollouts it holds no memory of its own."""
+
     @torch.no_grad()
     def generate(
         self,

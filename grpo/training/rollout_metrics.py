@@ -43,8 +43,9 @@ def rollout_metrics(table: Table, advantages: np.ndarray, vocab_size: int) -> di
     return metrics
 
 
-def measure_engine(engine: Engine, tally: Tally) -> None:
-    """Record what the engine found in this rollout."""
+def rest_engine(engine: Engine, tally: Tally) -> None:
+    """The step's rollouts are over on all ranks: record what the engine found, and let it give its memory back."""
+    engine.rest()
     tally.add("guards/oom_rollout", engine.fitting.halvings)
     if BEHIND in tally.maxima:
         tally.top(BEHIND, engine.behind)

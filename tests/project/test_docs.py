@@ -151,7 +151,7 @@ def logged_keys(tmp_path) -> set[str]:
     assert keys >= DECLARED
 
     source = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
-    first = "reward|advantage|completions|groups|questions|clip|sampler_gap|guards|time|save|idle|eval|sft"
+    first = "rollout|reward|advantage|completions|groups|questions|clip|sampler_gap|guards|time|save|idle|eval|sft"
     literal = rf"[\"']((?:{first})/[a-z_/]+)[\"']"
     return keys | set(re.findall(literal, source))
 

@@ -60,6 +60,7 @@ class StandIn:
         self.version = ""
         self.loads.clear()
         self.asked.clear()
+        self.slept = 0
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(self.own[name])
@@ -207,6 +208,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.weights(parse_qs(parts.query)["version"][0])
             elif parts.path == "/generate":
                 self.generate()
+            elif parts.path == "/sleep":
+                server.slept += 1
+                self.answer(200, b'{"asleep": true}')
             else:
                 self.answer(404, b'{"detail": "Not Found"}')
         except (Died, OSError):

@@ -40,6 +40,7 @@ class Client:
         self.kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.address = parts.netloc
         self.headers = {"Authorization": f"Bearer {token}"}
+        self.sleeps = False  # whether it can, as its facts said last
         self.notice: Callable[[str], None] | None = None  # told once, each time the server has to be waited for
 
     def answer(self, response: http.client.HTTPResponse) -> dict[str, Any]:
@@ -55,14 +56,21 @@ class Client:
             raise ServerProblem(f"{self.url}: {str((answer or {}).get('error', f'HTTP status {status}'))[:500]}")
         return answer
 
-    def facts(self) -> dict[str, Any]:
-        """What the server holds. Raises ServerProblem, and CONNECTION_ERRORS."""
+    def _ask(self, method: str, path: str) -> dict[str, Any]:
         connection = self.kind(self.address, timeout=self.read_s)
         try:
-            connection.request("GET", "/health", None, self.headers)
-            facts = self.answer(connection.getresponse())
+            connection.request(method, path, None, self.headers)
+            return self.answer(connection.getresponse())
         finally:
             connection.close()
+
+    def sleep(self) -> None:
+        """Let the server free its device's memory until it is asked again. Raises ServerProblem, CONNECTION_ERRORS."""
+        self._ask("POST", "/sleep")
+
+    def facts(self) -> dict[str, Any]:
+        """What the server holds. Raises ServerProblem, and CONNECTION_ERRORS."""
+        facts = self._ask("GET", "/health")
         if facts.get("protocol") != PROTOCOL:
             raise Unusable(
                 f"{self.url}: speaks protocol {str(facts.get('protocol'))[:20]}, this version {PROTOCOL}. Use the "
@@ -71,6 +79,7 @@ class Client:
         for name, kind in FACTS.items():
             if not isinstance(facts.get(name), kind):
                 raise Unusable(f"{self.url}: answers are malformed ({name} {str(facts.get(name))[:60]}).")
+        self.sleeps = facts.get("sleeps") is True
         return facts
 
     def wait(

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.settings import Config, sampler_gap_limit
-from grpo.errors import UserError
+from grpo.errors import UserError, warn
 from grpo.rollout import OnFinished, Request, Weights
 from grpo.rollout.sampling import Sampling, sampling_of
 from grpo.rollout.vllm.ahead import Ahead
 from grpo.rollout.vllm.asked import Asked, Form
-from grpo.rollout.vllm.client import Client, ServerProblem, Unusable, send_weights
+from grpo.rollout.vllm.client import CONNECTION_ERRORS, Client, ServerProblem, Unusable, send_weights
 from grpo.rollout.vllm.wire import DTYPES, frames
 from grpo.runtime.checksums import checksum, first_difference
 from grpo.runtime.distributed import World
@@ -181,6 +181,15 @@ class VllmEngine:
                 f"trainer's by {gap:.3g} nats on average, {limit:g} are allowed (max_sampler_gap). It computes "
                 "something else: compare its --model (rope, architecture), --dtype and quantisation with this run's."
             )
+
+    def rest(self) -> None:
+        """See `Engine`: servers that can (--enable-sleep-mode) sleep until they are asked again."""
+        for client in self.owned if self.ahead is None and not self.failed else ():
+            if client.sleeps:
+                try:
+                    client.sleep()
+                except (ServerProblem, *CONNECTION_ERRORS) as error:
+                    warn(f"warning: {client.url}: it keeps its memory during the update ({error})")
 
     # --- completions
 

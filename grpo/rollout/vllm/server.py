@@ -5,6 +5,7 @@
     GET  /health      what is served, and the version of its weights
     POST /generate    requests in, completions out as they end, one JSON object a line
     POST /weights     a stream of tensors (wire.py): all of them are loaded, or none
+    POST /sleep       free the device's memory until the next of these two (vLLM's --enable-sleep-mode)
 
 Every route wants the token, also one that does not exist. A request names the version of the weights that it is for;
 another version answers 409, so nothing is ever sampled with weights that the trainer does not know. The last weights
@@ -70,6 +71,7 @@ class Server:
         self.version = NOT_LOADED
         self.running: set[asyncio.Task[None]] = set()
         self.loading = asyncio.Lock()
+        self.asleep, self.turning = False, asyncio.Lock()
         self.numbers = iter(range(2**63))
 
     def facts(self) -> dict[str, Any]:
@@ -86,6 +88,7 @@ class Server:
             "max_model_len": model.max_model_len,
             "version": self.version,
             "unfinished": len(self.running),
+            "sleeps": model.enable_sleep_mode,
             **named,
         }
 
@@ -156,6 +159,21 @@ class Server:
         self.version = version
         return {"version": version, "arrived": per_worker, "seconds": time.monotonic() - start}
 
+    async def sleep(self) -> None:
+        """Move the weights to CPU memory and free the cache."""
+        async with self.turning:
+            if not self.asleep:
+                await self.engine.reset_prefix_cache()
+                await self.engine.sleep(level=1)
+                self.asleep = True
+
+    async def wake(self) -> None:
+        """The opposite, where it sleeps."""
+        async with self.turning:
+            if self.asleep:
+                await self.engine.wake_up()
+                self.asleep = False
+
     async def restore(self) -> None:
         """Load what the last server at this place was sent last."""
         version = self.kept.with_suffix(".version")
@@ -208,6 +226,7 @@ def app_of(server: Server) -> FastAPI:
                 "weights that are being loaded" if server.loading.locked() else f"weights {server.version or 'of none'}"
             )
             return JSONResponse({"error": f"it holds {held}, asked for {given['version']}"}, 409)
+        await server.wake()
         lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         task = asyncio.create_task(server.sample(given, lines))
         server.running.add(task)
@@ -232,6 +251,7 @@ def app_of(server: Server) -> FastAPI:
                 with arriving.open("wb") as file:
                     async for piece in request.stream():
                         file.write(piece)
+                await server.wake()
                 answer = await server.load(arriving, request.query_params["version"])
                 arriving.replace(server.kept)
                 server.kept.with_suffix(".version").write_text(server.version, encoding="utf-8")
@@ -240,6 +260,13 @@ def app_of(server: Server) -> FastAPI:
                 return JSONResponse({"error": f"weights: {error}"}, 400)
             except Exception as error:
                 return JSONResponse({"error": f"weights: {describe(error)}"}, 500)
+
+    @app.post("/sleep")
+    async def sleep() -> JSONResponse:
+        if server.running or server.loading.locked():
+            return JSONResponse({"error": "it is at work"}, 409)
+        await server.sleep()
+        return JSONResponse({"asleep": True})
 
     return app
 

@@ -126,6 +126,18 @@ def test_settings_that_read_what_the_engine_returns(arena, stand_in):
     assert len(tokens[0]) == 24 and tokens[0] == tokens[1]
 
 
+@pytest.mark.parametrize("settings, slept", [({}, STEPS), ({"rollout_ahead": 1}, 0)], ids=["a step", "ahead"])
+def test_a_server_that_can_sleeps_during_updates(arena, stand_in, settings, slept):
+    """Once a step, after the rollout of all ranks; never while it samples ahead. A server that cannot is not asked."""
+    server = stand_in()
+    for can in (True, False):
+        server.behave()
+        server.change_facts = lambda facts: facts | {"sleeps": can}  # noqa: B023
+        run = arena.run(**asking(server), **settings)
+        run.finish(env=ENV)
+        assert server.slept == (slept if can else 0)
+
+
 # --- faults
 
 
