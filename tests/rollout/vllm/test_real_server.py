@@ -149,6 +149,21 @@ def test_half_a_transfer_changes_nothing(served):
     assert [one.token_ids.tolist() for one in trainer.sample()] == before and not trainer.problems
 
 
+def test_a_server_that_slept_samples_the_same(served):
+    """The route and what it calls in vLLM; on a CPU vLLM itself keeps its memory."""
+    folder, server = served
+    trainer = Trainer(folder, [server], **SLOW)
+    trainer.send()
+    before = [one.token_ids.tolist() for one in trainer.sample()]
+    assert ask(server, "POST", "/sleep", f"Bearer {TOKEN}") == (200, b'{"asleep":true}')
+    assert [one.token_ids.tolist() for one in trainer.sample()] == before and not trainer.problems
+    assert ask(server, "POST", "/sleep", f"Bearer {TOKEN}")[0] == 200
+    trainer.update()
+    trainer.send()
+    assert_same_or_close(trainer, trainer.sample(), trainer.native(), sampling_of(trainer.cfg))
+    assert json.loads(ask(server, "GET", "/health", f"Bearer {TOKEN}")[1])["sleeps"] is False  # no --enable-sleep-mode
+
+
 def test_every_route_wants_the_token(served):
     """Also those that do not exist; with the token (the control) the known one answers."""
     _, server = served
@@ -156,6 +171,7 @@ def test_every_route_wants_the_token(served):
         "/health",
         "/generate",
         "/weights",
+        "/sleep",
         "/docs",
         "/openapi.json",
         "/redoc",
