@@ -4,8 +4,8 @@ One step, as data (train.py is this list in code):
 
     prompts(step) -> generate -> score -> gather -> advantages -> plan -> update -> log
 
-Rooms, from the ground up; each imports only from rooms above it in this list (tests/project/test_rooms.py). What enters
-and leaves a room stands in its __init__.py.
+Packages, from the lowest layer up; each imports only from packages above it in this list (tests/project/test_rooms.py).
+What enters and leaves a package stands in its __init__.py.
 
     types, errors, randomness,
     strict_json        the data that travels; one-line errors; keyed random numbers; JSON of unknown origin

@@ -277,7 +277,7 @@ class Config:
     rollout_server: str | list[str] | None = None
     """With vllm: address of a running server, http://host:port, or several; null: training starts its own."""
     rollout_timeout_s: float = 300.0
-    """With vllm: seconds without a new token or an answer after which a server is lost and the run ends; >= 1."""
+    """With vllm: seconds without a new token or an answer after which the run ends; >= 1, < stall_timeout_s."""
     max_sampler_gap: float | None = None
     """With vllm: largest mean |sampler - trainer| log-prob, in nats; above, the run ends. null: 0.02, bf16 0.1."""
     rollout_ahead: Literal[0, 1] = 0

@@ -83,10 +83,14 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("min_p", "min_p", "null in TRL is 0 here."),
         Row("generation_kwargs", "stop", "temperature, top_p, top_k, min_p and stop are settings; others have none."),
         Row("repetition_penalty", "", "Tokens are drawn from the distribution that is trained; try repetition_reward."),
-        Row("use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url vllm_server_host "
-            "vllm_server_port vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length "
-            "vllm_max_model_len vllm_tensor_parallel_size vllm_device vllm_dtype vllm_enable_prefix_caching",
-            "", "The trainer samples with its own engine. Leave it out.", True),
+        Row("use_vllm", "rollout_engine", "Write vllm: docs/vllm.md.", True),
+        Row("vllm_mode vllm_server_base_url vllm_server_host vllm_server_port", "rollout_server",
+            "An address; null is colocate. The server is launch/vllm_server.sh.", True),
+        Row("vllm_server_timeout", "rollout_timeout_s", "", True),
+        Row("vllm_gpu_memory_utilization vllm_enable_sleep_mode vllm_dtype vllm_enable_prefix_caching", "vllm_args",
+            "Flags of vLLM; those of a running server go to launch/vllm_server.sh.", True),
+        Row("vllm_model_impl vllm_group_port vllm_max_model_length vllm_max_model_len vllm_tensor_parallel_size "
+            "vllm_device", "", "A server takes vLLM's own flags (docs/vllm.md); weights travel over HTTP.", True),
         Row("vllm_structured_outputs_regex vllm_guided_decoding_regex", "", "Score the form with a reward."),
         Row("vllm_importance_sampling_correction vllm_importance_sampling_mode", "sampler_correction",
             "Acts only where the sampler's log-probs are not the trainer's; the modes have the same names.", True),
@@ -259,8 +263,8 @@ def hint(name: str, settings: Collection[str]) -> str | None:
 
     >>> hint("learning-rate", ["lr"]), hint("learning_rate", ["seed"]), hint("lrr", ["lr"])
     ("TRL's name, here it is lr", None, None)
-    >>> hint("use_vllm", ["lr"])
-    "TRL's, there is none here. The trainer samples with its own engine. Leave it out"
+    >>> hint("attn_implementation", ["lr"])
+    "TRL's, there is none here. The trainer chooses the attention kernel"
     """
     row = ROWS.get(name.replace("-", "_"))
     here = row.here.split() if row else []

@@ -1,7 +1,7 @@
 """Rollouts: prompts -> completions.
 
 In: the step's `Prompt`s and the policy's weights. Out: this rank's `Completion`s: token ids, the log-prob of every
-token, why it stopped. An engine is a file here and its line in train.py.
+token, why it stopped. An engine is a file here and its line in training/open_engine.py.
 
 An engine is a class with these methods:
 

@@ -97,7 +97,7 @@ HINTS = {
     "per_device_train_batch_size": "TRL's name, here it is batch_size. Prompts of a step on all processes",
     "reward_funcs": "TRL's name, here it is rewards. One mapping",
     "num_train_epochs": "TRL's name, here it is epoch",
-    "use_vllm": "TRL's, there is none here. The trainer samples with its own engine",
+    "use_vllm": "TRL's name, here it is rollout_engine. Write vllm: docs/vllm.md",
     "dataloader_num_workers": "TRL's, there is none here. Prompts are tokenized at the start",
     "importance_sampling_level": "TRL's name, here it is ratio",
     "off_policy_mask_threshold": "TRL's name, here it is off_policy_threshold. TRL takes the old log-probs",
@@ -123,7 +123,7 @@ def test_the_supervised_stage_gets_them_too(tmp_path):
     for name, said in (
         ("learning_rate", "sft: unknown setting 'learning_rate': TRL's name, here it is lr"),
         ("completion_only_loss", "sft: unknown setting 'completion_only_loss': TRL's name, here it is loss_on"),
-        ("use_vllm", "sft: unknown setting 'use_vllm': TRL's, there is none here"),
+        ("attn_implementation", "sft: unknown setting 'attn_implementation': TRL's, there is none here"),
         ("loss_type", "sft: loss_type has no effect there: no completions are sampled. Leave it out."),
     ):
         file.write_text(f"model: m\ndata: d\nrewards: {{r: 1.0}}\nsft:\n  solution_column: s\n  {name}: 1\n")

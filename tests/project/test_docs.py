@@ -259,6 +259,7 @@ OF_VLLM = {
     "max-lora-rank",
     "logprobs-mode",
     "trust-request-chat-template",
+    "enable-sleep-mode",
     "gpu-memory-utilization",
     "max-model-len",
     "tensor-parallel-size",
