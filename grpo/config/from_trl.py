@@ -16,7 +16,7 @@ from grpo.config.settings import Config
 from grpo.config.trl_names import ROWS, VALUES
 from grpo.config.trl_recipe import OURS, Recipe, as_number, plain
 from grpo.config.trl_rewards import BY_NAME, OPEN_R1_DEFAULT
-from grpo.config.trl_steps import evaluation, length, reference, saving, tracking
+from grpo.config.trl_steps import engine, evaluation, length, reference, saving, tracking
 from grpo.errors import UserError
 
 COPIED = [  # options whose value is also ours
@@ -57,7 +57,7 @@ def convert(options: dict[str, Any], processes: int, rows: int | None = None) ->
         _algorithm,
         _entropy,
         _sampling,
-        _engine,
+        engine,
         _schedule,
         _adapter,
         _machine,
@@ -303,33 +303,6 @@ def _sampling(recipe: Recipe) -> None:
         recipe.changed.append(
             f"{', '.join(on)}: at most max_support tokens are kept, and log-probs are those of what is kept."
         )
-
-
-def _engine(recipe: Recipe) -> None:
-    """vLLM: a server of the trainer's own for colocate, a running one for server."""
-    if not recipe.flag("use_vllm"):
-        return
-    recipe.put("rollout_engine", "vllm", "use_vllm")
-    recipe.changed.append("rollout_engine: vllm wants bash launch/setup_vllm.sh; native, our default, wants nothing.")
-    corrected = recipe.flag("vllm_importance_sampling_correction", True)
-    mode = recipe.get("vllm_importance_sampling_mode", "sequence_mask") if corrected else "none"
-    recipe.put("sampler_correction", mode, "vllm_importance_sampling_mode")
-    if corrected:
-        limit = recipe.number("vllm_importance_sampling_clip_max", recipe.number("vllm_importance_sampling_cap", 3.0))
-        recipe.put("max_importance_weight", limit, "vllm_importance_sampling_clip_max")
-    if str(mode).endswith("mask"):
-        recipe.changed.append("sampler_correction: weights below 1 / max_importance_weight are masked too.")
-    if recipe.get("vllm_mode", "colocate") == "server":
-        host, port = recipe.get("vllm_server_host", "0.0.0.0"), int(recipe.number("vllm_server_port", 8000))
-        url = recipe.get("vllm_server_base_url") or f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-        recipe.put("rollout_server", url, "vllm_mode")
-        recipe.put("rollout_timeout_s", recipe.number("vllm_server_timeout", 240.0), "vllm_server_timeout")
-        recipe.changed.append("rollout_server: there must run this project's own server, launch/vllm_server.sh.")
-        return
-    share = recipe.number("vllm_gpu_memory_utilization", 0.3)
-    flags = ["--gpu-memory-utilization", f"{share:g}"]
-    flags += ["--enable-sleep-mode"] if recipe.flag("vllm_enable_sleep_mode") else []
-    recipe.put("vllm_args", flags, "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode")
 
 
 def _schedule(recipe: Recipe) -> None:

@@ -87,7 +87,7 @@ RULES: dict[str, tuple[str, str, str]] = {
     ),
     "language_switching": (
         "回答所用的文字与问题不同",
-        "第 {begin} 至 {end} 步，所记录的 {rows} 个回答中有 {share:.0%} 大部分是 {script}，而问题是 {asked}。",
+        "第 {begin} 至 {end} 步，所记录的 {rows} 个回答中有 {share:.0%} 有相当一部分是 {script}，而问题是 {asked}。",
         "在 system_prompt 中要求使用的语言，或在 rewards 中为此增加奖励。beta 大于 0 时，模型较少偏离起初的语言。",
     ),
     "reward_fell": (
@@ -176,7 +176,7 @@ RULES: dict[str, tuple[str, str, str]] = {
     ),
     "slow_saves": (
         "训练在等待保存检查点",
-        "每 {total:.1f} 秒的训练要等待保存 {waited:.1f} 秒（{share:.0%}）；save_steps 为 {every}。",
+        "{total:.1f} 秒的训练中有 {waited:.1f} 秒在等待保存（{share:.0%}）；save_steps 为 {every}。",
         "增大 save_steps，设置 save_in_background: true，或把 output_dir 放在更快的磁盘上。",
     ),
     "idle_ranks": (

@@ -19,13 +19,13 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.config.settings import Config
-from grpo.errors import printable
+from grpo.errors import printable, warn
 from grpo.reward_library.scanning import inside
 from grpo.rewards import Reward, completion_text, short_names
 from grpo.rewards.logged import Logs, means
 from grpo.run.console import rounded
 from grpo.run.languages import label
-from grpo.run.trackers.jsonl import open_after
+from grpo.run.trackers.jsonl import drop_after, open_after
 from grpo.runtime.distributed import World
 from grpo.training.scoring import Scored, combine
 
@@ -138,6 +138,17 @@ class RolloutFile:
 
     def close(self) -> None:
         self.file.close()
+
+
+def forget_other_ranks(folder: Path, num_ranks: int, done: int) -> None:
+    """Drop the lines after step `done` of ranks that a run had before and has no more. A disk error is a warning."""
+    for path in folder.glob("*-rank*.jsonl"):
+        rank = path.stem.rpartition("-rank")[2]
+        if rank.isdecimal() and int(rank) >= num_ranks:
+            try:
+                drop_after(path, done)
+            except OSError as error:
+                warn(f"warning: {path} cannot be written ({error}); the page shows its steps twice")
 
 
 def as_markdown(rollouts: Sequence[Rollout], language: str = "en", extracts: bool = False) -> str:

@@ -141,10 +141,10 @@ class Keys:
         if self.thread is not None:
             self.thread.join(2 * POLL_S)
             self.thread = None
-        if self.before is not None:
+        if self.before is not None and _may_read_terminal():  # in the background it would stop the job
             with contextlib.suppress(termios.error):
                 termios.tcsetattr(0, termios.TCSADRAIN, self.before)
-            self.before = None
+        self.before = None
 
     def _read(self) -> None:
         for key in self._pressed():
@@ -156,6 +156,9 @@ class Keys:
         while not self.ended.is_set():
             try:
                 if not select.select([0], [], [], POLL_S)[0]:
+                    continue
+                if not _may_read_terminal():  # in the background now: reading would stop the job
+                    self.ended.wait(POLL_S)
                     continue
                 data = os.read(0, 64)
             except (OSError, ValueError):  # the terminal is gone

@@ -18,7 +18,15 @@ from grpo.data.questions import Questions, length_summary
 from grpo.errors import warn
 from grpo.rewards import Reward, completion_text, see_groups, short_names
 from grpo.rewards.logged import Logs
-from grpo.run.completions_log import RolloutFile, as_markdown, as_table, first_of_all, rollouts_of, user_metrics
+from grpo.run.completions_log import (
+    RolloutFile,
+    as_markdown,
+    as_table,
+    first_of_all,
+    forget_other_ranks,
+    rollouts_of,
+    user_metrics,
+)
 from grpo.run.console import Console, rounded, sft_line, step_line
 from grpo.run.languages import label
 from grpo.run.reward_notices import notices
@@ -77,6 +85,7 @@ class RunLog:
         if self.world.is_main:
             self.best = BestCheckpoint(self.cfg, done)
             self.trackers = load_trackers(self.cfg, self.folder, done)
+            forget_other_ranks(self.folder, self.world.size, done)
         if self.cfg.log_samples_steps:
             with self._rollouts_optional():
                 self.rollouts = RolloutFile(self.folder, self.world.rank, done)

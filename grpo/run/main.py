@@ -10,10 +10,11 @@ from grpo.config.settings import Config
 from grpo.data.show_prompt import show_prompt
 from grpo.errors import Preempted, UserError, warn
 from grpo.models.checks import quiet
-from grpo.runtime.distributed import PATIENCE_S, World, start, stop
+from grpo.runtime.distributed import World, start, stop
 from grpo.runtime.heartbeat import die_with_parent
 from grpo.runtime.signals import bugs_noted
 
+START_S = 2000.0  # that ranks wait for one that starts a vLLM server, or loads from a slow disk
 MARGIN_S = 60.0  # so that the watchdog names a rank that hangs before a collective of the others fails
 
 
@@ -44,7 +45,7 @@ def run_main(
         quiet()
         output_dir = Path(cfg.output_dir)
         with bugs_noted(output_dir, rank):
-            patience = max(PATIENCE_S, cfg.stall_timeout_s + MARGIN_S)
+            patience = max(START_S, cfg.stall_timeout_s + MARGIN_S)
             world = start(cfg.device, 1 if cfg.deterministic else cfg.num_threads, patience)
             try:
                 with bugs_noted(output_dir, rank):  # before the other ranks' collectives fail

@@ -167,7 +167,7 @@ class TokensLog:
         """The thread: append lines, thin the file. A disk error ends this log and not the run."""
         try:
             steps = Steps(self.path, self.done, self.limit)
-        except OSError as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:  # or lines that it did not write
             self._fail(error)
         while (lines := self.waiting.get()) is not None:
             if self.failed:
@@ -179,7 +179,7 @@ class TokensLog:
         if not self.failed:
             steps.file.close()
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: Exception) -> None:
         self.failed = True
         warn(f"warning: no figures of tokens in {self.path} from now on ({error})")
 

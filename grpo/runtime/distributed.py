@@ -20,8 +20,6 @@ import torch.distributed as dist
 
 from grpo.runtime.devices import pick_device, set_threads
 
-PATIENCE_S = 2000.0  # that ranks wait for one that starts a vLLM server, or loads from a slow disk
-
 
 class Waits:
     """The collective that this rank's main thread is in, "" for none. The watchdog reads it."""
@@ -110,7 +108,7 @@ class World:
             yield item
 
 
-def start(device: str = "cpu", num_threads: int | None = None, timeout_s: float = PATIENCE_S) -> World:
+def start(device: str = "cpu", num_threads: int | None = None, timeout_s: float = 2000.0) -> World:
     """Join the ranks that torchrun started; without torchrun there is one rank.
 
     Raises UserError for a device that is not available.

@@ -34,8 +34,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(list(argv))
     if not 0 <= args.port <= 65535:
         raise UserError(f"port: {args.port}, allowed: 0 to 65535.")
-    if not 1 <= args.limit_mb <= 1000:
-        raise UserError(f"limit_mb: {args.limit_mb:g}, allowed: 1 to 1000.")
+    if not 1 <= args.limit_mb <= 150:
+        raise UserError(f"limit_mb: {args.limit_mb:g}, allowed: 1 to 150 (browsers open no more).")
     return args
 
 

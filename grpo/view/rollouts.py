@@ -262,8 +262,9 @@ class Rollouts:
                 at = bisect_right(starts, match.start()) - 1
                 row = rows[first + at]
                 end = starts[at] + sizes[row]
-                yield row, block[starts[at] : end]
-                match = pattern.search(block, end)
+                if match.start() < end:  # else it lies in a line that is no row
+                    yield row, block[starts[at] : end]
+                match = pattern.search(block, max(end, match.end()))
             first = last + 1
 
 

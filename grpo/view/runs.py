@@ -21,7 +21,7 @@ MAX_FILE = 2**22  # bytes of run.json and exit.json
 LOG_END = 2**16  # bytes at the end of train.log that are read
 QUIET_S = 120  # a run without an end whose files are older is not called running
 SETTINGS_IN_EVENTS = re.compile(rb"```json\n(\{\n.*?\n\})\n```", re.S)
-STEP_LINE = re.compile(r"^step: (\d+)/(\d+) ", re.M)
+STEP_LINE = re.compile(r"^step: (\d{1,9})/(\d{1,9}) ", re.M)
 
 
 def is_run(folder: Path) -> bool:
@@ -100,7 +100,7 @@ class RunLogs:
         done, code = self.metrics.last_step, end.get("code")
         if type(code) is int:
             state = "done" if code == 0 else "ended"
-        elif facts and time.time() - written < QUIET_S:
+        elif facts and time.time() - written < max(QUIET_S, 3 * (self.metrics.last("time/step_s") or 0.0)):
             state = "running"
         else:
             state = "done" if total is not None and done >= total else "unknown"

@@ -10,7 +10,7 @@ import pytest
 
 from grpo.doctor import texts_en, texts_zh
 from grpo.doctor.findings import diagnose
-from grpo.doctor.recording import read_run
+from grpo.doctor.recording import Recording, read_run
 from grpo.doctor.report import WIDTH, lines_of
 from grpo.doctor.rules import RULES
 from tests.doctor.cases import BAD, HEALTHY, TRIGGERS
@@ -61,6 +61,34 @@ def test_no_rule_speaks_about_most_runs(runs):
 def test_the_recordings_are_small():
     assert sum(file.stat().st_size for file in RECORDED.iterdir()) <= MAX_BYTES
     assert {file.stem for file in RECORDED.iterdir()} == set(HEALTHY | BAD | READY)
+
+
+def steps_of(**means):
+    """Twelve steps in which f is learned, and other functions have one score throughout."""
+    others = {
+        f"reward/{name}/{kind}": value for name, mean in means.items() for kind, value in (("mean", mean), ("std", 0.0))
+    }
+    return [
+        {"step": step, "reward/mean": step / 12, "reward/f/mean": step / 12, "reward/f/std": 0.3, **others}
+        for step in range(1, 13)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "speaks"),
+    [("tagged", 1.0, True), ("tagged", 0.0, False), ("overlong_reward", 1.0, False), ("length_penalty", 1.0, False)],
+)
+def test_a_penalty_that_nothing_earns_is_no_reward_that_is_never_given(name, weight, speaks):
+    run = Recording("r", steps_of(**{name: 0.0}), config={"rewards": {"f": 1.0, name: weight}})
+    assert rules_of(run) & {"never_given", "one_sided"} == ({"never_given", "one_sided"} if speaks else set())
+
+
+def test_what_was_left_out_for_other_reasons_counts_as_looked_at():
+    said = "data d: 900 questions kept, 200 dropped as too long, 6361 dropped: after the first 1024 (data_rows), "
+    said += "102 held out for evaluation"
+    few = Recording("r", [{"step": 1}], log=[said])
+    many = Recording("r", [{"step": 1}], log=[said.replace(" 6361 ", " 0 ")])
+    assert ("left_out" in rules_of(few), "left_out" in rules_of(many)) == (False, True)
 
 
 def names_in(text: str) -> set[str]:

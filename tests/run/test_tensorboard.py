@@ -6,12 +6,14 @@ The events are those of a real run, read by TensorBoard's own reader; names that
 import json
 import re
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from grpo.run.trackers.tensorboard import CHARTS, OVERVIEW, SFT_CHARTS, overview_tag
+from grpo.config.settings import Config
+from grpo.run.trackers.tensorboard import CHARTS, OVERVIEW, SFT_CHARTS, open_tracker, overview_tag
 from tests.support.launcher import fork_script
 
 COMMON = ["--max_steps", "2", "--eval_rows", "8", "--report_to", "tensorboard", "--save_steps", "0", "--device", "cpu"]
@@ -88,6 +90,27 @@ def test_rewards_lengths_and_advantages_have_distributions(grpo_run):
         shown = events.Histograms(f"distribution/{name}")
         assert [event.step for event in shown] == [1, 2]
         assert all(event.histogram_value.num == 16 for event in shown), "one number a row"
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [0.3, 0.1 + 0.2],
+        [0.0, 5e-324],
+        [1.0] * 9,
+        [-1e9, *[0.1] * 50],
+        [1e300, -1e300],
+        [float("nan"), 1.0],
+        [2.0**53] * 2,
+    ],
+)
+def test_any_rewards_have_a_distribution(tmp_path, numbers):
+    tracker = open_tracker(Config(), tmp_path, 0)
+    tracker.histograms(1, {"reward": np.array(numbers)})
+    tracker.close()
+    [file] = tmp_path.rglob("events.out*")
+    found = EventAccumulator(str(file), size_guidance={"histograms": 0}).Reload().Histograms("distribution/reward")
+    assert [int(event.histogram_value.num) for event in found] == [int(np.isfinite(numbers).sum())]
 
 
 def test_supervised_training_has_charts_of_its_own(tmp_path):

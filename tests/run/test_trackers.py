@@ -21,14 +21,41 @@ from grpo.config.settings import Config, TrackerName
 from grpo.errors import UserError
 from grpo.rewards import RewardInput
 from grpo.run import trackers
-from grpo.run.completions_log import RolloutFile, as_markdown, as_table, rollouts_of
+from grpo.run.completions_log import RolloutFile, as_markdown, as_table, forget_other_ranks, rollouts_of
 from grpo.run.trackers import check_trackers, load_trackers, run_id
+from grpo.run.trackers.jsonl import open_after
 from grpo.training.advantages import group_advantages
 from grpo.training.scoring import Scored
 from grpo.types import Completion
 from tests.support.launcher import PROJECT, environment, fork_script
 
 HOSTILE = "<script>alert(1)</script>\n\x1b[31mred & [bold]gold[/bold]\u2028\x85\u2029\x0b"
+
+
+# --- files of lines, after a resume
+
+
+def test_a_resumed_log_keeps_whole_lines_of_finished_steps(tmp_path):
+    """Damaged, foreign and cut lines go; a file in which nothing is to be dropped is not written."""
+    file, good = (
+        tmp_path / "rollouts-rank0.jsonl",
+        ['{"step": 1, "text": "a\u2028b"}', '{"step": 2, "text": "\\ud800"}'],
+    )
+    file.write_text("\n".join([good[0], "{", "[1]", '{"step": "1"}', good[1], '{"step": 3}', '{"step": 1, "cu']))
+    open_after(file, 2).close()
+    assert file.read_text() == "".join(line + "\n" for line in good)
+    before = file.stat()
+    open_after(file, 2).close()
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_ranks_that_are_no_more_leave_no_lines_of_steps_that_are_done_again(tmp_path):
+    lines = '{"step": 1}\n{"step": 2}\n'
+    for name in ("rollouts-rank0", "rollouts-rank2", "held_out-rank3", "tokens-rank10"):
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    forget_other_ranks(tmp_path, 2, 1)
+    left = {path.stem: path.read_text().count("step") for path in tmp_path.iterdir()}
+    assert left == {"rollouts-rank0": 2, "rollouts-rank2": 1, "held_out-rank3": 1, "tokens-rank10": 1}
 
 
 # --- a real run on two processes

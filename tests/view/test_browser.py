@@ -325,6 +325,7 @@ def test_a_run_that_is_being_written(viewer, new_page, tmp_path):
     until(lambda: count(page) == "2 groups, 2 of 2 completions")
     file.write_text(json.dumps(answer(1, 0, "q", "another first, longer", 1.0)) + "\n")
     until(lambda: count(page) == "1 groups, 1 of 1 completions")
+    until(lambda: "another first, longer" in page.locator("#rollouts .detail").inner_text())  # not the text of before
     os.mkdir(tmp_path / "new")
     (tmp_path / "new" / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.1}\n')
     go(page, "overview")

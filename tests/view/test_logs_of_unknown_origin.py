@@ -111,6 +111,16 @@ def test_damaged_lines_are_counted_and_left_out(tmp_path, rows):
     assert rows.problems() == [f"{len(BAD_LINES)} damaged lines of completions left out"]
 
 
+def test_a_search_passes_over_damaged_lines(tmp_path, rows):
+    """The text stands in rows, in lines that are none between them, and in a row before such a line."""
+    bad = json.dumps({"step": 1, "completion": "needle"}).encode()
+    lines = [rollout(1, 0, "needle").encode().strip(), bad, bad, rollout(1, 1, "hay").encode().strip(), bad]
+    lines += [rollout(1, 2, "a needle").encode().strip(), b""]
+    (tmp_path / "rollouts-rank0.jsonl").write_bytes(b"\n".join(lines))
+    rows.refresh()
+    assert rows.search("needle") == [0, 2] and rows.search("hay") == [1] and rows.bad == 3
+
+
 STRANGE = [
     {"finish": ["list"], "rewards": "none", "reward": "high", "advantage": None, "length": -5},
     {"rewards": {"f": 1e300, "g": 10**400, "h": True, "i": None}, "reward": float("nan"), "advantage": float("inf")},

@@ -143,8 +143,8 @@ def test_the_package_ships_the_page():
         (["/nowhere"], "error: runs: /nowhere is no folder"),
         (["--port", "70000"], "error: port: 70000, allowed: 0 to 65535."),
         (["--port", "x"], "error: argument --port: invalid int value: 'x'"),
-        (["--limit_mb", "0"], "error: limit_mb: 0, allowed: 1 to 1000."),
-        (["--limit_mb", "nan"], "error: limit_mb: nan, allowed: 1 to 1000."),
+        (["--limit_mb", "0"], "error: limit_mb: 0, allowed: 1 to 150 (browsers open no more)."),
+        (["--limit_mb", "nan"], "error: limit_mb: nan, allowed: 1 to 150 (browsers open no more)."),
         (["--what"], "error: unrecognized arguments: --what"),
     ],
 )

@@ -58,7 +58,7 @@ def truncated(run: Recording) -> Evidence | None:
     low, high = run.range_of()
     mean_cut = fmean([row.reward for row in at_limit]) if at_limit else None  # type: ignore[misc]
     mean_ended = fmean([row.reward for row in ended]) if ended else None  # type: ignore[misc]
-    if mean_cut is not None and mean_ended is not None and mean_ended - mean_cut < COSTS * (high - low):
+    if mean_cut is None or (mean_ended is not None and mean_ended - mean_cut < COSTS * (high - low)):
         return None
     values = {"share": fmean(cut), "limit": _limit(run), "cut": mean_cut, "ended": mean_ended, **run.span()}
     return Evidence(values, at_limit[-1] if at_limit else None)

@@ -7,6 +7,7 @@ from grpo.doctor.recording import Recording
 
 LEAK = re.compile(r"warning: eval_data: (\d+) of the (\d+) questions of (.*) are in the training data")
 KEPT = re.compile(r"data .*: (\d+) questions kept, (\d+) dropped as too long")
+PARTS = re.compile(r"(\d+) (?:questions kept|dropped|held out)")
 LEFT_OUT = 0.1  # share of the questions
 REPEATED = 0.02  # share of the logged groups
 
@@ -29,10 +30,12 @@ def _num_questions(run: Recording) -> tuple[int, int] | None:
 def left_out(run: Recording) -> Evidence | None:
     """Questions dropped because their prompts are too long."""
     numbers = _num_questions(run)
-    if numbers is None or numbers[1] < LEFT_OUT * sum(numbers):
+    line = next((line for line in run.log if KEPT.search(line)), "")
+    total = sum(map(int, PARTS.findall(line)))  # those left out for other reasons were looked at too
+    if numbers is None or numbers[1] < LEFT_OUT * total:
         return None
     kept, dropped = numbers
-    values = {"kept": kept, "dropped": dropped, "share": dropped / (kept + dropped)}
+    values = {"kept": kept, "dropped": dropped, "share": dropped / total}
     return Evidence(values | {"limit": run.setting("max_prompt_length", "?")})
 
 

@@ -7,6 +7,7 @@ from grpo.doctor.findings import Evidence
 from grpo.doctor.recording import Recording, Row
 
 MIN_STEPS = 4  # below, thirds of the run say nothing
+PENALTIES = ("overlong_reward", "repetition_reward")  # of the library: never above 0
 NO_VARIANCE = 0.75  # share of groups without variance: three quarters of the sampling is wasted
 NEAR = 0.15  # of the range of rewards: so near to its lowest or highest value
 LEARNED = 0.8  # share of a reward's highest value at which the model has learned what it rewards
@@ -47,16 +48,21 @@ def reward_failures(run: Recording) -> Evidence | None:
     )
 
 
+def _to_be_earned(run: Recording) -> list[str]:
+    """Short names of reward functions that count, penalties left out: 0 is the best that these give."""
+    given = run.setting("rewards")
+    weights = list(given.values()) if isinstance(given, dict) else []
+    counted = len(weights) == len(run.reward_names)
+    names = [name for at, name in enumerate(run.reward_names) if not (counted and weights[at] == 0)]
+    return [name for name in names if name not in PENALTIES and "penalty" not in name]
+
+
 def never_given(run: Recording) -> Evidence | None:
     """A reward function with one and the same score, 0 or less, for every completion of the run."""
     if len(run.steps) < MIN_STEPS:
         return None
-    given = run.setting("rewards")
-    weights = list(given.values()) if isinstance(given, dict) else []
-    for at, name in enumerate(run.reward_names):
+    for name in _to_be_earned(run):
         means, stds = run.all(f"reward/{name}/mean"), run.all(f"reward/{name}/std")
-        if len(weights) == len(run.reward_names) and weights[at] == 0:
-            continue  # only watched
         if not means or len(means) < len(run.steps) // 2 or max(stds, default=0.0) > 0:
             continue
         if len(set(means)) == 1 and means[0] <= 0:
@@ -96,7 +102,7 @@ def one_sided(run: Recording) -> Evidence | None:
         return None
     learned: list[tuple[float, str]] = []
     missed: list[tuple[float, str]] = []
-    for name in run.reward_names:
+    for name in _to_be_earned(run):
         low, high = run.range_of(name)
         rise = run.rise(f"reward/{name}/mean")
         if rise is None:

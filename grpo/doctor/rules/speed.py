@@ -37,7 +37,9 @@ def long_tail(run: Recording) -> Evidence | None:
     """A few long completions keep the whole rollout waiting."""
     longest, mean = run.all("completions/length_max"), run.all("completions/length_mean")
     share, seconds = _share(run, "time/rollout_s"), _step_seconds(run)
-    if seconds < MIN_SECONDS or share < ROLLOUT or not mean or fmean(longest) < TAIL * fmean(mean):
+    if run.setting("rollout_engine", "native") != "native":
+        return None  # a server batches rows by itself
+    if seconds < MIN_SECONDS or share < ROLLOUT or not mean or not longest or fmean(longest) < TAIL * fmean(mean):
         return None
     return Evidence({"share": share, "longest": fmean(longest), "mean": fmean(mean), "step": seconds})
 

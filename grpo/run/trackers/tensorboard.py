@@ -99,14 +99,24 @@ class TensorBoard:
     def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
         """Distributions of a step: name -> [n]."""
         for name, numbers in values.items():
-            if len(numbers):
-                self.writer.add_histogram(f"distribution/{name}", numbers, step, bins="auto")
+            known = numbers[np.isfinite(numbers)]
+            if len(known):
+                self.writer.add_histogram(f"distribution/{name}", known, step, bins=_edges(known))
 
     def text(self, step: int, name: str, text: str) -> None:
         self.writer.add_text(name, text, step)
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _edges(numbers: np.ndarray) -> np.ndarray:
+    """Edges of at most 30 bins. Numbers that rounding alone tells apart share one: numpy has bins of no such width."""
+    low, high = float(numbers.min()), float(numbers.max())
+    if high - low <= 1e-6 * max(1.0, abs(low), abs(high)):
+        width = max(0.5, 1e-3 * abs(low))
+        return np.array([low - width, high + width])
+    return np.linspace(low, high, 31)
 
 
 def _multiline(charts: Mapping[str, tuple[str, ...]]) -> dict[str, list]:

@@ -72,20 +72,12 @@ function appendMarked(node, text) {
     } else if (MARKS.test(piece)) {
       node.append(el("span", { class: "mark" }, piece));
     } else if (inside) {
-      node.append(appendText(el("span", { class: "part part-" + inside }), inside === "tool_call" ? pretty(piece) : piece));
+      node.append(appendText(el("span", { class: "part part-" + inside }), piece));
     } else {
       appendText(node, piece);
     }
   }
   return node;
-}
-
-function pretty(text) {
-  try {
-    return "\n" + JSON.stringify(JSON.parse(text), null, 1) + "\n";
-  } catch {
-    return text;
-  }
 }
 
 // A long text in parts: the first at once, others when asked for. write(node, text) fills a node.

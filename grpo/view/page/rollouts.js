@@ -34,6 +34,7 @@ class Rollouts {
     await this.load();
   }
   async update() {
+    if (this.run === null) return this.show();
     if (this.version !== this.versionOf()) await this.load(true);
   }
   versionOf() {
@@ -48,6 +49,8 @@ class Rollouts {
     const [rows, places] = await Promise.all([this.app.source.rows(run), this.app.source.tokenRows(run)]);
     if (run !== this.run) return; // another run was chosen meanwhile
     // nothing waits from here on: rows, texts and list are of one run
+    again = again && this.rows.generation === rows.generation; // else rows have other numbers
+    const offered = this.offers();
     [this.rows, this.version] = [rows, version];
     this.withTokens = new Set();
     for (let i = 0; i < places.length; i += 2) this.withTokens.add(`${places[i]}:${places[i + 1]}`);
@@ -55,11 +58,21 @@ class Rollouts {
       this.texts = new Texts(this.app.source, this.run, () => this.list.refresh());
       this.openRow = null;
       this.found = null;
-      this.drawControls();
     }
+    if (!again || offered !== this.offers()) this.drawControls();
     this.apply();
     if (this.filter.text) this.search();
     if (!this.order.length) replace(this.detail, el("p", { class: "empty" }, "No completions."));
+  }
+  // What the controls depend on; a filter that is not offered does not act.
+  offers() {
+    if (!this.rows) return "";
+    const { held_out: heldOut } = this.rows.columns;
+    const [trained, answers] = [heldOut.includes(0), heldOut.includes(1)];
+    if (!answers) this.filter.of = "0";
+    else if (!trained) this.filter.of = "1";
+    if (!this.withTokens || !this.withTokens.size) this.filter.tokens = false;
+    return JSON.stringify([answers, trained, this.filter.tokens, this.withTokens && this.withTokens.size > 0, this.rows.rewards, this.rows.finishes]);
   }
   setRun(run) {
     this.run = run;

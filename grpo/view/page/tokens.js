@@ -39,8 +39,9 @@ function tokenText(tokens, name) {
   const node = el("div", { class: "text tokens", dir: "auto", "data-figure": name });
   const values = valuesOf(tokens, name);
   const texts = tokens.texts || tokens.ids.map((id) => `⟨${id}⟩`);
+  const figures = figuresOf(tokens).map((figure) => [figure, valuesOf(tokens, figure)]);
   texts.forEach((text, i) => {
-    const token = el("span", { class: "token", title: about(tokens, i) });
+    const token = el("span", { class: "token", title: about(tokens, figures, i) });
     const colour = background(name, values[i]);
     if (colour) token.style.backgroundColor = colour;
     node.append(appendText(token, text === "" ? "·" : text));
@@ -48,10 +49,10 @@ function tokenText(tokens, name) {
   return node;
 }
 
-function about(tokens, i) {
+function about(tokens, figures, i) {
   const lines = [`token ${i}, id ${tokens.ids[i]}`];
-  for (const name of figuresOf(tokens)) {
-    const value = valuesOf(tokens, name)[i];
+  for (const [name, values] of figures) {
+    const value = values[i];
     const shown = name === "trained" ? (value === "1" ? "carries loss" : "no loss") : number(value);
     lines.push(`${FIGURES[name].label}: ${shown}${name === "logprob" ? ` (p = ${number(Math.exp(value))})` : ""}`);
   }
