@@ -332,6 +332,32 @@ def test_a_run_that_is_being_written(viewer, new_page, tmp_path):
     until(lambda: page.locator(".runs tbody th").all_inner_texts() == ["live", "new"], 15)
 
 
+@pytest.mark.parametrize("settings, groups", [({"num_generations": 2}, 2), ({}, 1)], ids=["known", "unknown"])
+def test_two_prompts_of_a_step_may_have_one_question(viewer, new_page, tmp_path, settings, groups):
+    """Multiple choice: the question is the same, its options are not. Without the settings the text is all there is."""
+    write_small_run(tmp_path / "r", [answer(1, row, "Which is right?", "A", row / 4) for row in range(4)], settings)
+    page = new_page()
+    page.goto(viewer(tmp_path) + "#rollouts")
+    page.wait_for_selector("html[data-ready]")
+    until(lambda: count(page) == f"{groups} groups, 4 of 4 completions")
+
+
+def test_a_run_without_completions_shows_its_first_one(viewer, new_page, tmp_path):
+    """The page was open before it was written; then held-out answers come, and the choice of them appears."""
+    folder = tmp_path / "live"
+    write_small_run(folder, [], {})
+    page = new_page()
+    page.goto(viewer(tmp_path) + "#rollouts")
+    page.wait_for_selector("html[data-ready]")
+    until(lambda: "no logged completions" in page.inner_text("#rollouts"))
+    with (folder / "rollouts-rank0.jsonl").open("a") as out:
+        out.write(json.dumps(answer(1, 0, "q", "first", 1.0)) + "\n")
+    until(lambda: page.locator("#count").count() and count(page) == "1 groups, 1 of 1 completions", 15)
+    assert page.locator("#of").count() == 0
+    (folder / "held_out-rank0.jsonl").write_text(json.dumps(answer(1, 0, "h", "held", 1.0)) + "\n")
+    until(lambda: page.locator("#of").count() == 1, 15)
+
+
 def test_only_the_rows_on_the_screen_exist(viewer, new_page, tmp_path):
     """20,000 completions: the page holds dozens of rows, asks for few texts, and reaches the last row."""
     write_run(tmp_path / "run", 20_000, 60)

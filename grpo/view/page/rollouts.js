@@ -154,7 +154,8 @@ class Rollouts {
   }
   apply() {
     const rows = this.matches();
-    this.groups = groupsOf(this.rows);
+    const { settings } = this.app.runs[this.run];
+    this.groups = groupsOf(this.rows, (settings && Number(settings.num_generations)) || 0);
     const column = this.rows.columns[this.by] || this.rows.columns.reward;
     const { step, row: place, advantage } = this.rows.columns;
     const sign = this.down ? -1 : 1;
@@ -347,7 +348,8 @@ function strip(values, [low, high]) {
 }
 
 // Groups of rows of one step and one question, each by row; made once for each set of rows.
-function groupsOf(rows) {
+// size: completions of a prompt, 0 where it is not known; two prompts of a step may have one question.
+function groupsOf(rows, size = 0) {
   if (rows.groups) return rows.groups;
   const { step, question, row: place, held_out: heldOut } = rows.columns;
   const number_of = new Int32Array(rows.count);
@@ -357,10 +359,11 @@ function groupsOf(rows) {
     const own = known[heldOut[row]];
     if (!own.has(step[row])) own.set(step[row], new Map());
     const of_step = own.get(step[row]);
-    let group = of_step.get(question[row]);
+    const key = size && !heldOut[row] ? `${question[row]}:${Math.floor(place[row] / size)}` : question[row];
+    let group = of_step.get(key);
     if (group === undefined) {
       group = groups.length;
-      of_step.set(question[row], group);
+      of_step.set(key, group);
       groups.push([]);
     }
     groups[group].push(row);
