@@ -38,6 +38,13 @@ def versions_of(server):
     return asked
 
 
+def slow(lines, given):
+    """Longer than an update takes."""
+    for line in lines:
+        time.sleep(0.05 if step_of_rollout(given) else 0.0)
+        yield line
+
+
 @pytest.mark.parametrize("world, number", [(1, 1), (2, 2)])
 def test_a_step_is_sampled_by_the_weights_before_the_last_update(arena, stand_in, world, number):  # noqa: F811
     """The first two steps by those of the start; tokens on two ranks and servers are those of one."""
@@ -66,6 +73,7 @@ def test_a_step_is_sampled_by_the_weights_before_the_last_update(arena, stand_in
     else:
         alone = arena.run(world=1, **asking(servers[0]), rollout_ahead=1, eval_steps=0)
         servers[0].behave()
+        servers[0].change_lines = slow  # weights must wait for what is sampled
         alone.finish(env=ENV)
         assert tokens_of(alone) == tokens
 
