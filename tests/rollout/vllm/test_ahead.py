@@ -50,7 +50,7 @@ def test_a_step_is_sampled_by_the_weights_before_the_last_update(arena, stand_in
     """The first two steps by those of the start; tokens on two ranks and servers are those of one."""
     servers = [stand_in() for _ in range(number)]
     asked = [versions_of(server) for server in servers]
-    run = arena.run(world=world, **asking(*servers), rollout_ahead=1, eval_steps=0)
+    run = arena.run(world=world, **asking(*servers), rollout_ahead=1, eval_steps=0, save_steps=9)
     run.finish(env=ENV)
     # transfer k holds the weights after k - 1 updates; the last one is the evaluation's
     assert asked == [{1: {1}, 2: {1}, 3: {2}, 4: {3}, 5: {4}}] * number
@@ -71,7 +71,7 @@ def test_a_step_is_sampled_by_the_weights_before_the_last_update(arena, stand_in
         ]
         assert same == [1]  # the control: by newer weights other tokens are drawn
     else:
-        alone = arena.run(world=1, **asking(servers[0]), rollout_ahead=1, eval_steps=0)
+        alone = arena.run(world=1, **asking(servers[0]), rollout_ahead=1, eval_steps=0, save_steps=9)
         servers[0].behave()
         servers[0].change_lines = slow  # weights must wait for what is sampled
         alone.finish(env=ENV)
@@ -154,7 +154,7 @@ def test_a_skipped_update_leaves_the_weights_and_the_step_goes_on(arena, stand_i
     """The servers hold the version that was not changed: nothing is sent, and what was asked for is still collected."""
     server = stand_in()
     asked = versions_of(server)
-    run = arena.run(world=1, **asking(server), rollout_ahead=1, eval_steps=0)
+    run = arena.run(world=1, **asking(server), rollout_ahead=1, eval_steps=0, save_steps=9)
     run.finish(faults=[Fault("nan loss", step=2)], env=ENV)
     assert asked == {1: {1}, 2: {1}, 3: {2}, 4: {2}, 5: {3}}
     steps = [row for row in run.metrics() if "loss" in row or "guards/skipped_updates" in row]
