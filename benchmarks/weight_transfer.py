@@ -12,12 +12,17 @@ tensors at most. Control: weights that are gathered whole before the first is se
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from grpo.config.command_line import load_config
 from grpo.models.checks import stop_token_ids
+from grpo.rollout import Weights
 from grpo.run.task import load_task
 from grpo.runtime.distributed import start, stop
 from grpo.training.load_policy import load_policy
@@ -33,6 +38,24 @@ def resident_mb(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
 
 
+def whole(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """All tensors are gathered, then the first is sent."""
+    yield from [(name, tensor.clone()) for name, tensor in weights()]
+
+
+def measured(call: Callable[..., Any], peaks: list[float]) -> Callable[..., Any]:
+    """The call; appends the highest resident size during it above that before it."""
+
+    def wrapped(*args: Any) -> Any:
+        before = resident_mb("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        result = call(*args)
+        peaks.append(resident_mb("VmHWM") - before)
+        return result
+
+    return wrapped
+
+
 def main(argv: list[str]) -> None:
     """Print a line on rank 0."""
     with tempfile.TemporaryDirectory() as folder:
@@ -45,22 +68,23 @@ def main(argv: list[str]) -> None:
         sizes = sorted(tensor.numel() * 4 / 1e6 for _, tensor in policy.weights())
         for kind, weights in (
             ("as it is", policy.weights),
-            ("control, whole", lambda: [(name, tensor.clone()) for name, tensor in policy.weights()]),
+            ("control, whole", partial(whole, policy.weights)),
         ):
-            seconds, peaks = [], []
+            seconds, peaks = [], {"_send": [], "_probe": []}
+            for part, found in peaks.items():
+                setattr(engine, part, measured(getattr(type(engine), part).__get__(engine), found))
             for _ in range(TRANSFERS):
                 policy.counters.updates += 1
-                before = resident_mb("VmRSS")
-                Path("/proc/self/clear_refs").write_text("5")
                 began = time.monotonic()
                 engine.load_weights(weights, policy.counters.updates)
                 seconds.append(time.monotonic() - began)
-                peaks.append(resident_mb("VmHWM") - before)
-            found = world.gather_rows(np.array([np.median(seconds), max(peaks[1:])])).max(0)
+            worst = [max(found, default=0.0) for found in peaks.values()]
+            found = world.gather_rows(np.array([np.median(seconds), *worst])).max(0)
             if world.is_main:
                 print(
-                    f"{kind}: {sum(sizes):.1f} MB in {found[0]:.2f} s (median of {TRANSFERS}); peak above idle "
-                    f"{found[1]:.1f} MB of any rank, two largest tensors {sum(sizes[-2:]):.1f} MB",
+                    f"{kind}: {sum(sizes):.1f} MB in {found[0]:.2f} s, median of {TRANSFERS}; peak above idle of any "
+                    f"rank {found[1]:.1f} MB, of the probes {found[2]:.1f}; a shard is {sum(sizes) / world.size:.1f} "
+                    f"MB, the two largest tensors {sum(sizes[-2:]):.1f} MB",
                     flush=True,
                 )
         stop()
