@@ -102,7 +102,8 @@ def test_a_reader_that_leaves_ends_a_command_in_silence(command):
     command = [sys.executable, *PRINTING[command]]
     done = subprocess.run(command, cwd=PROJECT, env=environment(), stdout=writing, stderr=subprocess.PIPE, timeout=240)
     os.close(writing)
-    assert done.returncode == (0 if "--help" in command else 128 + signal.SIGPIPE), done.stderr  # argparse ignores it
+    allowed = {128 + signal.SIGPIPE, *([0] if "--help" in command else [])}  # argparse ignores it, the flush may not
+    assert done.returncode in allowed, done.stderr
     assert not re.search(b"Error|Exception|Traceback", done.stderr), done.stderr
 
 

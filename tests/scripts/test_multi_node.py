@@ -341,7 +341,9 @@ def test_slurm_serves_on_the_last_node_and_trains_on_the_others(tmp_path):
     assert {"srun --nodelist=node-8", "srun --nodelist=node-7"} <= set(calls)
     trained = [call for call in calls if "torchrun.py" in call]
     expected = 'train.py --model M --rollout_engine vllm --rollout_server ["http://node-8:30042"] '
-    assert trained and all(call.endswith(expected + "--rollout_timeout_s 1800 --seed 7") for call in trained)
+    assert trained and all(
+        call.endswith(expected + "--rollout_timeout_s 1800 --stall_timeout_s 2400 --seed 7") for call in trained
+    )
     assert "--nnodes=1 --node_rank=0 --nproc_per_node=8 --master_addr=node-7" in trained[0]
 
 
