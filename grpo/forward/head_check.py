@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from grpo.forward.arguments import accepted
+from grpo.forward.arguments import accepted, trial_ids
 from grpo.forward.precision import arithmetic
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def matches_the_model(head: "Head") -> bool:
     exact = all(parameter.dtype == torch.float32 for parameter in head.model.parameters())  # a frozen base may be bf16
     with arithmetic("fp32" if exact else head.dtype, head.model.device):
         inputs = {
-            "input_ids": torch.arange(8, device=head.model.device)[None],
+            "input_ids": trial_ids(8, head.vocab_size, head.model.device)[None],
             **accepted(head.model, {"use_cache": False}),
         }
         expected = head.model(**inputs).logits.float()

@@ -31,6 +31,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from grpo.forward.arguments import trial_ids
 from grpo.forward.attention_parts import Part, behind, offsets_of, parts_of, positions_of, windowed_parts
 from grpo.forward.branch_attention import Run, attend_by_branches, cut_runs, padded_arrays
 from grpo.forward.fused_attention import FusedAttention, fused_kernel
@@ -183,7 +184,7 @@ def can_share(model: PreTrainedModel, body: nn.Module) -> bool:
 
     Call it on every rank: a sharded model's forward is a collective.
     """
-    ids = torch.arange(9, device=model.device) % int(model.config.get_text_config().vocab_size)
+    ids = trial_ids(9, int(model.config.get_text_config().vocab_size), model.device)
     prompt, completions = ids[:4], (ids[4:7], ids[5:9])
     expected = [
         body(input_ids=torch.cat([prompt, completion])[None], use_cache=False).last_hidden_state[0, 4:]

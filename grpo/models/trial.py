@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from grpo.errors import UserError, first_line
-from grpo.forward.arguments import accepted
+from grpo.forward.arguments import accepted, trial_ids
 from grpo.forward.modes import set_mode
 from grpo.runtime.out_of_memory import ran_out
 
@@ -41,8 +41,7 @@ def _problem(model: PreTrainedModel, limit: float) -> str | None:
     if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return f"transformers opens no checkpoint of it: its config has the type {model.config.model_type!r}"
     vocabulary = int(model.config.get_text_config().vocab_size)
-    ids = (torch.arange(LENGTH + PADDING, device=model.device) * 5 + 2) % vocabulary
-    row = ids[:LENGTH]
+    row = trial_ids(LENGTH, vocabulary, model.device)
     model.eval()
     try:
         alone = _logits(model, row[None])[0]
@@ -108,7 +107,7 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     model.enable_input_require_grads()
     if not all(parameter.dtype == torch.float32 for parameter in model.parameters()):
         return  # a frozen base in fewer bits; its own run in fp32 would be tried
-    ids = torch.arange(LENGTH, device=model.device)[None]
+    ids = trial_ids(LENGTH, int(model.config.get_text_config().vocab_size), model.device)[None]
     logits = []
     for training in (False, True):
         set_mode(model, training, dropout=False)

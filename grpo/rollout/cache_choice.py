@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.forward.arguments import accepted
+from grpo.forward.arguments import accepted, trial_ids
 from grpo.forward.logprobs import Head
 from grpo.forward.shared_attention import MAX_DIFFERENCE
 from grpo.rollout import Request
@@ -50,7 +50,7 @@ def _difference(kind: CacheKind, head: Head) -> float:
     """Largest difference of a cache's logits to whole rows', relative; two rows, and one after the other has left."""
     lengths = (4, 7) if kind in ("shared", "padded") else (7, 7)
     new = 2
-    both = (torch.arange(max(lengths) + new) * 7 + torch.tensor([[3], [4]])) % head.vocab_size
+    both = trial_ids(2 * (max(lengths) + new), head.vocab_size).view(-1, 2).T
     row = [ids[: length + new].to(head.model.device) for ids, length in zip(both, lengths, strict=True)]
     # whole rows, in one batch: what stands behind the shorter one does not change it (models/trial.py)
     arguments = accepted(head.model, {"use_cache": False})
@@ -72,7 +72,7 @@ def checked_fast_llama(head: Head) -> FastLlama | None:
     fast_llama = FastLlama.of(head.model, head.body())
     if fast_llama is None:
         return None
-    requests = [Request(0, 0, 0, tuple(i % head.vocab_size for i in range(5)))]
+    requests = [Request(0, 0, 0, tuple(trial_ids(5, head.vocab_size).tolist()))]
     own = SharedCache(head, requests, 2)
     token = own.join(requests, last=True).argmax(-1)
     try:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.errors import UserError
+from grpo.forward.arguments import trial_ids
 from grpo.forward.logprobs import Head
 from grpo.training.collate import collate
 from grpo.types import MicroBatch, TrainRow
@@ -116,10 +117,7 @@ def check_packing(model: PreTrainedModel) -> None:
     """
     body = Head(model).body()
     vocabulary = int(model.config.get_text_config().vocab_size)
-    texts = [
-        torch.arange(n * 5, n * 5 + length, device=model.device)[None] % vocabulary
-        for n, length in enumerate(CHECK_LENGTHS)
-    ]
+    texts = trial_ids(sum(CHECK_LENGTHS), vocabulary, model.device)[None].split(CHECK_LENGTHS, 1)
     ids = position_ids([np.cumsum([0, *CHECK_LENGTHS]).tolist()]).to(model.device)
     try:
         alone = torch.cat([body(input_ids=text, use_cache=False).last_hidden_state for text in texts], 1)

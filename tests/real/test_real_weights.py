@@ -10,6 +10,7 @@ of it is kept.
 
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.evaluate.ask import CheckpointModel
+from grpo.forward import shared_attention
+from grpo.forward.shared_attention import can_share
 from grpo.models.checks import load_model
 from grpo.models.loading import load_tokenizer
 from grpo.rollout import Request
@@ -225,3 +228,16 @@ def test_gemma_3_beyond_its_window(gemma3, tmp_path):
     rows = [row for row in metrics_of(tmp_path / "r") if "reward/mean" in row]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["sampler_gap/max"] < 1e-3 for row in rows)
+
+
+@pytest.mark.parametrize("which", ["smollm2", "gemma3"])
+def test_bf16_shares_prompts(request, which, monkeypatch):
+    """The trial's tokens round as text does; with the first ids of SmolLM2, special ones, (the control) it fails."""
+    model = load_model(request.getfixturevalue(which), CPU)
+    with warnings.catch_warnings(), torch.autocast("cpu", dtype=torch.bfloat16):
+        warnings.simplefilter("error")
+        assert can_share(model, model.base_model)
+    if which == "smollm2":
+        monkeypatch.setattr(shared_attention, "trial_ids", lambda count, *rest: torch.arange(count))
+        with pytest.warns(UserWarning, match="hidden states differ"), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not can_share(model, model.base_model)
