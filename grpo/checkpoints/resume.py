@@ -52,6 +52,7 @@ FREE_TO_CHANGE = {  # settings that do not change what is trained; all others mu
     "rollout_chunk_rows",
     "rollout_tokens",
     "rollout_server",
+    "rollout_transfer",
     "rollout_timeout_s",
     "max_sampler_gap",
     "vllm_args",

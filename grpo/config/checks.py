@@ -375,8 +375,8 @@ def _require(cfg: Config, name: str, holds: bool, allowed: str) -> None:
 def _check_engine(cfg: Config) -> None:
     """The settings of vLLM's rollouts. Raises UserError."""
     if cfg.rollout_engine == "native":
-        for name in ("rollout_server", "max_sampler_gap", "vllm_args", "rollout_ahead"):
-            if getattr(cfg, name):
+        for name in ("rollout_server", "rollout_transfer", "max_sampler_gap", "vllm_args", "rollout_ahead"):
+            if getattr(cfg, name) and getattr(cfg, name) != "http":
                 raise UserError(f"{name}: it needs --rollout_engine vllm, got native.")
         return
     alone = {"filter_groups": cfg.filter_groups == "resample", "sampler_correction": cfg.sampler_correction == "none"}
@@ -395,3 +395,5 @@ def _check_engine(cfg: Config) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/"):
             raise UserError(f"rollout_server: must be http://host:port, or a list of such, got {url[:100]!r}.")
+        if parts.scheme == "https" and cfg.rollout_transfer == "broadcast":
+            raise UserError(f"rollout_transfer: a broadcast does not go through {url[:100]!r}. Use http.")

@@ -60,6 +60,7 @@ OF_ROLLOUTS = frozenset(
         "sampler_correction",
         "rollout_engine",
         "rollout_server",
+        "rollout_transfer",
         "rollout_timeout_s",
         "max_sampler_gap",
         "vllm_args",

@@ -25,12 +25,13 @@ from grpo.rollout import Request
 from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import Sampling
 from grpo.rollout.stop_strings import StopStrings
+from grpo.rollout.vllm.broadcast import BrokeOff, Group, Place
 from grpo.rollout.vllm.wire import PROTOCOL, BadStream, index_of, packed, read_frames, unpacked
-from grpo.runtime.checksums import checksum
 from grpo.types import Completion
 
 TOKEN = "stand-in-secret-of-32-characters"
 PROGRESS_S = 0.2
+Named = Iterator[tuple[str, Tensor]]
 
 
 class Died(Exception):
@@ -52,6 +53,7 @@ class StandIn:
         self.token = TOKEN
         self.own = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         self.listening: _Listening | None = None
+        self.group: Group | None = None
         self.connections: set[socket.socket] = set()
         self.behave()
 
@@ -61,12 +63,14 @@ class StandIn:
         self.loads.clear()
         self.asked.clear()
         self.slept = 0
+        self.leave()
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(self.own[name])
         # where tests make it go wrong
         self.change_facts: Callable[[dict[str, Any]], Any] = lambda facts: facts
         self.change_stored: Callable[[Path], None] = lambda file: None
+        self.change_broadcast: Callable[[Named], Named] = lambda tensors: tensors
         self.change_weights: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
         self.change_lines: Callable[[Iterator[bytes], dict[str, Any]], Iterator[bytes]] = lambda lines, given: lines
         self.before: Callable[[str], tuple[int, bytes] | None] = lambda path: None  # another answer than its own
@@ -85,6 +89,13 @@ class StandIn:
         self.listening = None
         for connection in list(self.connections):
             _reset(connection)
+        self.leave()
+
+    def leave(self) -> None:
+        """Its part of a process group ends."""
+        group, self.group = self.group, None
+        if group is not None:
+            group.close()
 
     def revive(self, kept: bool = True) -> None:
         """Listen, at the same port as before. kept: with the weights that it was sent last."""
@@ -109,14 +120,34 @@ class StandIn:
             "max_model_len": config.max_position_embeddings,
             "version": self.version,
             "unfinished": 0,
+            "device": "cpu",
+            "processes": 1,
             **named,
         }
 
     def load(self, file: Path, version: str) -> dict[str, Any]:
         """Load a stored stream. Raises BadStream, or ValueError for weights that do not fit."""
-        index = index_of(file)
-        tensors = dict(read_frames(file, index))
-        arrived = {name: [int(checksum(tensor)), str(tensor.dtype)] for name, tensor in tensors.items()}
+        changed: list[str] = []
+        return self.take(dict(read_frames(file, index_of(file), changed)), changed, version)
+
+    def join(self, place: dict[str, Any]) -> dict[str, Any]:
+        """Enter a trainer's process group. Raises BrokeOff."""
+        self.group = Group.join(Place(**place), torch.device("cpu"))
+        return {"group": self.group.name}
+
+    def load_broadcast(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Load broadcast weights. Raises ValueError, BadStream and BrokeOff."""
+        if self.group is None or self.group.name != given["group"]:
+            raise ValueError("it is not in the trainer's process group")
+        changed: list[str] = []
+        tensors = dict(self.change_broadcast(self.group.receive(given["number"], changed)))
+        return self.take(tensors, changed, given["version"])
+
+    def take(self, tensors: dict[str, Tensor], changed: list[str], version: str) -> dict[str, Any]:
+        """Use these weights. Raises BadStream, or ValueError for weights that do not fit."""
+        self.version = ""
+        if changed:
+            raise BadStream(f"the weight {changed[0]} arrived changed")
         with self.busy:
             own = dict(self.model.named_parameters())
             loaded = self.change_weights(dict(tensors))
@@ -128,7 +159,7 @@ class StandIn:
                     own[name].copy_(tensor)
             self.loads.append(tensors)
             self.version = version
-        return {"version": version, "arrived": [arrived], "seconds": 0.0}
+        return {"version": version, "seconds": 0.0}
 
     @functools.cache  # noqa: B019
     def engine(self, stop_ids: tuple[int, ...], limit: int, seed: int, num_tokens: int, stop: Any) -> NativeEngine:
@@ -206,6 +237,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.answer(200, json.dumps(server.change_facts(server.facts())).encode())
             elif parts.path == "/weights":
                 self.weights(parse_qs(parts.query)["version"][0])
+            elif parts.path in ("/group", "/broadcast"):
+                given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self.answer_of(lambda: server.join(given) if parts.path == "/group" else server.load_broadcast(given))
             elif parts.path == "/generate":
                 self.generate()
             elif parts.path == "/sleep":
@@ -231,11 +265,15 @@ class _Handler(BaseHTTPRequestHandler):
             for piece in self.pieces():
                 stored.write(piece)
         server.change_stored(file)
+        self.answer_of(lambda: server.load(file, version))
+
+    def answer_of(self, work: Callable[[], dict[str, Any]]) -> None:
+        """As routes.py answers for work that changes the weights."""
         try:
-            self.answer(200, json.dumps(server.load(file, version)).encode())
+            self.answer(200, json.dumps(work()).encode())
         except BadStream as error:
             self.answer(400, json.dumps({"error": f"weights: {error}"}).encode())
-        except ValueError as error:
+        except (ValueError, BrokeOff) as error:
             self.answer(500, json.dumps({"error": f"weights: {error}"}).encode())
 
     def generate(self) -> None:

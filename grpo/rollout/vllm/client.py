@@ -8,10 +8,10 @@ import http.client
 import json
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from grpo.rollout.vllm.wire import PROTOCOL, TOKEN_VARIABLE
 
@@ -56,21 +56,33 @@ class Client:
             raise ServerProblem(f"{self.url}: {str((answer or {}).get('error', f'HTTP status {status}'))[:500]}")
         return answer
 
-    def _ask(self, method: str, path: str) -> dict[str, Any]:
+    def ask(
+        self, method: str, path: str, body: dict[str, Any] | None = None, within_s: float | None = None
+    ) -> dict[str, Any]:
+        """A whole answer, at most within_s after the request. Raises ServerProblem, and CONNECTION_ERRORS."""
+        connection = self.kind(self.address, timeout=within_s or self.read_s)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body), self.headers)
+            return self.answer(connection.getresponse())
+        finally:
+            connection.close()
+
+    def own_address(self) -> str:
+        """The address of this machine by which it reaches the server. Raises CONNECTION_ERRORS."""
         connection = self.kind(self.address, timeout=self.read_s)
         try:
-            connection.request(method, path, None, self.headers)
-            return self.answer(connection.getresponse())
+            connection.connect()
+            return connection.sock.getsockname()[0]
         finally:
             connection.close()
 
     def sleep(self) -> None:
         """Let the server free its device's memory until it is asked again. Raises ServerProblem, CONNECTION_ERRORS."""
-        self._ask("POST", "/sleep")
+        self.ask("POST", "/sleep")
 
     def facts(self) -> dict[str, Any]:
         """What the server holds. Raises ServerProblem, and CONNECTION_ERRORS."""
-        facts = self._ask("GET", "/health")
+        facts = self.ask("GET", "/health")
         if facts.get("protocol") != PROTOCOL:
             raise Unusable(
                 f"{self.url}: speaks protocol {str(facts.get('protocol'))[:20]}, this version {PROTOCOL}. Use the "
@@ -101,7 +113,7 @@ class Client:
             except ServerProblem as error:
                 problem = str(error).removeprefix(f"{self.url}: ")
             except CONNECTION_ERRORS as error:
-                problem = _why(error)
+                problem = why(error)
             if notice is not None:
                 notice(f"{self.url}: {problem}; waiting, at most {self.timeout_s:g} s (rollout_timeout_s)")
                 notice = None
@@ -134,65 +146,6 @@ class Client:
                 connection.close()
 
 
-def send_weights(
-    clients: list[Client], pieces: Iterable[bytes | memoryview], version: str, load_s: float
-) -> list[dict[str, Any] | ServerProblem]:
-    """Send one stream of tensors to every server; what each answered, or its problem. The stream is always read whole.
-
-    load_s: seconds that a server may take to load what it got.
-    """
-    connections: list[http.client.HTTPConnection | None] = []
-    outcomes: list[dict[str, Any] | ServerProblem] = [ServerProblem(client.url) for client in clients]
-    for i, client in enumerate(clients):
-        connection = client.kind(client.address, timeout=load_s)
-        try:
-            connection.putrequest("POST", f"/weights?version={quote(version)}")
-            for name, value in client.headers.items():
-                connection.putheader(name, value)
-            connection.putheader("Transfer-Encoding", "chunked")
-            connection.endheaders()
-            connections.append(connection)
-        except CONNECTION_ERRORS as error:
-            outcomes[i] = ServerProblem(f"{client.url}: {_why(error)}.")
-            connections.append(None)
-
-    def send(*parts: bytes | memoryview) -> None:
-        for i, connection in enumerate(connections):
-            try:
-                for part in parts if connection is not None else ():
-                    connection.send(part)  # type: ignore[union-attr]
-            except OSError as error:
-                outcomes[i] = _why_it_broke_off(clients[i], connection, error)
-                connections[i] = None
-
-    for piece in pieces:
-        send(b"%x\r\n" % len(piece), piece, b"\r\n") if len(piece) else None
-    send(b"0\r\n\r\n")
-    for i, (client, open_connection) in enumerate(zip(clients, connections, strict=True)):
-        try:
-            if open_connection is not None:
-                outcomes[i] = client.answer(open_connection.getresponse())
-        except ServerProblem as problem:
-            outcomes[i] = problem
-        except CONNECTION_ERRORS as error:
-            outcomes[i] = _why_it_broke_off(client, None, error)
-    return outcomes
-
-
-def _why_it_broke_off(
-    client: Client, connection: http.client.HTTPConnection | None, error: BaseException
-) -> ServerProblem:
-    """A server may answer, and close, before it has read everything."""
-    try:
-        if connection is not None:
-            client.answer(connection.getresponse())
-    except ServerProblem as problem:
-        return problem
-    except CONNECTION_ERRORS:
-        pass
-    return ServerProblem(f"{client.url}: the transfer of weights broke off ({_why(error)}).")
-
-
 def parsed(text: bytes) -> dict[str, Any] | None:
     """A JSON object; None: it is none."""
     try:
@@ -202,7 +155,7 @@ def parsed(text: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _why(error: BaseException) -> str:
+def why(error: BaseException) -> str:
     """A connection's error in words."""
     if isinstance(error, ConnectionRefusedError):
         return "nothing listens there"

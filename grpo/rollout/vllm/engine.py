@@ -2,14 +2,14 @@
 
 Each rank asks for its own rows; a group stays on one server, which computes its prompt once. The uniform that picks a
 token is the native engine's, a hash of (seed, slot, g, t), so what a row draws depends neither on its rank nor on its
-server, up to rounding. One rank sends the weights to a server, which answers with a checksum of every tensor that
-arrived and then samples fixed texts; their log-probs are compared with the trainer's own. A server that fails ends the
-run on all ranks, after a checkpoint.
+server, up to rounding. One rank sends the weights to a server (transfer.py), which then samples fixed texts; their
+log-probs are compared with the trainer's own. A server that fails ends the run on all ranks, after a checkpoint.
 """
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,9 @@ from grpo.rollout import OnFinished, Request, Weights
 from grpo.rollout.sampling import Sampling, sampling_of
 from grpo.rollout.vllm.ahead import Ahead
 from grpo.rollout.vllm.asked import Asked, Form
-from grpo.rollout.vllm.client import CONNECTION_ERRORS, Client, ServerProblem, Unusable, send_weights
-from grpo.rollout.vllm.wire import DTYPES, frames
-from grpo.runtime.checksums import checksum, first_difference
+from grpo.rollout.vllm.client import CONNECTION_ERRORS, Client, ServerProblem, Unusable
+from grpo.rollout.vllm.transfer import Broadcaster, Outcome, send_by_http
+from grpo.rollout.vllm.wire import DTYPES
 from grpo.runtime.distributed import World
 from grpo.runtime.out_of_memory import FittingSize
 from grpo.runtime.signals import Stopping
@@ -83,6 +83,12 @@ class VllmEngine:
         number = np.array([float(secrets.randbits(48) if world.is_main else 0)])
         self.name = f"{int(world.sum_rows(number)[0]):012x}"
         self.failed = False
+        self.send: Callable[[Iterable[tuple[str, Tensor]], str], list[Outcome]]
+        if cfg.rollout_transfer == "broadcast":
+            others = cfg.rollout_server is not None
+            self.send = Broadcaster(self.owned, world.device, others, cfg.rollout_timeout_s).send
+        else:
+            self.send = partial(send_by_http, self.owned, load_s=cfg.rollout_timeout_s)
         self.stopping = stopping
         self.ahead = Ahead(cfg, world, num_tokens, replace(stopping, fail=self.fail)) if cfg.rollout_ahead else None
 
@@ -117,15 +123,6 @@ class VllmEngine:
 
     def _send(self, weights: Iterable[tuple[str, Tensor]]) -> ServerProblem | None:
         """One transfer to the servers of this rank; what went wrong."""
-        sent: dict[str, int] = {}
-        dtype = DTYPES[self.dtype]
-
-        def converted() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in weights:
-                passed = tensor.detach().to(dtype)
-                sent[name] = int(checksum(passed))
-                yield name, passed
-
         problem: ServerProblem | None = None
         try:
             for client in self.owned:
@@ -136,20 +133,12 @@ class VllmEngine:
             for _ in weights:  # where weights are sharded, gathering them needs every rank
                 pass
             return problem
-        for client, outcome in zip(
-            self.owned,
-            send_weights(self.owned, frames(converted()), self.version, self.cfg.rollout_timeout_s),
-            strict=True,
-        ):
+        converted = ((name, tensor.detach().to(DTYPES[self.dtype])) for name, tensor in weights)
+        for client, outcome in zip(self.owned, self.send(converted, self.version), strict=True):
             if isinstance(outcome, ServerProblem):
                 return outcome
-            try:
-                workers = [{name: int(found[0]) for name, found in one.items()} for one in outcome["arrived"]]
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                return Unusable(f"{client.url}: answers are malformed ({error!r}).")
-            for got in workers or [{}]:
-                if (name := first_difference(sent, got)) is not None:
-                    return ServerProblem(f"{client.url}: the weight {name} arrived changed.")
+            if outcome.get("version") != self.version:
+                return Unusable(f"{client.url}: answers are malformed (version {str(outcome.get('version'))[:60]}).")
         return None
 
     def _probe(self, client: Client | None) -> None:

@@ -23,8 +23,8 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from grpo.randomness import uniforms
 from grpo.rollout.sampling import Sampling, draw
-from grpo.rollout.vllm.wire import DRAW, IN_SUPPORT, NOT_FINITE, index_of, read_frames
-from grpo.runtime.checksums import checksum
+from grpo.rollout.vllm.broadcast import BrokeOff, Group, Place
+from grpo.rollout.vllm.wire import DRAW, IN_SUPPORT, NOT_FINITE, BadStream, index_of, read_frames
 
 Row = tuple[list[Any], Sequence[int]]  # arguments of the draw; the tokens drawn so far, a list that vLLM extends
 
@@ -101,22 +101,55 @@ def _repack_heads(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
+def _until_broken(tensors: Iterator[tuple[str, Tensor]], broken: list[Exception]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that come. vLLM's reload has to come to its end: the next one would fail after an exception in it."""
+    try:
+        yield from tensors
+    except (BadStream, BrokeOff) as error:
+        broken.append(error)
+
+
 class WeightReceiver:
     """Methods that vLLM adds to its workers (worker_extension_cls)."""
 
-    def receive_weights(self, file: str) -> dict[str, list[Any]]:
-        """Load the weights of a stored stream in place. Name -> [checksum of what arrived, dtype].
+    trainer_group: Group | None = None
+
+    def receive_weights(self, file: str) -> None:
+        """Load the weights of a stored stream in place.
 
         Raises BadStream, or vLLM's error for weights that do not fit its model.
         """
-        index = index_of(Path(file))  # complete, before any weight changes
-        arrived: dict[str, list[Any]] = {}
+        path, changed = Path(file), list[str]()
+        self._load(read_frames(path, index_of(path), changed), changed)  # complete, before any weight changes
 
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in read_frames(Path(file), index):
-                arrived[name] = [int(checksum(tensor)), str(tensor.dtype)]
-                yield name, tensor
+    def join_group(self, place: dict[str, Any]) -> None:
+        """Enter the process group of a trainer, in place of an earlier one. Raises BrokeOff."""
+        self.leave_group()
+        self.trainer_group = Group.join(Place(**place), self.device)  # type: ignore[attr-defined]
 
-        self.model_runner.reload_weights(weights_iterator=tensors())  # type: ignore[attr-defined]
+    def leave_group(self) -> None:
+        """Forget the group."""
+        group, self.trainer_group = self.trainer_group, None
+        if group is not None:
+            group.close()
+
+    def receive_broadcast(self, number: int) -> None:
+        """Load the weights that the group's trainer broadcasts. Raises as `receive_weights`, and BrokeOff."""
+        assert self.trainer_group is not None
+        changed, broken = list[str](), list[Exception]()
+        tensors = _until_broken(self.trainer_group.receive(number, changed), broken)
+        try:
+            self._load(tensors, changed)
+            if broken:
+                raise broken[0]
+        except Exception:
+            for _ in tensors:  # the others of the group do not wait for this one
+                pass
+            self.leave_group()
+            raise
+
+    def _load(self, tensors: Iterator[tuple[str, Tensor]], changed: list[str]) -> None:
+        self.model_runner.reload_weights(weights_iterator=tensors)  # type: ignore[attr-defined]
         _repack_heads(self.model_runner.get_model())  # type: ignore[attr-defined]
-        return arrived
+        if changed:
+            raise BadStream(f"the weight {changed[0][:200]} arrived changed")

@@ -5,6 +5,8 @@
     GET  /health      what is served, and the version of its weights
     POST /generate    requests in, completions out as they end, one JSON object a line
     POST /weights     a stream of tensors (wire.py): all of them are loaded, or none
+    POST /group       enter a trainer's process group (broadcast.py)
+    POST /broadcast   load the weights that the group's trainer broadcasts
     POST /sleep       free the device's memory until the next of these two (vLLM's --enable-sleep-mode)
 
 Every route wants the token, also one that does not exist. A request names the version of the weights that it is for;
@@ -15,60 +17,41 @@ are kept in a file: a server that is started again at the same place loads them,
 import asyncio
 import contextlib
 import ctypes
-import hmac
-import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import uvicorn
 import vllm
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from grpo.rollout.vllm.wire import DRAW, IN_SUPPORT, PROTOCOL, TOKEN_VARIABLE, BadStream, index_of, packed, unpacked
+from grpo.rollout.vllm.routes import Guard, app_of, describe
+from grpo.rollout.vllm.wire import DRAW, IN_SUPPORT, PROTOCOL, TOKEN_VARIABLE, index_of, packed, unpacked
 
 INSIDE = "grpo.rollout.vllm.inside"
 STREAM_INTERVAL = 64  # tokens of a completion between two reports of its progress
 PROGRESS_S = 0.5  # between two lines of /generate at most
 PR_SET_PDEATHSIG = 1
 NOT_LOADED = ""  # the version of weights that no trainer has sent
-
-
-class Guard:
-    """ASGI middleware: no token, no answer."""
-
-    def __init__(self, app: Any, token: str):
-        self.app, self.expected = app, f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass requests that carry the token on."""
-        given = dict(scope.get("headers", ())).get(b"authorization", b"")
-        if scope["type"] == "lifespan" or hmac.compare_digest(given, self.expected):
-            await self.app(scope, receive, send)
-        elif scope["type"] == "http":
-            await JSONResponse({"error": f"the token is missing or wrong ({TOKEN_VARIABLE})"}, 401)(
-                scope, receive, send
-            )
+NO_GROUP = ""
 
 
 class Server:
     """vLLM's engine, and the version of its weights."""
 
     def __init__(self, engine: AsyncLLM, kept: Path):
-        self.engine, self.kept = engine, kept
-        self.version = NOT_LOADED
+        self.engine, self.kept, self.arriving = engine, kept, kept.with_suffix(".arriving")
+        self.version, self.group = NOT_LOADED, NO_GROUP
         self.running: set[asyncio.Task[None]] = set()
         self.loading = asyncio.Lock()
         self.asleep, self.turning = False, asyncio.Lock()
@@ -76,7 +59,7 @@ class Server:
 
     def facts(self) -> dict[str, Any]:
         """What a trainer compares with its own model."""
-        model = self.engine.vllm_config.model_config
+        model, parallel = self.engine.vllm_config.model_config, self.engine.vllm_config.parallel_config
         text = model.hf_text_config
         named = {name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
         return {
@@ -89,6 +72,8 @@ class Server:
             "version": self.version,
             "unfinished": len(self.running),
             "sleeps": model.enable_sleep_mode,
+            "device": current_platform.device_type,
+            "processes": parallel.world_size * parallel.data_parallel_size,
             **named,
         }
 
@@ -139,17 +124,48 @@ class Server:
                 task.cancel()
             lines.put_nowait(None)
 
-    async def load(self, file: Path, version: str) -> dict[str, Any]:
-        """Load the weights of a stored stream. Requests that are running are ended first.
+    async def load_stored(self, version: str) -> dict[str, Any]:
+        """Load the stream that has arrived, and keep it. Raises BadStream, with everything as it was, and as `load`."""
+        answer = await self.load_file(self.arriving, version)
+        self.arriving.replace(self.kept)
+        self.kept.with_suffix(".version").write_text(version, encoding="utf-8")
+        return answer
 
-        Raises BadStream, with everything as it was, and what vLLM raises for weights that do not fit.
-        """
+    async def load_file(self, file: Path, version: str) -> dict[str, Any]:
+        """Load a stored stream. Raises as `load_stored`."""
         index_of(file)
+        return await self.load("receive_weights", str(file), version)
+
+    async def join(self, place: dict[str, Any]) -> dict[str, Any]:
+        """Enter a trainer's process group (broadcast.py). Raises what the workers raise."""
+        await self.wake()
+        self.group = NO_GROUP
+        await self.engine.collective_rpc("join_group", args=(place,))
+        self.group = place["name"]
+        return {"group": self.group}
+
+    async def load_broadcast(self, group: str, number: int, version: str) -> dict[str, Any]:
+        """Load the weights that a trainer broadcasts. Raises as `load`."""
+        if group != self.group:
+            raise ValueError("it is not in the trainer's process group")
+        self.kept.unlink(missing_ok=True)  # no longer the last weights
+        try:
+            return await self.load("receive_broadcast", number, version)
+        except Exception:
+            self.group = NO_GROUP
+            raise
+
+    async def load(self, method: str, argument: Any, version: str) -> dict[str, Any]:
+        """Load weights by a method of inside.py. Requests that are running are ended first.
+
+        Raises what the method raises; then no weights count as loaded.
+        """
+        await self.wake()
         for task in self.running:
             task.cancel()
         await asyncio.gather(*self.running, return_exceptions=True)
         start, self.version = time.monotonic(), NOT_LOADED
-        per_worker = await self.engine.collective_rpc("receive_weights", args=(str(file),))
+        await self.engine.collective_rpc(method, args=(argument,))
         for _ in range(100):  # a request that was ended still holds its part of the cache for a moment
             if await self.engine.reset_prefix_cache():
                 break
@@ -157,7 +173,7 @@ class Server:
         else:
             raise RuntimeError("the prefix cache could not be emptied")
         self.version = version
-        return {"version": version, "arrived": per_worker, "seconds": time.monotonic() - start}
+        return {"version": version, "seconds": time.monotonic() - start}
 
     async def sleep(self) -> None:
         """Move the weights to CPU memory and free the cache."""
@@ -179,15 +195,10 @@ class Server:
         version = self.kept.with_suffix(".version")
         if self.kept.exists() and version.exists():
             try:
-                await self.load(self.kept, version.read_text(encoding="utf-8"))
+                await self.load_file(self.kept, version.read_text(encoding="utf-8"))
                 print(f"rollout server: weights {self.version} of the last run are loaded again", flush=True)
             except Exception as error:
                 print(f"rollout server: the last weights are not used: {describe(error)}", file=sys.stderr, flush=True)
-
-
-def describe(error: BaseException) -> str:
-    """An error as one short line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def sampling_params(support_width: int, stop_ids: list[int], stop: list[str]) -> SamplingParams:
@@ -204,71 +215,6 @@ def sampling_params(support_width: int, stop_ids: list[int], stop: list[str]) ->
         flat_logprobs=False,
         output_kind=RequestOutputKind.DELTA,
     )
-
-
-def app_of(server: Server) -> FastAPI:
-    """The routes."""
-    app = FastAPI(openapi_url=None)
-
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        try:
-            await server.engine.check_health()
-        except Exception as error:
-            return JSONResponse({"error": f"vLLM's engine has died: {describe(error)}"}, 500)
-        return JSONResponse(server.facts())
-
-    @app.post("/generate")
-    async def generate(request: Request) -> Any:
-        given = json.loads(await request.body())
-        if server.loading.locked() or given["version"] != server.version:
-            held = (
-                "weights that are being loaded" if server.loading.locked() else f"weights {server.version or 'of none'}"
-            )
-            return JSONResponse({"error": f"it holds {held}, asked for {given['version']}"}, 409)
-        await server.wake()
-        lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        task = asyncio.create_task(server.sample(given, lines))
-        server.running.add(task)
-        task.add_done_callback(server.running.discard)
-
-        async def stream() -> AsyncIterator[bytes]:
-            try:
-                while (line := await lines.get()) is not None:
-                    yield json.dumps(line).encode() + b"\n"
-            finally:
-                task.cancel()  # the trainer has left
-
-        return StreamingResponse(stream(), media_type="application/x-ndjson")
-
-    @app.post("/weights")
-    async def weights(request: Request) -> JSONResponse:
-        if server.loading.locked():
-            return JSONResponse({"error": "other weights are being loaded"}, 409)
-        async with server.loading:
-            arriving = server.kept.with_suffix(".arriving")
-            try:
-                with arriving.open("wb") as file:
-                    async for piece in request.stream():
-                        file.write(piece)
-                await server.wake()
-                answer = await server.load(arriving, request.query_params["version"])
-                arriving.replace(server.kept)
-                server.kept.with_suffix(".version").write_text(server.version, encoding="utf-8")
-                return JSONResponse(answer)
-            except BadStream as error:
-                return JSONResponse({"error": f"weights: {error}"}, 400)
-            except Exception as error:
-                return JSONResponse({"error": f"weights: {describe(error)}"}, 500)
-
-    @app.post("/sleep")
-    async def sleep() -> JSONResponse:
-        if server.running or server.loading.locked():
-            return JSONResponse({"error": "it is at work"}, 409)
-        await server.sleep()
-        return JSONResponse({"asleep": True})
-
-    return app
 
 
 def parse(argv: list[str]) -> Any:

@@ -2,7 +2,7 @@
 
 A stream of tensors is a sequence of frames, each one header and its bytes, and a last frame without bytes:
 
-    length of the header (8 bytes, little endian) | header, JSON: name, dtype, shape | the tensor's bytes
+    length of the header (8 bytes, little endian) | header, JSON: name, dtype, shape, checksum | the tensor's bytes
     length of the header                          | header, JSON: count
 
 A stream without its last frame is one that broke off; it is refused as a whole.
@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PROTOCOL = 1
+from grpo.runtime.checksums import checksum
+
+PROTOCOL = 2
 """Number of this protocol; a server and a trainer of different numbers do not work together."""
 
 TOKEN_VARIABLE = "GRPO_SERVER_TOKEN"
@@ -58,13 +60,18 @@ def frames(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes | memoryview
     count = 0
     for name, tensor in tensors:
         flat = tensor.detach().contiguous().cpu().view(-1)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        yield _header({"name": name, "dtype": dtype, "shape": list(tensor.shape)})
+        yield _header(header_of(name, tensor.shape, flat))
         data = flat.view(torch.uint8).numpy().data
         for start in range(0, len(data), PIECE_BYTES):
             yield data[start : start + PIECE_BYTES]
         count += 1
     yield _header({"count": count})
+
+
+def header_of(name: str, shape: Iterable[int], flat: Tensor) -> dict[str, Any]:
+    """The header of a tensor with these elements."""
+    dtype = str(flat.dtype).removeprefix("torch.")
+    return {"name": name, "dtype": dtype, "shape": list(shape), "checksum": int(checksum(flat))}
 
 
 def _header(values: dict[str, Any]) -> bytes:
@@ -79,6 +86,7 @@ class Frame:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    checksum: int
     start: int  # byte
 
     @property
@@ -97,24 +105,32 @@ def index_of(path: Path) -> list[Frame]:
                 if header["count"] != len(found) or file.tell() != size:
                     raise BadStream(f"{len(found)} tensors in {size} bytes, where {header['count']} were announced")
                 return found
-            name, dtype, shape = header.get("name"), header.get("dtype"), header.get("shape")
-            if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in DTYPES or not _is_shape(shape):
-                raise BadStream(f"tensor {len(found)} has the header {str(header)[:200]}")
-            found.append(Frame(name, DTYPES[dtype], tuple(shape or ()), file.tell()))
+            found.append(frame_of(header, len(found), file.tell()))
             if found[-1].length > size - file.tell():
-                raise BadStream(f"it ends inside {name[:200]}")
+                raise BadStream(f"it ends inside {found[-1].name[:200]}")
             file.seek(found[-1].length, 1)
 
 
-def read_frames(path: Path, index: list[Frame]) -> Iterator[tuple[str, Tensor]]:
-    """These tensors of a stored stream, one after another."""
+def read_frames(path: Path, index: list[Frame], changed: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """These tensors of a stored stream, one after another. changed: gets the names of those that were changed."""
     with path.open("rb") as file:
         for frame in index:
             file.seek(frame.start)
             data = bytearray(frame.length)
             file.readinto(data)
             flat = torch.frombuffer(data, dtype=frame.dtype) if data else torch.empty(0, dtype=frame.dtype)
+            if int(checksum(flat)) != frame.checksum:
+                changed.append(frame.name)
             yield frame.name, flat.view(frame.shape)
+
+
+def frame_of(header: dict[str, Any], number: int, start: int = 0) -> Frame:
+    """What the header of a tensor says. Raises BadStream."""
+    name, dtype, shape, total = (header.get(key) for key in ("name", "dtype", "shape", "checksum"))
+    known = isinstance(name, str) and isinstance(dtype, str) and dtype in DTYPES and isinstance(total, int)
+    if not known or not _is_shape(shape):
+        raise BadStream(f"tensor {number} has the header {str(header)[:200]}")
+    return Frame(str(name), DTYPES[str(dtype)], tuple(shape or ()), int(total or 0), start)
 
 
 def _is_shape(shape: Any) -> bool:
@@ -128,10 +144,15 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
     text = file.read(length) if length <= MAX_HEADER_BYTES else b""
     if not text or len(text) < length:
         raise BadStream(f"it breaks off after {at} bytes")
+    return parse_header(text, f"at byte {at}")
+
+
+def parse_header(text: bytes, where: str) -> dict[str, Any]:
+    """A header's fields. Raises BadStream."""
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
-        raise BadStream(f"no header at byte {at}")
+        raise BadStream(f"no header {where}")
     return header

@@ -13,7 +13,7 @@ import torch
 from grpo.errors import UserError
 from grpo.rollout.sampling import Sampling
 from grpo.rollout.vllm.engine import check_facts
-from grpo.rollout.vllm.wire import index_of, packed
+from grpo.rollout.vllm.wire import PROTOCOL, index_of, packed
 from tests.rollout.vllm.asking import Trainer, assert_equal
 from tests.support.rollout_server import Died
 
@@ -146,13 +146,12 @@ AT_WEIGHTS = {  # what goes wrong -> (hook, its function, words of the line, tra
     "a layer loaded wrong": ("change_weights", one_layer_scaled, "on fixed texts", 1),
     "weights not used": ("change_weights", nothing_loaded, "on fixed texts", 1),
     "no memory": ("before", lambda path: OUT_OF_MEMORY if path == "/weights" else None, "out of memory", 3),
-    "nonsense": ("before", lambda path: (200, b'{"arrived": 3}') if path == "/weights" else None, "malformed", 1),
-    "no worker": ("before", lambda path: (200, b'{"arrived": []}') if path == "/weights" else None, "arrived", 3),
+    "nonsense": ("before", lambda path: (200, b'{"version": 3}') if path == "/weights" else None, "malformed", 1),
     "no JSON": ("before", lambda path: (200, b"<html>") if path == "/weights" else None, "no rollout server", 1),
     "another token": ("before", lambda path: (401, b"{}") if path == "/weights" else None, "the token", 1),
     "no route": ("before", lambda path: (404, b"<html>") if path == "/weights" else None, "no rollout server", 1),
     "another protocol": ("change_facts", lambda facts: facts | {"protocol": 0}, "speaks protocol 0", 0),
-    "facts without a version": ("change_facts", lambda facts: {"protocol": 1}, "malformed", 0),
+    "facts without a version": ("change_facts", lambda facts: {"protocol": PROTOCOL}, "malformed", 0),
     "facts that are a list": ("change_facts", lambda facts: [facts], "no rollout server", 0),
     "deep nonsense": ("before", lambda path: (200, b"[" * 100000), "no rollout server", 0),
 }

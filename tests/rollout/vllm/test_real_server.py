@@ -17,6 +17,7 @@ import torch
 from grpo.forward.logprobs import Head
 from grpo.randomness import uniforms
 from grpo.rollout.sampling import Sampling, draw, sampling_of
+from grpo.rollout.vllm import broadcast
 from grpo.rollout.vllm.client import Client
 from grpo.rollout.vllm.wire import TOKEN_VARIABLE, frames
 from tests.faults.runs import Arena
@@ -149,6 +150,39 @@ def test_half_a_transfer_changes_nothing(served):
     assert [one.token_ids.tolist() for one in trainer.sample()] == before and not trainer.problems
 
 
+def test_weights_as_broadcasts(served, monkeypatch):
+    """Two transfers through one group; then one that breaks off, one with a changed bit, and one that is whole."""
+    folder, server = served
+    trainer = Trainer(folder, [server], rollout_transfer="broadcast", **SLOW)
+    for _ in range(2):
+        trainer.update()
+        trainer.send()
+    assert trainer.problems == []
+    assert_same_or_close(trainer, trainer.sample(), trainer.native(), sampling_of(trainer.cfg))
+
+    def broken():
+        named = list(trainer.model.named_parameters())
+        yield from named[:3]
+        trainer.engine.send.__self__.group.close()
+        yield from named[3:]
+
+    left = [broken, trainer.model.named_parameters]
+    trainer.update()
+    trainer.engine.load_weights(lambda: left.pop(0)(), trainer.updates)
+    assert trainer.problems == [] and left == []
+    assert_same_or_close(trainer, trainer.sample(), trainer.native(), sampling_of(trainer.cfg))
+    told, wrong = broadcast.header_of, [True]
+
+    def lies(name, *rest):
+        return told(name, *rest) | ({"checksum": 1} if wrong and wrong.pop() else {})
+
+    monkeypatch.setattr(broadcast, "header_of", lies)
+    trainer.update()
+    trainer.send()
+    assert trainer.problems == [] and not wrong
+    assert_same_or_close(trainer, trainer.sample(), trainer.native(), sampling_of(trainer.cfg))
+
+
 def test_a_server_that_slept_samples_the_same(served):
     """The route and what it calls in vLLM; on a CPU vLLM itself keeps its memory."""
     folder, server = served
@@ -171,6 +205,8 @@ def test_every_route_wants_the_token(served):
         "/health",
         "/generate",
         "/weights",
+        "/group",
+        "/broadcast",
         "/sleep",
         "/docs",
         "/openapi.json",
