@@ -124,6 +124,7 @@ def main() -> int:
     parser.add_argument("--model", help="of the workloads smollm2 and real")
     parser.add_argument("--quick", action="store_true", help="2 pairs of one step, half of the prompts")
     parser.add_argument("--control", action="store_true", help="TRL against TRL")
+    parser.add_argument("--alone", action="store_true", help="ours alone, where TRL cannot or would take hours")
     args, more = parser.parse_known_args()
     more = [word for word in more if word != "--"]
     with tempfile.TemporaryDirectory() as name:
@@ -134,6 +135,17 @@ def main() -> int:
             work = dataclasses.replace(work, prompts=max(1, work.prompts // 2))
         rows = min(args.trl_rows or work.trl_rows, work.prompts * work.group)
         work = dataclasses.replace(work, trl_rows=rows, dtype=args.dtype or work.dtype, device=args.device)
+        if args.alone:
+            side = Side("ours", sys.executable, work, folder / "ours", args.threads, more)
+            try:
+                for turn in range(args.pairs + 1):
+                    found = side.run(args.steps)
+                    print(
+                        f"turn {turn}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()), flush=True
+                    )
+            finally:
+                side.close()
+            return 0
         first = ("trl", args.trl_python) if args.control else ("ours", sys.executable)
         sides = [
             Side(*first, work, folder / "first", args.threads, more),

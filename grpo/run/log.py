@@ -146,6 +146,13 @@ class RunLog:
         self.describe_parts(questions, held_out, policy, work)
         if cfg.warmup_steps >= (updates := total * updates_per_step(cfg)) > 0:
             self.write_line(f"note: warmup_steps {cfg.warmup_steps}: the run has {updates} updates, lr is not reached")
+        moves = cfg.lr * updates
+        if policy.unseen is not None and moves < policy.unseen:
+            self.write_line(
+                f"note: dtype bf16 rounds changes below {policy.unseen:.1e} away, for half of this model's weights; "
+                f"{updates} updates at lr {cfg.lr:g} move one by about {moves:.1e}. Use fp32, more steps, a larger lr, "
+                "or lora_r (docs/task.md)"
+            )
         most_busy = prompts_per_step(cfg) * (1 if see_groups(rewards) else cfg.num_generations)
         if most_busy < self.world.size:
             self.write_line(

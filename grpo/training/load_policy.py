@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from grpo.config.names import model_name
 from grpo.config.settings import Config, shards_weights
 from grpo.errors import UserError
+from grpo.models.bf16_numbers import rounded_away
 from grpo.models.checks import load_model
 from grpo.models.offload import check_device
 from grpo.runtime.distributed import World
@@ -26,7 +27,10 @@ def load_policy(cfg: Config, world: World, checkpoint: Path | None = None, kind:
     reference = None
     if cfg.beta > 0 and not cfg.lora_r:
         reference = load_model(model_name(cfg), torch.device("cpu") if cfg.reference_offload else world.device)
-    policy = kind(cfg, world, load_trained(cfg, world.device, checkpoint), reference)
+    model = load_trained(cfg, world.device, checkpoint)
+    unseen = rounded_away(model) if cfg.dtype == "bf16" and not cfg.lora_r else None
+    policy = kind(cfg, world, model, reference)
+    policy.unseen = unseen
     if cfg.reference_sync_steps:
         keep_reference(policy)
     return policy

@@ -53,6 +53,7 @@ class Policy:
         self.counters = Counters()
         self.extras: dict[str, Extra] = {}  # by name
         self.last_lr = 0.0
+        self.unseen: float | None = None  # a movement that bf16 rounds away: see grpo/models/bf16_numbers.py
         if cfg.gradient_checkpointing:
             enable_checkpointing(model)
         if recomputes_cheap(cfg):

@@ -1,8 +1,10 @@
 """Bad input ends in one line that says what, got, allowed and what to do; exit code 2, no traceback."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from grpo.config.command_line import load_config
 from grpo.config.documentation import field_docs
@@ -196,6 +198,33 @@ def test_a_warmup_longer_than_the_run_is_said(tmp_path, steps, said):
     done = fork_script("train.py", *places, "--max_steps", "2", "--warmup_steps", str(steps), "--save_steps", "0")
     note = f"note: warmup_steps {steps}: the run has 2 updates, lr is not reached"
     assert done.returncode == 0 and (note in done.stdout) == said
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The demo's base as models are published: its weights are bf16 numbers."""
+    folder = shutil.copytree(PROJECT / "demo" / "base", tmp_path_factory.mktemp("published") / "base")
+    weights = {name: tensor.bfloat16().float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+ROUNDING = {  # settings that differ from bf16 with a low rate -> whether a note says that updates are rounded away
+    "as it is": ([], True),
+    "fp32": (["--dtype", "fp32"], False),
+    "a higher rate": (["--lr", "1e-3"], False),
+    "lora": (["--lora_r", "2"], False),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDING.values(), ids=ROUNDING)
+def test_updates_that_bf16_rounds_away_are_said(published, tmp_path, case):
+    changed, said = case
+    settings = ["--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs"), "--eval_data", "null"]
+    settings += ["--config", "configs/demo.yaml", "--max_steps", "1", "--save_steps", "0", "--model", str(published)]
+    settings += ["--dtype", "bf16", "--lr", "1e-7"]
+    done = fork_script("train.py", *settings, *changed)
+    assert done.returncode == 0 and ("note: dtype bf16 rounds changes below " in done.stdout) == said, done.stdout
 
 
 def test_a_reward_that_always_fails_stops_the_run(model, tmp_path):
