@@ -1,6 +1,7 @@
 """A decode step against the length of what it reads: this engine beside transformers' generate with a static cache.
 
     python -m benchmarks.long_decode [--contexts 128 512 2048 8192 16384] [--rows 8] [--pairs 3] [--model FOLDER]
+                                     [--vllm_python .venv-vllm/bin/python]      and beside vLLM
 
 Without --model a random Qwen3 of 6M parameters (keys and values of a token: 7 kB). All rows have as many tokens before
 the first draw; 33 are drawn. `own`: every row has a prompt of its own; `shared`: all rows have one prompt, as a group
@@ -74,6 +75,14 @@ def measure(side: str, context: int, args: argparse.Namespace) -> dict[str, floa
     return {"ms": statistics.median(steps) * 1e3, "floor_ms": read / ceilings.bytes_per_s * 1e3}
 
 
+def result(command: list[str]) -> dict[str, float]:
+    """The JSON that a command prints last."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a model folder")
@@ -81,6 +90,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vllm_python", help="the Python of vLLM's environment")
     parser.add_argument("--only", choices=SIDES, help="measure the first context once, print JSON")
     args = parser.parse_args()
     if args.only:
@@ -92,23 +102,33 @@ def main() -> None:
         folder = args.model or f"{name}/model"
 
         def once(side: str, context: int) -> dict[str, float]:
+            if side.startswith("vllm"):
+                kind = side.removeprefix("vllm ")
+                command = [
+                    args.vllm_python,
+                    "-m",
+                    "benchmarks.long_decode_vllm",
+                    folder,
+                    str(context),
+                    str(args.rows),
+                    kind,
+                ]
+                return result(command)
             words = ["--contexts", str(context), "--rows", str(args.rows), "--threads", str(args.threads)]
             command = [sys.executable, "-m", "benchmarks.long_decode", *words, "--model", folder, "--only", side]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr[-3000:])
-            return json.loads(done.stdout.splitlines()[-1])
+            return result(command)
 
-        print("| context | " + " | ".join(SIDES) + " | static / ours own | own, x floor | shared, x floor |")
-        print("| ---: |" + " ---: |" * (len(SIDES) + 3))
+        sides = (*SIDES, *(("vllm own", "vllm shared") if args.vllm_python else ()))
+        print("| context | " + " | ".join(sides) + " | static / ours own | own, x floor | shared, x floor |")
+        print("| ---: |" + " ---: |" * (len(sides) + 3))
         for context in args.contexts:
-            found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+            found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
             for pair in range(args.pairs):
-                for side in SIDES if pair % 2 == 0 else SIDES[::-1]:
+                for side in sides if pair % 2 == 0 else sides[::-1]:
                     found[side].append(once(side, context))
             middle = lambda side, key, found=found: statistics.median(run[key] for run in found[side])  # noqa: E731
             ratios = [a["ms"] / b["ms"] for a, b in zip(found["static own"], found["ours own"], strict=True)]
-            cells = [f"{middle(side, 'ms'):.2f} ms" for side in SIDES]
+            cells = [f"{middle(side, 'ms'):.2f} ms" for side in sides]
             cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})")
             cells += [f"{middle(side, 'ms') / middle(side, 'floor_ms'):.1f}" for side in SIDES[:2]]
             print(f"| {context:,} | " + " | ".join(cells) + " |", flush=True)

@@ -89,7 +89,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("vllm_server_timeout", "rollout_timeout_s", "", True),
         Row("vllm_gpu_memory_utilization vllm_enable_sleep_mode vllm_dtype vllm_enable_prefix_caching", "vllm_args",
             "Flags of vLLM; those of a running server go to launch/vllm_server.sh.", True),
-        Row("vllm_group_port", "rollout_transfer", "TRL broadcasts over NCCL, at this port; here http unless broadcast.", True),
+        Row("vllm_group_port", "rollout_transfer", "TRL broadcasts over NCCL at this port; write broadcast.", True),
         Row("vllm_model_impl vllm_max_model_length vllm_max_model_len vllm_tensor_parallel_size "
             "vllm_device", "", "A server takes vLLM's own flags (docs/vllm.md).", True),
         Row("vllm_structured_outputs_regex vllm_guided_decoding_regex", "", "Score the form with a reward."),

@@ -21,7 +21,7 @@ def accepted(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def trial_ids(count: int, vocabulary: int, device: torch.device | None = None) -> Tensor:
-    """[count] ids to try a model with: spread over its vocabulary, each another, and always the same.
+    """[count] ids to try a model with: spread over its vocabulary, and always the same.
 
     The first ids of a vocabulary are often special ones that pretraining never saw. On them a model rounds worse than
     on text: hidden states of SmolLM2-135M in bf16 differ from fp32's by 26 % of the largest, instead of 1 %.

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 SHARE = 0.9  # of the weights, from which on a model counts as one of bf16 numbers
-SAMPLE = 4096  # elements looked at of each matrix
+STRIDE = 1009  # between elements that are looked at: a prime, so that no matrix gives its first columns alone
 
 
 @torch.no_grad()
@@ -25,13 +25,13 @@ def rounded_away(model: PreTrainedModel) -> float | None:
     found = []
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.ndim == 2 and parameter.dtype == torch.float32:
-            flat = parameter.reshape(-1)
-            found.append(flat[:: max(1, flat.numel() // SAMPLE)].cpu())
+            found.append(parameter.reshape(-1)[::STRIDE].cpu())
     if not found:
         return None
     weights = torch.cat(found)
-    exact = (weights.contiguous().view(torch.int32) & 0xFFFF) == 0
-    if float(exact.float().mean()) < SHARE:
+    weights = weights[weights != 0]
+    exact = (weights.view(torch.int32) & 0xFFFF) == 0
+    if not float(exact.float().mean()) >= SHARE:  # NaN: nothing was left
         return None
     _, exponents = torch.frexp(weights)  # |w| = m 2^e with 1/2 <= m < 1: bf16 numbers there are 2^(e - 8) apart
     return float(torch.ldexp(torch.ones(()), exponents - 9).median())

@@ -117,7 +117,9 @@ class RunLog:
             found = any(name.startswith("eval/") for metrics in of_step for name in metrics)
         return self.world.any_rank(found)[0]
 
-    def describe_parts(self, questions: Questions, held_out: dict[str, Questions], policy: Policy, work: str) -> None:
+    def describe_parts(
+        self, questions: Questions, held_out: dict[str, Questions], policy: Policy, work: str, updates: int
+    ) -> None:
         """Print model, data, devices and `work`, the size of the run; held-out questions where some were left out."""
         cfg, write_line = self.cfg, self.write_line
         where = f"{self.world.size} x {self.world.device.type} ({torch.get_num_threads()} threads each)"
@@ -131,6 +133,13 @@ class RunLog:
             write_line(line)
         curves = f"; curves: tensorboard --logdir {cfg.runs_dir}" if "tensorboard" in tracker_names(cfg) else ""
         write_line(work + curves)
+        moves = cfg.lr * updates
+        if policy.unseen is not None and moves < policy.unseen:
+            write_line(
+                f"note: dtype bf16 rounds changes below {policy.unseen:.1e} away, for half of this model's weights; "
+                f"{updates} updates at lr {cfg.lr:g} move one by about {moves:.1e}. Use fp32, more steps, a larger lr, "
+                "or lora_r (docs/task.md)"
+            )
 
     def describe(
         self,
@@ -143,16 +152,10 @@ class RunLog:
         """Print what the run trains, on what, and a note when ranks will be idle in the rollout."""
         cfg = self.cfg
         work = f"{total} steps of {prompts_per_step(cfg)} prompts x {cfg.num_generations} completions"
-        self.describe_parts(questions, held_out, policy, work)
-        if cfg.warmup_steps >= (updates := total * updates_per_step(cfg)) > 0:
+        updates = total * updates_per_step(cfg)
+        self.describe_parts(questions, held_out, policy, work, updates)
+        if cfg.warmup_steps >= updates > 0:
             self.write_line(f"note: warmup_steps {cfg.warmup_steps}: the run has {updates} updates, lr is not reached")
-        moves = cfg.lr * updates
-        if policy.unseen is not None and moves < policy.unseen:
-            self.write_line(
-                f"note: dtype bf16 rounds changes below {policy.unseen:.1e} away, for half of this model's weights; "
-                f"{updates} updates at lr {cfg.lr:g} move one by about {moves:.1e}. Use fp32, more steps, a larger lr, "
-                "or lora_r (docs/task.md)"
-            )
         most_busy = prompts_per_step(cfg) * (1 if see_groups(rewards) else cfg.num_generations)
         if most_busy < self.world.size:
             self.write_line(

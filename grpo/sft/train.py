@@ -46,7 +46,7 @@ def train_sft(cfg: Config, world: World) -> None:
     P = prompts_per_step(cfg)
     total = total_steps(cfg, len(texts.questions.items))
     first = restore(policy, resumed)
-    run.log.describe_parts(texts.questions, held_out, policy, f"{total} steps of {P} texts")
+    run.log.describe_parts(texts.questions, held_out, policy, f"{total} steps of {P} texts", total)
 
     with ExitStack() as open_parts:
         grade_answers = None  # greedy accuracy on held-out questions, if there are rewards to score it

@@ -120,6 +120,7 @@ class StandIn:
             "max_model_len": config.max_position_embeddings,
             "version": self.version,
             "unfinished": 0,
+            "loading": False,
             "device": "cpu",
             "processes": 1,
             **named,

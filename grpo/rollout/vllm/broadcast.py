@@ -8,8 +8,10 @@ address by which it reaches its first server. Two broadcasts a tensor, and one a
 """
 
 import json
+import os
 import socket
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,7 +24,8 @@ from grpo.rollout.vllm.wire import BadStream, frame_of, header_of, parse_header
 from grpo.runtime.checksums import checksum
 
 HEADER_BYTES = 2048
-JOIN_S = 120.0  # for all members to meet
+JOIN_S = 60.0  # most seconds for all members to meet
+STORE_S = 20.0  # the same for a server's process to reach the store: it fails, and says so, before the others give up
 MEMBERS, READY = "members", "ready"  # counters in the store
 
 
@@ -46,7 +49,7 @@ class Group:
     """One member of a group."""
 
     def __init__(self, place: Place, store: dist.Store, rank: int, own_host: str, device: torch.device):
-        """device: where tensors are sent from or arrive. Blocks until all members are here. Raises BrokeOff."""
+        """device: where tensors are sent from or arrive. gloo waits here for all members. Raises BrokeOff."""
         self.store, self.name = store, place.name
         self.device = device if place.backend == "nccl" else torch.device("cpu")
         timeout = timedelta(seconds=place.timeout_s)
@@ -54,7 +57,8 @@ class Group:
             if place.backend == "nccl":
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = timeout
-                self.group: Any = dist.ProcessGroupNCCL(store, rank, place.size, options)
+                with _blocking_wait():
+                    self.group: Any = dist.ProcessGroupNCCL(store, rank, place.size, options)
             else:
                 gloo: Any = dist.ProcessGroupGloo
                 options = gloo._Options()
@@ -69,14 +73,14 @@ class Group:
         """A server's process joins. Raises BrokeOff."""
         try:
             store = dist.TCPStore(
-                place.host, place.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=JOIN_S)
+                place.host, place.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=STORE_S)
             )
             rank = store.add(MEMBERS, 1)
             with socket.socket(socket.AF_INET6 if ":" in place.host else socket.AF_INET, socket.SOCK_DGRAM) as probing:
                 probing.connect((place.host, place.port))  # sends nothing, and tells which address would
                 own_host = probing.getsockname()[0]
         except (RuntimeError, OSError) as error:
-            raise BrokeOff(_first_words(error)) from None
+            raise BrokeOff(f"the trainer's port {place.port} at {place.host}: {_first_words(error)}") from None
         return cls(place, store, rank, own_host, device)
 
     def send(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -88,6 +92,7 @@ class Group:
             if flat.numel():
                 self._broadcast(flat.view(torch.uint8))
             count += 1
+            del flat, tensor  # before the next one is made
         self._broadcast(self._padded({"count": count}))
 
     def receive(self, number: int, changed: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -95,7 +100,10 @@ class Group:
 
         Raises BrokeOff, and BadStream for a malformed header.
         """
-        self.store.add(f"{READY} {number}", 1)
+        try:
+            self.store.add(f"{READY} {number}", 1)
+        except RuntimeError as error:
+            raise BrokeOff(_first_words(error)) from None
         count = 0
         while True:
             padded = torch.empty(HEADER_BYTES, dtype=torch.uint8, device=self.device)
@@ -114,6 +122,7 @@ class Group:
                 changed.append(frame.name)
             yield frame.name, tensor
             count += 1
+            del flat, tensor
 
     def close(self) -> None:
         """Leave: members that wait for a broadcast end with an error."""
@@ -133,6 +142,21 @@ class Group:
             self.group.broadcast(tensor, 0).wait()
         except RuntimeError as error:
             raise BrokeOff(_first_words(error)) from None
+
+
+@contextmanager
+def _blocking_wait() -> Iterator[None]:
+    """NCCL groups that are made here wait in `wait`, and raise there; by default a peer's death ends the process."""
+    name = "TORCH_NCCL_BLOCKING_WAIT"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _first_words(error: BaseException) -> str:

@@ -10,6 +10,7 @@ and comes back as "logprobs", because the server runs with logprobs_mode process
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from grpo.randomness import uniforms
 from grpo.rollout.sampling import Sampling, draw
-from grpo.rollout.vllm.broadcast import BrokeOff, Group, Place
-from grpo.rollout.vllm.wire import DRAW, IN_SUPPORT, NOT_FINITE, BadStream, index_of, read_frames
+from grpo.rollout.vllm.broadcast import Group, Place
+from grpo.rollout.vllm.wire import DRAW, IN_SUPPORT, NOT_FINITE, describe, index_of, read_frames
 
 Row = tuple[list[Any], Sequence[int]]  # arguments of the draw; the tokens drawn so far, a list that vLLM extends
 
@@ -101,31 +102,39 @@ def _repack_heads(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def _until_broken(tensors: Iterator[tuple[str, Tensor]], broken: list[Exception]) -> Iterator[tuple[str, Tensor]]:
+def _until_broken(tensors: Iterator[tuple[str, Tensor]], broken: list[str]) -> Iterator[tuple[str, Tensor]]:
     """The tensors that come. vLLM's reload has to come to its end: the next one would fail after an exception in it."""
     try:
         yield from tensors
-    except (BadStream, BrokeOff) as error:
-        broken.append(error)
+    except Exception as error:
+        broken.append(describe(error))
 
 
 class WeightReceiver:
-    """Methods that vLLM adds to its workers (worker_extension_cls)."""
+    """Methods that vLLM adds to its workers (worker_extension_cls).
+
+    They return what went wrong, and None when nothing did. With several workers vLLM raises the first error and keeps
+    the answers of the others, which it then takes for those of the next call.
+    """
 
     trainer_group: Group | None = None
 
-    def receive_weights(self, file: str) -> None:
-        """Load the weights of a stored stream in place.
-
-        Raises BadStream, or vLLM's error for weights that do not fit its model.
-        """
+    def receive_weights(self, file: str) -> str | None:
+        """Load the weights of a stored stream in place."""
         path, changed = Path(file), list[str]()
-        self._load(read_frames(path, index_of(path), changed), changed)  # complete, before any weight changes
+        try:
+            return self._load(read_frames(path, index_of(path), changed), changed)  # complete, before any changes
+        except Exception as error:
+            return describe(error)
 
-    def join_group(self, place: dict[str, Any]) -> None:
-        """Enter the process group of a trainer, in place of an earlier one. Raises BrokeOff."""
-        self.leave_group()
-        self.trainer_group = Group.join(Place(**place), self.device)  # type: ignore[attr-defined]
+    def join_group(self, place: dict[str, Any]) -> str | None:
+        """Enter the process group of a trainer, in place of an earlier one."""
+        try:
+            self.leave_group()
+            self.trainer_group = Group.join(Place(**place), self.device)  # type: ignore[attr-defined]
+            return None
+        except Exception as error:
+            return describe(error)
 
     def leave_group(self) -> None:
         """Forget the group."""
@@ -133,23 +142,27 @@ class WeightReceiver:
         if group is not None:
             group.close()
 
-    def receive_broadcast(self, number: int) -> None:
-        """Load the weights that the group's trainer broadcasts. Raises as `receive_weights`, and BrokeOff."""
-        assert self.trainer_group is not None
-        changed, broken = list[str](), list[Exception]()
-        tensors = _until_broken(self.trainer_group.receive(number, changed), broken)
-        try:
-            self._load(tensors, changed)
-            if broken:
-                raise broken[0]
-        except Exception:
-            for _ in tensors:  # the others of the group do not wait for this one
-                pass
+    def receive_broadcast(self, number: int) -> str | None:
+        """Load the weights that the group's trainer broadcasts."""
+        if self.trainer_group is None:
+            return "this process is in no group"
+        tensors = self.trainer_group.receive(number, changed := list[str]())
+        problem = self._load(tensors, changed)
+        if problem is not None:
+            with suppress(Exception):
+                for _ in tensors:  # the others of the group do not wait for this one
+                    pass
             self.leave_group()
-            raise
+        return problem
 
-    def _load(self, tensors: Iterator[tuple[str, Tensor]], changed: list[str]) -> None:
-        self.model_runner.reload_weights(weights_iterator=tensors)  # type: ignore[attr-defined]
-        _repack_heads(self.model_runner.get_model())  # type: ignore[attr-defined]
+    def _load(self, tensors: Iterator[tuple[str, Tensor]], changed: list[str]) -> str | None:
+        """changed: names of tensors that arrived changed, known when all have been read."""
+        broken: list[str] = []
+        try:
+            self.model_runner.reload_weights(weights_iterator=_until_broken(tensors, broken))  # type: ignore[attr-defined]
+            _repack_heads(self.model_runner.get_model())  # type: ignore[attr-defined]
+        except Exception as error:
+            broken.append(describe(error))
         if changed:
-            raise BadStream(f"the weight {changed[0][:200]} arrived changed")
+            return f"the weight {changed[0][:200]} arrived changed"
+        return broken[0] if broken else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from grpo.rollout.vllm.wire import TOKEN_VARIABLE, BadStream
+from grpo.rollout.vllm.wire import TOKEN_VARIABLE, BadStream, describe
 
 if TYPE_CHECKING:
     from grpo.rollout.vllm.server import Server
@@ -30,11 +30,6 @@ class Guard:
             await JSONResponse({"error": f"the token is missing or wrong ({TOKEN_VARIABLE})"}, 401)(
                 scope, receive, send
             )
-
-
-def describe(error: BaseException) -> str:
-    """An error as one short line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def app_of(server: "Server") -> FastAPI:

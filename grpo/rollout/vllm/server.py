@@ -35,8 +35,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from grpo.rollout.vllm.routes import Guard, app_of, describe
-from grpo.rollout.vllm.wire import DRAW, IN_SUPPORT, PROTOCOL, TOKEN_VARIABLE, index_of, packed, unpacked
+from grpo.rollout.vllm.routes import Guard, app_of
+from grpo.rollout.vllm.wire import DRAW, IN_SUPPORT, PROTOCOL, TOKEN_VARIABLE, describe, index_of, packed, unpacked
 
 INSIDE = "grpo.rollout.vllm.inside"
 STREAM_INTERVAL = 64  # tokens of a completion between two reports of its progress
@@ -71,6 +71,7 @@ class Server:
             "max_model_len": model.max_model_len,
             "version": self.version,
             "unfinished": len(self.running),
+            "loading": self.loading.locked(),
             "sleeps": model.enable_sleep_mode,
             "device": current_platform.device_type,
             "processes": parallel.world_size * parallel.data_parallel_size,
@@ -140,7 +141,7 @@ class Server:
         """Enter a trainer's process group (broadcast.py). Raises what the workers raise."""
         await self.wake()
         self.group = NO_GROUP
-        await self.engine.collective_rpc("join_group", args=(place,))
+        await self.on_all("join_group", place)
         self.group = place["name"]
         return {"group": self.group}
 
@@ -155,17 +156,29 @@ class Server:
             self.group = NO_GROUP
             raise
 
+    async def on_all(self, method: str, argument: Any) -> None:
+        """A method of inside.py on every process of vLLM. Raises RuntimeError with the first problem."""
+        core = self.engine.engine_core
+        for _ in range(1000):  # copies of a model wait for each other in every step, until all have nothing to do
+            if not core.dp_engines_running():
+                break
+            await asyncio.sleep(0.01)
+        engines = await core.call_utility_all_async("collective_rpc", method, None, (argument,), None)
+        problem = next((found for workers in engines for found in workers if found is not None), None)
+        if problem is not None:
+            raise RuntimeError(problem)
+
     async def load(self, method: str, argument: Any, version: str) -> dict[str, Any]:
         """Load weights by a method of inside.py. Requests that are running are ended first.
 
-        Raises what the method raises; then no weights count as loaded.
+        Raises RuntimeError; then no weights count as loaded.
         """
         await self.wake()
         for task in self.running:
             task.cancel()
         await asyncio.gather(*self.running, return_exceptions=True)
         start, self.version = time.monotonic(), NOT_LOADED
-        await self.engine.collective_rpc(method, args=(argument,))
+        await self.on_all(method, argument)
         for _ in range(100):  # a request that was ended still holds its part of the cache for a moment
             if await self.engine.reset_prefix_cache():
                 break

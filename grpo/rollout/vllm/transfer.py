@@ -6,11 +6,13 @@ Each server checks the checksum of every tensor that arrives, in each of its pro
 import http.client
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import quote
 
@@ -19,11 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo.rollout.vllm.broadcast import JOIN_S, MEMBERS, READY, BrokeOff, Group, Place
-from grpo.rollout.vllm.client import CONNECTION_ERRORS, Client, ServerProblem, why
+from grpo.rollout.vllm.client import CONNECTION_ERRORS, Client, ServerProblem, Unusable, why
 from grpo.rollout.vllm.wire import frames
 
 POLL_S = 0.005
 GRACE_S, END_S = 1.0, 10.0
+FOREVER_S = 7 * 86400.0  # of a request that lasts as long as the broadcasts: those have limits of their own
 Outcome = dict[str, Any] | ServerProblem
 
 
@@ -92,6 +95,7 @@ class Broadcaster:
     def __init__(self, clients: Sequence[Client], device: torch.device, other_devices: bool, timeout_s: float):
         """other_devices: the servers' GPUs are not this process's: NCCL needs one for each of its ranks."""
         self.clients, self.device, self.other_devices, self.timeout_s = list(clients), device, other_devices, timeout_s
+        self.join_s = min(JOIN_S, timeout_s)
         self.group: Group | None = None
         self.processes: list[int] = []  # of each server
         self.sent = 0
@@ -103,98 +107,130 @@ class Broadcaster:
         if self.group is not None:
             self.sent += 1
             body = {"group": self.group.name, "number": self.sent, "version": version}
-            answers = self._ask("/broadcast", body, self.timeout_s)
-            broken = "not every server began to receive it"
-            if self._came(self.group.store, f"{READY} {self.sent}", answers):
+            answers = self._ask("/broadcast", body, FOREVER_S)
+            problem = "it did not begin to receive the weights"
+            if self._came(self.group.store, f"{READY} {self.sent}", answers, Future.done):
                 try:
                     self.group.send(left)
-                    broken = ""
+                    _, missing = wait(answers, self.timeout_s)
+                    problem = f"no answer for {self.timeout_s:g} s after the last weight" if missing else ""
                 except BrokeOff as error:
-                    broken = str(error)
-            outcomes = self._outcomes(answers, f"the broadcast of weights broke off ({broken})" if broken else "")
+                    problem = f"the broadcast of weights broke off ({error})"
+            outcomes = self._outcomes(answers, problem)
         for _ in left:  # where weights are sharded, gathering them needs every rank
             pass
         return outcomes
 
     def _join(self) -> list[Outcome]:
         """Make the group of this process and all of the servers'; problems, where it is not made."""
+        hosts, cuda = [], self.device.type == "cuda" and self.other_devices
+        self.processes = []
+        for client in self.clients:
+            try:
+                facts = self._idle(client)
+                self.processes.append(int(facts["processes"]))
+                cuda = cuda and facts["device"] == "cuda"
+                hosts.append(client.own_address())
+            except ServerProblem as refused:
+                return [refused for _ in self.clients]
+            except (KeyError, TypeError, ValueError) as error:
+                return [Unusable(f"{client.url}: answers are malformed ({error!r}).") for _ in self.clients]
+            except CONNECTION_ERRORS as error:
+                return [ServerProblem(f"{client.url}: {why(error)}.") for _ in self.clients]
+        # the address that servers elsewhere reach: servers on this machine reach it, too
+        host = next((found for found in hosts if not ip_address(found).is_loopback), hosts[0])
         try:
-            facts = [client.facts() for client in self.clients]
-            self.processes = [int(each["processes"]) for each in facts]
-            cuda = self.device.type == "cuda" and all(each["device"] == "cuda" for each in facts)
-            host = self.clients[0].own_address()
             listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        except (ServerProblem, KeyError, TypeError, ValueError, *CONNECTION_ERRORS) as error:
-            line = str(error) if isinstance(error, ServerProblem) else why(error)
-            return [ServerProblem(line if client.url in line else f"{client.url}: {line}") for client in self.clients]
-        port = listening.getsockname()[1]
-        backend = "nccl" if cuda and self.other_devices else "gloo"
-        place = Place(secrets.token_hex(8), host, port, 1 + sum(self.processes), backend, self.timeout_s)
+        except OSError as error:
+            return [
+                ServerProblem(f"{client.url}: no port can be opened at {host} ({why(error)}).") for _ in self.clients
+            ]
+        port, size = listening.getsockname()[1], 1 + sum(self.processes)
+        place = Place(secrets.token_hex(8), host, port, size, "nccl" if cuda else "gloo", self.timeout_s + JOIN_S)
         store = dist.TCPStore(
             host,
             port,
             is_master=True,
             wait_for_workers=False,
-            timeout=timedelta(seconds=JOIN_S),
+            timeout=timedelta(seconds=self.join_s),
             master_listen_fd=listening.detach(),
         )
-        answers = self._ask("/group", asdict(place), JOIN_S)
-        problem = "not every process of the servers entered the process group"
-        if self._came(store, MEMBERS, answers):
+        answers = self._ask("/group", asdict(place), FOREVER_S)
+        problem = f"it did not enter the process group at port {port} of {host}"
+        if self._came(store, MEMBERS, answers, _failed):
             try:
-                self.group, problem = Group(place, store, 0, host, self.device), ""
+                self.group = Group(place, store, 0, host, self.device)
+                _, missing = wait(answers, self.join_s)
+                problem = problem if missing else ""
             except BrokeOff as error:
-                problem = f"the process group could not be made ({error})"
+                problem = f"the process group at port {port} of {host} could not be made ({error})"
         del store  # so that no server waits there, where it was not made
         return self._outcomes(answers, problem)
 
-    def _ask(self, path: str, body: dict[str, Any], within_s: float) -> list[Future[Outcome]]:
+    def _idle(self, client: Client) -> dict[str, Any]:
+        """A server's facts, once it has ended an earlier try. Raises as `Client.facts`."""
+        until = time.monotonic() + self.join_s
+        while (facts := client.facts()).get("loading") and time.monotonic() < until:
+            time.sleep(0.2)
+        return facts
+
+    def _ask(self, path: str, body: dict[str, Any], within_s: float) -> "list[Future[Outcome]]":
         """Ask every server, in threads: they answer when the broadcasts are over."""
 
-        def ask(client: Client) -> Outcome:
+        def ask(client: Client, answer: "Future[Outcome]") -> None:
             try:
-                return client.ask("POST", path, body, within_s)
+                answer.set_result(client.ask("POST", path, body, within_s))
             except ServerProblem as problem:
-                return problem
+                answer.set_result(problem)
             except CONNECTION_ERRORS as error:
-                return ServerProblem(f"{client.url}: {why(error)}.")
+                answer.set_result(ServerProblem(f"{client.url}: {why(error)}."))
 
-        asking = ThreadPoolExecutor(len(self.clients), "rollout server")
-        answers = [asking.submit(ask, client) for client in self.clients]
-        asking.shutdown(wait=False)
+        answers = [Future[Outcome]() for _ in self.clients]
+        for each in zip(self.clients, answers, strict=True):
+            threading.Thread(target=ask, args=each, name="rollout server", daemon=True).start()
         return answers
 
-    def _came(self, store: dist.Store, counter: str, answers: list[Future[Outcome]]) -> bool:
+    def _came(
+        self,
+        store: dist.Store,
+        counter: str,
+        answers: "list[Future[Outcome]]",
+        gave_up: Callable[["Future[Outcome]"], bool],
+    ) -> bool:
         """Wait until the processes of all servers are counted, but of those that gave up: whether none did."""
-        until = time.monotonic() + JOIN_S
+        until = time.monotonic() + self.join_s
         while True:
-            ended = [answer.done() for answer in answers]
+            ended = [gave_up(answer) for answer in answers]
             missing = sum(number for number, done in zip(self.processes, ended, strict=True) if not done)
-            if store.add(counter, 0) >= missing or time.monotonic() > until:
-                return not any(ended) and store.add(counter, 0) >= missing
+            here = store.add(counter, 0) >= missing
+            if here or time.monotonic() > until:
+                return here and not any(ended)
             time.sleep(POLL_S)
 
-    def _outcomes(self, answers: list[Future[Outcome]], problem: str) -> list[Outcome]:
+    def _outcomes(self, answers: "list[Future[Outcome]]", problem: str) -> list[Outcome]:
         """What the servers answered. problem: what ended the work before they did, if anything.
 
         Where a server failed, all have: the group is left, so that none waits in it. The first failure is the reason.
         """
-        if not problem:
-            outcomes = [answer.result() for answer in answers]
-            reason = next((outcome for outcome in outcomes if isinstance(outcome, ServerProblem)), None)
-            if reason is None:
-                return outcomes
-            self._leave()
-            return [reason for _ in answers]
-        wait(answers, GRACE_S, FIRST_COMPLETED)  # a server that fails breaks off the broadcasts, and then answers
-        ended = [(client, answer) for client, answer in zip(self.clients, answers, strict=True) if answer.done()]
+        if problem:
+            wait(answers, GRACE_S, FIRST_COMPLETED)  # a server that fails breaks off the broadcasts, and then answers
+        failures = [answer.result() for answer in answers if _failed(answer)]
+        if not problem and not failures:
+            return [answer.result() for answer in answers]
+        ended = [client for client, answer in zip(self.clients, answers, strict=True) if answer.done()]
         self._leave()
-        wait(answers, END_S)  # a server that has not ended would refuse the next try
-        client, _ = next(iter(ended), (self.clients[0], None))
-        failures = [answer.result() for _, answer in ended if isinstance(answer.result(), ServerProblem)]
-        return [*failures, ServerProblem(f"{client.url}: {problem}.")][:1] * len(answers)
+        _, silent = wait(answers, END_S)
+        if not failures:
+            lasting = [client for client, answer in zip(self.clients, answers, strict=True) if answer in silent]
+            failures = [ServerProblem(f"{(ended or lasting or self.clients)[0].url}: {problem}.")]
+        return failures[:1] * len(answers)
 
     def _leave(self) -> None:
         group, self.group = self.group, None
         if group is not None:
             group.close()
+
+
+def _failed(answer: "Future[Outcome]") -> bool:
+    """Whether a server has answered with a problem."""
+    return answer.done() and isinstance(answer.result(), ServerProblem)

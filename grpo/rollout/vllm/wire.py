@@ -41,6 +41,11 @@ class BadStream(ValueError):
     """A stream of tensors that is incomplete or malformed."""
 
 
+def describe(error: BaseException) -> str:
+    """An error as one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def packed(values: Any, dtype: str) -> str:
     """An array as base64 of its little-endian bytes, in the order of its elements.
 

@@ -245,7 +245,7 @@ REFUSALS = {  # what answers otherwise -> (path, answer, words, times asked)
     "an old server": ("/group", (404, b"{}"), "no rollout server", 1),
     "another token": ("/group", (401, b"{}"), "the token", 1),
     "not in the group": ("/broadcast", (500, b'{"error": "it is not in the group"}'), "not in the group", 3),
-    "nonsense": ("/broadcast", (200, b'{"version": 3}'), "not every server began", 3),
+    "nonsense": ("/broadcast", (200, b'{"version": 3}'), "did not begin to receive", 3),
 }
 
 
@@ -274,7 +274,7 @@ def test_what_a_server_refuses(trainer, case, number):
 
 def test_a_server_that_never_enters_is_waited_for_no_longer_than_allowed(trainer, monkeypatch):
     own, (server,) = trainer(rollout_timeout_s=1.0)
-    monkeypatch.setattr(transfer, "JOIN_S", 0.5)
+    monkeypatch.setattr(transfer, "END_S", 0.5)
     silent = threading.Event()
     counted(server, lambda path: silent.wait(5) and None if path == "/group" else None)
     own.send()
