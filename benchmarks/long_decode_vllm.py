@@ -1,4 +1,4 @@
-"""vLLM's side of long_decode.py, in vLLM's own environment: python -m benchmarks.long_decode_vllm FOLDER CONTEXT ROWS KIND.
+"""vLLM's side of long_decode.py, by vLLM's Python: -m benchmarks.long_decode_vllm FOLDER CONTEXT ROWS own|shared.
 
 Prints JSON: milliseconds, the median of the intervals between steps in which every row draws one token.
 """
