@@ -21,10 +21,10 @@ from tests.support.rollout_server import Died
 CPU = torch.device("cpu")
 
 
-def members(number, timeout_s=20.0):
+def members(number, timeout_s=20.0, backend="gloo", devices=(CPU, CPU, CPU)):
     """A trainer's end of a group, and those of `number` servers' processes."""
     listening = socket.create_server(("127.0.0.1", 0))
-    place = Place("a group", "127.0.0.1", listening.getsockname()[1], 1 + number, "gloo", timeout_s)
+    place = Place("a group", "127.0.0.1", listening.getsockname()[1], 1 + number, backend, timeout_s)
     store = dist.TCPStore(
         place.host,
         place.port,
@@ -34,10 +34,13 @@ def members(number, timeout_s=20.0):
         master_listen_fd=listening.detach(),
     )
     ends = []
-    joining = [threading.Thread(target=lambda: ends.append(Group.join(place, CPU))) for _ in range(number)]
+    joining = [
+        threading.Thread(target=lambda device: ends.append(Group.join(place, device)), args=(devices[1 + n],))
+        for n in range(number)
+    ]
     for thread in joining:
         thread.start()
-    own = Group(place, store, 0, place.host, CPU)
+    own = Group(place, store, 0, place.host, devices[0])
     for thread in joining:
         thread.join()
     return own, ends
@@ -123,6 +126,24 @@ def test_a_member_that_leaves_ends_the_others_wait():
     with pytest.raises(BrokeOff):
         own.send(iter([(str(n), torch.randn(100_000)) for n in range(100)]))
     thread.join(20)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank: two GPUs")
+def test_nccl_between_two_gpus():
+    """What arrives, and a trainer that leaves in the middle. Not run so far."""
+    devices = [torch.device("cuda", n) for n in range(2)]
+    own, (end,) = members(1, backend="nccl", devices=devices)
+    named, results = [("a", torch.randn(1000, device=devices[0])), ("b", torch.randn(3, 5).bfloat16())], []
+    thread = received(end, 1, results)
+    own.send(iter(named))
+    thread.join(60)
+    ((arrived, changed),) = results
+    assert changed == [] and all(torch.equal(got.cpu(), sent.cpu()) for (_, got), (_, sent) in zip(arrived, named))
+    thread = received(end, 2, results)
+    own.close()
+    thread.join(60)
+    assert isinstance(results[1], BrokeOff)
 
 
 # --- the engine
