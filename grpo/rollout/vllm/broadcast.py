@@ -1,6 +1,7 @@
 """Weights as broadcasts: the trainer is rank 0 of a process group, the processes of its servers are the other ranks.
 
-Between GPUs the group is NCCL's, otherwise gloo's. Its members meet at a TCP store that the trainer opens, at the
+Between GPUs the group is NCCL's, otherwise gloo's: classes of torch.distributed, beside its default group, because
+vLLM's processes have one of their own. The members meet at a TCP store that the trainer opens, at the
 address by which it reaches its first server. Two broadcasts a tensor, and one at the end:
 
     header (HEADER_BYTES; JSON, padded with spaces): name, dtype, shape, checksum | the tensor's bytes

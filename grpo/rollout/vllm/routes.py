@@ -67,6 +67,21 @@ def app_of(server: "Server") -> FastAPI:
 
         return StreamingResponse(stream(), media_type="application/x-ndjson")
 
+    _add_weights(app, server)
+
+    @app.post("/sleep")
+    async def sleep() -> JSONResponse:
+        if server.running or server.loading.locked():
+            return JSONResponse({"error": "it is at work"}, 409)
+        await server.sleep()
+        return JSONResponse({"asleep": True})
+
+    return app
+
+
+def _add_weights(app: FastAPI, server: "Server") -> None:
+    """The routes that change the weights."""
+
     async def alone(what: str, work: Callable[[], Awaitable[dict[str, Any]]]) -> JSONResponse:
         """The answer of work that changes the weights, one at a time."""
         if server.loading.locked():
@@ -98,12 +113,3 @@ def app_of(server: "Server") -> FastAPI:
     async def broadcast(request: Request) -> JSONResponse:
         given = json.loads(await request.body())
         return await alone("weights", lambda: server.load_broadcast(given["group"], given["number"], given["version"]))
-
-    @app.post("/sleep")
-    async def sleep() -> JSONResponse:
-        if server.running or server.loading.locked():
-            return JSONResponse({"error": "it is at work"}, 409)
-        await server.sleep()
-        return JSONResponse({"asleep": True})
-
-    return app

@@ -1,6 +1,7 @@
 """How the trainer sends its weights to rollout servers: as a stream over HTTP, or as broadcasts.
 
-Each server checks the checksum of every tensor that arrives, in each of its processes.
+Each server checks the checksum of every tensor that arrives, in each of its processes. The store of torch.distributed
+is where the members of a broadcast's group meet.
 """
 
 import http.client
