@@ -95,17 +95,18 @@ class Pusher:
         assert cfg.push_to_hub is not None
         self.repo, self.limit_s, self.config = cfg.push_to_hub, cfg.push_timeout_s, config
         self.output_dir, self.write_line = output_dir, write_line
-        self.changed = threading.Condition()  # guards the four below
+        self.changed = threading.Condition()  # guards what follows
         self.next: Path | None = None  # a staged folder
         self.process: subprocess.Popen | None = None
         self.busy = False
         self.newest = ""  # name of the checkpoint saved last
+        self.told = ""  # of the one whose failure has been said
         self.stopped = False  # nothing is begun or said any more
         threading.Thread(target=self._work, name="pushing", daemon=True).start()
 
     def saved(self, folder: Path) -> None:
         """A checkpoint is complete: it is sent next. Raises nothing."""
-        self.newest = folder.name
+        self.newest, self.told = folder.name, ""
         staged = folder.with_name(PREFIX + folder.name)
         try:
             stage(folder, staged, self.config)
@@ -172,7 +173,10 @@ class Pusher:
             process.wait()
 
     def _failed(self, name: str, problem: str) -> None:
-        if not self.stopped:
+        """Say it once: a push that has just failed when `finish` gives up would be told of by both threads."""
+        with self.changed:
+            silent, self.told = self.stopped or self.told == name, name
+        if not silent:
             warn(
                 f"warning: push_to_hub: {name} was not sent to {self.repo}: {problem}. The checkpoint is whole; the "
                 f"next save tries again, or: python -m grpo.export --checkpoint {self.output_dir / name} --to "

@@ -159,6 +159,20 @@ def test_a_push_that_fails_is_one_warning(server, checkpoint, monkeypatch, capfd
     assert not list(checkpoint.parent.glob(".push-*"))
 
 
+def test_a_push_that_fails_as_the_run_gives_up_is_said_once(server, checkpoint, monkeypatch, capfd):
+    """The thread says that it took too long; its staged folder takes until after the run's own limit to be removed."""
+    server.hang, said = "/commit/", []
+    removed = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **how: (time.sleep(1), removed(*args, **how)))
+    pusher = pusher_of(checkpoint, said, push_timeout_s=3.0)
+    pusher.saved(checkpoint)
+    assert server.hung.wait(60)
+    time.sleep(0.5)
+    pusher.finish(go_on=lambda: True)
+    [line] = capfd.readouterr().err.splitlines()
+    assert "longer than push_timeout_s 3" in line or "not within push_timeout_s 3" in line
+
+
 @pytest.mark.parametrize("how", ["killed", "late"])
 def test_a_killed_process_is_one_warning_and_the_next_push_arrives(server, checkpoint, capfd, how):
     server.hang, said = "/commit/", []
