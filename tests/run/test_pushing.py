@@ -163,7 +163,7 @@ def test_a_push_that_fails_as_the_run_gives_up_is_said_once(server, checkpoint, 
     """The thread says that it took too long; its staged folder takes until after the run's own limit to be removed."""
     server.hang, said = "/commit/", []
     removed = shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda *args, **how: (time.sleep(1), removed(*args, **how)))
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **how: (time.sleep(6), removed(*args, **how)))
     pusher = pusher_of(checkpoint, said, push_timeout_s=3.0)
     pusher.saved(checkpoint)
     assert server.hung.wait(60)
