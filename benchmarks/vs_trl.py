@@ -12,7 +12,8 @@ lowest - median - highest over the pairs; memory is each side's peak above its o
 Settings on TRL's side: no gradient checkpointing, no dropout, beta 0, loss_type grpo, generation over the whole step at
 once; fp32, or, with `--dtype bf16` (workload `gpu`: always), weights and optimizer in bf16, where ours are fp32 with
 bf16 products. Where there is a GPU both sides use one, unless `--device cpu`, and memory is the GPU's. Control:
-`--control` runs TRL on both sides; every ratio must be near 1.
+`--control` runs TRL on both sides; every ratio must be near 1. `--control ROWS` gives the first of them micro-batches
+of ROWS rows, and so finds TRL's best.
 """
 
 import argparse
@@ -123,7 +124,7 @@ def main() -> int:
     parser.add_argument("--gsm8k", type=Path)
     parser.add_argument("--model", help="of the workloads smollm2 and real")
     parser.add_argument("--quick", action="store_true", help="2 pairs of one step, half of the prompts")
-    parser.add_argument("--control", action="store_true", help="TRL against TRL")
+    parser.add_argument("--control", nargs="?", type=int, const=0, metavar="ROWS", help="TRL against TRL")
     parser.add_argument("--alone", action="store_true", help="ours alone, where TRL cannot or would take hours")
     args, more = parser.parse_known_args()
     more = [word for word in more if word != "--"]
@@ -146,9 +147,11 @@ def main() -> int:
             finally:
                 side.close()
             return 0
-        first = ("trl", args.trl_python) if args.control else ("ours", sys.executable)
+        control = args.control is not None
+        first = ("trl", args.trl_python) if control else ("ours", sys.executable)
+        first_work = dataclasses.replace(work, trl_rows=args.control or work.trl_rows)
         sides = [
-            Side(*first, work, folder / "first", args.threads, more),
+            Side(*first, first_work, folder / "first", args.threads, more),
             Side("trl", args.trl_python, work, folder / "second", args.threads, []),
         ]
         try:
@@ -157,7 +160,8 @@ def main() -> int:
                 order = (0, 1) if turn % 2 else (1, 0)
                 found = {which: sides[which].run(args.steps) for which in order}
                 pairs.append((found[0], found[1]))
-                seconds = [f"{name} {found[i]['step_s']:.2f} s" for i, name in enumerate(("ours", "TRL"))]
+                names = ("TRL, first" if control else "ours", "TRL")
+                seconds = [f"{name} {found[i]['step_s']:.2f} s" for i, name in enumerate(names)]
                 print(f"pair {turn} ({'warm-up' if not turn else 'counted'}): {', '.join(seconds)}", flush=True)
         finally:
             for side in sides:

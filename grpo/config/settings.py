@@ -277,7 +277,7 @@ class Config:
     rollout_server: str | list[str] | None = None
     """With vllm: address of a running server, http://host:port, or several; null: training starts its own."""
     rollout_transfer: Literal["http", "broadcast"] = "http"
-    """With vllm, how weights travel: a stream over HTTP; broadcast: NCCL between GPUs, else gloo (docs/vllm.md)."""
+    """With vllm, how weights travel: http, a stream; broadcast: shared memory, NCCL or gloo (docs/vllm.md)."""
     rollout_timeout_s: float = 300.0
     """With vllm: seconds without a new token or an answer after which the run ends; >= 1, < stall_timeout_s."""
     max_sampler_gap: float | None = None

@@ -2,9 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-import torch
-
 from grpo.config.settings import Config
 from grpo.errors import Lost
 from grpo.evaluate.ask import CheckpointModel
@@ -12,8 +9,7 @@ from grpo.forward.logprobs import Scorer
 from grpo.rollout.vllm.open import open_vllm
 from grpo.runtime.distributed import World
 from grpo.runtime.signals import Stopping
-from grpo.training.collate import collate
-from grpo.types import Completion, TrainRow
+from grpo.training.collate import scorer_of
 
 
 def answer_on_servers(model: CheckpointModel, servers: Sequence[str], world: World) -> None:
@@ -33,10 +29,7 @@ def answer_on_servers(model: CheckpointModel, servers: Sequence[str], world: Wor
     scorer = Scorer(own.model, cfg)
     scorer.head.num_tokens = own.head.num_tokens
 
-    @torch.no_grad()
-    def score(prompt_ids: tuple[int, ...], one: Completion) -> np.ndarray:
-        row = TrainRow(0, prompt_ids, one.token_ids, one.sampler_logprobs, one.support, 0.0)
-        return scorer(collate([row], {0: 0.0}, own.model.device, scorer.shares_prompts))[0].float().cpu().numpy()
+    score = scorer_of(scorer, own.model.device, scorer.shares_prompts)
 
     def fail(line: str) -> None:
         lost = Lost(line)

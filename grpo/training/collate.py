@@ -1,12 +1,13 @@
 """Rows -> one padded micro-batch: the one place where predictions meet their targets."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from grpo.forward.flat_rows import flatten
-from grpo.types import MicroBatch, TrainRow
+from grpo.types import Completion, MicroBatch, TrainRow
 
 
 def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.device, flat: bool = True) -> MicroBatch:
@@ -60,3 +61,16 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
         flat=flatten(input_ids, positions, lengths.clip(min=1), device) if flat else None,
         trained_index=to_device(np.flatnonzero(trained)),
     )
+
+
+def scorer_of(
+    score: Callable[[MicroBatch], tuple[Tensor, ...]], device: torch.device, flat: bool
+) -> Callable[[tuple[int, ...], Completion], np.ndarray]:
+    """Prompt ids and a completion -> [C] log-probs. score: the log-probs [rows, C] of a micro-batch, and more."""
+
+    @torch.no_grad()
+    def of_one(prompt_ids: tuple[int, ...], one: Completion) -> np.ndarray:
+        row = TrainRow(0, prompt_ids, one.token_ids, one.sampler_logprobs, one.support, 0.0)
+        return score(collate([row], {0: 0.0}, device, flat))[0].float().cpu().numpy()
+
+    return of_one

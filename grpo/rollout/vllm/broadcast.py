@@ -1,8 +1,9 @@
 """Weights as broadcasts: the trainer is rank 0 of a process group, the processes of its servers are the other ranks.
 
-Between GPUs the group is NCCL's, otherwise gloo's: classes of torch.distributed, beside its default group, because
-vLLM's processes have one of their own. The members meet at a TCP store that the trainer opens, at the
-address by which it reaches its first server. Two broadcasts a tensor, and one at the end:
+A server of the trainer's own gets them through memory that both share (shared_buffer.py). Otherwise the group is
+NCCL's between GPUs, or gloo's: classes of torch.distributed, beside its default group, because vLLM's processes have
+one of their own. The members meet at a TCP store that the trainer opens, at the address by which it reaches its first
+server. Two broadcasts a tensor, and one at the end:
 
     header (HEADER_BYTES; JSON, padded with spaces): name, dtype, shape, checksum | the tensor's bytes
     header: count
@@ -11,7 +12,7 @@ address by which it reaches its first server. Two broadcasts a tensor, and one a
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo.rollout.vllm.shared_buffer import SharedBuffer, SharedLine
 from grpo.rollout.vllm.wire import BadStream, frame_of, header_of, parse_header
 from grpo.runtime.checksums import checksum
 
@@ -42,24 +44,37 @@ class Place:
     host: str
     port: int
     size: int
-    backend: str  # nccl or gloo
+    backend: str  # nccl, gloo or shared
     timeout_s: float  # of a broadcast
+    buffer: list[Any] | None = None  # the handle of the memory, where it is shared
 
 
 class Group:
     """One member of a group."""
 
-    def __init__(self, place: Place, store: dist.Store, rank: int, own_host: str, device: torch.device):
+    def __init__(
+        self,
+        place: Place,
+        store: dist.Store,
+        rank: int,
+        own_host: str,
+        device: torch.device,
+        buffer: SharedBuffer | None = None,
+    ):
         """device: where tensors are sent from or arrive. gloo waits here for all members. Raises BrokeOff."""
         self.store, self.name = store, place.name
         self.device = device if place.backend == "nccl" else torch.device("cpu")
+        self.gave_up: Callable[[], bool] = lambda: False  # whether another member is known to have failed
         timeout = timedelta(seconds=place.timeout_s)
         try:
-            if place.backend == "nccl":
+            if buffer is not None:
+                self.device = buffer.tensor.device
+                self.group: Any = SharedLine(buffer, store, place.size - 1, rank == 0, place.timeout_s)
+            elif place.backend == "nccl":
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = timeout
                 with _blocking_wait():
-                    self.group: Any = dist.ProcessGroupNCCL(store, rank, place.size, options)
+                    self.group = dist.ProcessGroupNCCL(store, rank, place.size, options)
             else:
                 gloo: Any = dist.ProcessGroupGloo
                 options = gloo._Options()
@@ -76,13 +91,14 @@ class Group:
             store = dist.TCPStore(
                 place.host, place.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=STORE_S)
             )
+            buffer = None if place.buffer is None else SharedBuffer.open(place.buffer, device)
             rank = store.add(MEMBERS, 1)
             with socket.socket(socket.AF_INET6 if ":" in place.host else socket.AF_INET, socket.SOCK_DGRAM) as probing:
                 probing.connect((place.host, place.port))  # sends nothing, and tells which address would
                 own_host = probing.getsockname()[0]
         except (RuntimeError, OSError) as error:
             raise BrokeOff(f"the trainer's port {place.port} at {place.host}: {_first_words(error)}") from None
-        return cls(place, store, rank, own_host, device)
+        return cls(place, store, rank, own_host, device, buffer)
 
     def send(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Broadcast tensors, one after another. Raises BrokeOff."""
@@ -140,7 +156,10 @@ class Group:
         if self.group is None:
             raise BrokeOff("this process has left")
         try:
-            self.group.broadcast(tensor, 0).wait()
+            if isinstance(self.group, SharedLine):
+                self.group.broadcast(tensor, self.gave_up)
+            else:
+                self.group.broadcast(tensor, 0).wait()
         except RuntimeError as error:
             raise BrokeOff(_first_words(error)) from None
 

@@ -62,13 +62,14 @@ class VllmEngine:
         score: Score,
         stopping: Stopping,
         merged: Weights | None = None,
+        in_files: Callable[[Iterable[tuple[str, Tensor]]], Iterable[tuple[str, Tensor]]] = iter,
     ):
         """clients: those that this rank asks. owned: those that it sends weights to; each server has one such rank.
 
         num_tokens: ids from here on are never drawn. merged: the weights to send in place of the policy's trained ones,
-        where these are an adapter's.
+        where these are an adapter's. in_files: gives weights the names and forms that they have in a model's files.
         """
-        self.merged = merged
+        self.merged, self.in_files = merged, in_files
         self.cfg, self.world, self.clients, self.owned = cfg, world, list(clients), list(owned)
         self.most_owned = int(world.gather_rows(np.array([float(len(self.owned))])).max())
         self.stop_ids, self.num_tokens, self.score = sorted(stop_ids), num_tokens, score
@@ -133,7 +134,7 @@ class VllmEngine:
             for _ in weights:  # where weights are sharded, gathering them needs every rank
                 pass
             return problem
-        converted = ((name, tensor.detach().to(DTYPES[self.dtype])) for name, tensor in weights)
+        converted = ((name, tensor.detach().to(DTYPES[self.dtype])) for name, tensor in self.in_files(weights))
         for client, outcome in zip(self.owned, self.send(converted, self.version), strict=True):
             if isinstance(outcome, ServerProblem):
                 return outcome

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config.settings import Config
 from grpo.errors import UserError, warn
+from grpo.models.names_in_files import NamesInFiles
 from grpo.rollout import Weights
 from grpo.rollout.vllm.child import ChildServer
 from grpo.rollout.vllm.client import Client, ServerProblem
@@ -36,7 +37,7 @@ def open_vllm(
             clients, owns = _own_server(cfg, world, model, tokenizer)
         else:
             clients, owns = _running_servers(cfg), world.is_main
-        dtypes = []
+        in_files, dtypes = NamesInFiles(model), []
         for client in clients:
             client.notice = warn if world.is_main else None
             facts = client.wait()
@@ -52,7 +53,7 @@ def open_vllm(
     if failed:
         raise problem or UserError("rollout_server: another rank cannot use it, see its error.")
     owned = clients if owns else []
-    engine = VllmEngine(cfg, world, clients, owned, stop_ids, num_tokens, tokenizer, score, stopping, merged)
+    engine = VllmEngine(cfg, world, clients, owned, stop_ids, num_tokens, tokenizer, score, stopping, merged, in_files)
     engine.dtype = dtypes[0]
     return engine
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from grpo.rollout.vllm.broadcast import JOIN_S, MEMBERS, READY, BrokeOff, Group, Place
 from grpo.rollout.vllm.client import CONNECTION_ERRORS, Client, ServerProblem, Unusable, why
+from grpo.rollout.vllm.shared_buffer import SharedBuffer
 from grpo.rollout.vllm.wire import frames
 
 POLL_S = 0.005
@@ -94,7 +95,7 @@ class Broadcaster:
     """Broadcasts weights to all servers at once. The group is made at the first transfer, and after a failed one."""
 
     def __init__(self, clients: Sequence[Client], device: torch.device, other_devices: bool, timeout_s: float):
-        """other_devices: the servers' GPUs are not this process's: NCCL needs one for each of its ranks."""
+        """other_devices: the servers have machines or GPUs of their own, and share no memory with this process."""
         self.clients, self.device, self.other_devices, self.timeout_s = list(clients), device, other_devices, timeout_s
         self.join_s = min(JOIN_S, timeout_s)
         self.group: Group | None = None
@@ -111,6 +112,7 @@ class Broadcaster:
             answers = self._ask("/broadcast", body, FOREVER_S)
             problem = "it did not begin to receive the weights"
             if self._came(self.group.store, f"{READY} {self.sent}", answers, Future.done):
+                self.group.gave_up = lambda: any(_failed(answer) for answer in answers)
                 try:
                     self.group.send(left)
                     _, missing = wait(answers, self.timeout_s)
@@ -124,7 +126,7 @@ class Broadcaster:
 
     def _join(self) -> list[Outcome]:
         """Make the group of this process and all of the servers'; problems, where it is not made."""
-        hosts, cuda = [], self.device.type == "cuda" and self.other_devices
+        hosts, cuda = [], self.device.type == "cuda"
         self.processes = []
         for client in self.clients:
             try:
@@ -140,14 +142,18 @@ class Broadcaster:
                 return [ServerProblem(f"{client.url}: {why(error)}.") for _ in self.clients]
         # the address that servers elsewhere reach: servers on this machine reach it, too
         host = next((found for found in hosts if not ip_address(found).is_loopback), hosts[0])
+        buffer: SharedBuffer | None = None
         try:
             listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        except OSError as error:
-            return [
-                ServerProblem(f"{client.url}: no port can be opened at {host} ({why(error)}).") for _ in self.clients
-            ]
+            if not self.other_devices:
+                buffer = SharedBuffer.create(self.device if cuda else torch.device("cpu"))
+        except (OSError, RuntimeError) as error:
+            reason = f"{client.url}: no port at {host}, or no memory to share ({why(error)})."
+            return [ServerProblem(reason) for _ in self.clients]
         port, size = listening.getsockname()[1], 1 + sum(self.processes)
-        place = Place(secrets.token_hex(8), host, port, size, "nccl" if cuda else "gloo", self.timeout_s + JOIN_S)
+        backend = "shared" if buffer else "nccl" if cuda else "gloo"
+        handle = buffer.handle if buffer else None
+        place = Place(secrets.token_hex(8), host, port, size, backend, self.timeout_s + JOIN_S, handle)
         store = dist.TCPStore(
             host,
             port,
@@ -160,11 +166,13 @@ class Broadcaster:
         problem = f"it did not enter the process group at port {port} of {host}"
         if self._came(store, MEMBERS, answers, _failed):
             try:
-                self.group = Group(place, store, 0, host, self.device)
+                self.group = Group(place, store, 0, host, self.device, buffer)
                 _, missing = wait(answers, self.join_s)
                 problem = problem if missing else ""
             except BrokeOff as error:
                 problem = f"the process group at port {port} of {host} could not be made ({error})"
+        elif buffer is not None:
+            buffer.close()
         del store  # so that no server waits there, where it was not made
         return self._outcomes(answers, problem)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from grpo.runtime.checksums import checksum
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Number of this protocol; a server and a trainer of different numbers do not work together."""
 
 TOKEN_VARIABLE = "GRPO_SERVER_TOKEN"

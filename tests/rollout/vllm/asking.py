@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo.config.settings import Config
 from grpo.forward.logprobs import Scorer
 from grpo.models.loading import prepare
+from grpo.models.names_in_files import NamesInFiles
 from grpo.rollout import Request
 from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import sampling_of
@@ -15,8 +16,7 @@ from grpo.rollout.vllm.client import Client
 from grpo.rollout.vllm.engine import VllmEngine
 from grpo.runtime.distributed import World
 from grpo.runtime.signals import Stopping
-from grpo.training.collate import collate
-from grpo.types import TrainRow
+from grpo.training.collate import scorer_of
 from tests.support.rollout_server import TOKEN
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -26,15 +26,18 @@ PROMPTS = [tuple(range(5, 5 + length)) for length in (3, 20, 11)]
 class Trainer:
     """A policy's model, and the engine that samples for it."""
 
-    def __init__(self, folder, servers, token=TOKEN, stop_ids=(0, 7, 19), num_tokens=None, **settings):
+    def __init__(self, folder, servers, token=TOKEN, stop_ids=(0, 7, 19), num_tokens=None, own=False, **settings):
+        """own: as if the trainer had started the servers itself."""
         self.model = prepare(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         settings = {"rollout_timeout_s": 5.0, "max_generate_length": 12, "seed": 3} | settings
-        self.cfg = Config(rollout_engine="vllm", rollout_server=[server.url for server in servers], **settings)
+        urls = None if own else [server.url for server in servers]
+        self.cfg = Config(rollout_engine="vllm", rollout_server=urls, **settings)
         self.scorer = Scorer(self.model, self.cfg)
         self.stop_ids = stop_ids
         self.num_tokens = num_tokens or self.model.config.get_text_config().vocab_size
         self.scorer.head.num_tokens = self.num_tokens
+        self.score = scorer_of(self.scorer, torch.device("cpu"), True)  # as the trainer computes log-probs
         clients = [Client(server.url, token, self.cfg.rollout_timeout_s) for server in servers]
         self.problems: list[str] = []
         self.engine = VllmEngine(
@@ -47,14 +50,9 @@ class Trainer:
             self.tokenizer,
             self.score,
             Stopping(self.problems.append),
+            in_files=NamesInFiles(self.model),
         )
         self.updates = 0
-
-    @torch.no_grad()
-    def score(self, prompt_ids, one):
-        """[C] log-probs, as the trainer computes them."""
-        row = TrainRow(0, prompt_ids, one.token_ids, one.sampler_logprobs, one.support, 0.0)
-        return self.scorer(collate([row], {0: 0.0}, torch.device("cpu")))[0].numpy()
 
     def update(self, size=0.02):
         """Change the weights."""

@@ -26,6 +26,8 @@ def save_served(folder: Path, architecture: str, seed: int = 0, spread: float = 
     config = tiny_config(architecture, len(tokenizer))
     config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim = 64, 4, 2, 32
     config.intermediate_size = 96
+    if architecture == "qwen3_moe":
+        config.moe_intermediate_size = 32
     if architecture == "gemma3":
         config.query_pre_attn_scalar = 32
     torch.manual_seed(seed)

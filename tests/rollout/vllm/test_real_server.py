@@ -53,7 +53,7 @@ SAMPLINGS = {
 SLOW = {"rollout_timeout_s": 300.0, "max_generate_length": 24}
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama", "gemma3"])
+@pytest.fixture(scope="module", params=["qwen3", "llama", "gemma3", "qwen3_moe"])
 def served(request, tmp_path_factory):
     """A model folder, and a server that holds another model of the same shape."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -150,10 +150,11 @@ def test_half_a_transfer_changes_nothing(served):
     assert [one.token_ids.tolist() for one in trainer.sample()] == before and not trainer.problems
 
 
-def test_weights_as_broadcasts(served, monkeypatch):
+@pytest.mark.parametrize("own", [False, True], ids=["gloo", "shared memory"])
+def test_weights_as_broadcasts(served, monkeypatch, own):
     """Two transfers through one group; then one that breaks off, one with a changed bit, and one that is whole."""
     folder, server = served
-    trainer = Trainer(folder, [server], rollout_transfer="broadcast", **SLOW)
+    trainer = Trainer(folder, [server], own=own, rollout_transfer="broadcast", **SLOW)
     for _ in range(2):
         trainer.update()
         trainer.send()
@@ -285,11 +286,15 @@ def test_kills_in_the_middle_of_rollouts(arena, native, tmp_path):
     assert server.processes() == {} and is_free(server.port)
 
 
-@pytest.mark.parametrize("who", ["trainer", "server"])
-def test_a_server_of_the_trainers_own_leaves_nothing_behind(arena, native, who):
-    """Killed by SIGKILL in a rollout: either the server ends with its trainer, or it is started again."""
-    run = arena.run(rollout_engine="vllm")
-    job = run.launch(env={"GRPO_VLLM_PYTHON": str(PYTHON)})
+@pytest.mark.parametrize("who, transfer", [("trainer", "http"), ("server", "http"), ("server", "broadcast")])
+def test_a_server_of_the_trainers_own_leaves_nothing_behind(arena, native, who, transfer):
+    """Killed by SIGKILL in a rollout: either the server ends with its trainer, or it is started again.
+
+    Weights that came through shared memory are lost with it: the same command continues.
+    """
+    run = arena.run(rollout_engine="vllm", rollout_transfer=transfer)
+    environment = {"GRPO_VLLM_PYTHON": str(PYTHON)}
+    job = run.launch(env=environment)
     folder = str(run.output / ".vllm" / "rank_0")
     wait_for(lambda: in_rollout(run, 2) or not job.running(), 1800)
     assert job.running(), job.text()[-3000:]
@@ -299,11 +304,15 @@ def test_a_server_of_the_trainers_own_leaves_nothing_behind(arena, native, who):
         job.kill(signal.SIGKILL)
         job.wait(60)
         wait_until_gone(leader)
-        run.finish(timeout=1800, env={"GRPO_VLLM_PYTHON": str(PYTHON)})
+        run.finish(timeout=1800, env=environment)
     else:
         os.kill(leader, signal.SIGKILL)
         wait_until_gone(leader)
-        assert set(job.wait(1800)) == {0}, job.text()[-3000:]
+        lost = transfer == "broadcast"
+        assert set(job.wait(1800)) == {74 if lost else 0}, job.text()[-3000:]
+        if lost:
+            assert "lost the weights" in job.text()
+            run.finish(timeout=1800, env=environment)
     wait_for(lambda: processes_with(folder) == {}, 60)
     assert share_of_equal(tokens_of(run), native) > 0.9
 
