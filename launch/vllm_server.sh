@@ -29,7 +29,7 @@ trap 'kill -TERM "$child" 2>/dev/null; wait "$child"; exit 143' TERM
 trap 'kill -INT "$child" 2>/dev/null; wait "$child"; exit 130' INT
 for ((restart = 0; ; restart++)); do
     started=$SECONDS code=0
-    "$python" -m grpo.rollout.vllm.server "$@" &
+    "$python" -m grpo.rollout.vllm.server --die-with $$ "$@" &
     child=$!
     wait "$child" || code=$?
     # wrong arguments and early ends are not tried again; one long run makes up for earlier ends

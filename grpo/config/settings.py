@@ -281,7 +281,7 @@ class Config:
     rollout_timeout_s: float = 300.0
     """With vllm: seconds without a new token or an answer after which the run ends; >= 1, < stall_timeout_s."""
     max_sampler_gap: float | None = None
-    """With vllm: largest mean |sampler - trainer| log-prob, in nats; above, the run ends. null: 0.02, bf16 0.1."""
+    """With vllm: largest mean |sampler - trainer| log-prob; above, the run ends. null: 0.02, bf16 on a side 0.1."""
     rollout_ahead: Literal[0, 1] = 0
     """With vllm, 1: it samples the next step's completions while this step is trained, by weights a step older."""
     vllm_args: list[str] = field(default_factory=list)
@@ -384,9 +384,10 @@ def scales_advantages(cfg: Config) -> bool:
     return cfg.scale_rewards != "none" and cfg.weighting != "dr_grpo"
 
 
-def sampler_gap_limit(cfg: Config) -> float:
-    """Largest mean |sampler - trainer| log-prob of a rollout server, in nats."""
-    return (0.02 if cfg.dtype == "fp32" else 0.1) if cfg.max_sampler_gap is None else cfg.max_sampler_gap
+def sampler_gap_limit(cfg: Config, served: str) -> float:
+    """Largest mean |sampler - trainer| log-prob of rollout servers, which compute in the dtype `served`, in nats."""
+    both_fp32 = (cfg.dtype, served) == ("fp32", "float32")
+    return (0.02 if both_fp32 else 0.1) if cfg.max_sampler_gap is None else cfg.max_sampler_gap
 
 
 def is_deepspeed(cfg: Config) -> bool:

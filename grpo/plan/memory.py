@@ -327,7 +327,10 @@ def estimate_for(cfg: Config, size: ModelSize, world_size: int) -> Estimate:
     traffic = list(_traffic(cfg, states, work, world_size, payload))
     if not native:
         sent = (FP32_BYTES if cfg.dtype == "fp32" else BF16_BYTES) * size.parameters
-        traffic.append(Entry("weights to a vLLM server", sent, (), "by HTTP, once for each server"))
+        how = "once for each server" if cfg.rollout_transfer == "http" else "as broadcasts"
+        if cfg.rollout_transfer == "http":
+            how += ", which keeps two copies in files"
+        traffic.append(Entry("weights to a vLLM server", sent, (), how))
     return Estimate(size, tuple(memory), tuple(traffic), host_bytes)
 
 
@@ -335,7 +338,7 @@ def _server_entries(cfg: Config, size: ModelSize) -> Iterator[Entry]:
     """What rollouts by vLLM need on a training process's device."""
     sent = FP32_BYTES if cfg.dtype == "fp32" else BF16_BYTES
     if cfg.rollout_server is None:
-        note = "its weights; its KV cache takes the rest of --gpu-memory-utilization (vllm_args)"
+        note = "its weights; with its KV cache 0.3 of the GPU, or --gpu-memory-utilization (vllm_args)"
         yield Entry("vLLM's server", sent * size.parameters, AFTER_LOADING, note)
     yield Entry("weights being sent", 2 * sent * size.largest, ("rollout",), "one tensor at a time")
 

@@ -65,12 +65,16 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
 
 def scorer_of(
     score: Callable[[MicroBatch], tuple[Tensor, ...]], device: torch.device, flat: bool
-) -> Callable[[tuple[int, ...], Completion], np.ndarray]:
-    """Prompt ids and a completion -> [C] log-probs. score: the log-probs [rows, C] of a micro-batch, and more."""
+) -> Callable[[Sequence[tuple[tuple[int, ...], Completion]]], list[np.ndarray]]:
+    """(prompt ids, completion)s -> [C] log-probs of each. score: log-probs [rows, C] of a micro-batch, and more."""
 
     @torch.no_grad()
-    def of_one(prompt_ids: tuple[int, ...], one: Completion) -> np.ndarray:
-        row = TrainRow(0, prompt_ids, one.token_ids, one.sampler_logprobs, one.support, 0.0)
-        return score(collate([row], {0: 0.0}, device, flat))[0].float().cpu().numpy()
+    def of_all(asked: Sequence[tuple[tuple[int, ...], Completion]]) -> list[np.ndarray]:
+        rows = [
+            TrainRow(n, prompt_ids, one.token_ids, one.sampler_logprobs, one.support, 0.0)
+            for n, (prompt_ids, one) in enumerate(asked)
+        ]
+        found = score(collate(rows, dict.fromkeys(range(len(rows)), 0.0), device, flat))[0].float().cpu().numpy()
+        return [logprobs[: len(row.token_ids)] for logprobs, row in zip(found, rows, strict=True)]
 
-    return of_one
+    return of_all

@@ -39,6 +39,7 @@ def open_engine(
     score = scorer_of(policy.backend.score, world.device, policy.scorer.shares_prompts)
     model, num_tokens = policy.model, policy.num_tokens
     engine = open_vllm(cfg, world, model, stop_ids, num_tokens, tokenizer, score, stopping, merged)
+    policy.gap_limit = engine.gap_limit
     if engine.ahead is not None:
         policy.extras[AHEAD] = engine.ahead
         declare(maxima=(BEHIND,))

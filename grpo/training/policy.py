@@ -53,6 +53,7 @@ class Policy:
         self.counters = Counters()
         self.extras: dict[str, Extra] = {}  # by name
         self.last_lr = 0.0
+        self.gap_limit = math.inf  # of the sampler's log-probs, in nats
         self.unseen: float | None = None  # a movement that bf16 rounds away: see grpo/models/bf16_numbers.py
         if cfg.gradient_checkpointing:
             enable_checkpointing(model)
@@ -261,5 +262,5 @@ class Policy:
         if self.cfg.rollout_ahead:  # the sampler is an older policy: its log-probs are no old ones, and differ
             self.counters.trust_sampler = False
         elif measured.sampler_gap is not None:
-            check_gap(measured.metrics, self.cfg)
+            check_gap(measured.metrics, self.gap_limit)
             self.counters.trust_sampler = measured.sampler_gap <= MAX_TRUSTED_GAP

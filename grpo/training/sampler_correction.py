@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from grpo.config.settings import Config, sampler_gap_limit
+from grpo.config.settings import Config
 from grpo.errors import Lost
 from grpo.training.metrics import declare
 
@@ -82,15 +82,15 @@ def with_sample_size(metrics: dict[str, float]) -> dict[str, float]:
     return metrics if U not in metrics else {**metrics, ESS: metrics[U] ** 2 / metrics[U_SQUARED]}
 
 
-def check_gap(metrics: dict[str, float], cfg: Config) -> None:
-    """End a run whose rollout server computes something else. Raises Lost.
+def check_gap(metrics: dict[str, float], limit: float) -> None:
+    """End a run whose rollout server computes something else. limit: of the mean gap, in nats. Raises Lost.
 
-    >>> check_gap({"sampler_gap/mean": 3.0}, Config(rollout_engine="vllm"))
+    >>> check_gap({"sampler_gap/mean": 3.0}, 0.02)
     Traceback (most recent call last):
     grpo.errors.Lost: max_sampler_gap: log-probs of the rollout server are 3 nats from ...
     """
-    gap, limit = metrics.get("sampler_gap/mean", 0.0), sampler_gap_limit(cfg)
-    if cfg.rollout_engine == "vllm" and not gap <= limit:
+    gap = metrics.get("sampler_gap/mean", 0.0)
+    if not gap <= limit:
         raise Lost(
             f"max_sampler_gap: log-probs of the rollout server are {gap:.3g} nats from the trainer's on average, "
             f"{limit:g} are allowed. This step is not saved. Compare the server's flags (--dtype, quantisation, rope) "

@@ -43,6 +43,11 @@ ROWS = {
     "F40": "wrong settings",
     "F41": "too little memory",
     "F42": "forty restarts",
+    "F43": "a rollout server that fails, or gets something else, while weights are sent",
+    "F44": "a rollout server that fails in a rollout, or samples something else",
+    "F45": "a rollout server that is missing, or that serves another model",
+    "F46": "a trainer that is killed, or asked to stop, while a rollout server works for it",
+    "F47": "SIGKILL of a real vLLM server, of its engine, of its trainer",
 }
 
 ELSEWHERE = {  # fault -> tests that are its tries: file, and a pattern that the test's name matches from its start
@@ -84,5 +89,21 @@ ELSEWHERE = {  # fault -> tests that are its tries: file, and a pattern that the
         ("test_untrusted_checkpoints.py", r"test_(model_folders|checkpoints|a_run_goes_on|counters|moments|json)"),
         ("test_untrusted_templates.py", r"test_(hostile_templates|a_template_that_turns_bad)"),
     ],
+    "F43": [
+        ("test_engine.py", r"test_(faults_while_weights|a_transfer_that|every_copy)"),
+        ("test_broadcast.py", r"test_(a_|what_a_server_refuses|trainers_in_turn)"),
+        ("test_group.py", r"test_a_"),
+    ],
+    "F44": [
+        ("test_engine.py", r"test_(faults_of_a_rollout|a_support|a_connection|a_rollout_that|a_server_|slow_is)"),
+        ("test_ahead.py", r"test_what_a_lost_server"),
+        ("test_runs.py", r"test_a_run_survives"),
+    ],
+    "F45": [("test_facts.py", r"test_"), ("test_runs.py", r"test_no_server_at_the_start")],
+    "F46": [
+        ("test_ahead.py", r"test_(killed_and_asked|asked_to_stop)"),
+        ("test_runs.py", r"test_a_trainer_killed"),
+    ],
+    "F47": [("test_real_server.py", r"test_(kills|a_server_of_the_trainers_own|several_processes)")],
     "F40": [("test_bad_config.py", r"test_"), ("test_bad_input.py", r"test_(settings|config_files|data_rewards)")],
 }

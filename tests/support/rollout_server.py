@@ -26,7 +26,16 @@ from grpo.rollout.engine import NativeEngine
 from grpo.rollout.sampling import Sampling
 from grpo.rollout.stop_strings import StopStrings
 from grpo.rollout.vllm.broadcast import BrokeOff, Group, Place
-from grpo.rollout.vllm.wire import PROTOCOL, BadStream, index_of, packed, read_frames, unpacked
+from grpo.rollout.vllm.wire import (
+    PROTOCOL,
+    BadStream,
+    index_of,
+    packed,
+    packed_support,
+    read_frames,
+    unpacked,
+    vocabulary_of,
+)
 from grpo.types import Completion
 
 TOKEN = "stand-in-secret-of-32-characters"
@@ -122,6 +131,8 @@ class StandIn:
             "unfinished": 0,
             "loading": False,
             "device": "cpu",
+            "vocabulary": vocabulary_of(self.tokenizer),
+            "copies": 1,
             "processes": 1,
             **named,
         }
@@ -190,7 +201,7 @@ def line_of(key: int, one: Completion, version: str) -> dict[str, Any]:
     """A completion as server.py writes it."""
     line: dict[str, Any] = {"key": key, "finish": one.finish, "version": version}
     line |= {"tokens": packed(one.token_ids, "<i4"), "logprobs": packed(one.sampler_logprobs, "<f4")}
-    return line if one.support is None else {**line, "support": packed(one.support, "<i4")}
+    return line if one.support is None else line | packed_support([ids[ids >= 0] for ids in one.support])
 
 
 class _Listening(ThreadingHTTPServer):

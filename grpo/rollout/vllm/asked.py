@@ -11,13 +11,14 @@ import numpy as np
 
 from grpo.rollout import OnFinished, Request
 from grpo.rollout.sampling import Sampling
-from grpo.rollout.vllm.client import CONNECTION_ERRORS, Client, ServerProblem, Unusable
-from grpo.rollout.vllm.wire import NOT_FINITE, packed, unpacked
+from grpo.rollout.vllm.client import CONNECTION_ERRORS, Client, ServerProblem, Unusable, why
+from grpo.rollout.vllm.wire import NOT_FINITE, packed, unpacked, unpacked_support
 from grpo.types import Completion, Pulse
 
 GRACE_S = 5.0  # for a thread that waits for its server to say first why
 WAIT_S = 0.05  # for a line of any server, between two pulses
 MAX_TRIES = 3  # of requests that a server refuses
+MAX_BREAKS = 20  # of a server's connection, without a completion between them
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Form:
     stop_ids: list[int]
     stop: list[str]
     timeout_s: float  # without a new token, before a server is lost
+    each_copy: bool = False  # requests go to the copies of a server's model in turn, by their keys
 
     def body(self, requests: dict[int, Request]) -> dict[str, Any]:
         """The body of /generate. requests: by the key that their lines will carry."""
@@ -49,13 +51,14 @@ class Form:
             "num_tokens": self.num_tokens,
             "stop_ids": self.stop_ids,
             "stop": self.stop,
+            "each_copy": self.each_copy,
         }
 
     def completion(self, request: Request, line: dict[str, Any]) -> Completion:
         """A line as a completion. Raises AttributeError, KeyError, TypeError or ValueError when it is malformed."""
         ids, logprobs = unpacked(line["tokens"], "<i4"), unpacked(line["logprobs"], "<f4")
         width = self.sampling.support_width
-        support = unpacked(line["support"], "<i4").reshape(-1, width) if width else None
+        support = unpacked_support(line, width) if width else None
         lengths = {len(ids), len(logprobs), *(() if support is None else (len(support),))}
         inside = len(ids) and int(ids.min()) >= 0 and int(ids.max()) < self.num_tokens
         if line["version"] != self.version or len(lengths) > 1 or len(ids) > self.limit or not inside:
@@ -136,7 +139,7 @@ class Asked:
 
     def _ask(self, client: Client, pending: dict[int, Request]) -> None:
         """Put the completions of these requests into `lines`, asking again for those that a server did not finish."""
-        pending, refusals = dict(pending), 0
+        pending, refusals, breaks = dict(pending), 0, 0
         while pending and not self.ended.is_set():
             try:
                 for line in client.stream(self.form.body(pending)):
@@ -147,22 +150,26 @@ class Asked:
                     elif line["finish"] in ("stop", "length"):
                         self.lines.put(("row", self.form.completion(pending[line["key"]], line)))
                         del pending[line["key"]]
+                        breaks = 0
                 if pending:
                     raise ServerProblem(f"{client.url}: its answer ended without {len(pending)} completions.")
             except Unusable as problem:
                 self.lines.put(("failed", str(problem)))
                 return
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                why = " ".join(str(error).split())[:200]
-                self.lines.put(("failed", f"{client.url}: answers are malformed ({why})."))
+                reason = " ".join(str(error).split())[:200]
+                self.lines.put(("failed", f"{client.url}: answers are malformed ({reason})."))
                 return
             except (ServerProblem, *CONNECTION_ERRORS) as error:
                 refusals += isinstance(error, ServerProblem)
+                breaks += 1
                 if self.ended.is_set():
                     return
                 try:
                     if isinstance(error, ServerProblem) and refusals >= MAX_TRIES:
                         raise error
+                    if breaks >= MAX_BREAKS:
+                        raise Unusable(f"{client.url}: its answers broke off {breaks} times in a row ({why(error)}).")
                     client.wait(self.ended.is_set, lambda facts: facts["version"] == self.form.version)
                 except ServerProblem as problem:
                     self.lines.put(("failed", str(problem)))

@@ -97,7 +97,7 @@ class Group:
                 probing.connect((place.host, place.port))  # sends nothing, and tells which address would
                 own_host = probing.getsockname()[0]
         except (RuntimeError, OSError) as error:
-            raise BrokeOff(f"the trainer's port {place.port} at {place.host}: {_first_words(error)}") from None
+            raise BrokeOff(f"the trainer at port {place.port} of {place.host}: {_first_words(error)}") from None
         return cls(place, store, rank, own_host, device, buffer)
 
     def send(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -111,6 +111,7 @@ class Group:
             count += 1
             del flat, tensor  # before the next one is made
         self._broadcast(self._padded({"count": count}))
+        self._end()
 
     def receive(self, number: int, changed: list[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of transfer `number`. changed: gets the names of those that were changed on the way.
@@ -129,7 +130,7 @@ class Group:
             if "count" in header:
                 if header["count"] != count:
                     raise BadStream(f"{count} tensors, where {header['count']} were announced")
-                return
+                return self._end()
             frame = frame_of(header, count)
             flat = torch.empty(frame.length, dtype=torch.uint8, device=self.device)
             if frame.length:
@@ -157,11 +158,18 @@ class Group:
             raise BrokeOff("this process has left")
         try:
             if isinstance(self.group, SharedLine):
-                self.group.broadcast(tensor, self.gave_up)
+                self.group.move(tensor, self.gave_up)
             else:
                 self.group.broadcast(tensor, 0).wait()
         except RuntimeError as error:
             raise BrokeOff(_first_words(error)) from None
+
+    def _end(self) -> None:
+        if isinstance(self.group, SharedLine):
+            try:
+                self.group.end_part()
+            except RuntimeError as error:
+                raise BrokeOff(_first_words(error)) from None
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from grpo.runtime.distributed import World
 PYTHON_VARIABLE = "GRPO_VLLM_PYTHON"
 START_S = 1800.0  # for the first start; large models are compiled and captured
 MAX_RESTARTS = 3
+MEMORY_SHARE = 0.3  # of a GPU, beside the trainer; vllm_args follow, and so may say another
 OF_THE_RANK = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC", "OMP_NUM_THREADS")
 
 
@@ -41,9 +42,11 @@ class ChildServer:
         ) + cfg.max_generate_length
         dtype = "float32" if cfg.dtype == "fp32" else "bfloat16"
         self.flags = ["--model", described, "--load-format", "dummy", "--dtype", dtype, "--max-model-len", tokens]
-        self.flags += ["--keep", self.folder / "kept", "--port-file", self.port_file, "--die-with-parent"]
+        self.flags += ["--keep", self.folder / "kept", "--port-file", self.port_file, "--die-with", os.getpid()]
         if world.device.type == "cpu":
             self.flags.append("--enforce-eager")
+        else:
+            self.flags += ["--gpu-memory-utilization", MEMORY_SHARE]
         self.flags += cfg.vllm_args
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(OF_THE_RANK)},

@@ -18,7 +18,12 @@ from grpo.rollout.vllm.wire import PROTOCOL, TOKEN_VARIABLE
 READ_S = 30.0  # most seconds between two lines; a server that is alive sends two a second
 RETRY_S = 1.0  # between two tries
 CONNECTION_ERRORS = (OSError, http.client.HTTPException)
-FACTS = {"version": str, "dtype": str, "max_model_len": int}  # what the trainer reads of a server's facts
+FACTS = {
+    "version": str,
+    "dtype": str,
+    "max_model_len": int,
+    "copies": int,
+}  # what the trainer reads of a server's facts
 
 
 class ServerProblem(Exception):
@@ -40,7 +45,7 @@ class Client:
         self.kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.address = parts.netloc
         self.headers = {"Authorization": f"Bearer {token}"}
-        self.sleeps = False  # whether it can, as its facts said last
+        self.sleeps, self.copies = False, 1  # whether it can, and copies of the model, as its facts said last
         self.notice: Callable[[str], None] | None = None  # told once, each time the server has to be waited for
 
     def answer(self, response: http.client.HTTPResponse) -> dict[str, Any]:
@@ -91,7 +96,7 @@ class Client:
         for name, kind in FACTS.items():
             if not isinstance(facts.get(name), kind):
                 raise Unusable(f"{self.url}: answers are malformed ({name} {str(facts.get(name))[:60]}).")
-        self.sleeps = facts.get("sleeps") is True
+        self.sleeps, self.copies = facts.get("sleeps") is True, facts["copies"]
         return facts
 
     def wait(

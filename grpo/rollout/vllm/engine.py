@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +25,7 @@ from grpo.rollout.vllm.ahead import Ahead
 from grpo.rollout.vllm.asked import Asked, Form
 from grpo.rollout.vllm.client import CONNECTION_ERRORS, Client, ServerProblem, Unusable
 from grpo.rollout.vllm.transfer import Broadcaster, Outcome, send_by_http
-from grpo.rollout.vllm.wire import DTYPES
+from grpo.rollout.vllm.wire import DTYPES, vocabulary_of
 from grpo.runtime.distributed import World
 from grpo.runtime.out_of_memory import FittingSize
 from grpo.runtime.signals import Stopping
@@ -40,8 +41,8 @@ PROBE_TOKENS = 8
 FP32_PROBE_GAP = 1e-3  # nats, where both sides compute in fp32: there about 1e-6 is usual
 PROBE_SLOT = 2**63  # no question's
 
-Score = Callable[[tuple[int, ...], Completion], np.ndarray]
-"""Prompt ids and a completion -> [C] log-probs of the trained model. Called on every rank alike."""
+Score = Callable[[Sequence[tuple[tuple[int, ...], Completion]]], list[np.ndarray]]
+"""(prompt ids, completion)s -> [C] log-probs of the trained model. Called on every rank alike, with rows of its own."""
 
 
 class VllmEngine:
@@ -61,13 +62,15 @@ class VllmEngine:
         tokenizer: PreTrainedTokenizerBase,
         score: Score,
         stopping: Stopping,
+        dtype: str,
         merged: Weights | None = None,
         in_files: Callable[[Iterable[tuple[str, Tensor]]], Iterable[tuple[str, Tensor]]] = iter,
     ):
         """clients: those that this rank asks. owned: those that it sends weights to; each server has one such rank.
 
-        num_tokens: ids from here on are never drawn. merged: the weights to send in place of the policy's trained ones,
-        where these are an adapter's. in_files: gives weights the names and forms that they have in a model's files.
+        num_tokens: ids from here on are never drawn. dtype: that servers compute in. merged: the weights to send in
+        place of the policy's trained ones, where these are an adapter's. in_files: gives weights the names and forms
+        that they have in a model's files.
         """
         self.merged, self.in_files = merged, in_files
         self.cfg, self.world, self.clients, self.owned = cfg, world, list(clients), list(owned)
@@ -76,7 +79,8 @@ class VllmEngine:
         self.fitting = FittingSize("rollout", "rollout_chunk_rows", "rows")
         texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
         self.probes = [tuple(ids[: cfg.max_prompt_length or 64]) for ids in texts if ids]
-        self.dtype = "float32"
+        self.dtype = dtype
+        self.gap_limit = sampler_gap_limit(cfg, dtype)
         self.loaded: int | None = None  # the policy's version that the servers hold
         self.version = ""  # the same, as they know it
         self.loads = 0
@@ -125,6 +129,7 @@ class VllmEngine:
     def _send(self, weights: Iterable[tuple[str, Tensor]]) -> ServerProblem | None:
         """One transfer to the servers of this rank; what went wrong."""
         problem: ServerProblem | None = None
+        self._make_room()
         try:
             for client in self.owned:
                 client.wait()
@@ -134,7 +139,7 @@ class VllmEngine:
             for _ in weights:  # where weights are sharded, gathering them needs every rank
                 pass
             return problem
-        converted = ((name, tensor.detach().to(DTYPES[self.dtype])) for name, tensor in self.in_files(weights))
+        converted = self.in_files((name, tensor.detach().to(DTYPES[self.dtype])) for name, tensor in weights)
         for client, outcome in zip(self.owned, self.send(converted, self.version), strict=True):
             if isinstance(outcome, ServerProblem):
                 return outcome
@@ -148,29 +153,37 @@ class VllmEngine:
         client: None on a rank that owns fewer; it scores something too: a collective where weights are sharded.
         """
         sampling = sampling_of(self.cfg)
-        requests = [Request(i, PROBE_SLOT, i, ids) for i, ids in enumerate(self.probes)]
-        answers: dict[int, Completion] = {}
-        if client is not None and not self.failed:
-            form = replace(self._form(sampling), limit=PROBE_TOKENS, stop_ids=[], stop=[])
-            answers = self._collected(Asked(form, [(client, dict(enumerate(requests)))]))
-        gaps: list[float] = []
         support = np.full((1, sampling.support_width), -1, np.int32) if sampling.support_width else None
         nothing = Completion(0, np.zeros(1, np.int32), np.zeros(1, np.float32), "length", support)
-        for request in requests:
-            answer = answers.get(request.row, nothing)
-            answer = answer if len(answer.token_ids) else nothing
-            found = self.score(request.prompt_ids, answer)
-            if answer is not nothing:
-                gaps += np.abs(found - answer.sampler_logprobs).tolist()
-        gap, limit = float(np.mean(gaps)) if gaps else 0.0, sampler_gap_limit(self.cfg)
+        probed = [(self.probes[0], nothing)]
+        if client is not None and not self.failed:
+            places = [(n, text) for n, text in enumerate(self.probes) for _ in range(client.copies)]
+            requests = [Request(row, PROBE_SLOT, n, text) for row, (n, text) in enumerate(places)]
+            form = replace(self._form(sampling), limit=PROBE_TOKENS, stop_ids=[], stop=[], each_copy=True)
+            answers = self._collected(Asked(form, [(client, dict(enumerate(requests)))]))
+            probed = [(requests[row].prompt_ids, one) for row, one in answers.items() if len(one.token_ids)] or probed
+        scored = self.score(probed)
+        if client is None or self.failed:
+            return
+        gaps = [np.abs(own - one.sampler_logprobs) for own, (_, one) in zip(scored, probed, strict=True)]
+        gap, limit = float(np.concatenate(gaps).mean()), self.gap_limit
         if self.cfg.max_sampler_gap is None and (self.cfg.dtype, self.dtype) == ("fp32", "float32"):
             limit = FP32_PROBE_GAP
-        if client is not None and not self.failed and not (gaps and gap <= limit):
+        if probed[0][1] is nothing or not gap <= limit:
+            worst = max(range(len(gaps)), key=lambda n: float(gaps[n].max()))
+            at, one = int(gaps[worst].argmax()), probed[worst][1]
             self.fail(
                 f"{client.url}: every tensor arrived as it was sent, but on fixed texts its log-probs differ from the "
-                f"trainer's by {gap:.3g} nats on average, {limit:g} are allowed (max_sampler_gap). It computes "
-                "something else: compare its --model (rope, architecture), --dtype and quantisation with this run's."
+                f"trainer's by {gap:.3g} nats on average, {limit:g} are allowed (max_sampler_gap); most in text "
+                f"{one.row // client.copies + 1}, token {at + 1}, copy {one.row % client.copies + 1}: "
+                f"{one.sampler_logprobs[at]:.4g} there, {scored[worst][at]:.4g} here. It computes something else: "
+                "compare its --model (rope, architecture), --dtype and quantisation with this run's."
             )
+
+    def _make_room(self) -> None:
+        """Give memory back to the device before a server that slept on it takes its own."""
+        if self.world.device.type == "cuda" and self.cfg.rollout_server is None:
+            torch.cuda.empty_cache()
 
     def rest(self) -> None:
         """See `Engine`: servers that can (--enable-sleep-mode) sleep until they are asked again."""
@@ -199,6 +212,7 @@ class VllmEngine:
             self.behind = self.ahead.behind
         missing = [request for request in requests if request.row not in completed]
         if missing and not self.failed:
+            self._make_room()
             asked = self._ask(missing, self._form(sampling))
             completed |= self._collected(asked, pulse, on_finished)
         return [completed[request.row] for request in requests if request.row in completed]
@@ -233,7 +247,7 @@ class VllmEngine:
         return completed
 
 
-def check_facts(facts: dict[str, Any], url: str, cfg: Config, config: Any) -> None:
+def check_facts(facts: dict[str, Any], url: str, cfg: Config, config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Compare a server's model with the trained one. config: of the trained model. Raises UserError."""
     text = config.get_text_config()
     own = {name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
@@ -249,6 +263,11 @@ def check_facts(facts: dict[str, Any], url: str, cfg: Config, config: Any) -> No
         raise UserError(
             f"rollout_server: {url} takes {facts.get('max_model_len')} tokens, max_prompt_length + max_generate_length "
             f"are {needed}. Start it with --max-model-len {needed}."
+        )
+    if cfg.stop and facts.get("vocabulary") != vocabulary_of(tokenizer):
+        raise UserError(
+            f"stop: {url} has another tokenizer, so it would find other stop strings. Start it with --tokenizer "
+            f"{cfg.model}."
         )
     if facts.get("dtype") not in DTYPES:
         raise UserError(

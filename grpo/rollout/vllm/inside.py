@@ -65,11 +65,11 @@ class KeyedDraw(LogitsProcessor):
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, (arguments, _) in self.rows.items():
             if index < len(logits):
-                kinds.setdefault(tuple(arguments[4:]), []).append(index)
-        for (num_tokens, *settings), indices in kinds.items():
+                kinds.setdefault((arguments[0], *arguments[4:]), []).append(index)
+        for (seed, num_tokens, *settings), indices in kinds.items():
             slots, generations, firsts = np.array([self.rows[i][0][1:4] for i in indices], dtype=np.uint64).T
             ages = firsts + np.array([len(self.rows[i][1]) for i in indices], dtype=np.uint64)
-            numbers = uniforms(self.rows[indices[0]][0][0], slots, generations, 1, ages)[:, 0]
+            numbers = uniforms(seed, slots, generations, 1, ages)[:, 0]
             chosen = torch.tensor(indices, device=logits.device)
             sampling = Sampling(*settings)
             given = logits[chosen, :num_tokens]

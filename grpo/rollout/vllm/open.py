@@ -33,15 +33,16 @@ def open_vllm(
     problem: UserError | None = None
     clients: list[Client] = []
     try:
+        in_files = NamesInFiles(model)
         if cfg.rollout_server is None:
             clients, owns = _own_server(cfg, world, model, tokenizer)
         else:
             clients, owns = _running_servers(cfg), world.is_main
-        in_files, dtypes = NamesInFiles(model), []
+        dtypes = []
         for client in clients:
             client.notice = warn if world.is_main else None
             facts = client.wait()
-            check_facts(facts, client.url, cfg, model.config)
+            check_facts(facts, client.url, cfg, model.config, tokenizer)
             dtypes.append(facts["dtype"])
         if len(set(dtypes)) > 1:
             raise UserError(f"rollout_server: they compute in {', '.join(dtypes)}. Start all with one --dtype.")
@@ -53,9 +54,9 @@ def open_vllm(
     if failed:
         raise problem or UserError("rollout_server: another rank cannot use it, see its error.")
     owned = clients if owns else []
-    engine = VllmEngine(cfg, world, clients, owned, stop_ids, num_tokens, tokenizer, score, stopping, merged, in_files)
-    engine.dtype = dtypes[0]
-    return engine
+    return VllmEngine(
+        cfg, world, clients, owned, stop_ids, num_tokens, tokenizer, score, stopping, dtypes[0], merged, in_files
+    )
 
 
 def _running_servers(cfg: Config) -> list[Client]:

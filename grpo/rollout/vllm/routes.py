@@ -14,6 +14,8 @@ from grpo.rollout.vllm.wire import TOKEN_VARIABLE, BadStream, describe
 if TYPE_CHECKING:
     from grpo.rollout.vllm.server import Server
 
+SILENT_S = 300.0  # most seconds between two pieces of weights; ranks may be gathering them
+
 
 class Guard:
     """ASGI middleware: no token, no answer."""
@@ -97,9 +99,13 @@ def _add_weights(app: FastAPI, server: "Server") -> None:
     @app.post("/weights")
     async def weights(request: Request) -> JSONResponse:
         async def work() -> dict[str, Any]:
+            pieces = request.stream()
             with server.arriving.open("wb") as file:
-                async for piece in request.stream():
-                    file.write(piece)
+                try:
+                    while piece := await asyncio.wait_for(anext(pieces, b""), SILENT_S):
+                        file.write(piece)
+                except TimeoutError:
+                    raise BadStream(f"nothing came for {SILENT_S:g} s") from None
             return await server.load_stored(request.query_params["version"])
 
         return await alone("weights", work)

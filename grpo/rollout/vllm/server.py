@@ -36,7 +36,18 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from grpo.rollout.vllm.routes import Guard, app_of
-from grpo.rollout.vllm.wire import DRAW, IN_SUPPORT, PROTOCOL, TOKEN_VARIABLE, describe, index_of, packed, unpacked
+from grpo.rollout.vllm.wire import (
+    DRAW,
+    IN_SUPPORT,
+    PROTOCOL,
+    TOKEN_VARIABLE,
+    describe,
+    index_of,
+    packed,
+    packed_support,
+    unpacked,
+    vocabulary_of,
+)
 
 INSIDE = "grpo.rollout.vllm.inside"
 STREAM_INTERVAL = 64  # tokens of a completion between two reports of its progress
@@ -56,6 +67,7 @@ class Server:
         self.loading = asyncio.Lock()
         self.asleep, self.turning = False, asyncio.Lock()
         self.numbers = iter(range(2**63))
+        self.vocabulary = vocabulary_of(engine.get_tokenizer()) if engine.renderer.tokenizer is not None else ""
 
     def facts(self) -> dict[str, Any]:
         """What a trainer compares with its own model."""
@@ -72,8 +84,10 @@ class Server:
             "version": self.version,
             "unfinished": len(self.running),
             "loading": self.loading.locked(),
+            "vocabulary": self.vocabulary,
             "sleeps": model.enable_sleep_mode,
             "device": current_platform.device_type,
+            "copies": parallel.data_parallel_size,
             "processes": parallel.world_size * parallel.data_parallel_size,
             **named,
         }
@@ -83,6 +97,7 @@ class Server:
         prompts = [unpacked(text, "<i4").tolist() for text in given["prompts"]]
         counts: dict[int, int] = {}
         base = sampling_params(given["support_width"], given["stop_ids"], given["stop"])
+        copies = self.engine.vllm_config.parallel_config.data_parallel_size
 
         async def one(key: int, prompt: int, limit: int, *keys: int) -> None:
             params = base.clone()
@@ -90,7 +105,9 @@ class Server:
             params.extra_args = {DRAW: [*keys, given["num_tokens"], *given["sampling"]]}
             ids, logprobs, support, reason = list[int](), list[float](), list[list[int]](), "length"
             request = {"prompt_token_ids": prompts[prompt]}
-            async for output in self.engine.generate(request, params, f"grpo-{next(self.numbers)}"):
+            copy = key % copies if given["each_copy"] else None
+            name = f"grpo-{next(self.numbers)}"
+            async for output in self.engine.generate(request, params, name, data_parallel_rank=copy):
                 (part,) = output.outputs
                 for place, token in enumerate(part.token_ids):
                     found = part.logprobs[place]
@@ -103,9 +120,7 @@ class Server:
             line: dict[str, Any] = {"key": key, "finish": reason, "version": self.version}
             line |= {"tokens": packed(ids, "<i4"), "logprobs": packed(logprobs, "<f4")}
             if base.logprobs:
-                width = base.logprobs
-                padded = [(kept + [-1] * width)[:width] for kept in support]
-                line["support"] = packed(padded, "<i4")
+                line |= packed_support(support)
             lines.put_nowait(line)
 
         async def progress() -> None:
@@ -128,8 +143,12 @@ class Server:
     async def load_stored(self, version: str) -> dict[str, Any]:
         """Load the stream that has arrived, and keep it. Raises BadStream, with everything as it was, and as `load`."""
         answer = await self.load_file(self.arriving, version)
+        named = self.kept.with_suffix(".version")
+        named.unlink(missing_ok=True)  # so that no weights are ever kept under the name of others
         self.arriving.replace(self.kept)
-        self.kept.with_suffix(".version").write_text(version, encoding="utf-8")
+        partial = named.with_suffix(".partial")
+        partial.write_text(version, encoding="utf-8")
+        partial.replace(named)
         return answer
 
     async def load_file(self, file: Path, version: str) -> dict[str, Any]:
@@ -237,7 +256,7 @@ def parse(argv: list[str]) -> Any:
     parser.add_argument("--port", type=int, default=8100, help="0: a free one")
     parser.add_argument("--gpus", type=int, help="copies of the model, one a GPU (vLLM's --data-parallel-size)")
     parser.add_argument("--keep", type=Path, help="folder for the last weights (default: one in the temporary folder)")
-    parser.add_argument("--die-with-parent", action="store_true", help="end when the process that started it has died")
+    parser.add_argument("--die-with", type=int, metavar="PID", help="end when this process, which started it, has died")
     parser.add_argument("--port-file", type=Path, help="file that gets the port once the server is ready")
     AsyncEngineArgs.add_cli_args(parser)
     return parser.parse_args(argv)
@@ -263,7 +282,8 @@ def refuse(line: str) -> NoReturn:
 
 def kept_file(folder: Path | None, port: int) -> Path:
     """Where the last weights are kept; only this user can read the folder."""
-    folder = folder or Path(tempfile.gettempdir()) / f"grpo-vllm-{os.getuid()}-{port}"
+    place = port or f"process-{os.getpid()}"
+    folder = folder or Path(tempfile.gettempdir()) / f"grpo-vllm-{os.getuid()}-{place}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
     if status.st_uid != os.getuid() or folder.is_symlink():
@@ -313,8 +333,10 @@ async def serve(args: Any, token: str) -> None:
 def main(argv: list[str]) -> None:
     """Run the server."""
     args = parse(argv)
-    if args.die_with_parent and sys.platform == "linux":
+    if args.die_with is not None and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != args.die_with:  # it has died already
+            sys.exit(1)
     token = os.environ.get(TOKEN_VARIABLE, "")
     if len(token) < 16:  # before a model is loaded
         refuse(f"{TOKEN_VARIABLE}: the environment must hold a secret of 16 characters or more, got {len(token)}.")

@@ -9,8 +9,9 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -19,83 +20,89 @@ from torch import Tensor
 BUFFER_BYTES = 1 << 25
 LEFT = 1 << 50
 WRITTEN, READ = "written", "read"  # counters in the store: parts
-POLL_S = 0.0002
-CUDA_FIELDS = 8  # of torch's description of shared CUDA memory
+POLL_S = 0.0005
 
 
 class SharedBuffer:
     """The memory: `tensor`, uint8 [BUFFER_BYTES]."""
 
-    def __init__(self, tensor: Tensor, handle: list[Any], descriptor: int | None = None):
+    def __init__(self, tensor: Tensor, file: IO[bytes] | None = None):
         """Use `create` or `open`."""
-        self.tensor, self.handle, self.descriptor = tensor, handle, descriptor
+        self.tensor, self.file = tensor, file
 
     @classmethod
     def create(cls, device: torch.device) -> "SharedBuffer":
-        """New memory. Its `handle` can be written as JSON, and is what `open` takes. Raises RuntimeError, OSError."""
+        """New memory. Raises RuntimeError, OSError."""
         if device.type == "cuda":
-            tensor = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device=device)
-            _, *described = tensor.untyped_storage()._share_cuda_()  # the first is this process's number of the GPU
-            return cls(tensor, [one.hex() if isinstance(one, bytes) else one for one in described])
+            return cls(torch.empty(BUFFER_BYTES, dtype=torch.uint8, device=device))
         if not hasattr(os, "memfd_create"):
             raise RuntimeError("this system has no shared memory of that kind: use rollout_transfer http")
-        descriptor = os.memfd_create("grpo weights")
-        os.ftruncate(descriptor, BUFFER_BYTES)
-        return cls(_mapped(descriptor), [f"/proc/{os.getpid()}/fd/{descriptor}"], descriptor)
+        file = os.fdopen(os.memfd_create("grpo weights"), "r+b")
+        file.truncate(BUFFER_BYTES)
+        return cls(_mapped(file), file)
+
+    def handle(self) -> list[Any]:
+        """What `open` takes; it can be written as JSON. Raises RuntimeError."""
+        if self.file is not None:
+            return [f"/proc/{os.getpid()}/fd/{self.file.fileno()}"]
+        _, *described = self.tensor.untyped_storage()._share_cuda_()  # the first is this process's number of the GPU
+        return [one.hex() if isinstance(one, bytes) else one for one in described]
 
     @classmethod
     def open(cls, handle: list[Any], device: torch.device) -> "SharedBuffer":
         """Memory of another process. device: where it is, as this process knows it. Raises RuntimeError, OSError."""
         if len(handle) == 1:
-            descriptor = os.open(handle[0], os.O_RDWR)
-            try:
-                return cls(_mapped(descriptor), handle)
-            finally:
-                os.close(descriptor)
-        if device.type != "cuda" or len(handle) != CUDA_FIELDS - 1:
+            with open(handle[0], "r+b") as file:
+                return cls(_mapped(file))
+        if device.type != "cuda":
             raise RuntimeError(f"the trainer's memory is on a GPU, this process computes on {device}")
         described = [bytes.fromhex(one) if isinstance(one, str) else one for one in handle]
-        index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.init()
+        index = torch.cuda.current_device() if device.index is None else device.index
         storage = torch.UntypedStorage._new_shared_cuda(index, *described)
-        return cls(torch.empty(0, dtype=torch.uint8, device=device).set_(storage), handle)
-
-    def close(self) -> None:
-        """Other processes keep what they have opened."""
-        descriptor, self.descriptor = self.descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        return cls(torch.empty(0, dtype=torch.uint8, device=device).set_(storage))
 
 
-def _mapped(descriptor: int) -> Tensor:
-    return torch.frombuffer(mmap.mmap(descriptor, BUFFER_BYTES), dtype=torch.uint8)
+def _mapped(file: IO[bytes]) -> Tensor:
+    return torch.frombuffer(mmap.mmap(file.fileno(), BUFFER_BYTES), dtype=torch.uint8)
 
 
 class SharedLine:
-    """One member's end: `broadcast` as a process group's, from the member that writes to all others."""
+    """One member's end of a stream of bytes from the member that writes to all others, a buffer full at a time."""
 
     def __init__(self, buffer: SharedBuffer, store: dist.Store, readers: int, writes: bool, timeout_s: float):
         self.buffer, self.store, self.readers, self.timeout_s = buffer, store, readers, timeout_s
         self.own, self.others = (WRITTEN, READ) if writes else (READ, WRITTEN)
-        self.parts = 0
+        self.parts = 0  # that this member has finished
+        self.place: int | None = None  # in the part that it is at; None: it waits for its turn
 
-    def broadcast(self, data: Tensor, gave_up: Callable[[], bool] = lambda: False) -> None:
+    def move(self, data: Tensor, gave_up: Callable[[], bool] = lambda: False) -> None:
         """Send or fill `data`, uint8 [n], on the buffer's device. Raises RuntimeError when another member has left.
 
         gave_up: asked while this waits.
         """
-        for part in data.split(BUFFER_BYTES):
-            shared = self.buffer.tensor[: len(part)]
+        while len(data):
+            if self.place is None:
+                self._wait(self.parts * self.readers if self.own == WRITTEN else self.parts + 1, gave_up)
+                self.place = 0
+            shared = self.buffer.tensor[self.place : self.place + len(data)]
+            piece, data = data[: len(shared)], data[len(shared) :]
             if self.own == WRITTEN:
-                self._wait(self.parts * self.readers, gave_up)
-                shared.copy_(part)
+                shared.copy_(piece)
             else:
-                self._wait(self.parts + 1, gave_up)
-                part.copy_(shared)
-            if shared.is_cuda:
-                torch.cuda.current_stream(shared.device).synchronize()
-            self.parts += 1
-            self.store.add(self.own, 1)
+                piece.copy_(shared)
+            self.place += len(shared)
+            if self.place == BUFFER_BYTES:
+                self.end_part()
+
+    def end_part(self) -> None:
+        """The others' turn. Both sides call it at the end of a transfer. Raises RuntimeError."""
+        if self.place is None:
+            return
+        if self.buffer.tensor.is_cuda:
+            torch.cuda.current_stream(self.buffer.tensor.device).synchronize()
+        self.parts, self.place = self.parts + 1, None
+        self.store.add(self.own, 1)
 
     def _wait(self, parts: int, gave_up: Callable[[], bool]) -> None:
         """Until the others have written or read so many parts."""
@@ -111,9 +118,6 @@ class SharedLine:
 
     def abort(self) -> None:
         """Leave: members that wait end with an error."""
-        try:
+        with suppress(RuntimeError):  # the store may have gone, and with it the trainer
             self.store.set_timeout(timedelta(seconds=1))
             self.store.add(self.own, LEFT)
-        except RuntimeError:
-            pass  # the store has gone, and with it the trainer
-        self.buffer.close()

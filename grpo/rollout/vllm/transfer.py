@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo.errors import warn
 from grpo.rollout.vllm.broadcast import JOIN_S, MEMBERS, READY, BrokeOff, Group, Place
 from grpo.rollout.vllm.client import CONNECTION_ERRORS, Client, ServerProblem, Unusable, why
 from grpo.rollout.vllm.shared_buffer import SharedBuffer
@@ -99,6 +100,8 @@ class Broadcaster:
         self.clients, self.device, self.other_devices, self.timeout_s = list(clients), device, other_devices, timeout_s
         self.join_s = min(JOIN_S, timeout_s)
         self.group: Group | None = None
+        self.buffer: SharedBuffer | None = None
+        self.ipc = True  # CUDA's, of memory
         self.processes: list[int] = []  # of each server
         self.sent = 0
 
@@ -142,17 +145,16 @@ class Broadcaster:
                 return [ServerProblem(f"{client.url}: {why(error)}.") for _ in self.clients]
         # the address that servers elsewhere reach: servers on this machine reach it, too
         host = next((found for found in hosts if not ip_address(found).is_loopback), hosts[0])
-        buffer: SharedBuffer | None = None
+        shared: tuple[SharedBuffer, list[Any]] | None = None
         try:
             listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-            if not self.other_devices:
-                buffer = SharedBuffer.create(self.device if cuda else torch.device("cpu"))
+            shared = None if self.other_devices else self._shared(cuda)
         except (OSError, RuntimeError) as error:
             reason = f"{client.url}: no port at {host}, or no memory to share ({why(error)})."
             return [ServerProblem(reason) for _ in self.clients]
+        buffer, handle = shared or (None, None)
         port, size = listening.getsockname()[1], 1 + sum(self.processes)
         backend = "shared" if buffer else "nccl" if cuda else "gloo"
-        handle = buffer.handle if buffer else None
         place = Place(secrets.token_hex(8), host, port, size, backend, self.timeout_s + JOIN_S, handle)
         store = dist.TCPStore(
             host,
@@ -171,10 +173,27 @@ class Broadcaster:
                 problem = problem if missing else ""
             except BrokeOff as error:
                 problem = f"the process group at port {port} of {host} could not be made ({error})"
-        elif buffer is not None:
-            buffer.close()
         del store  # so that no server waits there, where it was not made
-        return self._outcomes(answers, problem)
+        outcomes = self._outcomes(answers, problem)
+        if buffer is not None and buffer.tensor.is_cuda and "process group:" in str(outcomes[0]):  # a server's answer
+            self._without_ipc(str(outcomes[0]))
+        return outcomes
+
+    def _shared(self, cuda: bool) -> tuple[SharedBuffer, list[Any]]:
+        """Memory for all groups, and its handle for one. Raises OSError, RuntimeError."""
+        if cuda and self.ipc:
+            try:
+                self.buffer = self.buffer or SharedBuffer.create(self.device)
+                return self.buffer, self.buffer.handle()
+            except RuntimeError as error:
+                self._without_ipc(why(error))
+        self.buffer = self.buffer or SharedBuffer.create(torch.device("cpu"))
+        return self.buffer, self.buffer.handle()
+
+    def _without_ipc(self, reason: str) -> None:
+        """From now on CPU memory is shared, which is slower and always works."""
+        self.ipc, self.buffer = False, None
+        warn(f"warning: weights go through CPU memory, because CUDA IPC fails here: {reason[:300]}")
 
     def _idle(self, client: Client) -> dict[str, Any]:
         """A server's facts, once it has ended an earlier try. Raises as `Client.facts`."""

@@ -9,9 +9,10 @@ A stream without its last frame is one that broke off; it is refused as a whole.
 """
 
 import base64
+import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,6 +47,12 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+def vocabulary_of(tokenizer: Any) -> str:
+    """A hash of a tokenizer's tokens, in the order of their ids."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return hashlib.sha256("\0".join(map(str, tokens)).encode("utf-8", "replace")).hexdigest()
+
+
 def packed(values: Any, dtype: str) -> str:
     """An array as base64 of its little-endian bytes, in the order of its elements.
 
@@ -58,6 +65,26 @@ def packed(values: Any, dtype: str) -> str:
 def unpacked(text: str, dtype: str) -> np.ndarray:
     """The inverse of `packed`, one dimension. Raises ValueError."""
     return np.frombuffer(base64.b64decode(text, validate=True), dtype=dtype)
+
+
+def packed_support(kept: Sequence[Sequence[int] | np.ndarray]) -> dict[str, str]:
+    """The ids that each token was drawn from, as fields of a line.
+
+    >>> unpacked_support(packed_support([[4, 9], [], [7]]), 3).tolist()
+    [[4, 9, -1], [-1, -1, -1], [7, -1, -1]]
+    """
+    flat = np.concatenate([np.zeros(0), *kept])
+    return {"kept": packed([len(ids) for ids in kept], "<i4"), "support": packed(flat, "<i4")}
+
+
+def unpacked_support(line: dict[str, Any], width: int) -> np.ndarray:
+    """The inverse, [C, width], padded with -1. Raises KeyError, TypeError or ValueError."""
+    kept, ids = unpacked(line["kept"], "<i4"), unpacked(line["support"], "<i4")
+    if kept.min(initial=0) < 0 or kept.max(initial=0) > width or kept.sum() != len(ids):
+        raise ValueError(f"a support of {len(ids)} ids in {len(kept)} tokens, at most {width} each")
+    support = np.full((len(kept), width), -1, np.int32)
+    support[np.arange(width) < kept[:, None]] = ids
+    return support
 
 
 def frames(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes | memoryview]:

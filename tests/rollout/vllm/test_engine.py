@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from grpo.errors import UserError
 from grpo.rollout.sampling import Sampling
-from grpo.rollout.vllm.engine import check_facts
-from grpo.rollout.vllm.wire import PROTOCOL, index_of, packed
+from grpo.rollout.vllm import client
+from grpo.rollout.vllm.asked import MAX_BREAKS
+from grpo.rollout.vllm.wire import PROTOCOL, index_of, packed, unpacked
 from tests.rollout.vllm.asking import Trainer, assert_equal
 from tests.support.rollout_server import Died
 
@@ -230,15 +230,70 @@ def test_faults_of_a_rollout(tiny_folder, stand_in, case, monkeypatch):
     assert all(one.token_ids.tolist() == whole[one.row] for one in finished)
 
 
-@pytest.mark.parametrize("support", [[[10**6, -1]], [[-1, -1]], [[5, 6]], [[-7, 5]]])
-def test_a_support_must_hold_its_token(tiny_folder, stand_in, support):
+SUPPORTS = {  # kept ids of a token that is 9: their numbers, they themselves, and words
+    "beyond the vocabulary": ([1], [10**6], "outside of their support"),
+    "none": ([0], [], "outside of their support"),
+    "others": ([2], [5, 6], "outside of their support"),
+    "negative": ([2], [-7, 9], "outside of their support"),
+    "more than the width": ([3], [9, 5, 6], "at most 2 each"),
+    "more than announced": ([1], [9, 5], "at most 2 each"),
+    "a negative number": ([-1], [9], "at most 2 each"),
+    "of another token": ([1, 1], [9, 9], "row"),
+}
+
+
+@pytest.mark.parametrize("case", SUPPORTS.values(), ids=SUPPORTS)
+def test_a_support_must_hold_its_token(tiny_folder, stand_in, case):
+    kept, ids, words = case
     server = stand_in()
     trainer = Trainer(tiny_folder, [server], top_k=2)
     trainer.send()
-    one = dict(tokens=packed([9], "<i4"), logprobs=packed([-1], "<f4"), support=packed(support, "<i4"))
-    server.change_lines = edited(**one)
+    one = dict(tokens=packed([9], "<i4"), logprobs=packed([-1], "<f4"))
+    server.change_lines = edited(**one, kept=packed(kept, "<i4"), support=packed(ids, "<i4"))
     trainer.sample()
-    assert "outside of their support" in trainer.problems[0]
+    assert "malformed" in trainer.problems[0] and words in trainer.problems[0]
+
+
+def test_every_copy_of_a_server_is_probed(tiny_folder, stand_in):
+    """Two of three copies; without a wrong one (the control) nothing is said. The line names what differs most."""
+    server = stand_in()
+    for wrong in (None, 2):
+        server.change_facts = lambda facts: facts | {"copies": 3}
+
+        def of_a_copy(lines, given, wrong=wrong):
+            for text in lines:
+                line = json.loads(text)
+                if given["each_copy"] and "key" in line and line["key"] % 3 == wrong:
+                    logprobs = unpacked(line["logprobs"], "<f4").copy()
+                    logprobs[1] -= 5.0 + line["key"]
+                    text = json.dumps(line | {"logprobs": packed(logprobs, "<f4")}).encode() + b"\n"
+                yield text
+
+        server.change_lines = of_a_copy
+        trainer = Trainer(tiny_folder, [server])
+        trainer.send()
+        assert [number for _, number in server.asked[-1:]] == [9]
+        assert len(trainer.problems) == (wrong is not None)
+    assert "most in text 3, token 2, copy 3: -" in trainer.problems[0]
+
+
+def test_a_connection_that_always_breaks_is_given_up(tiny_folder, stand_in, monkeypatch):
+    """The server answers and draws tokens each time, but no completion ever arrives."""
+    monkeypatch.setattr(client, "RETRY_S", 0.01)
+    server = stand_in()
+    trainer = Trainer(tiny_folder, [server], rollout_timeout_s=60.0)
+    trainer.send()
+    tries = []
+
+    def breaks(lines, given):
+        tries.append(1)
+        yield json.dumps({"progress": len(tries)}).encode() + b"\n"
+        raise Died
+
+    server.change_lines = breaks
+    assert trainer.sample() == []
+    (line,) = trainer.problems
+    assert server.url in line and "broke off" in line and len(tries) == MAX_BREAKS
 
 
 def test_a_rollout_that_broke_off_goes_on_with_what_is_missing(tiny_folder, stand_in):
@@ -327,23 +382,3 @@ def test_a_rollout_that_is_interrupted_ends_at_once(tiny_folder, stand_in):
     began, finished = time.monotonic(), []
     trainer.sample(pulse=lambda: len(finished) == 2, on_finished=finished.extend)
     assert time.monotonic() - began < 2 and len(finished) == 2 and not trainer.problems
-
-
-FACTS = {
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "vocab_size": 301,
-    "architecture": "LlamaForCausalLM",
-    "max_model_len": 43,
-    "dtype": "float64",
-}
-
-
-@pytest.mark.parametrize("name", FACTS)
-def test_a_server_of_another_model_is_refused(tiny_folder, stand_in, name):
-    """With what differs; the facts as they are (the control) pass."""
-    server = stand_in()
-    trainer = Trainer(tiny_folder, [server], max_prompt_length=32)
-    check_facts(server.facts(), server.url, trainer.cfg, trainer.model.config)
-    with pytest.raises(UserError, match=f"{server.url} .*{FACTS[name]}"):
-        check_facts(server.facts() | {name: FACTS[name]}, server.url, trainer.cfg, trainer.model.config)

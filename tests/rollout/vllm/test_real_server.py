@@ -7,6 +7,8 @@ import http.client
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -108,7 +110,7 @@ def test_tokens_and_supports_are_the_native_engines(served):
         assert trainer.problems == [], name
         different = assert_same_or_close(trainer, ours, trainer.native(), sampling)
         assert [one.token_ids.tolist() for one in control] != [one.token_ids.tolist() for one in ours]
-        gaps = [np.abs(one.sampler_logprobs - trainer.score(PROMPTS[one.row // 3], one)) for one in ours]
+        gaps = [np.abs(one.sampler_logprobs - trainer.score([(PROMPTS[one.row // 3], one)])[0]) for one in ours]
         gap = np.concatenate(gaps)
         print(f"{folder.parent.name} {name}: gap max {gap.max():.2g} mean {gap.mean():.2g}, {different} rows differ")
         assert gap.max() < CLOSE
@@ -230,6 +232,46 @@ def test_insecure_serialization_is_never_asked_for():
     assert not [file for file in files if "VLLM_ALLOW_INSECURE_SERIALIZATION=" in file.read_text(encoding="utf-8")]
 
 
+# --- other servers
+
+
+@pytest.mark.parametrize("flags", [["--gpus", "2"], ["--tensor-parallel-size", "2"]], ids=["copies", "workers"])
+def test_several_processes_of_vllm(tmp_path, monkeypatch, flags):
+    """Weights reach all of them any way, also after a break; a killed script leaves nothing behind."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    model = save_served(tmp_path / "model", "qwen3")
+    server = RealServer(save_served(tmp_path / "other", "qwen3", seed=1), tmp_path, *flags)
+    try:
+        for how in ({}, {"rollout_transfer": "broadcast"}, {"rollout_transfer": "broadcast", "own": True}):
+            trainer = Trainer(model, [server], **SLOW, **how)
+            for _ in range(2):
+                trainer.update()
+                trainer.send()
+            assert trainer.problems == []
+            assert trainer.engine.clients[0].copies == (2 if "--gpus" in flags else 1)
+            assert_same_or_close(trainer, trainer.sample(), trainer.native(), sampling_of(trainer.cfg))
+    finally:
+        leaders = [pid for pid, command in server.processes().items() if "grpo.rollout.vllm.server" in command]
+        server.script.kill()
+        server.script.wait()
+    for leader in leaders:
+        wait_until_gone(leader)
+    assert leaders and server.processes() == {} and is_free(server.port)
+
+
+def test_another_rope_is_noticed(tmp_path):
+    """The same weights, and every checksum right: the probes stop it. With its own rope: the tests above."""
+    model = save_served(tmp_path / "model", "qwen3")
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}}
+    server = RealServer(model, tmp_path, "--hf-overrides", json.dumps(rope))
+    try:
+        trainer = Trainer(model, [server], **SLOW)
+        trainer.send()
+    finally:
+        server.stop()
+    assert len(trainer.problems) == 1 and "on fixed texts" in trainer.problems[0]
+
+
 # --- whole runs
 
 
@@ -284,6 +326,44 @@ def test_kills_in_the_middle_of_rollouts(arena, native, tmp_path):
     print(f"rows with the tokens of the native run: {share:.3f}")
     assert share > 0.9
     assert server.processes() == {} and is_free(server.port)
+
+
+def test_share_of_equal_tokens(arena, native, tmp_path):
+    """Of rows, against the native run: one rank, again, two ranks, killed in the third step and continued."""
+    server = RealServer(arena.settings["model"], tmp_path)
+    environment = {TOKEN_VARIABLE: TOKEN}
+    found = {}
+    try:
+        for name, world in {"one rank": 1, "again": 1, "two ranks": 2, "continued": 1}.items():
+            run = arena.run(world=world, rollout_engine="vllm", rollout_server=server.url)
+            if name == "continued":
+                job = run.launch(env=environment)
+                wait_for(lambda run=run, job=job: in_rollout(run, 3) or not job.running(), 1200)
+                assert job.running(), job.text()[-3000:]
+                job.kill(signal.SIGKILL)
+                job.wait(60)
+            run.finish(timeout=1800, env=environment)
+            found[name] = tokens_of(run)
+    finally:
+        server.stop()
+    shares = {name: share_of_equal(tokens, native) for name, tokens in found.items()}
+    shares |= {f"{name}, against one rank": share_of_equal(found[name], found["one rank"]) for name in found}
+    print(shares)
+    assert min(shares.values()) > 0.9
+
+
+def test_the_demo_learns(tmp_path):
+    """With a server of its own and weights through shared memory; benchmarks/rollout_ahead.py has the controls."""
+    command = [sys.executable, "train.py", "--rollout_engine", "vllm", "--rollout_transfer", "broadcast"]
+    command += ["--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs")]
+    own = {"GRPO_VLLM_PYTHON": str(PYTHON), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=PROJECT, env=os.environ | own, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    (file,) = (tmp_path / "runs").glob("*/metrics.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    accuracies = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
+    print(accuracies)
+    assert accuracies[0] < 0.2 and accuracies[-1] >= 0.9
 
 
 @pytest.mark.parametrize("who, transfer", [("trainer", "http"), ("server", "http"), ("server", "broadcast")])

@@ -5,6 +5,8 @@ with the bits of a run without faults. The model is random, so nothing here is e
 """
 
 import json
+import signal
+import threading
 import time
 
 import pytest
@@ -228,6 +230,35 @@ def test_a_run_survives_what_happens_to_its_servers(arena, stand_in):
     run.finish(env=ENV)
     assert tokens_of(run) == tokens_of(calm)
     assert run.ending().differences(calm.ending()) == []
+    assert not run.leftovers()
+
+
+@pytest.mark.parametrize("path, after", [("/weights", 3), ("/generate", 6), ("/group", 0), ("/broadcast", 2)])
+def test_a_trainer_killed_while_a_server_works_for_it(arena, native, stand_in, path, after):
+    """SIGKILL to all ranks inside a transfer, a rollout, the making of a group: the same command ends as if calm."""
+    server = stand_in()
+    how = "http" if path in ("/weights", "/generate") else "broadcast"
+    run = arena.run(world=1, **asking(server), rollout_transfer=how)
+    reached, killed, asked = threading.Event(), threading.Event(), []
+
+    def before(asked_path):
+        if asked_path == path and not killed.is_set():
+            asked.append(path)
+            if len(asked) > after:
+                reached.set()
+                killed.wait(20)
+
+    server.before = before
+    job = run.launch(env=ENV)
+    assert reached.wait(60), job.text()[-2000:]
+    job.kill(signal.SIGKILL)
+    job.wait(20)
+    killed.set()
+    assert run.last_logged() < STEPS
+    run.finish(env=ENV)
+    tokens, weights = native
+    assert tokens_of(run) == tokens
+    assert float((run.weights() - weights).norm()) < 1e-3 * float((weights - flat(arena.settings["model"])).norm())
     assert not run.leftovers()
 
 
