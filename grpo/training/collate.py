@@ -64,9 +64,9 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
 
 
 def scorer_of(
-    score: Callable[[MicroBatch], tuple[Tensor, ...]], device: torch.device, flat: bool
+    score: Callable[[MicroBatch], Tensor], device: torch.device, flat: bool
 ) -> Callable[[Sequence[tuple[tuple[int, ...], Completion]]], list[np.ndarray]]:
-    """(prompt ids, completion)s -> [C] log-probs of each. score: log-probs [rows, C] of a micro-batch, and more."""
+    """(prompt ids, completion)s -> [C] log-probs of each. score: log-probs [rows, C] of a micro-batch."""
 
     @torch.no_grad()
     def of_all(asked: Sequence[tuple[tuple[int, ...], Completion]]) -> list[np.ndarray]:
@@ -74,7 +74,7 @@ def scorer_of(
             TrainRow(n, prompt_ids, one.token_ids, one.sampler_logprobs, one.support, 0.0)
             for n, (prompt_ids, one) in enumerate(asked)
         ]
-        found = score(collate(rows, dict.fromkeys(range(len(rows)), 0.0), device, flat))[0].float().cpu().numpy()
+        found = score(collate(rows, dict.fromkeys(range(len(rows)), 0.0), device, flat)).float().cpu().numpy()
         return [logprobs[: len(row.token_ids)] for logprobs, row in zip(found, rows, strict=True)]
 
     return of_all

@@ -50,6 +50,7 @@ class Trainer:
             self.tokenizer,
             self.score,
             Stopping(self.problems.append),
+            dtype="float32",
             in_files=NamesInFiles(self.model),
         )
         self.updates = 0

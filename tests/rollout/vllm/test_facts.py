@@ -33,7 +33,7 @@ def test_a_server_of_another_model_is_refused(tiny_folder, stand_in, name):
 def test_another_tokenizer_is_refused_where_stop_strings_need_it(tiny_folder, stand_in):
     server = stand_in()
     for stop in ([], ["a"]):
-        trainer = Trainer(tiny_folder, [server], stop=stop)
+        trainer = Trainer(tiny_folder, [server], stop=stop, max_prompt_length=32)
         checked = partial(check_facts, url=server.url, cfg=trainer.cfg, config=trainer.model.config)
         checked(server.facts(), tokenizer=trainer.tokenizer)
         trainer.tokenizer.add_tokens(["another"])
