@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from grpo.randomness import uniforms
@@ -91,15 +92,18 @@ def _row_of(params: SamplingParams, drawn: Sequence[int]) -> Row | None:
     return list(given), drawn
 
 
-def _repack_heads(model: torch.nn.Module) -> None:
-    """Pack heads again that share their weight with the embedding.
+def _repack(model: torch.nn.Module) -> None:
+    """Pack again what vLLM's reload leaves as it was, or unpacked: on CPU it computes with packed copies of weights.
 
-    On CPU vLLM computes with a packed copy of a weight. It renews those of the weights that are loaded, and a tied head
-    is not: it would go on with the old weights.
+    Heads that share their weight with the embedding are not loaded, and so keep their old copy; experts are loaded, and
+    then read as if they were packed.
     """
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
             module.quant_method.process_weights_after_loading(module)
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        if kernel is not None and current_platform.is_cpu():
+            kernel.fused_experts.process_weights_after_loading(module)
 
 
 def _until_broken(tensors: Iterator[tuple[str, Tensor]], broken: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -160,7 +164,7 @@ class WeightReceiver:
         broken: list[str] = []
         try:
             self.model_runner.reload_weights(weights_iterator=_until_broken(tensors, broken))  # type: ignore[attr-defined]
-            _repack_heads(self.model_runner.get_model())  # type: ignore[attr-defined]
+            _repack(self.model_runner.get_model())  # type: ignore[attr-defined]
         except Exception as error:
             broken.append(describe(error))
         if changed:
