@@ -25,6 +25,7 @@ from grpo.models.checks import stop_token_ids
 from grpo.rollout import Weights
 from grpo.run.task import load_task
 from grpo.runtime.distributed import start, stop
+from grpo.runtime.signals import Stopping
 from grpo.training.load_policy import load_policy
 from grpo.training.open_engine import open_engine
 
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
         task = load_task(cfg)
         policy = load_policy(cfg, world)
         stops = stop_token_ids(policy.model, task.tokenizer, task.recipe.end_of_turn, lambda line: None)
-        engine = open_engine(cfg, world, policy, stops, task.tokenizer, sys.exit)
+        engine = open_engine(cfg, world, policy, stops, task.tokenizer, Stopping(sys.exit))
         sizes = sorted(tensor.numel() * 4 / 1e6 for _, tensor in policy.weights())
         for kind, weights in (
             ("as it is", policy.weights),

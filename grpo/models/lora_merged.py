@@ -27,6 +27,8 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             weight = parameter.detach()
             if layer is not None:
                 weight = weight + layer.get_delta_weight(ACTIVE).detach().to(weight.dtype)
+            elif hasattr(parameter, "ds_id"):
+                weight = weight.clone()
         yield name.replace(".base_layer.", "."), weight
 
 

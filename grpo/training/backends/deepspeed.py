@@ -190,16 +190,13 @@ class DeepSpeed:
             yield from ((f"{moment}, part {i}", state[moment]) for moment in MOMENTS if moment in state)
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """Stream the trained weights, under stage 3 gathered one parameter at a time.
-
-        What is yielded stays as it is: DeepSpeed gives the parameter another storage when it is sharded again.
-        """
+        """Stream the trained weights, under stage 3 gathered one parameter at a time."""
         for name, parameter in self.parameters.items():
             if self.stage < 3:
                 yield name, parameter.detach()
             else:
                 with self.deepspeed.zero.GatheredParameters([parameter]):
-                    yield name, parameter.detach()
+                    yield name, parameter.detach().clone()
 
     def moments(self) -> Iterable[Piece]:
         """This rank's part of each parameter's moments."""
