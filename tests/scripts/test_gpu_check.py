@@ -81,7 +81,7 @@ def test_parts_without_a_run_pass_on_a_cpu(tmp_path):
 def test_a_dry_run_passes_on_a_cpu(tmp_path):
     done, found = checked(command_of(tmp_path, "--device", "cpu", "--budget", 800), tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert list(found) == list(gpu_check.PARTS)
+    assert set(found) == set(gpu_check.PARTS)
     assert_right(found)
     assert found["ranks"]["1 ranks"] == pytest.approx(found["ranks"]["2 ranks"], rel=2e-3)
     assert found["real"]["step"] > 0 and 0 <= found["demo"]["before"] <= 1
