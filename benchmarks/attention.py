@@ -62,15 +62,17 @@ def sides(case: tuple[int, ...], device, window: int | None):
             own = flat[0, :, start:].unflatten(1, (groups, completions, length))
             return torch.cat([prompts, own], 3).flatten(1, 2).transpose(0, 1)
 
-        gqa = query.shape[1] != key.shape[1]
+        heads = query.shape[1] // key.shape[1]
         queries, keys, values = map(rows, (query, key, value))
+        if queries.is_cuda and queries.dtype == torch.float32:  # no fused kernel there takes grouped heads
+            keys, values, heads = keys.repeat_interleave(heads, 1), values.repeat_interleave(heads, 1), 1
         mask = None
         if window is not None and window < prompt + length:  # as transformers builds it, once for all layers
             place = torch.arange(prompt + length, device=device)
             distance = place[:, None] - place
             mask = (distance >= 0) & (distance < window)
         causal = mask is None
-        out = scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, enable_gqa=gqa)
+        out = scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, enable_gqa=heads > 1)
         out = out.transpose(0, 1).unflatten(1, (groups, completions))  # [H, groups, completions, prompt + length, d]
         prompts, own = out[:, :, 0, :prompt].flatten(1, 2), out[:, :, :, prompt:].flatten(1, 3)
         return torch.cat([prompts, own], 1).transpose(0, 1)[None]

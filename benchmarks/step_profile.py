@@ -223,6 +223,26 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def profiled(words: list[str], pairs: int) -> dict[str, Any]:
+    """Train with these settings of train.py: ceilings and phases. Ends the process where the run fails."""
+    cfg, _ = load_config(words)
+    world = start(cfg.device, cfg.num_threads)
+    ceilings = floors.measure(world.device, torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)
+    profile = Profile(pairs)
+    profile.install()
+    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Enough):
+        sys.exit(run_main(train.train, load_config, words))
+    return {
+        "device": world.device.type,
+        "dtype": cfg.dtype,
+        "ceilings": asdict(ceilings),
+        "step_s": statistics.median(profile.walls[True]),
+        "step_s_without_probes": statistics.median(profile.walls[False]),
+        "ratio": statistics.median(a / b for a, b in zip(profile.walls[True], profile.walls[False], strict=True)),
+        "phases": summary(profile.steps, ceilings),
+    }
+
+
 def main() -> int:
     """Measure the ceilings, train, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -234,28 +254,21 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="also one line of JSON")
     args, more = parser.parse_known_args()
     more = [word for word in more if word != "--"]
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as said:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         words = our_settings(make(args.workload, folder, args.gsm8k, args.model), folder, args.threads) + more
-        cfg, _ = load_config(words)
-        world = start(cfg.device, cfg.num_threads)
-        ceilings = floors.measure(world.device, torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)
-        profile = Profile(args.steps)
-        profile.install()
-        said.enter_context(contextlib.redirect_stdout(sys.stderr))
-        with contextlib.suppress(Enough):
-            return run_main(train.train, load_config, words)  # it has failed, and has said why
-    found = summary(profile.steps, ceilings)
-    with_s, without_s = statistics.median(profile.walls[True]), statistics.median(profile.walls[False])
-    ratio = statistics.median(a / b for a, b in zip(profile.walls[True], profile.walls[False], strict=True))
-    print(f"{args.workload}: {args.steps} steps, medians, on {world.device.type}, {cfg.dtype}, {args.threads} threads")
-    print(f"ceilings: {ceilings.flops_per_s / 1e9:,.1f} GFLOP/s, {ceilings.bytes_per_s / 1e9:,.1f} GB/s\n")
-    print(table(found))
-    print(f"\na step with probes {with_s:.4f} s, without {without_s:.4f} s, with / without {ratio:.3f}")
+        found = profiled(words, args.steps)
+    print(
+        f"{args.workload}: {args.steps} steps, medians, on {found['device']}, {found['dtype']}, {args.threads} threads"
+    )
+    ceilings = found["ceilings"]
+    print(f"ceilings: {ceilings['flops_per_s'] / 1e9:,.1f} GFLOP/s, {ceilings['bytes_per_s'] / 1e9:,.1f} GB/s\n")
+    print(table(found["phases"]))
+    with_s, without_s = found["step_s"], found["step_s_without_probes"]
+    print(f"\na step with probes {with_s:.4f} s, without {without_s:.4f} s, with / without {found['ratio']:.3f}")
     if args.json:
         told = {"workload": args.workload, "steps": args.steps, "threads": args.threads, "settings": more}
-        told |= {"ceilings": asdict(ceilings), "step_s": with_s, "step_s_without_probes": without_s, "phases": found}
-        print(json.dumps(told))
+        print(json.dumps(told | found))
     return 0
 
 

@@ -23,26 +23,31 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 PHASES = ("rollout", "micro_batches", "step")
-PATCHES = """
-import os
+START = f"""
+import os, sys
+sys.path.insert(0, {str(PROJECT)!r})
 import numpy as np
-import grpo.data, grpo.distributed
-from reward_func import final_answer_reward
+import grpo.data.questions, grpo.runtime.distributed, train
+from grpo.config.command_line import load_config
+from grpo.run.main import run_main
 
 grpo.data.questions.permutation = lambda seed, epoch, size: np.arange(size)  # file order
 if os.environ["CHUNKS"] == "fixed":
     grpo.runtime.distributed.World.deal = lambda world, count: iter(range(world.rank, count, world.size))
+sys.exit(run_main(train.train, load_config, sys.argv[1:]))
 """
 
 
-def run(folder: Path, nproc: int, *settings: str, **variables: str) -> list[dict[str, float]]:
-    """Train; return the steps' metrics, the first two left out (warming up)."""
+def run(folder: Path, nproc: int, *settings: str, script: str = "train.py", **variables: str) -> list[dict[str, float]]:
+    """Train on the demo; return the steps' metrics, the first two left out (warming up)."""
     command = [
         sys.executable,
         "launch/torchrun.py",
         "--standalone",
         f"--nproc_per_node={nproc}",
-        "train.py",
+        script,
+        "--config",
+        "configs/demo.yaml",
         "--num_threads",
         "1",
         "--output_dir",
@@ -108,14 +113,12 @@ def balance(pairs: int) -> None:
         for i, row in enumerate(rows):
             row["question"] += "\n#### " if i % 2 else "\n"
         (folder / "skewed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "patches.py").write_text(PATCHES)
+        (folder / "start.py").write_text(START)
         settings = [
             "--model",
             str(model),
             "--data",
             str(folder / "skewed.jsonl"),
-            "--config",
-            "configs/demo.yaml",
             "--prompt_template",
             "{question}",
             "--rollout_chunk_rows",
@@ -124,12 +127,10 @@ def balance(pairs: int) -> None:
             "16",
             "--max_steps",
             "10",
-            "--rewards",
-            json.dumps({f"{folder}/patches.py:final_answer_reward": 1.0}),
         ]
         for _ in range(pairs):
             for chunks, values in idle.items():
-                steps = run(folder / "run", 2, *settings, CHUNKS=chunks)
+                steps = run(folder / "run", 2, *settings, script=f"{folder}/start.py", CHUNKS=chunks)
                 values.append(statistics.mean(row["idle/rollout"] for row in steps))
     for chunks, values in idle.items():
         print(f"idle share of the rollout, chunks {chunks}: {shown(values)}", flush=True)

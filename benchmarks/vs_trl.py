@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,10 +35,13 @@ from benchmarks.workloads import PROJECT, Workload, make
 class Side:
     """A child that steps when told."""
 
-    def __init__(self, which: str, python: str, work: Workload, folder: Path, threads: int, more: list[str]):
+    def __init__(
+        self, which: str, python: str, work: Workload, folder: Path, threads: int, more: list[str], log: str = "log"
+    ):
+        """log: where its output goes, a file in `folder` or elsewhere."""
         read, write = os.pipe()
         folder.mkdir()
-        self.log = (folder / "log").open("w")
+        self.log = (folder / log).open("a")
         self.process = subprocess.Popen(
             [
                 python,
@@ -69,7 +73,8 @@ class Side:
             self.process.stdin.flush()
             line = self.steps.readline()
             if not line:
-                raise SystemExit(f"a side ended early:\n{(self.folder / 'log').read_text()[-3000:]}")
+                log = Path(self.log.name)
+                raise SystemExit(f"a side ended early:\n{log.read_text()[-3000:] if log.is_file() else log}")
             for name, value in json.loads(line).items():
                 total[name] = max(total.get(name, 0.0), value) if name == "peak_mb" else total.get(name, 0.0) + value
         if "before_update_s" in total:
@@ -88,10 +93,25 @@ def spread(values: list[float]) -> str:
     return f"{min(values):.2f} - {statistics.median(values):.2f} - {max(values):.2f}"
 
 
-def report(name: str, pairs: list[tuple[dict[str, float], dict[str, float]]], steps: int) -> None:
-    """One table row of ratios, and what they are made of."""
+Pair = tuple[dict[str, float], dict[str, float]]  # of sums over the steps of one turn
+
+
+def turns(sides: Sequence[Side], pairs: int, steps: int) -> Iterator[Pair]:
+    """Steps of both sides, who goes first alternates; the first pair warms up. Ends the sides."""
+    try:
+        for turn in range(pairs + 1):
+            order = (0, 1) if turn % 2 else (1, 0)
+            found = {which: sides[which].run(steps) for which in order}
+            yield found[0], found[1]
+    finally:
+        for side in sides:
+            side.close()
+
+
+def ratios_of(pairs: Sequence[Pair]) -> dict[str, list[float]]:
+    """TRL's over ours, of each pair (tokens a second and memory: ours over TRL's)."""
     rate = lambda side: side["new_tokens"] / side["rollout_s"]  # noqa: E731
-    ratios = {
+    return {
         "rollout tokens/s": [rate(ours) / rate(theirs) for ours, theirs in pairs],
         "update": [theirs["update_s"] / ours["update_s"] for ours, theirs in pairs],
         "whole step": [theirs["step_s"] / ours["step_s"] for ours, theirs in pairs],
@@ -100,8 +120,12 @@ def report(name: str, pairs: list[tuple[dict[str, float], dict[str, float]]], st
             (theirs["step_s"] / theirs["new_tokens"]) / (ours["step_s"] / ours["new_tokens"]) for ours, theirs in pairs
         ],
     }
+
+
+def report(name: str, pairs: Sequence[Pair], steps: int) -> None:
+    """One table row of ratios, and what they are made of."""
     print(f"\n## {name}: {len(pairs)} pairs of {steps} steps")
-    for what, values in ratios.items():
+    for what, values in ratios_of(pairs).items():
         print(f"{what:26} {spread(values)}")
     middle = lambda side, key: statistics.median(pair[side].get(key, 0.0) for pair in pairs) / steps  # noqa: E731
     print(f"\n{'a step, medians':26} {'ours':>12} {'TRL':>12}")
@@ -154,18 +178,12 @@ def main() -> int:
             Side(*first, first_work, folder / "first", args.threads, more),
             Side("trl", args.trl_python, work, folder / "second", args.threads, []),
         ]
-        try:
-            pairs = []
-            for turn in range(args.pairs + 1):
-                order = (0, 1) if turn % 2 else (1, 0)
-                found = {which: sides[which].run(args.steps) for which in order}
-                pairs.append((found[0], found[1]))
-                names = ("TRL, first" if control else "ours", "TRL")
-                seconds = [f"{name} {found[i]['step_s']:.2f} s" for i, name in enumerate(names)]
-                print(f"pair {turn} ({'warm-up' if not turn else 'counted'}): {', '.join(seconds)}", flush=True)
-        finally:
-            for side in sides:
-                side.close()
+        names = ("TRL, first" if control else "ours", "TRL")
+        pairs = []
+        for turn, pair in enumerate(turns(sides, args.pairs, args.steps)):
+            pairs.append(pair)
+            seconds = [f"{name} {found['step_s']:.2f} s" for name, found in zip(names, pair, strict=True)]
+            print(f"pair {turn} ({'warm-up' if not turn else 'counted'}): {', '.join(seconds)}", flush=True)
         report(args.workload, pairs[1:], args.steps)
     return 0
 
