@@ -147,7 +147,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gsm8k", type=Path)
     parser.add_argument("--model", help="of the workloads smollm2 and real")
-    parser.add_argument("--quick", action="store_true", help="2 pairs of one step, half of the prompts")
+    parser.add_argument(
+        "--quick", action="store_true", help="2 pairs of one step, half of the prompts and of long completions"
+    )
     parser.add_argument("--control", nargs="?", type=int, const=0, metavar="ROWS", help="TRL against TRL")
     parser.add_argument("--alone", action="store_true", help="ours alone, where TRL cannot or would take hours")
     args, more = parser.parse_known_args()
@@ -157,7 +159,8 @@ def main() -> int:
         work = make(args.workload, folder, args.gsm8k, args.model)
         if args.quick:
             args.pairs, args.steps = 2, 1
-            work = dataclasses.replace(work, prompts=max(1, work.prompts // 2))
+            shorter = min(work.max_new, max(512, work.max_new // 2))
+            work = dataclasses.replace(work, prompts=max(1, work.prompts // 2), max_new=shorter)
         rows = min(args.trl_rows or work.trl_rows, work.prompts * work.group)
         work = dataclasses.replace(work, trl_rows=rows, dtype=args.dtype or work.dtype, device=args.device)
         if args.alone:
