@@ -384,12 +384,6 @@ def scales_advantages(cfg: Config) -> bool:
     return cfg.scale_rewards != "none" and cfg.weighting != "dr_grpo"
 
 
-def sampler_gap_limit(cfg: Config, served: str) -> float:
-    """Largest mean |sampler - trainer| log-prob of rollout servers, which compute in the dtype `served`, in nats."""
-    both_fp32 = (cfg.dtype, served) == ("fp32", "float32")
-    return (0.02 if both_fp32 else 0.1) if cfg.max_sampler_gap is None else cfg.max_sampler_gap
-
-
 def is_deepspeed(cfg: Config) -> bool:
     """Whether DeepSpeed's ZeRO holds the optimizer."""
     return cfg.backend == "deepspeed"

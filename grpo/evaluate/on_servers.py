@@ -9,7 +9,7 @@ from grpo.forward.logprobs import Scorer
 from grpo.rollout.vllm.open import open_vllm
 from grpo.runtime.distributed import World
 from grpo.runtime.signals import Stopping
-from grpo.training.collate import scorer_of
+from grpo.training.score_rows import scorer_of
 
 
 def answer_on_servers(model: CheckpointModel, servers: Sequence[str], world: World) -> None:

@@ -1,13 +1,12 @@
 """Rows -> one padded micro-batch: the one place where predictions meet their targets."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from grpo.forward.flat_rows import flatten
-from grpo.types import Completion, MicroBatch, TrainRow
+from grpo.types import MicroBatch, TrainRow
 
 
 def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.device, flat: bool = True) -> MicroBatch:
@@ -61,20 +60,3 @@ def collate(rows: Sequence[TrainRow], weights: dict[int, float], device: torch.d
         flat=flatten(input_ids, positions, lengths.clip(min=1), device) if flat else None,
         trained_index=to_device(np.flatnonzero(trained)),
     )
-
-
-def scorer_of(
-    score: Callable[[MicroBatch], Tensor], device: torch.device, flat: bool
-) -> Callable[[Sequence[tuple[tuple[int, ...], Completion]]], list[np.ndarray]]:
-    """(prompt ids, completion)s -> [C] log-probs of each. score: log-probs [rows, C] of a micro-batch."""
-
-    @torch.no_grad()
-    def of_all(asked: Sequence[tuple[tuple[int, ...], Completion]]) -> list[np.ndarray]:
-        rows = [
-            TrainRow(n, prompt_ids, one.token_ids, one.sampler_logprobs, one.support, 0.0)
-            for n, (prompt_ids, one) in enumerate(asked)
-        ]
-        found = score(collate(rows, dict.fromkeys(range(len(rows)), 0.0), device, flat)).float().cpu().numpy()
-        return [logprobs[: len(row.token_ids)] for logprobs, row in zip(found, rows, strict=True)]
-
-    return of_all

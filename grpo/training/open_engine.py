@@ -10,11 +10,11 @@ from grpo.rollout import Engine
 from grpo.rollout.engine import NativeEngine
 from grpo.runtime.distributed import World
 from grpo.runtime.signals import Stopping
-from grpo.training.collate import scorer_of
 from grpo.training.load_policy import load_rollout_model
 from grpo.training.metrics import declare
 from grpo.training.policy import Policy
 from grpo.training.rollout_metrics import BEHIND
+from grpo.training.score_rows import scorer_of
 
 
 def open_engine(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config.settings import Config, sampler_gap_limit
+from grpo.config.settings import Config
 from grpo.errors import UserError, warn
 from grpo.rollout import OnFinished, Request, Weights
 from grpo.rollout.sampling import Sampling, sampling_of
@@ -80,7 +80,7 @@ class VllmEngine:
         texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
         self.probes = [tuple(ids[: cfg.max_prompt_length or 64]) for ids in texts if ids]
         self.dtype = dtype
-        self.gap_limit = sampler_gap_limit(cfg, dtype)
+        self.gap_limit = gap_limit_of(cfg, dtype)
         self.loaded: int | None = None  # the policy's version that the servers hold
         self.version = ""  # the same, as they know it
         self.loads = 0
@@ -245,6 +245,12 @@ class VllmEngine:
         if asked.problem is not None:
             self.fail(asked.problem)
         return completed
+
+
+def gap_limit_of(cfg: Config, served: str) -> float:
+    """Largest mean |sampler - trainer| log-prob of rollout servers, which compute in the dtype `served`, in nats."""
+    both_fp32 = (cfg.dtype, served) == ("fp32", "float32")
+    return (0.02 if both_fp32 else 0.1) if cfg.max_sampler_gap is None else cfg.max_sampler_gap
 
 
 def check_facts(facts: dict[str, Any], url: str, cfg: Config, config: Any, tokenizer: PreTrainedTokenizerBase) -> None:

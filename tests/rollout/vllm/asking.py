@@ -16,7 +16,7 @@ from grpo.rollout.vllm.client import Client
 from grpo.rollout.vllm.engine import VllmEngine
 from grpo.runtime.distributed import World
 from grpo.runtime.signals import Stopping
-from grpo.training.collate import scorer_of
+from grpo.training.score_rows import scorer_of
 from tests.support.rollout_server import TOKEN
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
