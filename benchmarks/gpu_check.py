@@ -7,6 +7,7 @@
     environment      versions, card, driver; what a matrix product and a copy reach; whether train.py can be imported
     attention_bf16   whether the update's attention goes through torch's fused kernels; the update's attention at 512 to
     attention_fp32   16k tokens beside torch's own over rows: time, memory, TFLOP/s
+    model            writes the model of the next part, random weights
     step             steps of the shape of Qwen3-0.6B: each phase beside its floor in operations and bytes
     graphs           its rollout with CUDA graphs and without
     gradients        gradient of a micro-batch in fp32 and bf16 beside the CPU's in fp32, prompts shared and as rows
@@ -53,6 +54,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 PROJECT = Path(__file__).resolve().parents[1]
+OUT = Path(os.environ.get("OUT") or PROJECT / "output" / "gpu_check")
 PR_SET_CHILD_SUBREAPER = 36
 LEAST_SHARE = 1 / 3  # of a part's limit; with less left it is not begun
 MODULE = "benchmarks.gpu_parts"
@@ -72,6 +74,7 @@ PARTS = {
     "environment": Part(60),
     "attention_bf16": Part(50),
     "attention_fp32": Part(50),
+    "model": Part(60),
     "step": Part(75),
     "graphs": Part(50),
     "gradients": Part(150, at_once=True),
@@ -131,6 +134,8 @@ class Running:
         for line in self.process.stdout:
             if line.strip():
                 self.last.append(line.strip())
+                if line.startswith("{"):  # a finding: the printed output holds all of them, should no file come back
+                    print(line.rstrip(), flush=True)
                 self.log.write(f"{self.name:14} | {line.rstrip()}\n")
 
     @property
@@ -224,7 +229,7 @@ def main() -> int:
     parser.add_argument("--budget", type=int, default=360, metavar="SECONDS", help="of all parts together")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--model", help="SmolLM2-135M-Instruct: a GGUF file or a folder")
-    parser.add_argument("--out", type=Path, default=PROJECT / "output" / "gpu_check", metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER")
     args = parser.parse_args()
     adopt_orphans()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

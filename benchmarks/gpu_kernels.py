@@ -133,9 +133,9 @@ def graphs(args: argparse.Namespace, say: Say) -> None:
         samples[on] = [tuple(one.token_ids) for one in made]
         tokens = sum(map(len, samples[on]))
         found = {"s": round(seconds, 3), "tokens/s": round(tokens / seconds)}
-        if on and engine.graph is not None:
-            found["replays"] = engine.graph.replays
-            problem = "" if engine.graph.replays and engine.graph.usable else f"no graph was replayed: {warned}"
+        if on and args.on_gpu:
+            found["replays"] = engine.graph.replays if engine.graph else 0
+            problem = "" if found["replays"] and engine.graph.usable else f"no graph was replayed: {warned}"
         say({"with graphs" if on else "without": found})
     alike = statistics.mean(a[:8] == b[:8] for a, b in zip(samples[True], samples[False], strict=True))
     say({"first 8 tokens alike": round(alike, 3)})

@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def environment(args: argparse.Namespace, say: Say) -> None:
     if args.on_gpu:
         card = torch.cuda.get_device_properties(0)
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+        driver = subprocess.run(asked, capture_output=True, text=True).stdout.strip() if shutil.which(asked[0]) else "?"
         say({"gpu": card.name, "GB": round(card.total_memory / 2**30, 1), "cuda": torch.version.cuda, "driver": driver})
     say({"cores": os.cpu_count(), "versions": versions})
     ceilings = floors.measure(torch.device(args.device), torch.bfloat16 if args.on_gpu else torch.float32)
@@ -66,6 +67,11 @@ def large(args: argparse.Namespace) -> Workload:
         )
         file.write_text(json.dumps(asdict(work)))
     return Workload(**json.loads(file.read_text()))
+
+
+def model(args: argparse.Namespace, say: Say) -> None:
+    """Write the model of `step` and `trl`."""
+    say({"folder": large(args).model})
 
 
 def threads(args: argparse.Namespace) -> int:
@@ -239,6 +245,7 @@ RUNS: dict[str, Callable[[argparse.Namespace, Say], None]] = {
     "environment": environment,
     "attention_bf16": functools.partial(attention, dtype="bf16"),
     "attention_fp32": functools.partial(attention, dtype="fp32"),
+    "model": model,
     "step": step,
     "graphs": graphs,
     "gradients": gradients,

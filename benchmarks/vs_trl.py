@@ -176,7 +176,7 @@ def main() -> int:
             return 0
         control = args.control is not None
         first = ("trl", args.trl_python) if control else ("ours", sys.executable)
-        first_work = dataclasses.replace(work, trl_rows=args.control or work.trl_rows)
+        first_work = dataclasses.replace(work, trl_rows=min(args.control or work.trl_rows, work.prompts * work.group))
         sides = [
             Side(*first, first_work, folder / "first", args.threads, more),
             Side("trl", args.trl_python, work, folder / "second", args.threads, []),

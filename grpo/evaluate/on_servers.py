@@ -29,7 +29,7 @@ def answer_on_servers(model: CheckpointModel, servers: Sequence[str], world: Wor
     scorer = Scorer(own.model, cfg)
     scorer.head.num_tokens = own.head.num_tokens
 
-    score = scorer_of(scorer, own.model.device, scorer.shares_prompts)
+    score = scorer_of(scorer, own.model.device, scorer.shares_prompts, scorer.block_tokens)
 
     def fail(line: str) -> None:
         lost = Lost(line)

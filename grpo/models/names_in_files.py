@@ -22,7 +22,7 @@ class NamesInFiles:
         """Raises UserError for a model with a weight in files that is made of several in memory."""
         self.model = model
         saved = model.state_dict().keys()
-        self.buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+        self.buffers = {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
         weights = {name.replace(".base_layer.", "."): _on_meta(p) for name, p in model.named_parameters()}
         whole = {name: tensor for name, tensor in weights.items() if ".lora_" not in name}
         whole |= {name: _on_meta(buffer) for name, buffer in self.buffers.items()}

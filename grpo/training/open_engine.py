@@ -36,7 +36,7 @@ def open_engine(
         from grpo.models.lora_merged import merged_weights  # late: peft takes seconds
 
         merged = partial(merged_weights, policy.model)
-    score = scorer_of(policy.backend.score, world.device, policy.scorer.shares_prompts)
+    score = scorer_of(policy.backend.score, world.device, policy.scorer.shares_prompts, policy.scorer.block_tokens)
     model, num_tokens = policy.model, policy.num_tokens
     engine = open_vllm(cfg, world, model, stop_ids, num_tokens, tokenizer, score, stopping, merged)
     policy.gap_limit = engine.gap_limit

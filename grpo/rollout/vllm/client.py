@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from grpo.rollout.vllm.wire import PROTOCOL, TOKEN_VARIABLE
 
 READ_S = 30.0  # most seconds between two lines; a server that is alive sends two a second
+MAX_COPIES = 4096  # of a model that one server may hold
 RETRY_S = 1.0  # between two tries
 CONNECTION_ERRORS = (OSError, http.client.HTTPException)
 FACTS = {
@@ -96,6 +97,8 @@ class Client:
         for name, kind in FACTS.items():
             if not isinstance(facts.get(name), kind):
                 raise Unusable(f"{self.url}: answers are malformed ({name} {str(facts.get(name))[:60]}).")
+        if isinstance(facts["copies"], bool) or not 1 <= facts["copies"] <= MAX_COPIES:
+            raise Unusable(f"{self.url}: answers are malformed (copies {str(facts['copies'])[:60]}).")
         self.sleeps, self.copies = facts.get("sleeps") is True, facts["copies"]
         return facts
 

@@ -21,6 +21,7 @@ from grpo.config.settings import Config
 from grpo.errors import UserError, warn
 from grpo.rollout import OnFinished, Request, Weights
 from grpo.rollout.sampling import Sampling, sampling_of
+from grpo.rollout.vllm import probes
 from grpo.rollout.vllm.ahead import Ahead
 from grpo.rollout.vllm.asked import Asked, Form
 from grpo.rollout.vllm.client import CONNECTION_ERRORS, Client, ServerProblem, Unusable
@@ -32,17 +33,13 @@ from grpo.runtime.signals import Stopping
 from grpo.types import Completion, Pulse
 
 MAX_TRIES = 3  # of a transfer
-PROBES = (  # texts whose continuations are compared with the trainer's after each transfer
-    "The farmer has 12 sheep and sells 5 of them. How many sheep are left? Let us count step by step:",
-    "def mean(values):\n    return sum(values) / len(values)\n\nThe mean of 3, 5 and 10 is",
-    "小明有八个苹果，又买了三个。现在他一共有",
-)
-PROBE_TOKENS = 8
 FP32_PROBE_GAP = 1e-3  # nats, where both sides compute in fp32: there about 1e-6 is usual
-PROBE_SLOT = 2**63  # no question's
 
-Score = Callable[[Sequence[tuple[tuple[int, ...], Completion]]], list[np.ndarray]]
-"""(prompt ids, completion)s -> [C] log-probs of the trained model. Called on every rank alike, with rows of its own."""
+Score = Callable[[Sequence[tuple[tuple[int, ...], Completion]], int], list[np.ndarray]]
+"""(prompt ids, completion)s, tokens of the rank with most -> [C] log-probs of the trained model.
+
+Called on every rank alike, with rows of its own.
+"""
 
 
 class VllmEngine:
@@ -77,7 +74,7 @@ class VllmEngine:
         self.most_owned = int(world.gather_rows(np.array([float(len(self.owned))])).max())
         self.stop_ids, self.num_tokens, self.score = sorted(stop_ids), num_tokens, score
         self.fitting = FittingSize("rollout", "rollout_chunk_rows", "rows")
-        texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
+        texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in probes.TEXTS]
         self.probes = [tuple(ids[: cfg.max_prompt_length or 64]) for ids in texts if ids]
         self.dtype = dtype
         self.gap_limit = gap_limit_of(cfg, dtype)
@@ -155,34 +152,32 @@ class VllmEngine:
         sampling = sampling_of(self.cfg)
         support = np.full((1, sampling.support_width), -1, np.int32) if sampling.support_width else None
         nothing = Completion(0, np.zeros(1, np.int32), np.zeros(1, np.float32), "length", support)
-        probed = [(self.probes[0], nothing)]
+        answers: list[Completion] = []
+        copies = 1 if client is None else client.copies
         if client is not None and not self.failed:
-            places = [(n, text) for n, text in enumerate(self.probes) for _ in range(client.copies)]
-            requests = [Request(row, PROBE_SLOT, n, text) for row, (n, text) in enumerate(places)]
-            form = replace(self._form(sampling), limit=PROBE_TOKENS, stop_ids=[], stop=[], each_copy=True)
-            answers = self._collected(Asked(form, [(client, dict(enumerate(requests)))]))
-            probed = [(requests[row].prompt_ids, one) for row, one in answers.items() if len(one.token_ids)] or probed
-        scored = self.score(probed)
+            requests = probes.requests_of(self.probes, copies)
+            form = replace(self._form(sampling), limit=probes.TOKENS, stop_ids=[], stop=[], each_copy=True)
+            answers = list(self._collected(Asked(form, [(client, dict(enumerate(requests)))])).values())
+        texts = [self.probes[one.row // copies] for one in answers]
+        whole = [one if len(one.token_ids) else nothing for one in answers]
+        asked = [*zip(texts, whole, strict=True)] or [(self.probes[0], nothing)]
+        tokens = np.array([float(sum(len(one.token_ids) for _, one in asked))])
+        scored = self.score(asked, int(self.world.gather_rows(tokens).max()))
         if client is None or self.failed:
             return
-        gaps = [np.abs(own - one.sampler_logprobs) for own, (_, one) in zip(scored, probed, strict=True)]
-        gap, limit = float(np.concatenate(gaps).mean()), self.gap_limit
+        found, limit = probes.compare(answers, scored, copies), self.gap_limit
         if self.cfg.max_sampler_gap is None and (self.cfg.dtype, self.dtype) == ("fp32", "float32"):
             limit = FP32_PROBE_GAP
-        if probed[0][1] is nothing or not gap <= limit:
-            worst = max(range(len(gaps)), key=lambda n: float(gaps[n].max()))
-            at, one = int(gaps[worst].argmax()), probed[worst][1]
+        if not found.gap <= limit:
             self.fail(
                 f"{client.url}: every tensor arrived as it was sent, but on fixed texts its log-probs differ from the "
-                f"trainer's by {gap:.3g} nats on average, {limit:g} are allowed (max_sampler_gap); most in text "
-                f"{one.row // client.copies + 1}, token {at + 1}, copy {one.row % client.copies + 1}: "
-                f"{one.sampler_logprobs[at]:.4g} there, {scored[worst][at]:.4g} here. It computes something else: "
+                f"trainer's: {found.words}; {limit:g} nats are allowed (max_sampler_gap). It computes something else: "
                 "compare its --model (rope, architecture), --dtype and quantisation with this run's."
             )
 
     def _make_room(self) -> None:
         """Give memory back to the device before a server that slept on it takes its own."""
-        if self.world.device.type == "cuda" and self.cfg.rollout_server is None:
+        if self.world.device.type == "cuda" and any(client.sleeps for client in self.owned):
             torch.cuda.empty_cache()
 
     def rest(self) -> None:

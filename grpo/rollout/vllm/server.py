@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +68,9 @@ class Server:
         self.loading = asyncio.Lock()
         self.asleep, self.turning = False, asyncio.Lock()
         self.numbers = iter(range(2**63))
-        self.vocabulary = vocabulary_of(engine.get_tokenizer()) if engine.renderer.tokenizer is not None else ""
+        self.vocabulary = ""  # not known
+        with contextlib.suppress(Exception):  # of a tokenizer of another kind: only stop strings need this
+            self.vocabulary = vocabulary_of(engine.get_tokenizer())
 
     def facts(self) -> dict[str, Any]:
         """What a trainer compares with its own model."""
@@ -87,7 +90,7 @@ class Server:
             "vocabulary": self.vocabulary,
             "sleeps": model.enable_sleep_mode,
             "device": current_platform.device_type,
-            "copies": parallel.data_parallel_size,
+            "copies": len(self.engine.engine_core.core_engines),
             "processes": parallel.world_size * parallel.data_parallel_size,
             **named,
         }
@@ -97,7 +100,7 @@ class Server:
         prompts = [unpacked(text, "<i4").tolist() for text in given["prompts"]]
         counts: dict[int, int] = {}
         base = sampling_params(given["support_width"], given["stop_ids"], given["stop"])
-        copies = self.engine.vllm_config.parallel_config.data_parallel_size
+        copies = len(self.engine.engine_core.core_engines)
 
         async def one(key: int, prompt: int, limit: int, *keys: int) -> None:
             params = base.clone()
@@ -274,6 +277,14 @@ def lead_a_group() -> None:
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a forked process would hold that pipe open
 
 
+def ancestors() -> list[int]:
+    """The parent of this process, its parent, and so on."""
+    found = [os.getppid()]
+    while found[-1] > 1:
+        found.append(int(Path(f"/proc/{found[-1]}/stat").read_text().rpartition(")")[2].split()[1]))
+    return found
+
+
 def refuse(line: str) -> NoReturn:
     """End with one line."""
     print(f"error: {line}", file=sys.stderr)
@@ -326,6 +337,8 @@ async def serve(args: Any, token: str) -> None:
     finally:
         watching.cancel()
         died = engine.errored
+        if not args.keep and not args.port:
+            shutil.rmtree(server.kept.parent, ignore_errors=True)  # nobody will start at this place again
     if died:
         sys.exit("error: rollout server: vLLM's engine has died; the reason stands above.")
 
@@ -335,8 +348,8 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     if args.die_with is not None and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != args.die_with:  # it has died already
-            sys.exit(1)
+        if args.die_with not in ancestors():
+            sys.exit(f"error: rollout server: process {args.die_with}, which started it, has ended.")
     token = os.environ.get(TOKEN_VARIABLE, "")
     if len(token) < 16:  # before a model is loaded
         refuse(f"{TOKEN_VARIABLE}: the environment must hold a secret of 16 characters or more, got {len(token)}.")

@@ -147,8 +147,8 @@ class Broadcaster:
         host = next((found for found in hosts if not ip_address(found).is_loopback), hosts[0])
         shared: tuple[SharedBuffer, list[Any]] | None = None
         try:
-            listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
             shared = None if self.other_devices else self._shared(cuda)
+            listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except (OSError, RuntimeError) as error:
             reason = f"{client.url}: no port at {host}, or no memory to share ({why(error)})."
             return [ServerProblem(reason) for _ in self.clients]

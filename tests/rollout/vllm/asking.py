@@ -37,7 +37,9 @@ class Trainer:
         self.stop_ids = stop_ids
         self.num_tokens = num_tokens or self.model.config.get_text_config().vocab_size
         self.scorer.head.num_tokens = self.num_tokens
-        self.score = scorer_of(self.scorer, torch.device("cpu"), True)  # as the trainer computes log-probs
+        self.score = scorer_of(
+            self.scorer, torch.device("cpu"), True, self.scorer.block_tokens
+        )  # as the trainer computes log-probs
         clients = [Client(server.url, token, self.cfg.rollout_timeout_s) for server in servers]
         self.problems: list[str] = []
         self.engine = VllmEngine(

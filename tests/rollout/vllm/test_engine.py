@@ -13,7 +13,7 @@ import torch
 from grpo.rollout.sampling import Sampling
 from grpo.rollout.vllm import client
 from grpo.rollout.vllm.asked import MAX_BREAKS
-from grpo.rollout.vllm.wire import PROTOCOL, index_of, packed, unpacked
+from grpo.rollout.vllm.wire import NOT_FINITE, PROTOCOL, index_of, packed, unpacked
 from tests.rollout.vllm.asking import Trainer, assert_equal
 from tests.support.rollout_server import Died
 
@@ -254,27 +254,34 @@ def test_a_support_must_hold_its_token(tiny_folder, stand_in, case):
     assert "malformed" in trainer.problems[0] and words in trainer.problems[0]
 
 
-def test_every_copy_of_a_server_is_probed(tiny_folder, stand_in):
-    """Two of three copies; without a wrong one (the control) nothing is said. The line names what differs most."""
+WRONG_COPIES = {  # of eight copies the third: what its second log-prob becomes; max_sampler_gap; words
+    "all are right": (lambda logprob: logprob, None, None),
+    "far off": (lambda logprob: logprob - 5.0, None, "token 2, copy 3: -"),
+    "less than the limit on average over all": (lambda logprob: logprob - 1.5, 0.15, "token 2, copy 3: -"),
+    "not finite": (lambda logprob: NOT_FINITE, 0.15, "a logit that is not finite in text 1, copy 3"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_COPIES.values(), ids=WRONG_COPIES)
+def test_every_copy_of_a_server_is_probed(tiny_folder, stand_in, case):
+    change, limit, words = case
     server = stand_in()
-    for wrong in (None, 2):
-        server.change_facts = lambda facts: facts | {"copies": 3}
+    server.change_facts = lambda facts: facts | {"copies": 8}
 
-        def of_a_copy(lines, given, wrong=wrong):
-            for text in lines:
-                line = json.loads(text)
-                if given["each_copy"] and "key" in line and line["key"] % 3 == wrong:
-                    logprobs = unpacked(line["logprobs"], "<f4").copy()
-                    logprobs[1] -= 5.0 + line["key"]
-                    text = json.dumps(line | {"logprobs": packed(logprobs, "<f4")}).encode() + b"\n"
-                yield text
+    def of_a_copy(lines, given):
+        for text in lines:
+            line = json.loads(text)
+            if given["each_copy"] and line.get("key", 0) % 8 == 2:
+                logprobs = unpacked(line["logprobs"], "<f4").copy()
+                logprobs[1] = change(logprobs[1])
+                text = json.dumps(line | {"logprobs": packed(logprobs, "<f4")}).encode() + b"\n"
+            yield text
 
-        server.change_lines = of_a_copy
-        trainer = Trainer(tiny_folder, [server])
-        trainer.send()
-        assert [number for _, number in server.asked[-1:]] == [9]
-        assert len(trainer.problems) == (wrong is not None)
-    assert "most in text 3, token 2, copy 3: -" in trainer.problems[0]
+    server.change_lines = of_a_copy
+    trainer = Trainer(tiny_folder, [server], max_sampler_gap=limit)
+    trainer.send()
+    assert [number for _, number in server.asked] == [24]
+    assert (words is None and trainer.problems == []) or (len(trainer.problems) == 1 and words in trainer.problems[0])
 
 
 def test_a_connection_that_always_breaks_is_given_up(tiny_folder, stand_in, monkeypatch):

@@ -39,3 +39,13 @@ def test_another_tokenizer_is_refused_where_stop_strings_need_it(tiny_folder, st
         trainer.tokenizer.add_tokens(["another"])
         with pytest.raises(UserError, match="another tokenizer") if stop else nullcontext():
             checked(server.facts(), tokenizer=trainer.tokenizer)
+
+
+@pytest.mark.parametrize("copies", [0, -1, 10**9, True, None])
+def test_a_number_of_copies_that_is_none(tiny_folder, stand_in, copies):
+    server = stand_in()
+    server.change_facts = lambda facts: facts | {"copies": copies}
+    trainer = Trainer(tiny_folder, [server])
+    trainer.send()
+    (line,) = trainer.problems
+    assert server.url in line and "malformed (copies" in line

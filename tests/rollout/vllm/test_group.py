@@ -179,13 +179,13 @@ def test_memory_of_a_gpu_between_two_processes():
     """CUDA IPC, one GPU: a tensor of several parts, and a small one in bf16. Not run so far."""
     listening = socket.create_server(("127.0.0.1", 0))
     buffer = SharedBuffer.create(torch.device("cuda", 0))
-    place = Place("a group", "127.0.0.1", listening.getsockname()[1], 2, "shared", 60.0, buffer.handle())
+    place = Place("a group", "127.0.0.1", listening.getsockname()[1], 2, "shared", 120.0, buffer.handle())
     store = dist.TCPStore(
         place.host,
         place.port,
         is_master=True,
         wait_for_workers=False,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=120),
         master_listen_fd=listening.detach(),
     )
     command = [sys.executable, "-c", READS_ON_A_GPU, json.dumps(asdict(place))]
@@ -196,7 +196,7 @@ def test_memory_of_a_gpu_between_two_processes():
             ("b", torch.ones(3, 5, device="cuda").bfloat16()),
         ]
         own.send(iter(named))
-        lines = reader.communicate(timeout=60)[0].splitlines()
+        lines = reader.communicate(timeout=120)[0].splitlines()
     assert reader.returncode == 0
     assert lines == [f"{name} {tuple(sent.shape)} {float(sent.double().sum())} []" for name, sent in named]
 

@@ -110,7 +110,7 @@ def test_tokens_and_supports_are_the_native_engines(served):
         assert trainer.problems == [], name
         different = assert_same_or_close(trainer, ours, trainer.native(), sampling)
         assert [one.token_ids.tolist() for one in control] != [one.token_ids.tolist() for one in ours]
-        gaps = [np.abs(one.sampler_logprobs - trainer.score([(PROMPTS[one.row // 3], one)])[0]) for one in ours]
+        gaps = [np.abs(one.sampler_logprobs - trainer.score([(PROMPTS[one.row // 3], one)], 1)[0]) for one in ours]
         gap = np.concatenate(gaps)
         print(f"{folder.parent.name} {name}: gap max {gap.max():.2g} mean {gap.mean():.2g}, {different} rows differ")
         assert gap.max() < CLOSE

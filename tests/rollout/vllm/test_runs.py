@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo.checkpoints.contents import step_of
 from grpo.export.command import main as export
-from grpo.rollout.vllm.engine import PROBE_SLOT
+from grpo.rollout.vllm import probes
 from grpo.rollout.vllm.wire import TOKEN_VARIABLE, packed, unpacked
 from tests.faults.runs import Arena, flat
 from tests.support.rollout_server import TOKEN, Died
@@ -95,6 +95,15 @@ def test_weights_that_zero_has_sharded(arena, native, stand_in):
     }
 
 
+def test_many_copies_are_probed_where_zero_has_sharded_the_head(arena, stand_in):
+    """The rank that asks them scores 960 tokens, in two blocks of the head; the other one joins in both gathers."""
+    server = stand_in()
+    server.change_facts = lambda facts: facts | {"copies": 40}
+    run = arena.run("zero-3", **asking(server), max_steps=1, eval_steps=0, logits_chunk_mb=1)
+    run.finish(env=ENV)
+    assert server.asked[0][1] == 120
+
+
 @pytest.mark.parametrize("kind, world", [("plain", 1), pytest.param("zero-3", 2, marks=pytest.mark.full)])
 def test_an_adapter_is_sent_merged(arena, stand_in, tmp_path, kind, world):
     """Equal to the bit to peft's merge of each checkpoint, and rounded to the last one's export."""
@@ -168,7 +177,7 @@ def shifted_logprobs(lines, given):
     """Log-probs of completions, not of probes, that are 0.1 nats too low; this server has a group of three."""
     for line in lines:
         one = json.loads(line)
-        if "logprobs" in one and given["requests"][0][4] < PROBE_SLOT:
+        if "logprobs" in one and given["requests"][0][4] < probes.SLOT:
             one["logprobs"] = packed(unpacked(one["logprobs"], "<f4") - 0.1, "<f4")
         yield json.dumps(one).encode() + b"\n"
 
