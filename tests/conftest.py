@@ -10,9 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-SECOND_PART = tuple(
-    f"tests/{room}/" for room in ("evaluate", "faults", "rollout/vllm", "run", "runtime", "scripts", "sft")
-)
+SECOND_PART = tuple(f"tests/{room}/" for room in ("evaluate", "faults", "models", "run", "runtime", "scripts", "sft"))
 
 
 def pytest_addoption(parser):
