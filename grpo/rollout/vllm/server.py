@@ -281,14 +281,8 @@ def ancestors() -> list[int]:
     """The parent of this process, its parent, and so on."""
     found = [os.getppid()]
     while found[-1] > 1:
-        found.append(
-            int(
-                Path(f"/proc/{found[-1]}/stat")
-                .read_text(encoding="utf-8", errors="replace")
-                .rpartition(")")[2]
-                .split()[1]
-            )
-        )
+        status = Path(f"/proc/{found[-1]}/stat").read_text(encoding="utf-8", errors="replace")
+        found.append(int(status.rpartition(")")[2].split()[1]))
     return found
 
 
