@@ -352,9 +352,11 @@ def test_share_of_equal_tokens(arena, native, tmp_path):
     assert min(shares.values()) > 0.9
 
 
-def test_the_demo_learns(tmp_path):
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_demo_learns(tmp_path, seed):
     """With a server of its own and weights through shared memory; benchmarks/rollout_ahead.py has the controls."""
     command = [sys.executable, "train.py", "--rollout_engine", "vllm", "--rollout_transfer", "broadcast"]
+    command += ["--seed", str(seed)]
     command += ["--output_dir", str(tmp_path / "output"), "--runs_dir", str(tmp_path / "runs")]
     own = {"GRPO_VLLM_PYTHON": str(PYTHON), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, cwd=PROJECT, env=os.environ | own, capture_output=True, text=True)
