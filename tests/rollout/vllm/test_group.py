@@ -25,10 +25,10 @@ from tests.support.jobs import PROJECT
 CPU = torch.device("cpu")
 
 
-def members(number, timeout_s=20.0, backend="gloo", devices=(CPU, CPU, CPU)):
-    """A trainer's end of a group, and those of `number` servers' processes."""
+def meeting(number, timeout_s, backend, device):
+    """Where a trainer and `number` processes meet: the place, the trainer's store, and the memory that is shared."""
     listening = socket.create_server(("127.0.0.1", 0))
-    buffer = SharedBuffer.create(devices[0]) if backend == "shared" else None
+    buffer = SharedBuffer.create(device) if backend == "shared" else None
     handle = buffer and buffer.handle()
     place = Place("a group", "127.0.0.1", listening.getsockname()[1], 1 + number, backend, timeout_s, handle)
     store = dist.TCPStore(
@@ -36,9 +36,15 @@ def members(number, timeout_s=20.0, backend="gloo", devices=(CPU, CPU, CPU)):
         place.port,
         is_master=True,
         wait_for_workers=False,
-        timeout=timedelta(seconds=20),
+        timeout=timedelta(seconds=120),
         master_listen_fd=listening.detach(),
     )
+    return place, store, buffer
+
+
+def members(number, timeout_s=20.0, backend="gloo", devices=(CPU, CPU, CPU)):
+    """A trainer's end of a group, and those of `number` servers' processes."""
+    place, store, buffer = meeting(number, timeout_s, backend, devices[0])
     ends = []
     joining = [
         threading.Thread(target=lambda device: ends.append(Group.join(place, device)), args=(devices[1 + n],))
@@ -177,17 +183,7 @@ for name, tensor in end.receive(1, changed):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA IPC: one GPU")
 def test_memory_of_a_gpu_between_two_processes():
     """CUDA IPC, one GPU: a tensor of several parts, and a small one in bf16. Not run so far."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    buffer = SharedBuffer.create(torch.device("cuda", 0))
-    place = Place("a group", "127.0.0.1", listening.getsockname()[1], 2, "shared", 120.0, buffer.handle())
-    store = dist.TCPStore(
-        place.host,
-        place.port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=120),
-        master_listen_fd=listening.detach(),
-    )
+    place, store, buffer = meeting(1, 120.0, "shared", torch.device("cuda", 0))
     command = [sys.executable, "-c", READS_ON_A_GPU, json.dumps(asdict(place))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=PROJECT) as reader:
         own = Group(place, store, 0, place.host, torch.device("cuda", 0), buffer)
